@@ -1,0 +1,119 @@
+"""What every benchmark shares: the model under test, medians of interleaved sides, a table and a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvgraph import ContextGraph, Engine, models
+
+# The model of the issue: a random Llama of 124 M parameters.
+SMALL = dict(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, head_dim=64,
+    intermediate_size=2048, vocab_size=32000, max_position_embeddings=65536, tie_word_embeddings=False,
+)  # fmt: skip
+# An 8B-shaped one (the published shape of Llama-3.1-8B) for GPUs.
+LARGE = dict(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    intermediate_size=14336, vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+)  # fmt: skip
+
+
+def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
+    """The common command line; keyword defaults become flags of their own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for the 8B shape in bf16")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every side")
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def hf_model(device: str = "cpu") -> Any:
+    """A random Llama with Hugging Face's own SDPA attention: the 124 M one in fp32, on CUDA the 8B shape in bf16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**(SMALL if device == "cpu" else LARGE))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with torch.device(device):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(default)
+
+
+def engine_on(hf: Any, **options: Any) -> Engine:
+    """An engine on a model that is already in memory (same weights as the other side of the comparison)."""
+    return Engine(models.wrap(hf), **options)
+
+
+def ids(n: int, seed: int, vocab: int = 32000) -> list[int]:
+    return torch.randint(5, vocab, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def documents(count: int = 10, length: int = 400, query: int = 30, first: int = 0) -> ContextGraph:
+    """`count` documents of `length` random tokens and a query: the issue's prompt."""
+    return ContextGraph([ids(length, first + i) for i in range(count)], query=ids(query, 10_000 + first))
+
+
+def sync(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def interleaved(sides: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of every side, `repeats` times in turn after one warm-up each, so that a drifting machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(repeats + 1):
+        for name, run in sides.items():
+            sync(device)
+            started = time.perf_counter()
+            run()
+            sync(device)
+            if round_:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def report(title: str, rows: list[dict[str, Any]], path: Path | None, device: str = "cpu") -> None:
+    """Print rows as an aligned table and write them, with the environment, as JSON."""
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    for column in columns:
+        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
+    for row in rows:
+        table.add_row(*(_text(row.get(c, "")) for c in columns))
+    Console(width=140).print(table)
+    if path:
+        hardware = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine()
+        environment = {
+            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "hardware": hardware, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"title": title, "environment": environment, "rows": rows}, indent=1) + "\n")
+
+
+def _text(value: Any) -> str:
+    return f"{value:,.3g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,83 @@
+"""16 concurrent requests on the same 10 documents: KV memory, aggregate decode rate, and one request against HF generate."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from benchmarks.common import arguments, documents, engine_on, hf_model, ids, median, report, sync
+from benchmarks.ttft import crop
+from kvgraph import ContextGraph, Engine
+from kvgraph.engine.sampling import SamplingParams
+
+
+def decode_rate(engine: Engine, graphs: list[ContextGraph], new: int, device: str) -> tuple[float, int]:
+    """Tokens a second of all requests together once every first token is there, and the peak KV bytes (capacity)."""
+    engine.scheduler.peak_bytes = 0
+    params = SamplingParams(max_tokens=new, ignore_eos=True)
+    requests = [engine.submit(engine.plan(g, "block"), params) for g in graphs]
+    while not all(r.token_ids for r in requests):
+        engine.step()
+    done = sum(len(r.token_ids) for r in requests)
+    sync(device)
+    started = time.perf_counter()
+    while engine.step():
+        pass
+    sync(device)
+    seconds = time.perf_counter() - started
+    return (sum(len(r.token_ids) for r in requests) - done) / seconds, engine.scheduler.peak_bytes
+
+
+@torch.inference_mode()
+def hf_rate(hf: Any, context: list[int], cache: DynamicCache, query: list[int], new: int, device: str) -> float:
+    """Decode rate of HF generate over the same context, already in its cache: time of `new` tokens minus time of one."""
+    tokens = torch.tensor([[*context, *query]], device=hf.device)
+
+    def run(n: int) -> float:
+        crop(cache, len(context))
+        sync(device)
+        started = time.perf_counter()
+        out = hf.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+        sync(device)
+        assert out.shape[1] == tokens.shape[1] + n
+        return time.perf_counter() - started
+
+    return (new - 1) / (run(new) - run(1))
+
+
+def main() -> None:
+    args = arguments(__doc__, documents=10, length=400, query=30, requests=16, new=16, repeats=5)
+    hf = hf_model(args.device)
+    base = documents(args.documents, args.length, args.query)
+    graphs = [base.with_query(ids(args.query, 20_000 + i)) for i in range(args.requests)]
+    engine = engine_on(hf)
+    engine.warm(base, "block")
+    flat = [t for s in base.segments for t in s]
+    cache = DynamicCache()
+    with torch.inference_mode():
+        hf(torch.tensor([flat], device=hf.device), past_key_values=cache, logits_to_keep=1)
+    figures: dict[str, list[float]] = {"one": [], "many": [], "HF generate": []}
+    memory = {}
+    for round_ in range(args.repeats + 1):
+        one, memory["one"] = decode_rate(engine, graphs[:1], args.new, args.device)
+        theirs = hf_rate(hf, flat, cache, list(base.query), args.new, args.device)
+        many, memory["many"] = decode_rate(engine, graphs, args.new, args.device)
+        if round_:
+            for name, value in (("one", one), ("many", many), ("HF generate", theirs)):
+                figures[name].append(value)
+    rows = [
+        {"side": "kvgraph, 1 request", "tokens/s": median(figures["one"]), "peak KV MB": memory["one"] / 1e6},
+        {"side": f"kvgraph, {args.requests} requests", "tokens/s": median(figures["many"]), "peak KV MB": memory["many"] / 1e6},
+        {"side": "HF generate, 1 request", "tokens/s": median(figures["HF generate"]), "peak KV MB": ""},
+    ]
+    report(f"Decode over the same {args.documents} x {args.length} tokens, {args.new} new, {args.device}", rows, args.json, args.device)
+    print(f"KV memory {memory['many'] / memory['one']:.2f}x of one (goal <= 1.2)   "
+          f"aggregate {median(figures['many']) / median(figures['one']):.1f}x of one (goal >= 3)   "
+          f"one / HF generate {median(figures['one']) / median(figures['HF generate']):.2f} (goal >= 0.95)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

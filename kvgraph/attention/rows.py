@@ -1,0 +1,264 @@
+"""The row primitive: new tokens of many requests in one packed forward, each attending to stored spans as they lie.
+
+Because RoPE is relative, a stored span seen at position `at` needs no re-rotation: the *query* is rotated by -at and
+attends to the canonical keys. What a token sees is so a handful of parts (its row's own KV, and one part a place),
+each giving an output and a log-sum-exp, merged into one softmax. Nothing stored is ever copied or moved.
+
+Shapes: H query heads, G key/value heads, T packed new tokens of the step, N keys, D head size,
+E extra (token, part) pairs of the step besides every token's primary part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvgraph.attention.backend import Backend, Part, Rope, backend_for
+from kvgraph.store.record import Record
+
+
+class View:
+    """Tokens lo..hi of a record as one row sees them: its token 0 stands at position `at` of the row's frame."""
+
+    __slots__ = ("record", "at", "lo", "hi", "positions", "first", "last")
+
+    def __init__(self, record: Record, at: int, lo: int, hi: int):
+        self.record, self.at, self.lo, self.hi = record, at, lo, hi
+        self.positions = record.positions.numpy()[lo:hi]  # relative to the record's first token
+        self.first = at + int(self.positions[0])
+        self.last = at + int(self.positions[-1])
+
+
+class RowKV:
+    """A row's own KV, preallocated for `capacity` tokens: keys[l], values[l] are [G, capacity, D]; `length` are valid."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], capacity: int, dtype: torch.dtype, device: torch.device):
+        """shapes: (kv heads, key dim, value dim) of every layer."""
+        sizes = [(g * capacity * kd, g * capacity * vd) for g, kd, vd in shapes]
+        buffer = torch.empty(sum(k + v for k, v in sizes), dtype=dtype, device=device)
+        keys, values, at = [], [], 0
+        for (g, kd, vd), (nk, nv) in zip(shapes, sizes, strict=True):
+            keys.append(buffer[at : at + nk].view(g, capacity, kd))
+            values.append(buffer[at + nk : at + nk + nv].view(g, capacity, vd))
+            at += nk + nv
+        self.keys, self.values = tuple(keys), tuple(values)
+        self.positions = np.empty(capacity, dtype=np.int64)
+        self.capacity, self.length, self.nbytes = capacity, 0, buffer.numel() * buffer.element_size()
+
+    def record(self, key: str) -> Record:
+        """The finished KV as a record, without a copy. The row's first position must be 0 (its own frame)."""
+        if self.length != self.capacity or self.positions[0] != 0:
+            raise ValueError(f"row KV holds {self.length} of {self.capacity} tokens from position {self.positions[0]}")
+        return Record(key, self.keys, self.values, torch.from_numpy(self.positions))
+
+
+@dataclass
+class Row:
+    """One request's share of a step: new tokens at `positions` ([T] int64, the row's frame), what it sees, its own KV."""
+
+    tokens: Sequence[int]
+    positions: np.ndarray
+    views: Sequence[View]
+    kv: RowKV
+
+
+@dataclass
+class _Parts:
+    """The parts of a step for layers of one window. Pair columns: T primary ones in token order, then E extra ones."""
+
+    primary: list[tuple[slice, RowKV, int, int, Tensor | None, bool]]  # columns, own KV, lo, hi, mask, causal
+    extra: list[tuple[slice, Record | RowKV, int, int, Tensor | None]]
+    token: Tensor  # [E] the packed token of every extra pair
+    shifts: np.ndarray  # [S] distinct rotations, position of the seen span's token 0
+    shift: Tensor  # [E] index into shifts
+    multi: Tensor | slice  # packed tokens that have extra pairs
+    count: int  # how many those are
+    uniform: bool  # extra pairs lie as [P, count] in `multi` order, so merging needs no gather
+    gather: Tensor | None  # [count, P] columns into the extra pairs, padded with 0
+    padding: Tensor | None  # [count, P] bool
+
+
+class Step:
+    """Bookkeeping of one packed forward, made once and used by every layer; call it as the model's `attend`."""
+
+    def __init__(self, rows: Sequence[Row], layers: Sequence, rotaries: Sequence[Rope], device: torch.device):
+        self.rows, self.layers, self.rotaries, self.device = rows, layers, rotaries, device
+        self.backend: Backend = backend_for(device)
+        self.spans: list[slice] = []
+        at = 0
+        for row in rows:
+            n = row.kv.length
+            row.kv.positions[n : n + len(row.tokens)] = row.positions
+            self.spans.append(slice(at, at + len(row.tokens)))
+            at += len(row.tokens)
+        self.size = at
+        self._parts: dict[int | None, _Parts] = {}
+        self._tables: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
+        for window in {layer.window for layer in layers}:
+            self._parts[window] = self._build(window)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        return torch.tensor([t for row in self.rows for t in row.tokens], dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return torch.from_numpy(np.concatenate([row.positions for row in self.rows])).to(self.device)
+
+    def commit(self) -> None:
+        """Count the step's new tokens as part of each row's KV; to be called once, after the forward."""
+        for row in self.rows:
+            row.kv.length += len(row.tokens)
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Attention of one layer. q [H, T, D], k [G, T, D], v [G, T, Dv], all rotated to row frames -> [H, T, Dv]."""
+        for row, here in zip(self.rows, self.spans, strict=True):
+            n = row.kv.length
+            row.kv.keys[layer][:, n : n + here.stop - here.start] = k[:, here]
+            row.kv.values[layer][:, n : n + here.stop - here.start] = v[:, here]
+        parts = self._parts[self.layers[layer].window]
+        own = [Part(c, kv.keys[layer][:, lo:hi], kv.values[layer][:, lo:hi], m, x) for c, kv, lo, hi, m, x in parts.primary]
+        out, lse = self.backend(q.float(), own, scale, softcap)
+        if parts.extra:
+            moved = self._rotated(layer, q, parts)
+            seen = [Part(c, r.keys[layer][:, lo:hi], r.values[layer][:, lo:hi], m) for c, r, lo, hi, m in parts.extra]
+            _merge(out, lse, *self.backend(moved, seen, scale, softcap), parts, sinks)
+        if sinks is not None:
+            _sink_single_parts(out, lse, parts, sinks)
+        return out.to(q.dtype)
+
+    def _rotated(self, layer: int, q: Tensor, parts: _Parts) -> Tensor:
+        """The queries of the extra pairs [H, E, D] float32, each rotated by minus the position its span stands at."""
+        chosen = q.index_select(1, parts.token).float()
+        index = self.layers[layer].rotary
+        if index is None:
+            return chosen
+        key = (self.layers[layer].window, index)
+        if key not in self._tables:
+            cos, sin = self.rotaries[index].table(torch.from_numpy(-parts.shifts))
+            self._tables[key] = (cos.to(self.device)[parts.shift], sin.to(self.device)[parts.shift])
+        return self.rotaries[index].rotate(chosen, *self._tables[key])
+
+    def _build(self, window: int | None) -> _Parts:
+        primary, extra, token, at = [], [], [], []
+        shared: dict[tuple[int, int, int], tuple[Record, list[np.ndarray], list[tuple[int, int]]]] = {}
+        columns = 0
+
+        def add(record, lo: int, hi: int, tokens: np.ndarray, moved: Sequence[tuple[int, int]], mask=None) -> None:
+            nonlocal columns
+            extra.append((slice(columns, columns + len(tokens)), record, lo, hi, self._tensor(mask)))
+            columns += len(tokens)
+            token.append(tokens)
+            at.extend(moved)
+
+        for row, here in zip(self.rows, self.spans, strict=True):
+            past, total, p = row.kv.length, row.kv.length + len(row.tokens), row.positions
+            index = np.arange(here.start, here.stop)
+            for a, b, lo, hi, mask in _blocks(p, row.kv.positions[:past], window):
+                add(row.kv, lo, hi, index[a:b], [(0, b - a)], mask)
+            fits = window is None or p[-1] - p[0] < window
+            mask = None if fits else np.tri(len(p), dtype=bool) & (p[:, None] - p[None] < window)
+            primary.append((here, row.kv, past, total, self._tensor(mask), fits and len(p) > 1))
+            for view in row.views:
+                if p[0] > view.last and (window is None or p[-1] - view.first < window):
+                    blocks = [(0, len(p), 0, view.hi - view.lo, None)]  # the common case, without numpy
+                else:
+                    blocks = _blocks(p, view.positions + view.at, window)
+                for a, b, lo, hi, mask in blocks:
+                    lo, hi = view.lo + lo, view.lo + hi
+                    if mask is not None:
+                        add(view.record, lo, hi, index[a:b], [(view.at, b - a)], mask)
+                        continue
+                    # Rows that see the same tokens of the same record share one matmul, wherever each places it.
+                    _, tokens, moved = shared.setdefault((id(view.record), lo, hi), (view.record, [], []))
+                    tokens.append(index[a:b])
+                    moved.append((view.at, b - a))
+        for (_, lo, hi), (record, tokens, moved) in shared.items():
+            add(record, lo, hi, np.concatenate(tokens), moved)
+        return self._parts_of(primary, extra, token, at)
+
+    def _parts_of(self, primary, extra, token, at) -> _Parts:
+        if not extra:
+            none = torch.empty(0, dtype=torch.int64)
+            return _Parts(primary, [], none, np.empty(0, np.int64), none, slice(0, 0), 0, True, None, None)
+        tokens = np.concatenate(token)
+        shifts, segment = np.unique(np.array([a for a, _ in at], dtype=np.int64), return_inverse=True)
+        shift = np.repeat(segment, [n for _, n in at])
+        counts = np.bincount(tokens, minlength=self.size)
+        multi = np.flatnonzero(counts)
+        order, most = np.argsort(tokens, kind="stable"), int(counts.max())
+        uniform = bool((counts[multi] == most).all()) and np.array_equal(
+            order, (np.arange(most)[None] * len(multi) + np.arange(len(multi))[:, None]).reshape(-1)
+        )
+        gather = padding = None
+        if not uniform:
+            used = np.arange(most)[None] < counts[multi][:, None]
+            columns = np.zeros(used.shape, dtype=np.int64)
+            columns[used] = order
+            gather, padding = self._tensor(columns), self._tensor(~used)
+        contiguous = multi[-1] - multi[0] + 1 == len(multi)
+        where = slice(int(multi[0]), int(multi[-1]) + 1) if contiguous else self._tensor(multi)
+        return _Parts(
+            primary, extra, self._tensor(tokens), shifts, self._tensor(shift), where, len(multi), uniform, gather, padding
+        )
+
+    def _tensor(self, array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(self.device)
+
+
+def _blocks(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[tuple[int, int, int, int, np.ndarray | None]]:
+    """What tokens at ascending positions p see of keys at ascending positions: (token a, b, key lo, hi, mask or None).
+
+    A key is visible iff its position is lower than the token's and, with a window, p - key < window. The visible keys of
+    one token are so a slice; neighbouring tokens with the same slice share a block, others get a mask [b - a, hi - lo].
+    """
+    if not len(keys):
+        return []
+    high = np.searchsorted(keys, p, side="left")
+    low = np.zeros_like(high) if window is None else np.searchsorted(keys, p - window, side="right")
+    blocks = []
+    whole = (low == 0) & (high == len(keys))
+    some = low < high
+    kind = np.where(whole, 2, np.where(some, 1, 0))
+    edges = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(p)]
+    for a, b in zip(edges, edges[1:], strict=False):
+        if kind[a] == 0:
+            continue
+        lo, hi = int(low[a:b].min()), int(high[a:b].max())
+        same = (low[a:b] == lo).all() and (high[a:b] == hi).all()
+        column = np.arange(lo, hi)[None]
+        mask = None if same else (column >= low[a:b, None]) & (column < high[a:b, None])
+        blocks.append((a, b, lo, hi, mask))
+    return blocks
+
+
+def _merge(out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, parts: _Parts, sinks: Tensor | None) -> None:
+    """Merge the extra parts into out [H, T, Dv], in place: every part weighs exp(its lse - the joint lse)."""
+    heads, count = out.shape[0], parts.count
+    if parts.uniform:
+        others, lses = seen.view(heads, -1, count, seen.shape[-1]), seen_lse.view(heads, -1, count)
+    else:
+        others = seen[:, parts.gather.T]
+        lses = seen_lse[:, parts.gather.T].masked_fill(parts.padding.T, -torch.inf)
+    mine = lse[:, parts.multi]
+    total = torch.logaddexp(mine, torch.logsumexp(lses, 1))
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.float()[:, None])
+    weights = torch.exp(lses - total[:, None])
+    merged = torch.einsum("hpt,hptd->htd", weights, others)
+    merged.addcmul_(out[:, parts.multi], torch.exp(mine - total)[..., None])
+    out[:, parts.multi] = merged
+
+
+def _sink_single_parts(out: Tensor, lse: Tensor, parts: _Parts, sinks: Tensor) -> None:
+    """Let the attention sink [H] take its share of tokens that have only a primary part (others got it in the merge)."""
+    share = torch.sigmoid(lse - sinks.float()[:, None])  # exp(lse) / (exp(lse) + exp(sink))
+    share[:, parts.multi] = 1.0
+    out.mul_(share[..., None])

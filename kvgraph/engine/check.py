@@ -1,0 +1,169 @@
+"""The gate: does this model, composed from stored KV, give the logits of one plain forward?
+
+Every case runs a plan through the engine and through `Plan.dense()` with the model's own attention, on random tokens,
+and compares the next-token logits. Correct is not yet good: `quality` measures what a method costs an untuned model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvgraph import methods
+from kvgraph.engine.engine import Engine
+from kvgraph.engine.progress import Progress
+from kvgraph.errors import GraphError, ModelError
+from kvgraph.graph import ContextGraph, all_pairs, chain
+from kvgraph.plan import Place, Plan, Span, contiguous
+
+# Largest difference of next-token logits from the plain forward's, in standard deviations of those. float32 leaves only
+# rounding. In the 16-bit types the model itself rounds at every layer, in another order than a plain forward does.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+LONGEST = 4096  # tokens of the sliding-window case; a larger window is said to be untested
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. worst: the largest difference in standard deviations of the plain logits; None: not run."""
+
+    name: str
+    what: str
+    tokens: int
+    worst: float | None
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.worst is None or self.worst <= self.limit
+
+
+def gate(engine: Engine, progress: bool | None = None) -> list[Case]:
+    """Run all cases on an engine. The store isn't written: the plans are salted apart by their random tokens' length."""
+    model = engine.model
+    random_ = random.Random(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(random_.randrange(model.vocab_size) for _ in range(n))
+
+    graph = ContextGraph([ids(n) for n in (17, 24, 9)], query=ids(7), prefix=ids(5))
+    edges = ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix, edges=all_pairs(3))
+    far = min(model.limit, 1 << 17) - 100
+    cases: list[tuple[str, str, Plan | None]] = [
+        ("chain", "a causal chain of spans", methods.get("full").plan(graph)),
+        ("alone", "spans encoded alone, read at their places", methods.get("block").plan(graph)),
+        ("shared", "re-encoded readers at shared positions", methods.get("graph-kv").plan(edges)),
+        ("moved", "spans read elsewhere than computed", methods.get("graph-kv", layout="packed", keep="all").plan(edges)),
+        ("rounds", "three rounds along a chain", methods.get("graph-kv", rounds=3).plan(
+            ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix, edges=chain(3)))),
+        ("gaps", "a live span with gaps between its tokens", _gaps(ids)),
+        ("far", f"the same at position {far:,}", _shifted(methods.get("block").plan(graph), far - 62)),
+    ]
+    windows = {layer.window for layer in model.layers if layer.window is not None}
+    if windows:
+        longest = max(windows)
+        fits = longest + 40 <= min(LONGEST, model.limit)
+        text = f"context longer than the sliding window ({longest})"
+        long = ContextGraph([ids(longest // 2), ids(longest // 2 + 20)], query=ids(9), prefix=ids(5))
+        cases.append(("sliding", text, methods.get("full").plan(long) if fits else None))
+    results = []
+    with Progress("checking", len(cases), enabled=progress) as bar:
+        for name, what, plan in cases:
+            worst = None if plan is None else _difference(engine, plan)
+            tokens = 0 if plan is None else sum(map(len, plan.spans))
+            results.append(Case(name, what, tokens, worst, TOLERANCE.get(model.dtype, 0.5)))
+            bar.advance(1)
+    return results
+
+
+def require(engine: Engine) -> None:
+    """Raise ModelError unless the gate passes."""
+    failed = [c for c in gate(engine, progress=False) if not c.passed]
+    if failed:
+        raise ModelError(
+            f"{engine.model.name} fails the gate: {', '.join(c.name for c in failed)} differ from a plain forward by up to "
+            f"{max(c.worst or 0 for c in failed):.2g} standard deviations; run `kvgraph check` for the table, or load with "
+            "check=False if you accept wrong answers"
+        )
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Mean negative log-likelihood (nats a token) of given answers under a method and under `full`."""
+
+    method: str
+    items: int
+    tokens: int
+    nll: float
+    full_nll: float
+
+
+def quality(
+    engine: Engine, method: str, items: Iterable[tuple[ContextGraph, str]], progress: bool | None = None
+) -> Quality:
+    """Score every (graph, answer) with `method` and with `full` on identical tokens."""
+    pairs = list(items)
+    if not pairs:
+        raise GraphError("no items to measure: the data file is empty")
+    sums, tokens = [0.0, 0.0], 0
+    with Progress(f"scoring {method} against full", len(pairs), enabled=progress) as bar:
+        for graph, answer in pairs:
+            plain = ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix)
+            for i, (g, m) in enumerate(((graph, method), (plain, "full"))):
+                scores = engine.score(g, answer, m).scores
+                assert scores is not None
+                sums[i] -= float(scores.sum())
+            tokens += len(scores)
+            bar.advance(1)
+    return Quality(method, len(pairs), tokens, sums[0] / tokens, sums[1] / tokens)
+
+
+def read_items(path: Path, limit: int | None = None) -> list[tuple[ContextGraph, str]]:
+    """JSON Lines of {"question", "answer", "documents": [text or {"title", "text"}], "prefix"?, "edges"?} as graphs."""
+    items = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraphError(f"can't read {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if limit is not None and len(items) >= limit:
+            break
+        try:
+            row = json.loads(line)
+            documents = [d if isinstance(d, str) else f"{d['title']}\n{d['text']}\n" for d in row["documents"]]
+            graph = ContextGraph(documents, query=row["question"], prefix=row.get("prefix", ""), edges=[tuple(e) for e in row.get("edges", [])])
+            items.append((graph, str(row["answer"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise GraphError(f"{path}:{number}: needs question, answer and documents ({error!r})") from None
+    return items
+
+
+def _difference(engine: Engine, plan: Plan) -> float:
+    dense = plan.dense()
+    logits = engine.model.dense(
+        torch.from_numpy(dense.tokens), torch.from_numpy(dense.positions), torch.from_numpy(dense.visible)
+    )[-1].float().cpu()
+    return float((engine.logits(plan) - logits).abs().max() / logits.std())
+
+
+def _gaps(ids: Callable[[int], tuple[int, ...]]) -> Plan:
+    """Two documents with two live tokens after each, then a query: KVLink's shape, without its reserved ids."""
+    spans = [contiguous(ids(5), 0), contiguous(ids(11), 5), contiguous(ids(8), 18)]
+    positions = (16, 17, 26, 27, *range(28, 33))
+    places = (Place(0, 0), Place(1, 5), Place(2, 18))
+    return Plan((*spans, Span(ids(9), positions, places, cached=False)), "gaps")
+
+
+def _shifted(plan: Plan, by: int) -> Plan:
+    """The same plan `by` positions later: the distances, and so the logits, stay."""
+    moved = []
+    for span in plan.spans:
+        positions = tuple(p + by for p in span.positions)
+        moved.append(Span(span.tokens, positions, tuple(p._replace(at=p.at + by) for p in span.sees), span.cached, span.name))
+    return Plan(tuple(moved), plan.method)

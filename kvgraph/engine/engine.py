@@ -1,0 +1,388 @@
+"""The engine: execute any plan, on one model, with one pool of KV and one store behind it.
+
+It knows nothing about methods or text beyond turning a graph into a plan with the method's own function. The loop is
+`submit -> step -> step -> ... -> result`; `generate`, `stream`, `warm` and `score` are short uses of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from kvgraph import methods, models
+from kvgraph.engine.progress import Progress
+from kvgraph.engine.result import Chunk, Result, Usage
+from kvgraph.engine.sampling import Sampler, SamplingParams, TextStream
+from kvgraph.engine.scheduler import Request, Scheduler, sequence_of
+from kvgraph.errors import CapacityError, GraphError, StoreError
+from kvgraph.graph import ContextGraph
+from kvgraph.methods import Method
+from kvgraph.plan import Plan
+from kvgraph.store.base import Store
+from kvgraph.store.disk import DiskStore
+from kvgraph.store.record import Record
+
+log = logging.getLogger("kvgraph.engine")
+
+WRITES = 64  # records waiting to be written before encoding waits for the disk
+
+
+@dataclass
+class Warmed:
+    """What `Engine.warm` did. Tokens and bytes are of the spans that queries of these graphs will read."""
+
+    graphs: int = 0
+    computed_tokens: int = 0
+    reused_tokens: dict[str, int] = field(default_factory=dict)
+    kv_bytes: int = 0
+    seconds: float = 0.0
+
+
+class Engine:
+    """Runs plans. Safe to use from several threads: whoever waits drives the steps for everyone.
+
+    store: where records outlive the process; None keeps them in memory only. kv_budget: bytes of KV held at once, all
+    requests and cached spans together (default: half of the free memory, or 80 % of the free GPU memory).
+    max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key.
+    """
+
+    def __init__(
+        self,
+        model: models.Model,
+        *,
+        store: Store | str | Path | None = None,
+        kv_budget: int | None = None,
+        max_step_tokens: int | None = None,
+        salt: str = "",
+    ):
+        self.model, self.salt = model, salt
+        self.store = DiskStore(store) if isinstance(store, str | Path) else store
+        self.store_errors = 0
+        step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
+        self.scheduler = Scheduler(model, kv_budget or default_budget(model.device), step_tokens, self._fetch, self._save)
+        self._lock = threading.RLock()
+        self._uncached = count()
+        self._warned: set[str] = set()
+        self._writer = ThreadPoolExecutor(1, "kvgraph-writer") if self.store is not None else None
+        self._writes: list[Future] = []
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        allow_untested: bool = False,
+        check: bool = True,
+        **options: Any,
+    ) -> Engine:
+        """Load a Hugging Face causal LM from a folder or hub name, run the gate, and return an engine on it.
+
+        check=False skips the gate (`kvgraph check`), which refuses a model whose composed logits differ from a plain
+        forward. options: see Engine. Raises ModelError with the reason.
+        """
+        loaded = models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
+        engine = cls(loaded, **options)
+        if check:
+            from kvgraph.engine.check import require
+
+            require(engine)
+        return engine
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def plan(self, graph: ContextGraph, method: str | Method = "full") -> Plan:
+        """The plan of a graph: text is tokenized piece by piece with the model's tokenizer, then the method decides."""
+        method = methods.get(method) if isinstance(method, str) else method
+        if not graph.is_tokenized:
+            graph = graph.tokenized(self.encode)
+        self._warn_untuned(method)
+        return method.plan(graph)
+
+    def generate(
+        self,
+        graph: ContextGraph | Sequence[ContextGraph],
+        method: str | Method = "full",
+        params: SamplingParams | None = None,
+        *,
+        first_logits: bool = False,
+        **sampling: Any,
+    ) -> Any:
+        """Answer a graph (-> Result) or several at once (-> list of Result, batched together).
+
+        params or its fields as keywords (max_tokens=…, temperature=…). first_logits keeps the logits of the first step.
+        """
+        graphs = [graph] if isinstance(graph, ContextGraph) else list(graph)
+        params = params_of(params, sampling)
+        requests = [self.submit(self.plan(g, method), params, first_logits=first_logits) for g in graphs]
+        results = [self.wait(r) for r in requests]
+        return results[0] if isinstance(graph, ContextGraph) else results
+
+    def stream(
+        self, graph: ContextGraph, method: str | Method = "full", params: SamplingParams | None = None, **sampling: Any
+    ) -> Iterator[Chunk]:
+        """Answer a graph piece by piece; the last chunk carries the Result. Closing the iterator cancels the request."""
+        request = self.submit(self.plan(graph, method), params_of(params, sampling))
+        return self.chunks(request)
+
+    def warm(
+        self,
+        graph: ContextGraph | Sequence[ContextGraph],
+        method: str | Method = "full",
+        *,
+        progress: bool | None = None,
+        on_done: Callable[[int, Usage], None] | None = None,
+    ) -> Warmed:
+        """Encode what queries over these graphs will read, into the pool and the store; a query isn't needed.
+
+        progress: a bar on the terminal (default: when there is one and several graphs). on_done(i, usage) is called as
+        graph i is finished. Returns totals.
+        """
+        graphs = [graph] if isinstance(graph, ContextGraph) else list(graph)
+        started, total = time.perf_counter(), Warmed(graphs=len(graphs))
+        with Progress("encoding", len(graphs), enabled=progress) as bar:
+            pending: list[tuple[int, Request]] = []
+            for i, g in enumerate(graphs):
+                plan = self.plan(g if g.has_query else g.with_query([0]), method)
+                pending.append((i, self.submit(plan, SamplingParams(max_tokens=1), encode_only=True)))
+                while len(pending) >= 2 * WRITES or (i + 1 == len(graphs) and pending):
+                    self._advance(pending[0][1])
+                    for j, request in [p for p in pending if p[1].finished]:
+                        usage = self.wait(request).usage
+                        total.computed_tokens += usage.computed_tokens
+                        total.kv_bytes += usage.kv_bytes
+                        for tier, n in usage.reused_tokens.items():
+                            total.reused_tokens[tier] = total.reused_tokens.get(tier, 0) + n
+                        bar.advance(1, tokens=total.computed_tokens)
+                        if on_done:
+                            on_done(j, usage)
+                    pending = [p for p in pending if not p[1].finished or p[1].result is None]
+        self.flush()
+        total.seconds = time.perf_counter() - started
+        return total
+
+    def score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method = "full") -> Result:
+        """Log-probabilities of a given answer after the graph's query: Result.scores, one a token of the answer."""
+        if not graph.is_tokenized:
+            graph = graph.tokenized(self.encode)
+        ids = self.encode(answer) if isinstance(answer, str) else list(answer)
+        if not ids:
+            raise GraphError("the answer to score is empty")
+        plan = self.plan(graph.with_query([*graph.query, *ids]), method)
+        request = self.submit(plan, SamplingParams(max_tokens=1), want_from=len(plan.live) - len(ids) - 1)
+        return self.wait(request)
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        plan: Plan,
+        params: SamplingParams | None = None,
+        *,
+        first_logits: bool = False,
+        encode_only: bool = False,
+        want_from: int | None = None,
+    ) -> Request:
+        """Queue a plan; drive it with `wait`, `chunks` or `step`. Raises PlanError or CapacityError at once.
+
+        encode_only: stop when every cached span is encoded. want_from: score the live tokens after this index.
+        """
+        params = params or SamplingParams()
+        keys = plan.keys(self.model.fingerprint, self.salt)
+        pool_keys = [k if k is not None else f"uncached-{next(self._uncached)}" for k in keys[:-1]]
+        live = plan.live
+        new = min(params.max_tokens, self.model.limit - live.positions[-1])
+        sequence = None if encode_only else sequence_of(live, pool_keys, max(0, new - 1))
+        seen = sum((p.hi or 0) - p.lo for p in live.sees)
+        usage = Usage(prompt_tokens=seen, reused_tokens={})
+        if sequence is not None:
+            usage.prompt_tokens += len(live)
+            usage.computed_tokens = usage.live_tokens = len(live)
+        request = Request(
+            plan=plan,
+            keys=pool_keys,
+            params=params,
+            sampler=Sampler(params, live.tokens),
+            stream=TextStream(self.decode, params.stop),
+            live=sequence,
+            capacity=sequence.capacity if sequence else 0,
+            want_from=len(live) - 1 if want_from is None else want_from,
+            keep_logits=first_logits,
+            submitted=time.perf_counter(),
+            usage=usage,
+        )
+        with self._lock:
+            self.scheduler.submit(request)
+        return request
+
+    def step(self) -> bool:
+        """Run one packed forward for whoever is waiting. False when there was nothing to do."""
+        with self._lock:
+            if self.scheduler.idle:
+                return False
+            self.scheduler.step()
+            return True
+
+    def wait(self, request: Request) -> Result:
+        """Drive steps until a request is finished; raises what ended it if that was an error."""
+        try:
+            while not request.finished:
+                self._advance(request)
+        except BaseException:  # Ctrl-C among them: nothing may stay pinned
+            self.cancel(request)
+            raise
+        if request.error is not None:
+            raise request.error
+        assert request.result is not None
+        return request.result
+
+    def chunks(self, request: Request) -> Iterator[Chunk]:
+        """The pieces of a submitted request as they come."""
+        try:
+            while True:
+                self._advance(request)
+                with self._lock:
+                    fresh, request.fresh = request.fresh, []
+                if request.error is not None:
+                    raise request.error
+                tokens = [t for _, t in fresh if t >= 0]
+                if fresh or request.finished:
+                    yield Chunk("".join(t for t, _ in fresh), tokens, request.result)
+                if request.finished:
+                    return
+        finally:
+            self.cancel(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request now and free what it held; no effect on a finished one."""
+        with self._lock:
+            self.scheduler.cancel(request)
+
+    def logits(self, plan: Plan) -> Tensor:
+        """Next-token logits [V] float32 after a plan's live span."""
+        result = self.wait(self.submit(plan, SamplingParams(max_tokens=1, ignore_eos=True), first_logits=True))
+        assert result.first_logits is not None
+        return result.first_logits
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one piece of text, no special tokens added."""
+        if self.model.tokenizer is None:
+            raise GraphError("this model has no tokenizer; give token ids instead of text")
+        return self.model.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of token ids, special tokens left out; empty for a model without a tokenizer."""
+        return "" if self.model.tokenizer is None else self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    # -- store --------------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Wait until every encoded record has been offered to the store."""
+        for write in self._writes:
+            write.result()
+        self._writes.clear()
+
+    def close(self) -> None:
+        """Write what is pending and close the store."""
+        if self._writer is not None:
+            self.flush()
+            self._writer.shutdown()
+            self._writer = None
+            assert self.store is not None
+            self.store.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _advance(self, request: Request) -> None:
+        """One step, unless another thread has just finished the request."""
+        with self._lock:
+            if not request.finished:
+                self.scheduler.step()
+
+    def _fetch(self, key: str) -> tuple[Record | None, str]:
+        if self.store is None:
+            return None, ""
+        record = self.store.get(key)
+        if record is None:
+            return None, ""
+        if self.model.device.type != "cpu":
+            record = on_device(record, self.model.device)
+        return record, self.store.name
+
+    def _save(self, record: Record) -> None:
+        """Hand a record to the writer thread; a full queue makes encoding wait for the disk."""
+        if self._writer is None:
+            return
+        self._writes = [w for w in self._writes if not w.done()]
+        while len(self._writes) >= WRITES:
+            self._writes.pop(0).result()
+        self._writes.append(self._writer.submit(self._write, record))
+
+    def _write(self, record: Record) -> None:
+        assert self.store is not None
+        try:
+            self.store.put(on_device(record, torch.device("cpu")))
+        except StoreError as error:  # it is a cache: a record that can't be kept costs a recompute later
+            self.store_errors += 1
+            if self.store_errors == 1:
+                log.warning("the store can't keep records, going on without it: %s", error)
+
+    def _warn_untuned(self, method: Method) -> None:
+        if method.name != "full" and method.name not in self.model.tuned_for and method.name not in self._warned:
+            self._warned.add(method.name)
+            warnings.warn(
+                f"this model doesn't declare tuning for {method.name!r}; answers may be worse than with 'full'. "
+                f"`kvgraph check MODEL --method {method.name} --data FILE` measures by how much",
+                stacklevel=4,
+            )
+
+
+def on_device(record: Record, device: torch.device) -> Record:
+    """The record with its KV on a device, through pinned memory when it goes to a GPU; itself if it is there already."""
+    if record.keys[0].device.type == device.type:
+        return record
+
+    def move(tensor: Tensor) -> Tensor:
+        source = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
+        return source.to(device, non_blocking=device.type == "cuda")
+
+    moved = replace(record, keys=tuple(map(move, record.keys)), values=tuple(map(move, record.values)))
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()  # the pinned buffers live until the copies are done
+    return moved
+
+
+def params_of(params: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
+    """Sampling parameters from an object, keywords, or both (keywords win); unknown names raise a clear error."""
+    known = set(SamplingParams.__dataclass_fields__)
+    if unknown := sorted(set(fields) - known):
+        raise GraphError(f"unknown sampling parameter {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return replace(params or SamplingParams(), **fields)
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes of KV to hold when nobody says: half of the free memory, or 80 % of the free GPU memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    if device.type != "cpu":
+        raise CapacityError(f"give kv_budget: kvgraph can't tell how much memory a {device.type!r} device has")
+    return psutil.virtual_memory().available // 2

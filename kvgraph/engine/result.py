@@ -1,0 +1,64 @@
+"""What a request returns: text, tokens, why it ended, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kvgraph.engine.sampling import Sampled
+
+
+@dataclass
+class Usage:
+    """What one request read and computed. Times are seconds; bytes are of KV.
+
+    prompt_tokens: tokens the answer could attend to before decoding: every span version the live span sees, and the
+    live span itself. computed_tokens: tokens this request ran through the model before its first output token (spans
+    it was first to need, and its live span). reused_tokens: span tokens it did not compute, by where they came from:
+    "memory", "disk" (or another tier's name), "shared" (another running request was already encoding them).
+    kv_bytes: stored KV its live span reads plus its own. ttft: submission to first token. decode: first to last token.
+    """
+
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    reused_tokens: dict[str, int] = field(default_factory=dict)
+    completion_tokens: int = 0
+    kv_bytes: int = 0
+    queued: float = 0.0
+    ttft: float = 0.0
+    decode: float = 0.0
+
+    @property
+    def document_tokens_computed(self) -> int:
+        """Computed tokens besides the live span: 0 when every document came from a store."""
+        return self.computed_tokens - self.live_tokens
+
+    live_tokens: int = 0
+
+
+@dataclass
+class Result:
+    """A finished request. finish_reason: "stop" (end token, stop id or stop string), "length" or "cancelled".
+
+    token_ids include the token that ended the answer; text has neither it nor a stop string. sampled: one entry a
+    token, with log-probabilities when asked for. first_logits [V] float32: what the first token was chosen from, kept
+    when asked for. scores [n] float32: log-probabilities of given answer tokens (`Engine.score`).
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    usage: Usage
+    sampled: list[Sampled] = field(default_factory=list)
+    first_logits: Tensor | None = None
+    scores: Tensor | None = None
+
+
+@dataclass
+class Chunk:
+    """A piece of a streamed answer: new text (may be empty) and the tokens it came from; the last one has the result."""
+
+    text: str
+    token_ids: list[int]
+    result: Result | None = None

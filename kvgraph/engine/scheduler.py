@@ -1,0 +1,433 @@
+"""Continuous batching: which rows run in the next step, and what their results change.
+
+Everything is a row: a span being encoded, a live span being prefilled, a request decoding one token. A step serves
+decoding rows first, then prefill, then encoding, up to a number of tokens; long rows run in chunks.
+
+Memory: a request is admitted when the worst case of all its spans and of its own KV fits the budget at once, so two
+half-admitted requests can never wait for each other. What an admitted request may need is *held*: in the pool it is
+pinned, missing it is encoded once for everyone who waits (single flight). The rest of the pool is LRU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvgraph.attention.rows import Row, RowKV, Step, View
+from kvgraph.engine.result import Result, Usage
+from kvgraph.engine.sampling import Sampler, SamplingParams, TextStream
+from kvgraph.errors import CapacityError, PlanError
+from kvgraph.models import Model
+from kvgraph.plan import Plan, Span
+from kvgraph.store.memory import MemoryStore
+from kvgraph.store.record import Record
+
+log = logging.getLogger("kvgraph.engine")
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens on their way through the model, in one frame: a span being encoded, or a live span and its answer."""
+
+    tokens: list[int]
+    positions: np.ndarray  # [len(tokens)], the frame's own
+    places: list[tuple[str, int, int, int]]  # (key, at in this frame, lo, hi)
+    capacity: int  # tokens its KV has room for
+    kv: RowKV | None = None
+    views: list[View] | None = None
+
+    @property
+    def done(self) -> int:
+        return 0 if self.kv is None else self.kv.length
+
+    @property
+    def left(self) -> int:
+        return len(self.tokens) - self.done
+
+
+@dataclass(eq=False)
+class Encoding:
+    """A missing span being encoded once for all requests that wait for it."""
+
+    key: str
+    sequence: Sequence
+    persistent: bool  # goes to the store, not only to the pool
+    waiters: set[Request] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Request:
+    """One plan to be answered (or only warmed), from submission to its result."""
+
+    plan: Plan
+    keys: list[str]
+    params: SamplingParams
+    sampler: Sampler
+    stream: TextStream
+    live: Sequence | None  # None: only encode the plan's spans, or finished
+    capacity: int  # tokens of its own KV
+    want_from: int  # logits are needed from this index of the live span on
+    keep_logits: bool
+    submitted: float
+    usage: Usage
+    number: int = 0
+    missing: set[str] = field(default_factory=set)  # encodings it waits for
+    held: set[str] = field(default_factory=set)
+    token_ids: list[int] = field(default_factory=list)
+    sampled: list = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    first_logits: Tensor | None = None
+    first_token_at: float = 0.0
+    fresh: list[tuple[str, int]] = field(default_factory=list)  # (text, token) not yet handed to a stream
+    result: Result | None = None
+    error: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+class Scheduler:
+    """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
+
+    fetch(key): a record from the backing store and its tier's name, or None. save(record): hand a new record to it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        budget: int,
+        max_step_tokens: int,
+        fetch: Callable[[str], tuple[Record | None, str]],
+        save: Callable[[Record], None],
+    ):
+        self.model, self.budget, self.max_step_tokens = model, budget, max_step_tokens
+        self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
+        self.fetch, self.save = fetch, save
+        self.pool = MemoryStore(budget)
+        self.shapes = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in model.layers]
+        self.waiting: deque[Request] = deque()
+        self.encodings: dict[str, Encoding] = {}  # in order of creation: sources before their readers
+        self.running: list[Request] = []  # admitted, not finished
+        self.holds: dict[str, tuple[int, int]] = {}  # key -> (bytes, requests that may need it)
+        self.row_bytes = 0  # own KV of admitted requests
+        self.peak_bytes = 0
+        self.numbers = itertools.count()
+
+    # -- submitting ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises PlanError or CapacityError if it can never run."""
+        plan, limit = request.plan, self.model.limit
+        if plan.highest_position >= limit:
+            raise PlanError(f"the plan reaches position {plan.highest_position}, but the model's limit is {limit}")
+        for span in plan.spans:
+            if not 0 <= min(span.tokens) <= max(span.tokens) < self.model.vocab_size:
+                raise PlanError(f"{span.name or 'a span'} holds a token id outside the vocabulary (0..{self.model.vocab_size - 1})")
+        need = sum(self._worst_case(request).values()) + self._own_bytes(request)
+        if need > self.budget:
+            raise CapacityError(
+                f"the request needs {need:,} bytes of KV at once, but the engine's budget is {self.budget:,}; "
+                "raise kv_budget, or use fewer documents or a smaller max_tokens"
+            )
+        request.number = next(self.numbers)
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request now and free what it held; its result says "cancelled". No effect on a finished one."""
+        if request.finished:
+            return
+        if request in self.waiting:
+            self.waiting.remove(request)
+        self._finish(request, "cancelled")
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV held now: the pool, spans being encoded and the requests' own, by capacity."""
+        encoding = sum(e.sequence.kv.nbytes for e in self.encodings.values() if e.sequence.kv is not None)
+        return self.pool.bytes + encoding + self.row_bytes
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admit what fits, run one packed forward, hand out its results."""
+        self._admit()
+        work = self._choose()
+        if not work:
+            return
+        rows = [self._row(owner, count) for owner, count in work]
+        step = Step(rows, self.model.layers, self.model.rotaries, self.model.device)
+        want, counts = self._wanted(work, step)
+        try:
+            logits = self.model.forward(step.tokens, step.positions, step, want)
+        except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
+            for request in {r for owner, _ in work for r in (owner.waiters if isinstance(owner, Encoding) else (owner,))}:
+                self._finish(request, error=error)
+            return
+        step.commit()
+        self.peak_bytes = max(self.peak_bytes, self.kv_bytes)
+        at = 0
+        for (owner, _), n in zip(work, counts, strict=True):
+            if isinstance(owner, Encoding):
+                self._encoded(owner)
+            else:
+                self._decoded(owner, logits[at : at + n])
+            at += n
+
+    def _choose(self) -> list[tuple[Request | Encoding, int]]:
+        """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first."""
+        ready = [r for r in self.running if not r.missing and r.live is not None]
+        decoding = [r for r in ready if r.token_ids]
+        prefill = [r for r in ready if not r.token_ids]
+        encoding = [e for e in self.encodings.values() if all(k in self.pool for k, *_ in e.sequence.places)]
+        work: list[tuple[Request | Encoding, int]] = []
+        tokens, pairs = self.max_step_tokens, self.max_step_pairs
+        for owner in itertools.chain(decoding, prefill, encoding):
+            sequence = owner.sequence if isinstance(owner, Encoding) else owner.live
+            parts = 1 + len(sequence.places)
+            count = min(sequence.left, tokens, max(1, pairs // parts))
+            if count <= 0 or (work and pairs < parts):
+                break
+            work.append((owner, count))
+            tokens, pairs = tokens - count, pairs - count * parts
+        return work
+
+    def _row(self, owner: Request | Encoding, count: int) -> Row:
+        sequence = owner.sequence if isinstance(owner, Encoding) else owner.live
+        if sequence.kv is None:
+            if isinstance(owner, Encoding):
+                self._make_room(sequence.capacity * self.model.kv_bytes_per_token)
+            sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
+            sequence.views = [View(self.pool.get(k), at, lo, hi) for k, at, lo, hi in sequence.places]
+        here = slice(sequence.done, sequence.done + count)
+        return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
+
+    def _wanted(self, work: list[tuple[Request | Encoding, int]], step: Step) -> tuple[Tensor, list[int]]:
+        """Packed indices whose logits are needed, and how many of them belong to each row."""
+        want: list[int] = []
+        counts = []
+        for (owner, count), here in zip(work, step.spans, strict=True):
+            before = len(want)
+            if isinstance(owner, Request):
+                first = max(owner.want_from, owner.live.done)
+                want.extend(range(here.start + first - owner.live.done, here.start + count))
+            counts.append(len(want) - before)
+        return torch.tensor(want, dtype=torch.int64, device=self.model.device), counts
+
+    # -- results of a step --------------------------------------------------------------------------------------------
+
+    def _encoded(self, encoding: Encoding) -> None:
+        if encoding.sequence.left:
+            return
+        record = encoding.sequence.kv.record(encoding.key)
+        del self.encodings[encoding.key]
+        self._keep(record)
+        if encoding.persistent:
+            self.save(record)
+        for request in encoding.waiters:
+            request.missing.discard(encoding.key)
+            if not request.missing:
+                self._ready(request)
+
+    def _decoded(self, request: Request, logits: Tensor) -> None:
+        live = request.live
+        if len(request.scores) < len(request.plan.live.tokens) - 1 - request.want_from:
+            self._score(request, logits)
+        if live.left:
+            return
+        if not request.token_ids:
+            self._first(request, logits)
+        try:
+            choice = request.sampler(logits[-1])
+        except Exception as error:  # numerical trouble of one request must not end the others
+            return self._finish(request, error=error)
+        request.sampled.append(choice)
+        request.token_ids.append(choice.token)
+        ends = choice.token in request.params.stop_token_ids or (
+            not request.params.ignore_eos and choice.token in self.model.eos_ids
+        )
+        request.fresh.append(("" if ends else request.stream.push(choice.token), choice.token))
+        if ends or request.stream.stopped:
+            return self._finish(request, "stop")
+        if live.done >= live.capacity:  # its last token needs no KV of its own
+            return self._finish(request, "length")
+        live.tokens.append(choice.token)
+        live.positions = np.append(live.positions, live.positions[-1] + 1)
+
+    def _first(self, request: Request, logits: Tensor) -> None:
+        request.first_token_at = time.perf_counter()
+        request.usage.ttft = request.first_token_at - request.submitted
+        if request.keep_logits:
+            request.first_logits = logits[-1].cpu().clone()
+
+    def _score(self, request: Request, logits: Tensor) -> None:
+        """Log-probabilities of the live span's own tokens, from the logits of those before them."""
+        targets = request.live.tokens
+        at = request.want_from + len(request.scores)
+        for row in logits:
+            if at + 1 < len(targets):
+                request.scores.append(torch.log_softmax(row.float(), -1)[targets[at + 1]])
+                at += 1
+
+    def _finish(self, request: Request, reason: str = "", error: Exception | None = None) -> None:
+        now = time.perf_counter()
+        if request in self.running:
+            self.running.remove(request)
+            self.row_bytes -= self._own_bytes(request)
+        for key in list(request.held):
+            self._release(request, key)
+        for key in request.missing:
+            encoding = self.encodings.get(key)
+            if encoding is not None:
+                encoding.waiters.discard(request)
+                if not encoding.waiters:
+                    del self.encodings[key]
+        request.missing = set()
+        request.live = None
+        if error is not None:
+            request.error = error
+            return
+        if not request.stream.stopped:
+            tail = request.stream.finish()
+            if tail:
+                request.fresh.append((tail, -1))
+        usage = request.usage
+        usage.completion_tokens = len(request.token_ids)
+        usage.decode = now - request.first_token_at if request.first_token_at else 0.0
+        request.result = Result(
+            request.stream.text,
+            request.token_ids,
+            reason,
+            usage,
+            request.sampled,
+            request.first_logits,
+            torch.stack(request.scores).cpu() if request.scores else None,
+        )
+
+    # -- admission and memory -----------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self.waiting:
+            request = self.waiting[0]
+            spans = self._worst_case(request)
+            need = sum(b for k, b in spans.items() if k not in self.holds) + self._own_bytes(request)
+            if sum(b for b, _ in self.holds.values()) + self.row_bytes + need > self.budget:
+                return  # first come, first served: nothing overtakes a request that waits for memory
+            self.waiting.popleft()
+            self.running.append(request)
+            self.row_bytes += self._own_bytes(request)
+            self._make_room(0)
+            for key, size in spans.items():
+                self._hold(request, key, size)
+            request.usage.queued = time.perf_counter() - request.submitted
+            self._resolve(request)
+            if not request.missing:
+                self._ready(request)
+
+    def _resolve(self, request: Request) -> None:
+        """Find or start everything the live span reads; what is missing pulls in its own sources, transitively."""
+        usage, spans = request.usage, request.plan.spans
+        need = sorted({p.span for p in request.plan.live.sees})
+        seen: set[str] = set()
+        stack = need[::-1]
+        started: list[int] = []
+        while stack:
+            index = stack.pop()
+            key, span = request.keys[index], spans[index]
+            if key in seen:
+                continue
+            seen.add(key)
+            tier = self._find(key) if span.cached else None
+            if tier is None and key in self.encodings:
+                tier = "shared"
+            if tier is None:
+                started.append(index)
+                usage.computed_tokens += len(span)
+            else:
+                usage.reused_tokens[tier] = usage.reused_tokens.get(tier, 0) + len(span)
+            if tier in (None, "shared"):
+                request.missing.add(key)
+                stack.extend(p.span for p in span.sees)
+        for index in sorted(started):  # plan order: sources before their readers
+            self.encodings[request.keys[index]] = self._encoding(request, index)
+        for key in request.missing:
+            self.encodings[key].waiters.add(request)
+
+    def _find(self, key: str) -> str | None:
+        """Where a record was found ("memory" or a tier of the store); it is in the pool afterwards."""
+        if self.pool.get(key) is not None:
+            return "memory"
+        record, tier = self.fetch(key)
+        if record is None:
+            return None
+        self._make_room(record.nbytes)
+        self._keep(record)
+        return tier
+
+    def _encoding(self, request: Request, index: int) -> Encoding:
+        span = request.plan.spans[index]
+        return Encoding(request.keys[index], sequence_of(span, request.keys), persistent=span.cached)
+
+    def _ready(self, request: Request) -> None:
+        """Everything the live span reads is in the pool: intermediate versions are no longer needed."""
+        wanted = {request.keys[p.span] for p in request.plan.live.sees}
+        for key in [k for k in request.held if k not in wanted]:
+            self._release(request, key)
+        request.usage.kv_bytes = sum(self.holds[k][0] for k in wanted) + self._own_bytes(request)
+        if request.live is None:
+            self._finish(request, "length")
+
+    def _worst_case(self, request: Request) -> dict[str, int]:
+        per_token = self.model.kv_bytes_per_token
+        return {k: len(s) * per_token for k, s in zip(request.keys, request.plan.spans[:-1], strict=False)}
+
+    def _own_bytes(self, request: Request) -> int:
+        return request.capacity * self.model.kv_bytes_per_token
+
+    def _hold(self, request: Request, key: str, size: int) -> None:
+        _, count = self.holds.get(key, (size, 0))
+        self.holds[key] = (size, count + 1)
+        request.held.add(key)
+        if count == 0 and key in self.pool:
+            self.pool.pin(key)
+
+    def _release(self, request: Request, key: str) -> None:
+        size, count = self.holds[key]
+        request.held.discard(key)
+        if count > 1:
+            self.holds[key] = (size, count - 1)
+            return
+        del self.holds[key]
+        if key in self.pool:
+            self.pool.unpin(key)
+
+    def _keep(self, record: Record) -> None:
+        self._make_room(0)
+        self.pool.put(record)
+        if record.key in self.holds:
+            self.pool.pin(record.key)
+
+    def _make_room(self, size: int) -> None:
+        """Evict what nobody holds until `size` more bytes fit beside all own KV and running encodings."""
+        encoding = sum(e.sequence.kv.nbytes for e in self.encodings.values() if e.sequence.kv is not None)
+        self.pool.evict_to(max(0, self.budget - self.row_bytes - encoding - size))
+
+
+def sequence_of(span: Span, keys: list[str], room: int = 0) -> Sequence:
+    """A span in its own frame (first position 0), with its places' keys and `room` for tokens to come."""
+    positions = np.asarray(span.positions, dtype=np.int64) - span.start
+    places = [(keys[p.span], p.at - span.start, p.lo, p.hi or 0) for p in span.sees]
+    return Sequence(list(span.tokens), positions, places, len(span) + room)

@@ -1,0 +1,254 @@
+"""Context graphs: what a user says. A prefix, text segments, a query, and who reads whom.
+
+A piece of text is a `str` or a sequence of token ids. An edge (source, reader) lets segment `reader` read segment
+`source`; what reading means is up to the method. Pure Python.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from kvgraph.errors import GraphError
+
+Text = str | Sequence[int]  # what callers pass: text or token ids
+Piece = str | tuple[int, ...]  # what a graph holds
+Ref = int | str  # a segment by index or by name
+Edge = tuple[Ref, Ref]  # (source, reader)
+
+
+@dataclass(frozen=True, init=False)
+class ContextGraph:
+    """A prefix, segments (documents), a query, and directed edges (source, reader) between segments.
+
+    segments: a sequence of pieces, or a mapping name -> piece. Empty segments are allowed; they make no span.
+    query: one piece; may stay empty until a plan is made (see `with_query`).
+    prefix: one piece, or a list of pieces encoded as a causal chain (a chat: one piece a message). A flat list of ints
+    is one piece of token ids. Empty pieces are left out.
+    edges: pairs (source, reader), each segment given by index or by name; kept as indices, in the order given.
+    names: one unique name a segment, for edges and for `explain`; "doc 0", "doc 1", ... unless given.
+
+    Raises GraphError, naming the segment or edge: wrong types, token ids that are negative or no integers, names that
+    are not unique, unknown segments, duplicate edges. Self-edges are legal here.
+    """
+
+    segments: tuple[Piece, ...]
+    query: Piece
+    prefix: tuple[Piece, ...]
+    edges: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+
+    def __init__(
+        self,
+        segments: Sequence[Text] | Mapping[str, Text],
+        query: Text = "",
+        prefix: Text | Sequence[Text] = "",
+        edges: Iterable[Edge] = (),
+        names: Sequence[str] | None = None,
+    ) -> None:
+        if isinstance(segments, Mapping):
+            if names is not None:
+                raise GraphError("segments given as a mapping bring their names; leave out names=")
+            segments, names = list(segments.values()), list(segments)
+        pieces = _items(segments, "segments", "a list of segments or a mapping of names to segments")
+        labels = _names(names, len(pieces))
+        fields = {
+            "segments": tuple(_piece(p, _who(i, labels)) for i, p in enumerate(pieces)),
+            "query": _piece(query, "the query"),
+            "prefix": _prefix(prefix),
+            "edges": _edges(edges, labels),
+            "names": labels,
+        }
+        for field, value in fields.items():
+            object.__setattr__(self, field, value)
+
+    @property
+    def is_tokenized(self) -> bool:
+        """Whether no piece is text any more (empty text counts as no tokens)."""
+        return not any(isinstance(piece, str) and piece for piece in (*self.prefix, *self.segments, self.query))
+
+    def tokenized(self, encode: Callable[[str], Sequence[int]]) -> ContextGraph:
+        """The graph with every text replaced by encode(text), one piece at a time; token ids stay as they are.
+
+        `encode` must add no special tokens: BOS and chat-template text belong to the prefix.
+        """
+
+        def ids(piece: Piece) -> Text:
+            if not isinstance(piece, str):
+                return piece
+            return encode(piece) if piece else ()
+
+        segments, prefix = [ids(s) for s in self.segments], [ids(p) for p in self.prefix]
+        return ContextGraph(segments, ids(self.query), prefix, self.edges, self.names)
+
+    def with_query(self, query: Text) -> ContextGraph:
+        """The same graph with another query; the segments are shared, not checked again."""
+        new = copy.copy(self)
+        object.__setattr__(new, "query", _piece(query, "the query"))
+        return new
+
+
+def all_pairs(n: int, self_edges: bool = False) -> tuple[Edge, ...]:
+    """Every one of n segments reads every other (and itself, with `self_edges`)."""
+    return top_k(n, 0, self_edges)
+
+
+def top_k(n: int, k: int, self_edges: bool = False, last: bool = False) -> tuple[Edge, ...]:
+    """Every one of n segments reads the first k (with `last`, the last k). k=0, or k above n, means all.
+
+    A source reads the other sources, and itself with `self_edges`.
+    """
+    _count("n", n)
+    _count("k", k)
+    if k == 0 or k > n:
+        k = n
+    sources = range(n - k, n) if last else range(k)
+    return tuple((s, r) for r in range(n) for s in sources if self_edges or s != r)
+
+
+def star(center: Ref, neighbours: Iterable[Ref]) -> tuple[Edge, ...]:
+    """The center reads each of its neighbours. Raises GraphError when it is its own neighbour."""
+    edges = tuple((neighbour, center) for neighbour in neighbours)
+    if (center, center) in edges:
+        raise GraphError(f"segment {center!r} is the center of a star and can't be its own neighbour; leave it out")
+    return edges
+
+
+def ego(groups: Iterable[tuple[Ref, Iterable[Ref]]]) -> tuple[Edge, ...]:
+    """Several stars: groups of (center, neighbours)."""
+    return tuple(edge for center, neighbours in groups for edge in star(center, neighbours))
+
+
+def chain(n: int) -> tuple[Edge, ...]:
+    """Each of n segments reads the one before it."""
+    _count("n", n)
+    return tuple(pairwise(range(n)))
+
+
+def layered(layers: Iterable[Iterable[Ref]]) -> tuple[Edge, ...]:
+    """Each segment of a layer reads every segment of the layer before: multi-hop (top 1 -> top 2-4 -> the rest).
+
+    Raises GraphError when a layer is empty (it would cut the graph in two) or a segment is in two layers.
+    """
+    lists = [list(layer) for layer in layers]
+    home: dict[Ref, int] = {}
+    for i, layer in enumerate(lists):
+        if not layer:
+            raise GraphError(f"layer {i} is empty; leave it out")
+        for ref in layer:
+            if ref in home:
+                raise GraphError(f"segment {ref!r} is in layers {home[ref]} and {i}; a segment belongs to one layer")
+            home[ref] = i
+    return tuple((s, r) for above, below in pairwise(lists) for r in below for s in above)
+
+
+def _who(index: int, names: Sequence[str]) -> str:
+    return f"segment {index} ({names[index]})" if names[index] != f"doc {index}" else f"segment {index}"
+
+
+def _items(value: Any, what: str, wanted: str) -> tuple[Any, ...]:
+    """The items of a list-like value; text, bytes, mappings and sets are none."""
+    if isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable):
+        raise GraphError(f"{what} must be {wanted}, not {type(value).__name__}")
+    return tuple(value)
+
+
+def _piece(value: Any, who: str) -> Piece:
+    if isinstance(value, str):
+        return value
+    items = _items(value, who, "text or a sequence of token ids")
+    if set(map(type, items)) <= {int}:  # the usual case, worth its own branch: documents are long
+        ids = items
+    else:
+        ids = tuple(_token(item, i, who) for i, item in enumerate(items))
+    if ids and min(ids) < 0:
+        raise GraphError(f"{who}: token {ids.index(min(ids))} is {min(ids)}; token ids can't be negative")
+    return ids
+
+
+def _is_int(value: Any) -> bool:
+    """Whether value is an integer of any library (numpy, torch), but no bool."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def _token(value: Any, index: int, who: str) -> int:
+    if not _is_int(value):
+        raise GraphError(f"{who}: token {index} is {value!r}, a {type(value).__name__}; token ids are integers")
+    return operator.index(value)
+
+
+def _prefix(value: Any) -> tuple[Piece, ...]:
+    if isinstance(value, str):
+        pieces: tuple[Any, ...] = (value,)
+    else:
+        pieces = _items(value, "the prefix", "text, a sequence of token ids, or a list of such pieces")
+        ints = sum(map(_is_int, pieces))
+        if pieces and ints == len(pieces):
+            pieces = (pieces,)
+        elif ints:
+            raise GraphError("the prefix mixes token ids and pieces; make it one list of ids, or a list of pieces")
+    checked = (_piece(p, f"piece {i} of the prefix" if len(pieces) > 1 else "the prefix") for i, p in enumerate(pieces))
+    return tuple(p for p in checked if p)
+
+
+def _names(names: Any, count: int) -> tuple[str, ...]:
+    if names is None:
+        return tuple(f"doc {i}" for i in range(count))
+    labels = _items(names, "names", "a list of texts")
+    if len(labels) != count:
+        raise GraphError(f"there are {count} segments but {len(labels)} names")
+    first: dict[str, int] = {}
+    for i, name in enumerate(labels):
+        if not isinstance(name, str) or not name:
+            raise GraphError(f"the name of segment {i} is {name!r}; names are non-empty texts")
+        if first.setdefault(name, i) != i:
+            raise GraphError(f"segments {first[name]} and {i} are both named {name!r}; names must be unique")
+    return labels
+
+
+def _edges(edges: Any, names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    index = {name: i for i, name in enumerate(names)}
+
+    def segment(ref: Any, edge: Any) -> int:
+        if isinstance(ref, str):
+            if ref not in index:
+                raise GraphError(f"edge {edge!r}: there is no segment named {ref!r}; there are {_listed(names)}")
+            return index[ref]
+        if not _is_int(ref):
+            raise GraphError(f"edge {edge!r}: {ref!r} is neither the index nor the name of a segment")
+        i = operator.index(ref)
+        if not 0 <= i < len(names):
+            known = f"there are segments 0 to {len(names) - 1}" if names else "the graph has no segments"
+            raise GraphError(f"edge {edge!r}: there is no segment {i}; {known}")
+        return i
+
+    kept: dict[tuple[int, int], None] = {}
+    for edge in _items(edges, "edges", "a list of (source, reader) pairs"):
+        pair = _items(edge, f"edge {edge!r}", "a pair (source, reader)")
+        if len(pair) != 2:
+            raise GraphError(f"edge {edge!r} must be a pair (source, reader)")
+        source, reader = segment(pair[0], edge), segment(pair[1], edge)
+        if (source, reader) in kept:
+            raise GraphError(f"edge {edge!r} is given twice (segment {reader} reads segment {source}); give it once")
+        kept[source, reader] = None
+    return tuple(kept)
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    if not names:
+        return "none"
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
+
+def _count(what: str, value: Any) -> None:
+    if not _is_int(value) or value < 0:
+        raise GraphError(f"{what} must be an integer of at least 0, not {value!r}")

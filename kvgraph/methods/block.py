@@ -1,0 +1,30 @@
+"""Block-Attention: every segment alone, at sequential positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvgraph.graph import ContextGraph
+from kvgraph.methods.base import chain, check, end, ids, prefix_parts, segment_parts, where_computed
+from kvgraph.plan import Plan, contiguous
+
+
+@dataclass(frozen=True)
+class Block:
+    """Every segment, prefix included, is encoded alone; the query sees all of them at sequential positions.
+
+    A prefix of several pieces is one causal chain.
+    Source: Block-Attention (arXiv 2409.15355), section 2; Graph-KV's `block`, `block_batch` and Block-Attention server.
+    """
+
+    name: ClassVar[str] = "block"
+
+    def plan(self, graph: ContextGraph) -> Plan:
+        """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
+        check(graph, self.name)
+        spans = chain(prefix_parts(graph))
+        for name, tokens in segment_parts(graph):
+            spans.append(contiguous(tokens, end(spans[-1:]), name=name))
+        query = contiguous(ids(graph.query), end(spans), where_computed(spans), cached=False, name="query")
+        return Plan((*spans, query), self.name)

@@ -1,0 +1,162 @@
+"""Graph-KV: segments encoded alone, then again while they read their sources' caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+from kvgraph.errors import GraphError
+from kvgraph.graph import ContextGraph
+from kvgraph.methods.base import chain, check, end, ids, prefix_parts, require_int, require_one_of, where_computed
+from kvgraph.plan import Place, Plan, Span, contiguous, pruned
+
+
+@dataclass(frozen=True)
+class GraphKV:
+    """Round 0 encodes every segment alone; in round r a segment is encoded again, reading its sources.
+
+    A segment gets a version in round r if one of its sources got one in round r - 1. That version sees the newest
+    versions (as of round r - 1) of its sources; its own only if it is its own source; never the prefix. The query sees
+    the prefix, the newest version of every segment, and every version that a visible version read.
+
+    rounds: how often caches travel along an edge; without edges 0.
+    keep: "all" shows the query every round-0 version too; "read" only those that a visible version read.
+    layout, with P the prefix's length and L the band:
+    - "aligned": versions of round r stand at P + r * L, the query right after the last band in use.
+    - "tight": a reader starts right after the highest position it sees (segments that read nothing at P), the query
+      right after the highest position in use. So separate ego groups share positions.
+    - "packed" (keep "all", one round, every segment a reader): a reader sees its sources' round-0 versions, in segment
+      order, end to end from 0 and is computed right after them; the query sees all round-0 versions end to end from P,
+      then all round-1 versions, and stands after these. Caches are moved between being computed and being read.
+    band: L for "aligned"; the longest segment unless given. Fixing it for a corpus keeps the keys of re-encoded
+    segments when a longer document joins.
+    drop_token: "packed" only. Tokens with this id are computed in their segment but hidden from whatever reads it, and
+    later keys close the gap. The released code pads with eos, so it drops eos inside documents this way.
+
+    Raises GraphError for fields that don't go together, and from `plan` when a segment is longer than the band.
+    Source: Graph-KV (arXiv 2506.07334), section 3. With all-pairs edges "aligned" is the paper's Full, with top-k edges
+    its Top-m, with layered edges and rounds = depth its multi-hop variants; "tight" is `gapemp_graph(_batch)` and
+    "packed" `gapemp` and `gapemp_appr` of the released code.
+    """
+
+    name: ClassVar[str] = "graph-kv"
+
+    rounds: int = 1
+    keep: Literal["read", "all"] = "read"
+    layout: Literal["aligned", "tight", "packed"] = "aligned"
+    band: int | None = None
+    drop_token: int | None = None
+
+    def __post_init__(self) -> None:
+        require_int(self.name, "rounds", self.rounds)
+        require_one_of(self.name, "keep", self.keep, ("read", "all"))
+        require_one_of(self.name, "layout", self.layout, ("aligned", "tight", "packed"))
+        if self.layout == "packed" and (self.keep, self.rounds) != ("all", 1):
+            raise GraphError('graph-kv: layout "packed" is defined for keep="all" and rounds=1 only; set both')
+        if self.band is not None:
+            require_int(self.name, "band", self.band, least=1)
+            if self.layout != "aligned":
+                raise GraphError(f'graph-kv: band belongs to layout "aligned", not "{self.layout}"; leave it out')
+        if self.drop_token is not None:
+            require_int(self.name, "drop_token", self.drop_token)
+            if self.layout != "packed":
+                raise GraphError(f'graph-kv: drop_token belongs to layout "packed", not "{self.layout}"; leave it out')
+
+    def plan(self, graph: ContextGraph) -> Plan:
+        """The plan of a tokenized graph; raises GraphError for text, an empty query, or a segment above the band."""
+        check(graph, "graph-kv" if self.rounds else "graph-kv with rounds=0", reads_edges=self.rounds > 0)
+        segments = {i: ids(segment) for i, segment in enumerate(graph.segments) if segment}
+        sources: dict[int, list[int]] = {i: [] for i in segments}
+        for source, reader in sorted(graph.edges):
+            if source in segments and reader in segments:  # edges of empty segments vanish
+                sources[reader].append(source)
+        lay_out = self._packed if self.layout == "packed" else self._in_rounds
+        spans, places, start = lay_out(graph, segments, sources)
+        query = contiguous(ids(graph.query), start, places, cached=False, name="query")
+        return pruned([*spans, query], self.name)
+
+    def _in_rounds(
+        self, graph: ContextGraph, segments: dict[int, tuple[int, ...]], sources: dict[int, list[int]]
+    ) -> tuple[list[Span], list[Place], int]:
+        """Layouts "aligned" and "tight": (spans, what the query sees, where it starts)."""
+        spans = chain(prefix_parts(graph))
+        prefix, origin, band = where_computed(spans), end(spans), self._band(graph)
+        newest: dict[int, int] = {}  # segment -> its newest version, as an index into spans
+        for i, tokens in segments.items():
+            newest[i] = len(spans)
+            spans.append(contiguous(tokens, origin, name=graph.names[i]))
+        visible = set(newest.values()) if self.keep == "all" else set()
+
+        changed, last = set(segments), 0
+        for r in range(1, self.rounds + 1):
+            readers = [i for i in segments if changed.intersection(sources[i])]
+            if not readers:
+                break
+            before, last = dict(newest), r
+            for i in readers:
+                seen = [before[s] for s in sources[i]]
+                start = origin + r * band if self.layout == "aligned" else end(spans[v] for v in seen)
+                newest[i] = len(spans)
+                places = [Place(v, spans[v].start) for v in seen]
+                spans.append(contiguous(segments[i], start, places, name=_version(graph.names[i], r)))
+            changed = set(readers)
+
+        visible.update(newest.values())
+        for v in reversed(range(len(spans))):  # versions see earlier ones only, so one pass reaches the fixpoint
+            if v in visible:
+                visible.update(place.span for place in spans[v].sees)
+        visible.difference_update(range(len(prefix)))
+        if self.layout == "aligned":
+            start = origin + (last + 1) * band if segments else origin
+        else:
+            start = max(origin, end(spans[v] for v in visible))
+        return spans, prefix + [Place(v, spans[v].start) for v in sorted(visible)], start
+
+    def _packed(
+        self, graph: ContextGraph, segments: dict[int, tuple[int, ...]], sources: dict[int, list[int]]
+    ) -> tuple[list[Span], list[Place], int]:
+        """Layout "packed": (spans, what the query sees, where it starts)."""
+        spans = chain(prefix_parts(graph))
+        prefix, origin = where_computed(spans), end(spans)
+        first: dict[int, int] = {}
+        for i, tokens in segments.items():
+            first[i] = len(spans)
+            spans.append(contiguous(tokens, 0, name=graph.names[i]))
+        again: list[int] = []
+        for i, tokens in segments.items() if any(sources.values()) else ():
+            places, start = self._end_to_end(spans, [first[s] for s in sources[i]], 0)
+            again.append(len(spans))
+            spans.append(contiguous(tokens, start, places, name=_version(graph.names[i], 1)))
+        places, start = self._end_to_end(spans, [*first.values(), *again], origin)
+        return spans, prefix + places, start
+
+    def _end_to_end(self, spans: Sequence[Span], versions: Sequence[int], at: int) -> tuple[list[Place], int]:
+        """Places of the versions' kept tokens, laid from position `at` without gaps, and the position after them."""
+        places = []
+        for v in versions:
+            tokens = spans[v].tokens
+            dropped = [i for i, token in enumerate(tokens) if token == self.drop_token]
+            for before, hi in pairwise([-1, *dropped, len(tokens)]):
+                lo = before + 1
+                if lo < hi:
+                    places.append(Place(v, at - lo, lo, hi))
+                    at += hi - lo
+        return places, at
+
+    def _band(self, graph: ContextGraph) -> int:
+        longest = max(map(len, graph.segments), default=0)
+        if self.band is None:
+            return longest
+        if longest > self.band:
+            i = next(i for i, segment in enumerate(graph.segments) if len(segment) == longest)
+            raise GraphError(
+                f"segment {i} ({graph.names[i]}) has {longest} tokens, more than the band of {self.band}; "
+                f"shorten it or give a longer band"
+            )
+        return self.band
+
+
+def _version(name: str, r: int) -> str:
+    return f"{name} · round {r}"

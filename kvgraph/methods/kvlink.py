@@ -1,0 +1,74 @@
+"""KVLink: documents encoded alone, joined by a few live link tokens after each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvgraph.errors import GraphError
+from kvgraph.graph import ContextGraph
+from kvgraph.methods.base import chain, check, end, ids, prefix_parts, require_int, where_computed
+from kvgraph.plan import Plan, Span, contiguous
+
+
+@dataclass(frozen=True)
+class KVLink:
+    """Every document is encoded alone; `links` link tokens after each see everything before them, links included.
+
+    The link tokens are live: they run in one pass with the query, between whose positions the documents lie. All
+    positions are sequential. An empty document keeps its slot, and so its link tokens.
+
+    links: link tokens a document (the published models have 0, 1 or 5).
+    link_start: token id of the first; link token j of document slot s is link_start + links * s + j.
+    slots: documents the checkpoint has link tokens for.
+    mem_start, mem_end: token ids that end the prefix and start the query; None leaves them out.
+
+    Raises GraphError when link_start is missing, and from `plan` when there are more documents than slots.
+    Source: KVLink (arXiv 2502.16002), section 3, and its released evaluation code.
+    """
+
+    name: ClassVar[str] = "kvlink"
+
+    links: int = 0
+    link_start: int | None = None
+    slots: int = 40
+    mem_start: int | None = None
+    mem_end: int | None = None
+
+    def __post_init__(self) -> None:
+        require_int(self.name, "links", self.links)
+        require_int(self.name, "slots", self.slots, least=1)
+        for field in ("link_start", "mem_start", "mem_end"):
+            if getattr(self, field) is not None:
+                require_int(self.name, field, getattr(self, field))
+        if self.links and self.link_start is None:
+            raise GraphError(
+                f"kvlink with links={self.links} needs link_start, the id of the model's first link token; "
+                f"the presets kvlink-llama3-1 and kvlink-llama3-5 have that of the released Llama 3 models"
+            )
+
+    def plan(self, graph: ContextGraph) -> Plan:
+        """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or too many documents."""
+        check(graph, self.name)
+        if self.links and len(graph.segments) > self.slots:
+            raise GraphError(f"kvlink has link tokens for {self.slots} documents but the graph has {len(graph.segments)}")
+        prefix = prefix_parts(graph)
+        if self.mem_start is not None:
+            name, tokens = prefix.pop() if prefix else ("prefix", ())
+            prefix.append((name, (*tokens, self.mem_start)))
+        spans = chain(prefix)
+        at = end(spans)
+        live: list[tuple[int, int]] = []  # (token, position)
+        for slot, segment in enumerate(graph.segments):
+            if segment:
+                spans.append(contiguous(ids(segment), at, name=graph.names[slot]))
+                at += len(segment)
+            first = (self.link_start or 0) + self.links * slot
+            live += zip(range(first, first + self.links), range(at, at + self.links), strict=True)
+            at += self.links
+        opening = () if self.mem_end is None else (self.mem_end,)
+        live += [(token, at + i) for i, token in enumerate((*opening, *ids(graph.query)))]
+        live_tokens, positions = zip(*live, strict=True)
+        label = "links + query" if self.links and graph.segments else "query"
+        query = Span(live_tokens, positions, tuple(where_computed(spans)), cached=False, name=label)
+        return Plan((*spans, query), self.name)

@@ -1,0 +1,244 @@
+"""Spans, places and plans: who computes what, at which positions, seeing which earlier spans.
+
+A plan is the whole interface between methods (which know graphs and papers) and executors (which know tensors).
+Rules, in full:
+
+- Token i of a span attends to every key of its places whose position is *lower than its own position*, and to tokens
+  <= i of its own span. Nothing else.
+- RoPE is relative, so every span lives in its own frame: only differences of positions matter, and a span's key is the
+  same wherever it is placed.
+- Cached spans see only cached spans. The last span is live: decoding continues from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from kvgraph.errors import PlanError
+
+KEY_FORMAT = b"kvgraph-key-1"
+
+
+class Place(NamedTuple):
+    """A view of an earlier span: tokens lo..hi of span `span`, its token 0 standing at position `at` for this reader."""
+
+    span: int
+    at: int
+    lo: int = 0
+    hi: int | None = None  # None only before a Plan normalises it to the span's length
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens computed together.
+
+    tokens: token ids. positions: strictly ascending, one a token; contiguous for documents, with gaps for live spans
+    that hold link tokens. sees: views of earlier spans. cached: False for what is recomputed each time.
+    name: for people only; it is in no key and no comparison.
+    """
+
+    tokens: tuple[int, ...]
+    positions: range | tuple[int, ...]
+    sees: tuple[Place, ...] = ()
+    cached: bool = True
+    name: str = field(default="", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def start(self) -> int:
+        """Position of the first token: the origin of the span's own frame."""
+        return self.positions[0]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A plan as one problem. tokens [T], positions [T] (may be negative), visible [T, T] bool (row attends to column).
+
+    The live span is the last `live` rows; `span` [T] is the index of the span each row copies.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    visible: np.ndarray
+    span: np.ndarray
+    live: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Spans in encoding order; the last is the live prompt. `method` names what made it, for people."""
+
+    spans: tuple[Span, ...]
+    method: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", tuple(_checked(i, s, self.spans) for i, s in enumerate(self.spans)))
+        if not self.spans:
+            raise PlanError("a plan needs at least one span: the live prompt")
+        if self.spans[-1].cached:
+            raise PlanError("the last span of a plan is the live prompt and can't be cached; set cached=False")
+
+    @property
+    def live(self) -> Span:
+        return self.spans[-1]
+
+    @property
+    def highest_position(self) -> int:
+        """The highest position in use, as the methods count them (absolute)."""
+        return max(s.positions[-1] for s in self.spans)
+
+    def keys(self, fingerprint: str, salt: str = "") -> list[str | None]:
+        """Merkle key (64 hex digits) of every cached span, None for the others.
+
+        A key covers everything that can change a span's KV: the model fingerprint, the tenant's salt, the tokens, the
+        positions relative to the span's first, and its places with their own keys, as a multiset.
+        """
+        keys: list[str | None] = []
+        for span in self.spans:
+            keys.append(_key(span, keys, fingerprint, salt) if span.cached else None)
+        return keys
+
+    def dense(self) -> Dense:
+        """Lay the plan out as one (tokens, positions, visibility) problem.
+
+        A span read in two relative frames is laid out twice, with its ancestors; exact, because KV is relative.
+        """
+        return _dense(self)
+
+    def __str__(self) -> str:
+        from kvgraph.explain import explain  # text for people lives apart from the rules
+
+        return explain(self)
+
+
+def pruned(spans: Sequence[Span], method: str = "") -> Plan:
+    """The plan of `spans` without those that nothing live reads (directly or through another span)."""
+    wanted = {i for i, s in enumerate(spans) if not s.cached}
+    for i in reversed(range(len(spans))):
+        if i in wanted:
+            wanted.update(p.span for p in spans[i].sees)
+    new = {old: i for i, old in enumerate(sorted(wanted))}
+    kept = (replace(spans[i], sees=tuple(p._replace(span=new[p.span]) for p in spans[i].sees)) for i in sorted(wanted))
+    return Plan(tuple(kept), method)
+
+
+def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
+    """The span with its places normalised (hi filled in); raises PlanError naming the span and the rule it breaks."""
+    who = f"span {index}" + (f" ({span.name})" if span.name else "")
+    if not span.tokens:
+        raise PlanError(f"{who} is empty; leave empty spans out of the plan")
+    if len(span.positions) != len(span.tokens):
+        raise PlanError(f"{who} has {len(span.tokens)} tokens but {len(span.positions)} positions")
+    if isinstance(span.positions, range):
+        ascending = span.positions.step > 0
+    else:
+        ascending = all(a < b for a, b in zip(span.positions, span.positions[1:], strict=False))
+    if not ascending:
+        raise PlanError(f"{who}: positions must be strictly ascending")
+    places = []
+    for place in span.sees:
+        if not 0 <= place.span < index:
+            raise PlanError(f"{who} sees span {place.span}, which isn't earlier in the plan")
+        child = earlier[place.span]
+        hi = len(child) if place.hi is None else place.hi
+        if not 0 <= place.lo < hi <= len(child):
+            raise PlanError(f"{who} sees tokens {place.lo}..{hi} of span {place.span}, which has {len(child)}")
+        if span.cached and not child.cached:
+            raise PlanError(f"{who} is cached but sees span {place.span}, which is not")
+        places.append(Place(place.span, place.at, place.lo, hi))
+    return replace(span, sees=tuple(places))
+
+
+def _key(span: Span, keys: Sequence[str | None], fingerprint: str, salt: str) -> str:
+    start = span.start
+    h = hashlib.sha256()
+
+    def add(data: bytes) -> None:  # length-prefixed, so that no two different inputs give the same bytes
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
+
+    add(KEY_FORMAT)
+    add(fingerprint.encode())
+    add(salt.encode())
+    add(np.array(span.tokens, dtype="<i8").tobytes())
+    if isinstance(span.positions, range) and span.positions.step == 1:
+        add(b"range")
+    else:
+        relative = np.asarray(span.positions, dtype="<i8") - start
+        add(b"range" if relative[-1] == len(span) - 1 else relative.tobytes())
+    for child, at, lo, hi in sorted((keys[p.span] or "", p.at - start, p.lo, p.hi or 0) for p in span.sees):
+        add(f"{child} {at} {lo} {hi}".encode())
+    return h.hexdigest()
+
+
+def _dense(plan: Plan) -> Dense:
+    spans = plan.spans
+    columns: dict[tuple[int, int, int], range] = {}  # (span, absolute start, copy) -> its rows of the problem
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    owner: list[int] = []
+    seen: list[list[tuple[range, int, int]]] = []  # per laid-out span: (columns of a child, lo, hi)
+    laid: list[range] = []
+    total = 0
+
+    def lay(index: int, start: int, copy: int) -> range:
+        nonlocal total
+        if (index, start, copy) in columns:
+            return columns[index, start, copy]
+        span = spans[index]
+        times: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        views = []
+        for p in span.sees:
+            at = p.at - span.start + start
+            hi = p.hi or 0
+            slices = times.setdefault((p.span, at), [])
+            # A duplicate counts twice in the softmax, so an overlapping view needs columns of its own.
+            n = sum(1 for lo, h in slices if lo < hi and p.lo < h)
+            slices.append((p.lo, hi))
+            views.append((lay(p.span, at, n), p.lo, hi))
+        here = range(total, total + len(span))
+        total += len(span)
+        columns[index, start, copy] = here
+        tokens.append(np.array(span.tokens, dtype=np.int64))
+        positions.append(np.asarray(span.positions, dtype=np.int64) - span.start + start)
+        owner.append(index)
+        seen.append(views)
+        laid.append(here)
+        return here
+
+    _deep(lay, len(spans) - 1, spans[-1].start)
+    pos = np.concatenate(positions)
+    visible = np.zeros((total, total), dtype=bool)
+    for here, views in zip(laid, seen, strict=True):
+        rows = slice(here.start, here.stop)
+        visible[rows, rows] = np.tri(len(here), dtype=bool)
+        for cols, lo, hi in views:
+            c = slice(cols.start + lo, cols.start + hi)
+            visible[rows, c] = pos[rows, None] > pos[None, c]
+    span_of = np.concatenate([np.full(len(r), i) for i, r in zip(owner, laid, strict=True)])
+    return Dense(np.concatenate(tokens), pos, visible, span_of, len(spans[-1]))
+
+
+def _deep(lay, index: int, start: int) -> None:
+    """Call lay(index, start, 0) with room for plans nested deeper than Python's default recursion limit."""
+    import sys
+
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, 4 * index + 1000))
+    try:
+        lay(index, start, 0)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def contiguous(tokens: Iterable[int], start: int, sees: Sequence[Place] = (), *, cached: bool = True, name: str = "") -> Span:
+    """A span of `tokens` at positions start, start+1, ..."""
+    ids = tuple(tokens)
+    return Span(ids, range(start, start + len(ids)), tuple(sees), cached, name)

@@ -1,0 +1,30 @@
+"""The KV of one span: what engines compute and stores keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Record:
+    """KV of one span, canonical: keys are rotated as if the span's first token stood at position 0.
+
+    Shapes: G key/value heads, N tokens, D head size (may differ by layer and between keys and values).
+    key: the span's Merkle key, 64 hex digits. keys[l], values[l]: [G, N, D], last dimension contiguous.
+    positions: [N] int64, relative to the first token's. All tensors are read-only by agreement: many rows share them.
+    """
+
+    key: str
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
