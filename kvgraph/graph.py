@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -53,7 +54,8 @@ class ContextGraph:
         if isinstance(segments, Mapping):
             if names is not None:
                 raise GraphError("segments given as a mapping bring their names; leave out names=")
-            segments, names = list(segments.values()), list(segments)
+            names = list(segments)
+            segments = list(segments.values())
         pieces = _items(segments, "segments", "a list of segments or a mapping of names to segments")
         labels = _names(names, len(pieces))
         fields = {
@@ -70,6 +72,11 @@ class ContextGraph:
     def is_tokenized(self) -> bool:
         """Whether no piece is text any more (empty text counts as no tokens)."""
         return not any(isinstance(piece, str) and piece for piece in (*self.prefix, *self.segments, self.query))
+
+    @property
+    def has_query(self) -> bool:
+        """Whether the query holds anything."""
+        return bool(self.query)
 
     def tokenized(self, encode: Callable[[str], Sequence[int]]) -> ContextGraph:
         """The graph with every text replaced by encode(text), one piece at a time; token ids stay as they are.
@@ -152,7 +159,7 @@ def _who(index: int, names: Sequence[str]) -> str:
 
 def _items(value: Any, what: str, wanted: str) -> tuple[Any, ...]:
     """The items of a list-like value; text, bytes, mappings and sets are none."""
-    if isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping, AbstractSet)) or not isinstance(value, Iterable):
         raise GraphError(f"{what} must be {wanted}, not {type(value).__name__}")
     return tuple(value)
 

@@ -193,15 +193,19 @@ def _dense(plan: Plan) -> Dense:
         if (index, start, copy) in columns:
             return columns[index, start, copy]
         span = spans[index]
-        times: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        copies: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}
         views = []
         for p in span.sees:
             at = p.at - span.start + start
             hi = p.hi or 0
-            slices = times.setdefault((p.span, at), [])
+            slices = copies.setdefault((p.span, at), [])
             # A duplicate counts twice in the softmax, so an overlapping view needs columns of its own.
-            n = sum(1 for lo, h in slices if lo < hi and p.lo < h)
-            slices.append((p.lo, hi))
+            n = 0
+            while n < len(slices) and any(lo < hi and p.lo < h for lo, h in slices[n]):
+                n += 1
+            if n == len(slices):
+                slices.append([])
+            slices[n].append((p.lo, hi))
             views.append((lay(p.span, at, n), p.lo, hi))
         here = range(total, total + len(span))
         total += len(span)

@@ -18,7 +18,7 @@ from kvgraph import methods
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.progress import Progress
 from kvgraph.errors import GraphError, ModelError
-from kvgraph.graph import ContextGraph, all_pairs, chain
+from kvgraph.graph import ContextGraph, Text, all_pairs, chain
 from kvgraph.plan import Place, Plan, Span, contiguous
 
 # Largest difference of next-token logits from the plain forward's, in standard deviations of those. float32 leaves only
@@ -103,7 +103,7 @@ class Quality:
 
 
 def quality(
-    engine: Engine, method: str, items: Iterable[tuple[ContextGraph, str]], progress: bool | None = None
+    engine: Engine, method: str, items: Iterable[tuple[ContextGraph, Text]], progress: bool | None = None
 ) -> Quality:
     """Score every (graph, answer) with `method` and with `full` on identical tokens."""
     pairs = list(items)

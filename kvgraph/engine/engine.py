@@ -25,7 +25,7 @@ from kvgraph import methods, models
 from kvgraph.engine.progress import Progress
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingParams, TextStream
-from kvgraph.engine.scheduler import Request, Scheduler, sequence_of
+from kvgraph.engine.scheduler import UNCACHED, Request, Scheduler, sequence_of
 from kvgraph.errors import CapacityError, GraphError, StoreError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
@@ -156,7 +156,7 @@ class Engine:
         with Progress("encoding", len(graphs), enabled=progress) as bar:
             pending: list[tuple[int, Request]] = []
             for i, g in enumerate(graphs):
-                plan = self.plan(g if g.has_query else g.with_query([0]), method)
+                plan = self.plan(g if g.query else g.with_query([0]), method)  # the query changes no document
                 pending.append((i, self.submit(plan, SamplingParams(max_tokens=1), encode_only=True)))
                 while len(pending) >= 2 * WRITES or (i + 1 == len(graphs) and pending):
                     self._advance(pending[0][1])
@@ -202,7 +202,7 @@ class Engine:
         """
         params = params or SamplingParams()
         keys = plan.keys(self.model.fingerprint, self.salt)
-        pool_keys = [k if k is not None else f"uncached-{next(self._uncached)}" for k in keys[:-1]]
+        pool_keys = [k if k is not None else f"{UNCACHED}{next(self._uncached)}" for k in keys[:-1]]
         live = plan.live
         new = min(params.max_tokens, self.model.limit - live.positions[-1])
         sequence = None if encode_only else sequence_of(live, pool_keys, max(0, new - 1))

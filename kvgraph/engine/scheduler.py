@@ -11,7 +11,6 @@ pinned, missing it is encoded once for everyone who waits (single flight). The r
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from kvgraph.plan import Plan, Span
 from kvgraph.store.memory import MemoryStore
 from kvgraph.store.record import Record
 
-log = logging.getLogger("kvgraph.engine")
+UNCACHED = "uncached-"  # pool keys of spans that a plan computes each time; the rest of the key is unique
 
 
 @dataclass(eq=False)
@@ -413,6 +412,8 @@ class Scheduler:
         del self.holds[key]
         if key in self.pool:
             self.pool.unpin(key)
+            if key.startswith(UNCACHED):  # nobody else can ever ask for it
+                self.pool.delete(key)
 
     def _keep(self, record: Record) -> None:
         self._make_room(0)

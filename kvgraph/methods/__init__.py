@@ -48,7 +48,7 @@ def kvlink_llama3_5() -> KVLink:
     return KVLink(links=5, link_start=128011, slots=40, mem_start=128254, mem_end=128255)
 
 
-METHODS: Mapping[str, type[Full] | type[Block] | type[KVLink] | type[GraphKV]] = MappingProxyType(
+METHODS: Mapping[str, type[Full | Block | KVLink | GraphKV]] = MappingProxyType(
     {cls.name: cls for cls in (Full, Block, KVLink, GraphKV)}
 )
 """Method classes by name."""
@@ -74,9 +74,9 @@ def get(spec: str, **fields: Any) -> Method:
     make: Callable[[], Any] | None = METHODS.get(spec) or PRESETS.get(spec)
     if make is None:
         raise GraphError(f"there is no method {spec!r}; there are {', '.join([*METHODS, *PRESETS])}")
-    cls = type(make()) 
-    known = [f.name for f in fields_of(cls)]
+    method = make()
+    known = [f.name for f in fields_of(method)]
     for field in fields:
         if field not in known:
             raise GraphError(f"{spec} has no field {field!r}; it has {', '.join(known) or 'no fields'}")
-    return replace(make(), **fields)
+    return replace(method, **fields)

@@ -29,7 +29,9 @@ def check(graph: ContextGraph, method: str, *, reads_edges: bool = False) -> Non
     if not graph.query:
         raise GraphError("the query is empty; a plan ends with at least one live token (see ContextGraph.with_query)")
     if graph.edges and not reads_edges:
-        raise GraphError(f"{method} ignores edges, but the graph has {len(graph.edges)}; leave them out or use graph-kv")
+        raise GraphError(
+            f"{method} ignores edges, but the graph has {len(graph.edges)}; leave them out or use graph-kv"
+        )
 
 
 def ids(piece: str | tuple[int, ...]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ class Block:
     """Every segment, prefix included, is encoded alone; the query sees all of them at sequential positions.
 
     A prefix of several pieces is one causal chain.
-    Source: Block-Attention (arXiv 2409.15355), section 2; Graph-KV's `block`, `block_batch` and Block-Attention server.
+    Source: Block-Attention (arXiv 2409.15355), its block-wise prefill; Graph-KV's `block`, `block_batch` and Block-Attention server.
     """
 
     name: ClassVar[str] = "block"

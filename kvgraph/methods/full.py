@@ -15,7 +15,7 @@ class Full:
     """Prefix, segments and query as one causal chain at sequential positions; equals a plain causal prefill.
 
     Requests that begin with the same pieces share them in the store: this is ordinary prefix caching.
-    Source: the baseline of every paper ("sequential encoding" in Graph-KV, arXiv 2506.07334, section 4).
+    Source: the baseline of the papers below ("sequential encoding" in Graph-KV, arXiv 2506.07334); `vanilla` in its code.
     """
 
     name: ClassVar[str] = "full"

@@ -24,7 +24,7 @@ class KVLink:
     mem_start, mem_end: token ids that end the prefix and start the query; None leaves them out.
 
     Raises GraphError when link_start is missing, and from `plan` when there are more documents than slots.
-    Source: KVLink (arXiv 2502.16002), section 3, and its released evaluation code.
+    Source: KVLink (arXiv 2502.16002), its positional re-encoding and link tokens, and the released evaluation code.
     """
 
     name: ClassVar[str] = "kvlink"
@@ -51,7 +51,9 @@ class KVLink:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or too many documents."""
         check(graph, self.name)
         if self.links and len(graph.segments) > self.slots:
-            raise GraphError(f"kvlink has link tokens for {self.slots} documents but the graph has {len(graph.segments)}")
+            raise GraphError(
+                f"kvlink has link tokens for {self.slots} documents but the graph has {len(graph.segments)}"
+            )
         prefix = prefix_parts(graph)
         if self.mem_start is not None:
             name, tokens = prefix.pop() if prefix else ("prefix", ())

@@ -1,0 +1,233 @@
+"""From logits to text: one decode policy for every method.
+
+`SamplingParams` says what is wanted, `Sampler` picks tokens from logits, `TextStream` turns tokens into text that can be
+shown as it comes and ends it at stop strings.
+
+A token is chosen in this order, that of Hugging Face's `GenerationMixin._get_logits_processor`:
+repetition penalty -> temperature -> top-k -> top-p -> min-p -> one draw from what is left, renormalised.
+(vLLM has the same, except that min-p comes before top-k and top-p.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvgraph.errors import KVGraphError, ModelError
+
+REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no whole character (yet)
+LONGEST_WAIT = 16  # tokens that may wait for a character to be completed; a real one needs at most 4
+
+
+class SamplingError(KVGraphError, ValueError):
+    """A sampling parameter is out of range or of the wrong type."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to decode. Raises SamplingError, naming the field, when a value makes no sense.
+
+    max_tokens: tokens to generate at most, >= 1.
+    temperature: divides the logits; 0 is greedy, ties going to the lowest id, and then the three filters and the seed
+        have no effect.
+    top_k: keep the k most likely tokens, with ties of the k-th; 0 is off.
+    top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this, in (0, 1]; 1 is off
+        (Holtzman et al., arXiv 1904.09751).
+    min_p: keep tokens at least this times as likely as the likeliest, in [0, 1]; 0 is off (arXiv 2407.01082).
+    seed: same seed, same tokens, whatever else runs in the batch; None draws one from the operating system.
+    repetition_penalty: tokens of the prompt and of the answer so far have positive logits divided and negative ones
+        multiplied by it, once each; 1 is off (CTRL, arXiv 1909.05858, section 4.1).
+    stop: strings that end the answer; they are not part of it. One string is taken as a sequence of one.
+    stop_token_ids: token ids that end the answer. ignore_eos: don't end at the model's own end tokens.
+    logprobs: None: none; n: natural log-probability of the chosen token and of the n most likely ones. They are the
+        model's own, before penalty, temperature and filters.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
+        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number >= 0")
+        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= 0 (0 is off)")
+        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1] (1 is off)")
+        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1] (0 is off)")
+        _require(
+            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a number > 0 (1 is off)",
+        )
+        _require(
+            self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64),
+            "seed",
+            self.seed,
+            "None or an integer of at most 64 bits",
+        )
+        _require(
+            self.logprobs is None or (_is_int(self.logprobs) and self.logprobs >= 0),
+            "logprobs",
+            self.logprobs,
+            "None or an integer >= 0",
+        )
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        ids = self.stop_token_ids
+        _require(
+            isinstance(ids, Iterable) and not isinstance(ids, str | bytes),
+            "stop_token_ids",
+            ids,
+            "a sequence of token ids",
+        )
+        ids = tuple(ids)
+        _require(all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", ids, "a sequence of token ids (integers >= 0)")
+        object.__setattr__(self, "stop_token_ids", ids)
+
+
+class Sampled(NamedTuple):
+    """A chosen token; logprob and top (the likeliest tokens with theirs, best first) only if they were asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Picks the tokens of one request. It owns the request's random numbers, so batching can't change them.
+
+    prompt_tokens count as already seen by the repetition penalty, as in Hugging Face and vLLM.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_tokens: Iterable[int] = ()):
+        self.params = params
+        self._prompt = tuple(prompt_tokens) if params.repetition_penalty != 1 else ()
+        self._seen: Tensor | None = None  # [V] bool; made when the first logits show V
+        self._generator = torch.Generator()
+        seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else int(params.seed)
+        self._generator.manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> Sampled:
+        """Choose a token from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf or nothing to choose."""
+        logits = logits.detach().float()
+        if not math.isfinite(logits.max()):  # NaN wins every maximum
+            what = "NaN" if logits.isnan().any() else "infinite"
+            raise ModelError(f"the model gave {what} logits; its weights may be damaged, or its dtype too narrow: try bfloat16 or float32")
+        scores = logits
+        if self.params.repetition_penalty != 1:
+            scores = self._penalised(logits)
+        if self.params.temperature == 0:
+            token = int(scores.argmax())  # the first of several maxima
+        else:
+            token = self._draw(filtered(scores, self.params))
+        if self._seen is not None:
+            self._seen[token] = True
+        if self.params.logprobs is None:
+            return Sampled(token)
+        logprobs = logits.log_softmax(-1)
+        return Sampled(token, float(logprobs[token]), _best(logprobs, self.params.logprobs))
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        if self._seen is None:
+            self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            # A vocabulary may hold ids the output layer lacks; those can't be chosen anyway.
+            self._seen[[t for t in set(self._prompt) if t < len(logits)]] = True
+        penalty = self.params.repetition_penalty
+        return torch.where(self._seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+    def _draw(self, probs: Tensor) -> int:
+        """One token by inverting the cumulative distribution in id order: a rounding error in logits moves it least."""
+        cumulative = probs.cumsum(-1)
+        u = torch.rand((), generator=self._generator, dtype=torch.float64).to(probs.device)
+        return int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
+
+
+def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities [V] float64 after temperature (> 0), top-k, top-p and min-p; they sum to 1, what is cut is 0."""
+    scores = scores.double()
+    scores = (scores - scores.max()) / params.temperature  # the best is 0: nothing can overflow
+    if 0 < params.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -math.inf)
+    if params.top_p < 1:
+        probs, ids = scores.softmax(-1).sort(descending=True, stable=True)  # stable: ties keep the lowest ids
+        before = probs.cumsum(-1) - probs
+        before[0] = 0.0  # whatever rounding did, one token stays
+        scores = scores.masked_fill(torch.zeros_like(scores, dtype=torch.bool).scatter(0, ids, before >= params.top_p), -math.inf)
+    if params.min_p > 0:
+        scores = scores.masked_fill(scores.exp() < params.min_p, -math.inf)
+    return scores.softmax(-1)
+
+
+class TextStream:
+    """Text of one answer as its tokens come, for any tokenizer, cut at the first stop string.
+
+    decode: token ids -> text. It may strip a leading space, merge tokens, or give U+FFFD for half a character: a few
+    tokens before the new ones are always decoded with them, so the pieces concatenate to decode(all tokens), at a cost
+    a token that doesn't grow with the answer. (Exception: a decoder that rewrites text it gave earlier, as byte fallback
+    does when whole characters are followed by broken bytes; what was shown stays.)
+
+    stop: strings that end the answer. The one that is *completed* first counts, and of several completed by the same
+    character the longest, so how the text is split into tokens makes no difference.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Iterable[str] = ()):
+        self.stopped = False
+        self._decode = decode
+        self._stop = _stop_strings(stop)
+        self._pieces: list[str] = []
+        self._held = ""  # decoded, but it may be the beginning of a stop string
+        # Two neighbouring groups of tokens, each ending with a whole character: the earlier one, whose text is known,
+        # is the context in which the later, still growing one is decoded (TGI's and vLLM's prefix offset).
+        self._context: list[int] = []
+        self._waiting: list[int] = []
+
+    @property
+    def text(self) -> str:
+        """Everything shown so far."""
+        return "".join(self._pieces)
+
+    def push(self, token: int) -> str:
+        """Take the next token; returns the text that can now be shown, often "". Nothing comes after a stop."""
+        if self.stopped:
+            return ""
+        self._waiting.append(token)
+        text = self._fresh()
+        if text and not text.endswith(REPLACEMENT):
+            self._settle(len(self._waiting))
+        elif len(self._waiting) <= LONGEST_WAIT:
+            return ""
+        elif text:  # not half a character but bytes that are none
+            whole = self._last_whole(text)
+            settled = self._fresh(whole)
+            self._settle(whole)
+            text = settled
+        else:  # special tokens that have no text
+            self._waiting.clear()
+        return self._show(text)
+
+    def finish(self) -> str:
+        """Returns what was held back, half characters included; "" after a stop or a second time."""
+        if self.stopped:
+            return ""
+        shown = self._show(self._fresh())
+        self._settle(len(self._waiting))
+        if not self.stopped and self._held:
+            shown += self._held
+            self._pieces.append(self._held)
+        self._held = ""
+        return shown

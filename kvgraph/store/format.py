@@ -1,0 +1,270 @@
+"""One record as the bytes of one safetensors file. docs/format.md specifies them.
+
+The header is written by hand for two reasons: tensor data starts 64-byte aligned, and the checksum stands at a fixed
+offset at the front, so that it covers every byte after itself, header and padding included. Reading trusts nothing:
+the file may be anybody's.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from kvgraph.errors import StoreError
+from kvgraph.store.base import is_key
+from kvgraph.store.record import Record
+
+VERSION = "1"
+CODEC = "raw"
+ALIGN = 64  # bytes; a cache line
+MAX_HEADER = 1 << 20  # bytes; 100 layers take 20 kB
+
+MAGIC = b'{"__metadata__":{"kvgraph":"'  # the first bytes of the JSON of every version
+PREFIX = MAGIC + VERSION.encode() + b'","xxh3_128":"'
+SEALED = 8 + len(PREFIX) + 32  # the checksum's 32 hex digits end here; it covers everything from here to the end
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTS = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
+_CODES = {dtype: code for code, dtype in FLOATS.items()}
+
+
+class BadRecord(Exception):
+    """The bytes aren't the record they should be: damaged, mislabelled or not a record. The message says why."""
+
+
+class UnsupportedRecord(Exception):
+    """The bytes may be fine, but this reader doesn't understand them: another version, codec or kind of positions."""
+
+
+class TensorInfo:
+    """A line of the header's table: dtype code, shape, first byte in the data section."""
+
+    __slots__ = ("dtype", "shape", "begin")
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], begin: int):
+        self.dtype, self.shape, self.begin = dtype, shape, begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed header. data: the offset of the data section in the file; tensors: the table, in file order."""
+
+    key: str
+    fingerprint: str
+    tokens: int
+    data: int
+    tensors: dict[str, TensorInfo]
+
+
+def encode(record: Record, fingerprint: str = "") -> list[bytes | np.ndarray]:
+    """The record's file as buffers to be written one after the other; contiguous CPU tensors aren't copied.
+
+    fingerprint: the model's, empty if not stated. Raises StoreError for what the format can't hold.
+    """
+    kv = [t.detach() for pair in zip(record.keys, record.values, strict=True) for t in pair]
+    _check_encodable(record, kv)
+    code = _CODES[kv[0].dtype]
+    buffers = [t.contiguous().view(torch.uint8).numpy().reshape(-1) for t in kv]
+    names = [f"{side}.{layer}" for layer in range(len(record.keys)) for side in ("keys", "values")]
+    table = [(name, code, list(t.shape), b.nbytes) for name, t, b in zip(names, kv, buffers, strict=True)]
+    # Positions come last: KV then starts aligned, whatever the number of tokens.
+    positions = np.ascontiguousarray(record.positions.numpy(), dtype="<i8")
+    table.append(("positions", "I64", [len(record)], positions.nbytes))
+
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "kvgraph": VERSION,
+            "xxh3_128": "0" * 32,
+            "key": record.key,
+            "fingerprint": fingerprint,
+            "codec": CODEC,
+            "tokens": str(len(record)),
+        }
+    }
+    offset = 0
+    for name, dtype, shape, nbytes in table:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    if len(text) > MAX_HEADER:
+        raise StoreError(f"a record's header of {len(text)} bytes is over the format's limit of {MAX_HEADER}")
+
+    head = bytearray(len(text).to_bytes(8, "little") + text)
+    checksum = xxhash.xxh3_128(bytes(head[SEALED:]))
+    for buffer in (*buffers, positions):
+        checksum.update(buffer)
+    head[SEALED - 32 : SEALED] = checksum.hexdigest().encode("ascii")
+    return [bytes(head), *buffers, positions.view(np.uint8)]
+
+
+def map_file(path: str | Path) -> torch.Tensor:
+    """The file as uint8 [bytes], mapped into memory: read on demand, in place, and valid after the file is unlinked.
+
+    Raises FileNotFoundError, OSError (it can't be opened or mapped now), BadRecord (not a regular file, or empty).
+    """
+    info = Path(path).stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise BadRecord("isn't a regular file")
+    if info.st_size == 0:
+        raise BadRecord("is empty")
+    try:  # a private mapping: the file can't change through it. Unlike mmap.mmap it keeps no descriptor open.
+        return torch.from_file(str(path), shared=False, size=info.st_size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OSError(f"can't map {path}: {error}") from error
+
+
+def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = True) -> Record:
+    """The record in `data` (uint8 [bytes], a whole file); its KV are views of it, kept alive by them.
+
+    key: the one asked for. fingerprint: the model's, if it is to be compared; a record that states none passes, since
+    the key covers it. verify: compare the checksum. Raises BadRecord, UnsupportedRecord; never returns other KV.
+    """
+    if verify:
+        check_sum(data)
+    header = read_header(data)
+    if header.key != key:
+        raise BadRecord(f"holds the record {header.key}")
+    if fingerprint and header.fingerprint not in ("", fingerprint):
+        raise BadRecord(f"was written for the model with fingerprint {header.fingerprint}")
+
+    flat = data[header.data :]
+    flat = flat[: flat.shape[0] // 4 * 4].view(FLOATS[header.tensors["keys.0"].dtype])
+    itemsize, first = flat.element_size(), flat.storage_offset()
+
+    def tensor(name: str) -> torch.Tensor:
+        info = header.tensors[name]
+        _, n, d = info.shape
+        return flat.as_strided(info.shape, (n * d, d, 1), first + info.begin // itemsize)
+
+    layers = range(len(header.tensors) // 2)
+    return Record(
+        key,
+        tuple([tensor(f"keys.{layer}") for layer in layers]),
+        tuple([tensor(f"values.{layer}") for layer in layers]),
+        _positions(data, header),
+    )
+
+
+def check_sum(data: torch.Tensor) -> None:
+    """Compare the checksum of a whole file (uint8 [bytes]). Raises BadRecord, UnsupportedRecord."""
+    raw = data.numpy()
+    stated = _front(raw)[SEALED - 32 :]
+    if xxhash.xxh3_128_hexdigest(raw[SEALED:]).encode("ascii") != stated:
+        raise BadRecord("is damaged: its checksum doesn't match")
+
+
+def read_header(data: torch.Tensor) -> Header:
+    """Parse and check the header of a whole file (uint8 [bytes]): all of it, but not the checksum nor any tensor data.
+
+    Raises BadRecord, UnsupportedRecord.
+    """
+    raw = data.numpy()
+    length = int.from_bytes(_front(raw)[:8], "little")
+    begin = 8 + length
+    if length > MAX_HEADER or begin > raw.nbytes or begin % ALIGN:
+        raise BadRecord(f"states a header of {length} bytes, which can't be")
+    try:
+        table = json.loads(raw[8:begin].tobytes().decode("ascii"))
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("has a header that isn't JSON") from error
+    meta = table.pop("__metadata__")
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
+        raise BadRecord("has malformed metadata")
+    if meta.get("codec") != CODEC:
+        raise UnsupportedRecord(f"is stored with codec {meta.get('codec')!r}; this version reads {CODEC!r}")
+    if any(name.startswith("positions.") for name in table):
+        raise UnsupportedRecord("has positions per layer and head, which this version doesn't read")
+    key, tokens, fingerprint = meta.get("key", ""), meta.get("tokens", ""), meta.get("fingerprint")
+    if not is_key(key) or not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10) or fingerprint is None:
+        raise BadRecord("has malformed metadata")
+    header = Header(key, fingerprint, int(tokens), begin, _table(table, raw.nbytes - begin))
+    _check_shapes(header)
+    return header
+
+
+def _front(raw: np.ndarray) -> bytes:
+    """The bytes up to the end of the checksum."""
+    front = raw[:SEALED].tobytes()
+    if front[8 : 8 + len(MAGIC)] != MAGIC:
+        raise BadRecord("isn't a kvgraph record")
+    if front[8 : 8 + len(PREFIX)] != PREFIX:
+        raise UnsupportedRecord(f"has another record format than version {VERSION}")
+    if len(front) < SEALED:
+        raise BadRecord("is cut off")
+    return front
+
+
+def _table(table: dict[str, Any], size: int) -> dict[str, TensorInfo]:
+    """The header's lines, checked: known dtypes, bytes that fit the shapes, data without gaps from 0 to `size`."""
+    tensors = {}
+    offset = 0
+    for name, line in table.items():
+        try:
+            dtype, shape, (begin, end) = line["dtype"], line["shape"], line["data_offsets"]
+            nbytes = ITEMSIZE[dtype]
+            for extent in shape:
+                if type(extent) is not int or extent < 1:
+                    raise ValueError
+                nbytes *= extent
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadRecord(f"has a malformed line for tensor {name!r}") from error
+        if type(begin) is not int or begin != offset or end != begin + nbytes:
+            raise BadRecord(f"has offsets for tensor {name!r} that don't fit its shape and place")
+        tensors[name] = TensorInfo(dtype, tuple(shape), begin)
+        offset = end
+    if offset != size:
+        raise BadRecord(f"has {size} bytes of data where its header says {offset}")
+    return tensors
+
+
+def _check_shapes(header: Header) -> None:
+    """Layers 0, 1, ...: keys and values [G, N, D] of one float dtype; positions [N]; nothing else."""
+    tensors = header.tensors
+    layers = len(tensors) // 2
+    names = {f"{side}.{layer}" for layer in range(layers) for side in ("keys", "values")}
+    if not layers or tensors.keys() != names | {"positions"}:
+        raise BadRecord("doesn't hold keys and values of every layer and positions")
+    dtype = tensors["keys.0"].dtype
+    for name, info in tensors.items():
+        if name == "positions":
+            good = info.shape == (header.tokens,) and info.dtype in INTS
+        else:
+            good = len(info.shape) == 3 and info.shape[1] == header.tokens and info.dtype == dtype and dtype in FLOATS
+        if not good:
+            raise BadRecord(f"has a tensor {name!r} of dtype {info.dtype} and shape {list(info.shape)}, which can't be")
+
+
+def _positions(data: torch.Tensor, header: Header) -> torch.Tensor:
+    """[N] int64, copied: nothing aligns them in the file."""
+    info = header.tensors["positions"]
+    begin = header.data + info.begin
+    raw = data.numpy()[begin : begin + ITEMSIZE[info.dtype] * header.tokens].tobytes()
+    positions = np.frombuffer(raw, INTS[info.dtype]).astype(np.int64)
+    if positions[0] != 0 or (np.diff(positions) <= 0).any():
+        raise BadRecord("has positions that don't ascend from 0")
+    return torch.from_numpy(positions)
+
+
+def _check_encodable(record: Record, kv: list[torch.Tensor]) -> None:
+    dtypes = {t.dtype for t in kv}
+    if not is_key(record.key):
+        raise StoreError(f"a record's key has 64 lower-case hex digits; this isn't one: {record.key!r}")
+    if not kv or len(record) == 0:
+        raise StoreError(f"record {record.key[:12]} is empty; there is nothing to keep")
+    if len(dtypes) > 1 or kv[0].dtype not in _CODES:
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise StoreError(f"record {record.key[:12]} has dtype {found}; the store keeps float32, float16 or bfloat16")
+    if any(t.device.type != "cpu" for t in kv):
+        raise StoreError(f"record {record.key[:12]} isn't in CPU memory; move it there before it is stored")
+    for t in kv:
+        if t.dim() != 3 or t.shape[1] != len(record) or 0 in t.shape:
+            raise StoreError(f"record {record.key[:12]} has KV of shape {list(t.shape)} for {len(record)} tokens")

@@ -1,0 +1,117 @@
+"""The memory tier: least recently used records leave first, pinned ones never. It is also the engine's KV pool."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from kvgraph.store.record import Record
+
+
+@dataclass
+class _Entry:
+    record: Record
+    nbytes: int
+    pins: int = 0
+
+
+class MemoryStore:
+    """Records in this process's memory, at most `capacity_bytes` of keys and values. Safe to use from several threads."""
+
+    name = "memory"
+
+    def __init__(self, capacity_bytes: int):
+        self.capacity = capacity_bytes
+        self.bytes = 0
+        self.pinned_bytes = 0
+        self._idle: OrderedDict[str, _Entry] = OrderedDict()  # not pinned, least recently used first
+        self._pinned: dict[str, _Entry] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._idle) + len(self._pinned)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._pinned or key in self._idle
+
+    def contains(self, key: str) -> bool:
+        """Changes nothing; not a use."""
+        return key in self
+
+    def get(self, key: str) -> Record | None:
+        """The record or None. Evicts nothing; makes it the most recently used."""
+        with self._lock:
+            entry = self._pinned.get(key)
+            if entry is None:
+                entry = self._idle.get(key)
+                if entry is None:
+                    return None
+                self._idle.move_to_end(key)
+            return entry.record
+
+    def put(self, record: Record) -> None:
+        """Keep a record, evicting others down to the capacity. Idempotent: the one that is there stays.
+
+        A record that doesn't fit beside the pinned ones isn't kept, and nothing is evicted for it.
+        """
+        nbytes = record.nbytes
+        with self._lock:
+            if record.key in self._pinned:
+                return
+            if record.key in self._idle:
+                self._idle.move_to_end(record.key)
+                return
+            if self.pinned_bytes + nbytes > self.capacity:
+                return
+            self._evict_to(self.capacity - nbytes)
+            self._idle[record.key] = _Entry(record, nbytes)
+            self.bytes += nbytes
+
+    def evict_to(self, size: int) -> None:
+        """Evict least recently used records until at most `size` bytes are held, or only pinned ones. Idempotent."""
+        with self._lock:
+            self._evict_to(size)
+
+    def pin(self, key: str) -> None:
+        """Protect a record from eviction. Counted: as many unpins release it. Raises KeyError if it isn't there."""
+        with self._lock:
+            entry = self._pinned.get(key)
+            if entry is None:
+                entry = self._pinned[key] = self._idle.pop(key)
+                self.pinned_bytes += entry.nbytes
+            entry.pins += 1
+
+    def unpin(self, key: str) -> None:
+        """Take one pin back; after the last the record is the most recently used. KeyError if it isn't pinned."""
+        with self._lock:
+            entry = self._pinned[key]
+            entry.pins -= 1
+            if entry.pins == 0:
+                self._idle[key] = self._pinned.pop(key)
+                self.pinned_bytes -= entry.nbytes
+
+    def delete(self, key: str) -> bool:
+        """Remove a record, pinned or not. Idempotent."""
+        with self._lock:
+            entry = self._pinned.pop(key, None)
+            if entry is not None:
+                self.pinned_bytes -= entry.nbytes
+            else:
+                entry = self._idle.pop(key, None)
+            if entry is None:
+                return False
+            self.bytes -= entry.nbytes
+            return True
+
+    def close(self) -> None:
+        """Forget all records; those handed out stay valid."""
+        with self._lock:
+            self._idle.clear()
+            self._pinned.clear()
+            self.bytes = self.pinned_bytes = 0
+
+    def _evict_to(self, size: int) -> None:
+        while self.bytes > size and self._idle:
+            _, entry = self._idle.popitem(last=False)
+            self.bytes -= entry.nbytes

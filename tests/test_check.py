@@ -1,0 +1,84 @@
+"""The gate must pass on every supported family, and fail when anything about composition is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import families
+from kvgraph import Engine, GraphError, ModelError, models
+from kvgraph.engine import check
+from kvgraph.graph import ContextGraph
+
+pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_gate_passes(family):
+    engine = Engine(models.wrap(families.FAMILIES[family]()), kv_budget=1 << 26)
+    cases = check.gate(engine)
+    assert all(c.passed and c.worst is not None for c in cases), cases
+    windows = {layer.window for layer in engine.model.layers} - {None}
+    assert ("sliding" in {c.name for c in cases}) == bool(windows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gate_passes_in_16_bits(dtype):
+    engine = Engine(models.wrap(families.FAMILIES["llama"]().to(dtype)), kv_budget=1 << 26)
+    assert all(c.passed for c in check.gate(engine))
+
+
+def break_rotation(monkeypatch):
+    from kvgraph.rope import Rotary
+
+    original = Rotary.table
+    monkeypatch.setattr(Rotary, "table", lambda self, delta: original(self, delta + 1))
+
+
+def break_merge(monkeypatch):
+    from kvgraph.attention import rows
+
+    original = rows._merge
+    monkeypatch.setattr(rows, "_merge", lambda out, lse, seen, seen_lse, *rest: original(out, lse, seen, seen_lse + 1, *rest))
+
+
+def break_window(monkeypatch):
+    from kvgraph.attention import rows
+
+    original = rows.Step._build
+    monkeypatch.setattr(rows.Step, "_build", lambda self, window: original(self, None))
+
+
+@pytest.mark.parametrize(
+    ("family", "damage", "case"),
+    [("llama", break_rotation, "alone"), ("llama", break_merge, "chain"), ("mistral", break_window, "sliding")],
+)
+def test_gate_fails_when_composition_is_wrong(family, damage, case, monkeypatch):
+    engine = Engine(models.wrap(families.FAMILIES[family]()), kv_budget=1 << 26)
+    damage(monkeypatch)
+    assert case in {c.name for c in check.gate(engine) if not c.passed}
+    with pytest.raises(ModelError, match=rf"fails the gate.*{case}.*kvgraph check"):
+        check.require(engine)
+
+
+def test_quality_is_zero_loss_for_full_and_measures_others(tmp_path):
+    engine = Engine(models.wrap(families.FAMILIES["llama"]()), kv_budget=1 << 26)
+    items = [(ContextGraph([[1, 2, 3], [4, 5, 6, 7]], query=[8, 9]), [10, 11]), (ContextGraph([[3, 1]], query=[7]), [2])]
+    same = check.quality(engine, "full", items)
+    assert same.nll == pytest.approx(same.full_nll, abs=1e-6) and same.tokens == 3
+    other = check.quality(engine, "block", items)
+    assert other.full_nll == pytest.approx(same.nll, abs=1e-6) and abs(other.nll - other.full_nll) > 1e-3
+
+
+def test_items_are_read_or_refused_with_their_line(tmp_path):
+    good = {"question": "q?", "answer": "a", "documents": ["one", {"title": "t", "text": "two"}], "edges": [[0, 1]]}
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps({"question": "q"}) + "\n")
+    with pytest.raises(GraphError, match=r"items.jsonl:3: needs question, answer and documents"):
+        check.read_items(path)
+    ((graph, answer),) = check.read_items(path, limit=1)
+    assert answer == "a" and graph.segments == ("one", "t\ntwo\n") and graph.edges == ((0, 1),)
+    with pytest.raises(GraphError, match="can't read"):
+        check.read_items(tmp_path / "missing.jsonl")
