@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -60,8 +61,13 @@ def hf_model(device: str = "cpu") -> Any:
 
 
 def engine_on(hf: Any, **options: Any) -> Engine:
-    """An engine on a model that is already in memory (same weights as the other side of the comparison)."""
-    return Engine(models.wrap(hf), **options)
+    """An engine on the same weights (not a copy), in a module of its own: the other side's stays as Hugging Face made it."""
+    config = copy.deepcopy(hf.config)
+    with torch.device("meta"):
+        twin = LlamaForCausalLM(config)
+    twin.load_state_dict(hf.state_dict(), assign=True)
+    twin.model.rotary_emb = type(hf.model.rotary_emb)(config).to(hf.device)
+    return Engine(models.wrap(twin.eval()), **options)
 
 
 def ids(n: int, seed: int, vocab: int = 32000) -> list[int]:

@@ -33,6 +33,7 @@ from kvgraph.plan import Plan
 from kvgraph.store.base import Store
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.record import Record
+from kvgraph.store.tiered import TieredStore
 
 log = logging.getLogger("kvgraph.engine")
 
@@ -68,7 +69,7 @@ class Engine:
         salt: str = "",
     ):
         self.model, self.salt = model, salt
-        self.store = DiskStore(store) if isinstance(store, str | Path) else store
+        self.store = DiskStore(store, fingerprint=model.fingerprint) if isinstance(store, str | Path) else store
         self.store_errors = 0
         step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
         self.scheduler = Scheduler(model, kv_budget or default_budget(model.device), step_tokens, self._fetch, self._save)
@@ -321,12 +322,11 @@ class Engine:
     def _fetch(self, key: str) -> tuple[Record | None, str]:
         if self.store is None:
             return None, ""
-        record = self.store.get(key)
-        if record is None:
-            return None, ""
-        if self.model.device.type != "cpu":
-            record = on_device(record, self.model.device)
-        return record, self.store.name
+        if isinstance(self.store, TieredStore):
+            record, tier = self.store.get_with_tier(key)
+        else:
+            record, tier = self.store.get(key), self.store.name
+        return (None, "") if record is None else (on_device(record, self.model.device), tier)
 
     def _save(self, record: Record) -> None:
         """Hand a record to the writer thread; a full queue makes encoding wait for the disk."""

@@ -64,7 +64,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
-        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number >= 0")
+        _require(
+            _is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number >= 0"
+        )
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= 0 (0 is off)")
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1] (1 is off)")
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1] (0 is off)")
@@ -96,7 +98,9 @@ class SamplingParams:
             "a sequence of token ids",
         )
         ids = tuple(ids)
-        _require(all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", ids, "a sequence of token ids (integers >= 0)")
+        _require(
+            all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", ids, "a sequence of token ids (integers >= 0)"
+        )
         object.__setattr__(self, "stop_token_ids", ids)
 
 
@@ -127,7 +131,7 @@ class Sampler:
         logits = logits.detach().float()
         if not math.isfinite(logits.max()):  # NaN wins every maximum
             what = "NaN" if logits.isnan().any() else "infinite"
-            raise ModelError(f"the model gave {what} logits; its weights may be damaged, or its dtype too narrow: try bfloat16 or float32")
+            raise ModelError(f"the model gave {what} logits: damaged weights, or too narrow a dtype; try float32")
         scores = logits
         if self.params.repetition_penalty != 1:
             scores = self._penalised(logits)
@@ -167,7 +171,7 @@ def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
         probs, ids = scores.softmax(-1).sort(descending=True, stable=True)  # stable: ties keep the lowest ids
         before = probs.cumsum(-1) - probs
         before[0] = 0.0  # whatever rounding did, one token stays
-        scores = scores.masked_fill(torch.zeros_like(scores, dtype=torch.bool).scatter(0, ids, before >= params.top_p), -math.inf)
+        scores[ids[before >= params.top_p]] = -math.inf
     if params.min_p > 0:
         scores = scores.masked_fill(scores.exp() < params.min_p, -math.inf)
     return scores.softmax(-1)
@@ -231,3 +235,68 @@ class TextStream:
             self._pieces.append(self._held)
         self._held = ""
         return shown
+
+    def _fresh(self, n: int | None = None) -> str:
+        """Text that the first n waiting tokens (None: all) add to what came before."""
+        waiting = self._waiting[:n]
+        before = self._decode(self._context)
+        text = self._decode(self._context + waiting)
+        # A decoder that rewrote the context can't be followed: go on with the new tokens alone.
+        return text[len(before) :] if text.startswith(before) else self._decode(waiting)
+
+    def _settle(self, n: int) -> None:
+        """The text of the first n waiting tokens is final; they become the context of the others."""
+        if n:
+            self._context, self._waiting = self._waiting[:n], self._waiting[n:]
+
+    def _last_whole(self, text: str) -> int:
+        """How many waiting tokens, whose text this is, surely end before the character that is still unfinished."""
+        for n in range(len(self._waiting) - 1, 0, -1):
+            if self._fresh(n) + self._decode(self._waiting[n:]) == text:  # cutting here breaks nothing
+                return n
+        return len(self._waiting)
+
+    def _show(self, text: str) -> str:
+        """The part of what was held and `text` that can be shown: up to a stop, or to what may become one."""
+        text = self._held + text
+        stops = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if stops:
+            self.stopped = True
+            shown, self._held = text[: min(stops)[1]], ""
+        else:
+            held = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            shown, self._held = text[: len(text) - held], text[len(text) - held :]
+        self._pieces.append(shown)
+        return shown
+
+
+def _best(logprobs: Tensor, n: int) -> tuple[tuple[int, float], ...]:
+    """The n highest of logprobs [V] with their ids, best first, ties by id."""
+    n = min(n, len(logprobs))
+    if n == 0:
+        return ()
+    ids = (logprobs >= logprobs.topk(n).values[-1]).nonzero().flatten()  # ascending, ties of the n-th included
+    order = logprobs[ids].argsort(descending=True, stable=True)[:n]
+    return tuple(zip(ids[order].tolist(), logprobs[ids[order]].tolist(), strict=True))
+
+
+def _stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
+    wanted = "a string or a sequence of strings, none of them empty"
+    _require(isinstance(stop, Iterable) and not isinstance(stop, bytes), "stop", stop, wanted)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    _require(all(isinstance(s, str) and s for s in stops), "stop", stops, wanted)
+    return stops
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    """A finite real number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(fine: bool, name: str, value: object, wanted: str) -> None:
+    if not fine:
+        raise SamplingError(f"{name} must be {wanted}, not {value!r}")

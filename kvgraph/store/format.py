@@ -8,6 +8,7 @@ the file may be anybody's.
 from __future__ import annotations
 
 import json
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ PREFIX = MAGIC + VERSION.encode() + b'","xxh3_128":"'
 SEALED = 8 + len(PREFIX) + 32  # the checksum's 32 hex digits end here; it covers everything from here to the end
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INTS = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+INTS: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 
@@ -47,7 +48,7 @@ class UnsupportedRecord(Exception):
 class TensorInfo:
     """A line of the header's table: dtype code, shape, first byte in the data section."""
 
-    __slots__ = ("dtype", "shape", "begin")
+    __slots__ = ("begin", "dtype", "shape")
 
     def __init__(self, dtype: str, shape: tuple[int, ...], begin: int):
         self.dtype, self.shape, self.begin = dtype, shape, begin
@@ -64,7 +65,7 @@ class Header:
     tensors: dict[str, TensorInfo]
 
 
-def encode(record: Record, fingerprint: str = "") -> list[bytes | np.ndarray]:
+def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
     """The record's file as buffers to be written one after the other; contiguous CPU tensors aren't copied.
 
     fingerprint: the model's, empty if not stated. Raises StoreError for what the format can't hold.
@@ -72,7 +73,7 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | np.ndarray]:
     kv = [t.detach() for pair in zip(record.keys, record.values, strict=True) for t in pair]
     _check_encodable(record, kv)
     code = _CODES[kv[0].dtype]
-    buffers = [t.contiguous().view(torch.uint8).numpy().reshape(-1) for t in kv]
+    buffers = [t.contiguous().view(torch.uint8).numpy().reshape(-1).data for t in kv]
     names = [f"{side}.{layer}" for layer in range(len(record.keys)) for side in ("keys", "values")]
     table = [(name, code, list(t.shape), b.nbytes) for name, t, b in zip(names, kv, buffers, strict=True)]
     # Positions come last: KV then starts aligned, whatever the number of tokens.
@@ -100,26 +101,36 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | np.ndarray]:
 
     head = bytearray(len(text).to_bytes(8, "little") + text)
     checksum = xxhash.xxh3_128(bytes(head[SEALED:]))
-    for buffer in (*buffers, positions):
+    buffers.append(positions.view(np.uint8).data)
+    for buffer in buffers:
         checksum.update(buffer)
     head[SEALED - 32 : SEALED] = checksum.hexdigest().encode("ascii")
-    return [bytes(head), *buffers, positions.view(np.uint8)]
+    return [bytes(head), *buffers]
 
 
-def map_file(path: str | Path) -> torch.Tensor:
+def map_file(path: str | Path) -> tuple[torch.Tensor, os.stat_result]:
     """The file as uint8 [bytes], mapped into memory: read on demand, in place, and valid after the file is unlinked.
 
+    With it the file's stat, from which its size was taken: reading past the end of a mapped file would kill the process.
     Raises FileNotFoundError, OSError (it can't be opened or mapped now), BadRecord (not a regular file, or empty).
     """
-    info = Path(path).stat()
+    info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise BadRecord("isn't a regular file")
     if info.st_size == 0:
         raise BadRecord("is empty")
     try:  # a private mapping: the file can't change through it. Unlike mmap.mmap it keeps no descriptor open.
-        return torch.from_file(str(path), shared=False, size=info.st_size, dtype=torch.uint8)
+        data = torch.from_file(str(path), shared=False, size=info.st_size, dtype=torch.uint8)
     except RuntimeError as error:
         raise OSError(f"can't map {path}: {error}") from error
+    if identity(os.stat(path)) != identity(info):
+        raise OSError(f"{path} was replaced while it was being opened")
+    return data, info
+
+
+def identity(info: os.stat_result) -> tuple[int, int, int]:
+    """What tells one version of a file from another without reading it."""
+    return info.st_ino, info.st_mtime_ns, info.st_size
 
 
 def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = True) -> Record:
@@ -158,7 +169,7 @@ def check_sum(data: torch.Tensor) -> None:
     """Compare the checksum of a whole file (uint8 [bytes]). Raises BadRecord, UnsupportedRecord."""
     raw = data.numpy()
     stated = _front(raw)[SEALED - 32 :]
-    if xxhash.xxh3_128_hexdigest(raw[SEALED:]).encode("ascii") != stated:
+    if xxhash.xxh3_128_hexdigest(raw[SEALED:].data).encode("ascii") != stated:
         raise BadRecord("is damaged: its checksum doesn't match")
 
 
@@ -217,7 +228,7 @@ def _table(table: dict[str, Any], size: int) -> dict[str, TensorInfo]:
                 nbytes *= extent
         except (KeyError, TypeError, ValueError) as error:
             raise BadRecord(f"has a malformed line for tensor {name!r}") from error
-        if type(begin) is not int or begin != offset or end != begin + nbytes:
+        if type(begin) is not int or type(end) is not int or begin != offset or end != begin + nbytes:
             raise BadRecord(f"has offsets for tensor {name!r} that don't fit its shape and place")
         tensors[name] = TensorInfo(dtype, tuple(shape), begin)
         offset = end

@@ -56,7 +56,8 @@ class TieredStore:
 
     def delete(self, key: str) -> bool:
         """Remove it from every tier; True if one had it. Idempotent."""
-        return any([tier.delete(key) for tier in self.tiers])
+        found = [tier.delete(key) for tier in self.tiers]
+        return any(found)
 
     def close(self) -> None:
         """Close every tier."""

@@ -1,0 +1,155 @@
+"""Corpora: documents from JSON Lines, text files and folders, one at a time. Pure Python.
+
+JSON Lines are split on "\\n" only (not on the other line ends that may stand inside JSON strings). Each object is one
+document: a template such as "{title}\\n{text}\\n" says which fields make its text. A text file is one document; a
+folder is all its files, recursively, in sorted order, hidden ones left out. A name ending in .gz is decompressed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import string
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from kvgraph.errors import KVGraphError
+
+JSONL_TEMPLATE = "{title}\n{text}\n"
+TEXT_TEMPLATE = "{text}"
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+ID_FIELDS = ("id", "_id")
+
+
+class CorpusError(KVGraphError, ValueError):
+    """A corpus can't be read: no such file, a bad line, a missing field. The message names the file and line."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document. name: its id (JSON Lines: field "id" or "_id"; files: the path in the folder), or "" without one.
+
+    where: the file and line it comes from, for messages.
+    """
+
+    text: str
+    name: str
+    where: str
+
+
+def load(path: str | Path, template: str | None = None, limit: int | None = None) -> list[Document]:
+    """All documents of a corpus (or the first `limit`) in order; see `read`. Raises CorpusError when there are none."""
+    documents = []
+    for document in read(path, template):
+        if limit is not None and len(documents) >= limit:
+            break
+        documents.append(document)
+    if not documents:
+        raise CorpusError(f"{path} holds no documents")
+    return documents
+
+
+def read(path: str | Path, template: str | None = None) -> Iterator[Document]:
+    """Documents of a JSON Lines file, a text file, or a folder of such files, as they are read.
+
+    template: fields in braces, "{{" for a brace. Unless given, JSON Lines use "{title}\\n{text}\\n" and text files their
+    text; text files have the fields `title` (the file's name without its ending) and `text`.
+    Raises CorpusError, naming file and line: nothing there, no UTF-8, bad JSON, fields that the template needs missing.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise CorpusError(f"there is no file or folder {root}")
+    if not root.is_dir():
+        yield from _file(root, root.name, template)
+        return
+    for file in sorted(root.rglob("*")):
+        inside = file.relative_to(root)
+        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+            yield from _file(file, inside.as_posix(), template)
+
+
+def pick(documents: Sequence[Document], wanted: Iterable[str]) -> list[Document]:
+    """The wanted documents in the order asked for. Each is a document's id, or else its number counted from 0.
+
+    Raises CorpusError for one that is neither, or asked for twice.
+    """
+    by_name = {d.name: i for i, d in enumerate(documents) if d.name}
+    chosen: dict[int, str] = {}
+    for ref in wanted:
+        index = by_name.get(ref, int(ref) if ref.isascii() and ref.isdigit() else -1)
+        if not 0 <= index < len(documents):
+            known = f"numbers 0 to {len(documents) - 1}" + (" or their ids" if by_name else "")
+            raise CorpusError(f"there is no document {ref!r} to pick; documents have {known}")
+        if index in chosen:
+            raise CorpusError(f"document {ref!r} is picked twice; pick it once")
+        chosen[index] = ref
+    return [documents[i] for i in chosen]
+
+
+def _file(path: Path, name: str, template: str | None) -> Iterator[Document]:
+    gz = path.suffix == ".gz"
+    try:
+        with gzip.open(path) if gz else open(path, "rb") as file:
+            if Path(path.stem if gz else path.name).suffix in JSONL_SUFFIXES:
+                yield from _json_lines(file, str(path), template or JSONL_TEMPLATE)
+            else:
+                text = _decoded(file.read(), str(path))
+                fields = {"title": Path(name).stem, "text": text}
+                yield Document(_filled(template or TEXT_TEMPLATE, fields, str(path)), name, str(path))
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "damaged"
+        raise CorpusError(f"can't read {path}: {reason}") from None
+
+
+def _json_lines(file: IO[bytes] | gzip.GzipFile, path: str, template: str) -> Iterator[Document]:
+    for number, raw in enumerate(file, 1):  # binary files split on b"\n" alone
+        where = f"{path}:{number}"
+        line = _decoded(raw, where)
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CorpusError(f"{where} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise CorpusError(f"{where} holds a {type(row).__name__}; every line must be a JSON object")
+        name = next((str(row[f]) for f in ID_FIELDS if isinstance(row.get(f), str | int)), "")
+        yield Document(_filled(template, row, where), name, where)
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise CorpusError(f"{where} is not UTF-8 text") from None
+
+
+def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
+    """The template with its fields filled in; values are texts, numbers, or lists of token ids."""
+    out = []
+    for literal, field in _parts(template):
+        out.append(literal)
+        if field is None:
+            continue
+        if field not in fields:
+            raise CorpusError(f"{where} has no field {field!r}; it has {', '.join(fields) or 'none'}; change the template")
+        value = fields[field]
+        if value is None or isinstance(value, bool | dict):
+            raise CorpusError(f"{where}: field {field!r} is {json.dumps(value)[:40]}, not text")
+        out.append(str(value))
+    return "".join(out)
+
+
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """A template as (text, name of the field after it or None)."""
+    try:
+        parts = [(literal, field, spec, how) for literal, field, spec, how in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise CorpusError(f"the template {template!r} is wrong: {error}; write '{{{{' for a brace") from None
+    for _, field, spec, how in parts:
+        if field is not None and (not field or spec or how):
+            raise CorpusError(f"the template {template!r} is wrong: braces hold the plain name of a field")
+    return [(literal, field) for literal, field, _, _ in parts]

@@ -1,0 +1,135 @@
+"""The disk tier's index: what is there, how big, when used. Only a convenience: it can be rebuilt from the files.
+
+Nothing about a record's content is ever decided by it, so it may be lost, stale or wrong without harm.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+SCHEMA = 1
+BUSY_TIMEOUT = 5.0  # seconds a writer waits for another process
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record as `ls` shows it. size: bytes of the file. created, used: seconds since the epoch. ttl: seconds."""
+
+    key: str
+    size: int
+    created: float
+    used: float
+    pinned: bool
+    ttl: float | None
+    tokens: int
+    fingerprint: str
+    label: str
+
+
+_COLUMNS = ", ".join(f.name for f in fields(Entry))
+_CREATE = """
+CREATE TABLE IF NOT EXISTS records (
+    key TEXT PRIMARY KEY, size INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, pinned INTEGER NOT NULL,
+    ttl REAL, tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL, label TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_use ON records (used);
+"""
+
+
+class Index:
+    """A SQLite database in WAL mode. Every method may raise sqlite3.Error.
+
+    is_new: it isn't filled from the files yet; `filled` says that it is.
+    """
+
+    def __init__(self, path: Path):
+        self.db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        try:
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("PRAGMA synchronous = NORMAL")
+            (version,) = self.db.execute("PRAGMA user_version").fetchone()
+            self.is_new = version == 0
+            if self.is_new:
+                self.db.executescript(_CREATE)
+            elif version != SCHEMA:
+                raise sqlite3.DatabaseError(f"index schema {version}")
+        except BaseException:
+            self.db.close()
+            raise
+
+    def filled(self) -> None:
+        self.db.execute(f"PRAGMA user_version = {SCHEMA}")
+        self.is_new = False
+
+    def close(self) -> None:
+        self.db.close()
+
+    def __enter__(self) -> Self:
+        """Begin a write transaction: other writers wait until it ends."""
+        self.db.execute("BEGIN IMMEDIATE")
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.db.execute("COMMIT")
+        elif self.db.in_transaction:  # a full disk, for one, has rolled back already
+            self.db.execute("ROLLBACK")
+
+    def add(self, entry: Entry) -> None:
+        """Insert a row. A row that is there keeps its pin, its label if the new one is empty, and the later use."""
+        marks = ", ".join("?" * len(fields(Entry)))
+        self.db.execute(
+            f"INSERT INTO records ({_COLUMNS}) VALUES ({marks}) ON CONFLICT (key) DO UPDATE SET "
+            "size = excluded.size, created = excluded.created, used = max(used, excluded.used), ttl = excluded.ttl, "
+            "tokens = excluded.tokens, fingerprint = excluded.fingerprint, "
+            "label = CASE excluded.label WHEN '' THEN label ELSE excluded.label END",
+            astuple(entry),
+        )
+
+    def touch(self, used: dict[str, float], *, wait: bool = True) -> None:
+        """Note last uses (key → seconds since the epoch) of rows that exist. wait=False: fail at once if it is locked."""
+        if not wait:
+            self.db.execute("PRAGMA busy_timeout = 0")
+        try:
+            with self:
+                self.db.executemany(
+                    "UPDATE records SET used = max(used, ?) WHERE key = ?", [(time, key) for key, time in used.items()]
+                )
+        finally:
+            self.db.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
+
+    def remove(self, keys: Iterable[str]) -> None:
+        self.db.executemany("DELETE FROM records WHERE key = ?", [(key,) for key in keys])
+
+    def set_pinned(self, key: str, pinned: bool) -> None:
+        self.db.execute("UPDATE records SET pinned = ? WHERE key = ?", (pinned, key))
+
+    def sizes(self) -> dict[str, int]:
+        """Size of every record that has a row."""
+        return dict(self.db.execute("SELECT key, size FROM records"))
+
+    def total(self) -> tuple[int, int]:
+        """(bytes of all records, bytes of the pinned ones)."""
+        sums = "SELECT coalesce(sum(size), 0), coalesce(sum(size * pinned), 0) FROM records"
+        return self.db.execute(sums).fetchone()
+
+    def entries(self) -> Iterator[Entry]:
+        """All rows, most recently used first."""
+        return map(_entry, self.db.execute(f"SELECT {_COLUMNS} FROM records ORDER BY used DESC"))
+
+    def idle(self) -> Iterator[Entry]:
+        """Rows that aren't pinned, least recently used first."""
+        return map(_entry, self.db.execute(f"SELECT {_COLUMNS} FROM records WHERE NOT pinned ORDER BY used"))
+
+    def expired(self, now: float) -> Iterator[Entry]:
+        """Rows older than their time to live, pinned or not."""
+        return map(_entry, self.db.execute(f"SELECT {_COLUMNS} FROM records WHERE created + ttl < ?", (now,)))
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    key, size, created, used, pinned, ttl, tokens, fingerprint, label = row
+    return Entry(key, size, created, used, bool(pinned), ttl, tokens, fingerprint, label)

@@ -1,0 +1,231 @@
+"""The rules of plans: what is refused, what a key covers, and the dense form against the definition of visibility."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given, settings
+
+from kvgraph.errors import PlanError
+from kvgraph.plan import Place, Plan, Span, contiguous, pruned
+
+VOCAB = 16
+
+
+def live(start: int = 0, sees: Sequence[Place] = (), tokens: Sequence[int] = (99,)) -> Span:
+    return contiguous(tokens, start, sees, cached=False, name="query")
+
+
+DOC = contiguous([1, 2, 3], 0, name="doc")
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ([], "a plan needs at least one span"),
+        ([DOC], "the last span of a plan is the live prompt"),
+        ([Span((), range(0), cached=False)], "span 0 is empty"),
+        ([Span((1, 2), range(3), cached=False)], "span 0 has 2 tokens but 3 positions"),
+        ([Span((1, 2), (4, 4), cached=False)], "span 0: positions must be strictly ascending"),
+        ([Span((1, 2), range(2, 0, -1), cached=False)], "strictly ascending"),
+        ([DOC, live(3, [Place(1, 0)])], r"span 1 \(query\) sees span 1, which isn't earlier"),
+        ([DOC, live(3, [Place(-1, 0)])], "sees span -1"),
+        ([DOC, live(3, [Place(0, 0, 1, 4)])], r"sees tokens 1..4 of span 0, which has 3"),
+        ([DOC, live(3, [Place(0, 0, 2, 2)])], r"sees tokens 2..2"),
+        ([live(), contiguous([1], 1, [Place(0, 0)]), live(2)], "span 1 is cached but sees span 0, which is not"),
+    ],
+)
+def test_refused(spans, message):
+    with pytest.raises(PlanError, match=message):
+        Plan(tuple(spans))
+
+
+def test_places_are_normalised():
+    plan = Plan((DOC, live(3, [Place(0, 0), Place(0, 5, 1)])))
+    assert plan.live.sees == (Place(0, 0, 0, 3), Place(0, 5, 1, 3))
+    assert plan.highest_position == 3
+
+
+def test_pruned_drops_what_nothing_live_reads():
+    a, b, c = DOC, contiguous([4], 3, [Place(0, 0)]), contiguous([5], 3, [Place(0, 0)])
+    plan = pruned([a, b, c, live(4, [Place(2, 3)])])
+    assert [s.tokens for s in plan.spans] == [(1, 2, 3), (5,), (99,)]
+    assert plan.spans[1].sees == (Place(0, 0, 0, 3),) and plan.live.sees == (Place(1, 3, 0, 1),)
+
+
+def key(span: Span, earlier: Sequence[Span] = (DOC,), fingerprint: str = "model", salt: str = "") -> str:
+    keys = Plan((*earlier, span, live(50))).keys(fingerprint, salt)
+    assert keys[-1] is None
+    result = keys[len(earlier)]
+    assert result is not None and len(result) == 64
+    return result
+
+
+READER = contiguous([4, 5], 10, [Place(0, 2), Place(0, 7, 1, 2)])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(READER, tokens=(4, 6)),
+        replace(READER, tokens=(5, 4)),
+        replace(READER, positions=range(11, 13)),  # the places now lie elsewhere relative to it
+        replace(READER, positions=(10, 12)),
+        replace(READER, sees=(Place(0, 3), Place(0, 7, 1, 2))),
+        replace(READER, sees=(Place(0, 2), Place(0, 7, 0, 2))),
+        replace(READER, sees=(Place(0, 2), Place(0, 7, 1, 3))),
+        replace(READER, sees=(Place(0, 2),)),
+        replace(READER, sees=(*READER.sees, Place(0, 2))),  # a duplicate counts
+        replace(READER, sees=()),
+        contiguous([4, 5, 4], 10, READER.sees),
+    ],
+)
+def test_a_key_changes_with(other):
+    assert key(other) != key(READER)
+
+
+def test_a_key_changes_with_model_salt_and_what_is_read():
+    other = replace(DOC, tokens=(1, 2, 4))
+    keys = {key(READER), key(READER, fingerprint="other"), key(READER, salt="tenant"), key(READER, [other])}
+    assert len(keys) == 4
+    assert key(READER, fingerprint="ab", salt="c") != key(READER, fingerprint="a", salt="bc")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        replace(READER, sees=READER.sees[::-1]),
+        replace(READER, name="another"),
+        replace(READER, positions=(10, 11)),
+        contiguous([4, 5], 110, [Place(0, 102), Place(0, 107, 1, 2)]),
+        replace(READER, sees=(Place(0, 2, 0, 3), Place(0, 7, 1, 2))),
+    ],
+)
+def test_a_key_stays_with(same):
+    assert key(same) == key(READER)
+
+
+def test_a_key_does_not_depend_on_the_place_in_the_plan():
+    moved = contiguous([1, 2, 3], 77)
+    reader = replace(READER, sees=(Place(1, 2), Place(1, 7, 1, 2)))
+    assert key(reader, [contiguous([8], 0), moved]) == key(READER)
+
+
+def test_the_bytes_of_a_key():
+    """A stored corpus outlives this code: changing these bytes means a new key format."""
+
+    def digest(*fields: bytes) -> str:
+        return hashlib.sha256(b"".join(len(f).to_bytes(8, "little") + f for f in fields)).hexdigest()
+
+    def ids(*tokens: int) -> bytes:
+        return b"".join(token.to_bytes(8, "little") for token in tokens)
+
+    head = (b"kvgraph-key-1", b"model", b"salt")
+    doc = digest(*head, ids(1, 2, 3), b"range")
+    views = (f"{doc} -8 0 3".encode(), f"{doc} -3 1 2".encode())
+    assert Plan((DOC, READER, live(50))).keys("model", "salt") == [doc, digest(*head, ids(4, 5), b"range", *views), None]
+
+
+def test_dense_by_hand():
+    """A document read at two places by two spans: laid out once a frame."""
+    plan = Plan((DOC, contiguous([4, 5], 3, [Place(0, 0)]), live(9, [Place(0, 1), Place(1, 6)])))
+    dense = plan.dense()
+    rows = sorted(zip(dense.span.tolist(), dense.tokens.tolist(), dense.positions.tolist(), strict=True))
+    assert rows == [(0, 1, 1), (0, 1, 3), (0, 2, 2), (0, 2, 4), (0, 3, 3), (0, 3, 5), (1, 4, 6), (1, 5, 7), (2, 99, 9)]
+    assert dense.live == 1
+    seen = dense.visible[-1]
+    assert sorted(zip(dense.tokens[seen].tolist(), dense.positions[seen].tolist(), strict=True)) == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 6),
+        (5, 7),
+        (99, 9),
+    ]
+
+
+def test_dense_hides_keys_at_or_above_the_reader():
+    dense = Plan((DOC, live(1, [Place(0, 0)], tokens=[8, 9]))).dense()
+    assert dense.visible[-2:].tolist() == [[True, False, False, True, False], [True, True, False, True, True]]
+
+
+def test_dense_gives_overlapping_views_columns_of_their_own():
+    """The second view overlaps the first, the third only the second: three views, no column used twice."""
+    doc = contiguous(range(6), 0)
+    views = [Place(0, 0, 0, 2), Place(0, 0, 1, 4), Place(0, 0, 3, 6)]
+    dense = Plan((doc, live(9, views))).dense()
+    assert sorted(dense.tokens[dense.visible[-1]].tolist()) == [0, 1, 1, 2, 3, 3, 4, 5, 99]
+
+
+def test_dense_of_a_long_chain():
+    spans = [contiguous([0], 0)]
+    for i in range(1, 1500):
+        spans.append(contiguous([i], i, [Place(i - 1, i - 1)]))
+    plan = Plan((*spans, live(1500, [Place(1499, 1499)])))
+    assert plan.dense().visible.sum() == 2 * 1501 - 1
+
+
+def meaning_of_plan(plan: Plan) -> list[list[str]]:
+    """A hash of all that can reach a token's KV, by the definition: its id and what it sees, at relative positions."""
+    meanings: list[list[str]] = []
+    for span in plan.spans:
+        mine: list[str] = []
+        for i, at in enumerate(span.positions):
+            seen = [(span.positions[j] - at, mine[j]) for j in range(i)]
+            for place in span.sees:
+                child = plan.spans[place.span]
+                for j in range(place.lo, place.hi):
+                    position = place.at + child.positions[j] - child.start
+                    if position < at:
+                        seen.append((position - at, meanings[place.span][j]))
+            mine.append(_meaning(span.tokens[i], seen))
+        meanings.append(mine)
+    return meanings
+
+
+def meaning_of_dense(plan: Plan) -> list[str]:
+    """The same for the live rows of the dense form."""
+    d = plan.dense()
+    meanings: list[str] = []
+    for i in range(len(d.tokens)):
+        assert not d.visible[i, i + 1 :].any() and d.visible[i, i]
+        seen = [(int(d.positions[j] - d.positions[i]), meanings[j]) for j in np.flatnonzero(d.visible[i, :i])]
+        meanings.append(_meaning(int(d.tokens[i]), seen))
+    return meanings[-d.live :]
+
+
+def _meaning(token: int, seen: list[tuple[int, str]]) -> str:
+    return hashlib.sha256(repr((token, sorted(seen))).encode()).hexdigest()
+
+
+@settings(deadline=None, max_examples=200)
+@given(strategies.plans(VOCAB))
+def test_dense_means_what_the_plan_means(plan):
+    assert meaning_of_dense(plan) == meaning_of_plan(plan)[-1]
+    dense = plan.dense()
+    assert dense.positions[-dense.live :].tolist() == list(plan.live.positions)
+    assert dense.tokens[-dense.live :].tolist() == list(plan.live.tokens)
+
+
+@settings(deadline=None, max_examples=100)
+@given(strategies.problems(VOCAB))
+def test_dense_means_what_a_methods_plan_means(problem):
+    method, graph = problem
+    plan = method.plan(graph)
+    assert meaning_of_dense(plan) == meaning_of_plan(plan)[-1]
+
+
+@settings(deadline=None, max_examples=200)
+@given(strategies.plans(2, max_length=2), strategies.plans(2, max_length=2))
+def test_equal_keys_mean_equal_kv(one, two):
+    """The unforgivable failure: two spans with one key but different KV."""
+    found: dict[str, list[str]] = {}
+    for plan in (one, two):
+        for k, meaning in zip(plan.keys("model"), meaning_of_plan(plan), strict=True):
+            if k is not None:
+                assert found.setdefault(k, meaning) == meaning
