@@ -122,4 +122,10 @@ def report(title: str, rows: list[dict[str, Any]], path: Path | None, device: st
 
 
 def _text(value: Any) -> str:
-    return f"{value:,.3g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,.3g}"
+        if isinstance(value, float) and value < 100
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -40,7 +40,15 @@ def hf_rate(hf: Any, context: list[int], cache: DynamicCache, query: list[int], 
         crop(cache, len(context))
         sync(device)
         started = time.perf_counter()
-        out = hf.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+        out = hf.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            past_key_values=cache,
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+        )
         sync(device)
         assert out.shape[1] == tokens.shape[1] + n
         return time.perf_counter() - started
@@ -70,10 +78,19 @@ def main() -> None:
                 figures[name].append(value)
     rows = [
         {"side": "kvgraph, 1 request", "tokens/s": median(figures["one"]), "peak KV MB": memory["one"] / 1e6},
-        {"side": f"kvgraph, {args.requests} requests", "tokens/s": median(figures["many"]), "peak KV MB": memory["many"] / 1e6},
+        {
+            "side": f"kvgraph, {args.requests} requests",
+            "tokens/s": median(figures["many"]),
+            "peak KV MB": memory["many"] / 1e6,
+        },
         {"side": "HF generate, 1 request", "tokens/s": median(figures["HF generate"]), "peak KV MB": ""},
     ]
-    report(f"Decode over the same {args.documents} x {args.length} tokens, {args.new} new, {args.device}", rows, args.json, args.device)
+    report(
+        f"Decode over the same {args.documents} x {args.length} tokens, {args.new} new, {args.device}",
+        rows,
+        args.json,
+        args.device,
+    )
     print(f"KV memory {memory['many'] / memory['one']:.2f}x of one (goal <= 1.2)   "
           f"aggregate {median(figures['many']) / median(figures['one']):.1f}x of one (goal >= 3)   "
           f"one / HF generate {median(figures['one']) / median(figures['HF generate']):.2f} (goal >= 0.95)")  # fmt: skip

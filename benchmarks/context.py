@@ -23,7 +23,9 @@ def main() -> None:
         flat = [t for s in graph.segments for t in s]
         engine.warm(graph, "block")
         before = peak()
-        ours = interleaved({"kvgraph": lambda g=graph: engine.generate(g, "block", max_tokens=1)}, args.repeats, args.device)
+        ours = interleaved(
+            {"kvgraph": lambda g=graph: engine.generate(g, "block", max_tokens=1)}, args.repeats, args.device
+        )
         grown = peak() - before
         tokens = [*flat, *graph.query]
         if size > 8192:  # one repetition, no warm-up: it takes minutes
@@ -65,12 +67,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     x = [r["context tokens"] for r in rows]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, label, color in (("full prefill ms", "full prefill (Hugging Face)", "#b4552d"), ("kvgraph ms", "kvgraph, warm", "#1f6f8b")):
+    for name, label, color in (
+        ("full prefill ms", "full prefill (Hugging Face)", "#b4552d"),
+        ("kvgraph ms", "kvgraph, warm", "#1f6f8b"),
+    ):
         axes.plot(x, [r[name] for r in rows], marker="o", color=color, label=label)
         for xi, r in zip(x, rows, strict=True):
             value = r[name] / 1e3
-            axes.annotate(f"{value:.2g} s" if value < 10 else f"{value:.0f} s", (xi, r[name]), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8, color=color)
-    axes.set(xscale="log", yscale="log", xlabel="context tokens", ylabel="time to first token (ms)", title="Time to first token, 124 M Llama, one CPU thread")
+            axes.annotate(
+                f"{value:.2g} s" if value < 10 else f"{value:.0f} s",
+                (xi, r[name]),
+                textcoords="offset points",
+                xytext=(0, 7),
+                ha="center",
+                fontsize=8,
+                color=color,
+            )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="context tokens",
+        ylabel="time to first token (ms)",
+        title="Time to first token, 124 M Llama, one CPU thread",
+    )
     axes.set_xticks(x, [f"{v / 1000:.1f}k" for v in x], minor=False)
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.margins(y=0.12)

@@ -37,11 +37,18 @@ def main() -> None:
 
     engine = engine_on(hf)
 
-    times = interleaved({"kvgraph": ours, "HF, one forward each": each, "HF, padded batch": padded}, args.repeats, args.device)
+    times = interleaved(
+        {"kvgraph": ours, "HF, one forward each": each, "HF, padded batch": padded}, args.repeats, args.device
+    )
     ours_time = median(times["kvgraph"])
-    rows = [{"side": n, "median s": median(t), "tokens/s": sum(lengths) / median(t), "vs kvgraph": median(t) / ours_time} for n, t in times.items()]
+    rows = [
+        {"side": n, "median s": median(t), "tokens/s": sum(lengths) / median(t), "vs kvgraph": median(t) / ours_time}
+        for n, t in times.items()
+    ]
     report(f"Encoding {args.documents} documents, {sum(lengths):,} tokens, {args.device}", rows, args.json, args.device)
-    print(f"one forward each / kvgraph {rows[1]['vs kvgraph']:.2f} (goal >= 1.0)   padded batch / kvgraph {rows[2]['vs kvgraph']:.2f} (goal >= 1.3)")
+    print(
+        f"one forward each / kvgraph {rows[1]['vs kvgraph']:.2f} (goal >= 1.0)   padded batch / kvgraph {rows[2]['vs kvgraph']:.2f} (goal >= 1.3)"
+    )
 
 
 if __name__ == "__main__":

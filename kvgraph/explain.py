@@ -12,7 +12,7 @@ MOST_VIEWS = 6  # views shown of what a span sees
 
 
 def explain(plan: Plan) -> str:
-    """A text table of the plan: every span's number, name, tokens, positions, state, and what it sees at which position.
+    """A text table of the plan: every span's number, name, tokens, positions, state, and whom it sees where.
 
     "doc 1 @ 17" reads: token 0 of doc 1 stands at position 17 for this reader; "doc 1[3:9] @ 16" shows only tokens 3 to
     8, at positions 19 to 24; "doc 0 … doc 4 @ 17" are neighbouring spans that share position 17. A last line sums up.
@@ -44,7 +44,7 @@ def _summary(plan: Plan) -> str:
     text = f"{plan.method}: " if plan.method else ""
     text += f"{_count(len(plan.spans), 'span')}; {_count(total, 'token')} cached in {_count(len(cached), 'span')}"
     if len(sizes) < len(cached):  # equal spans are encoded once
-        text += f" ({_count(sum(sizes.values()), 'token')} in {len(sizes)} different ones)"
+        text += f" ({len(sizes):,} distinct: {_count(sum(sizes.values()), 'token')})"
     return text + f", {live:,} live; highest position {plan.highest_position:,}"
 
 

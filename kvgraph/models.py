@@ -18,10 +18,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,10 +50,10 @@ _IMPLEMENTATION = "kvgraph"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Config fields that can't change KV: names, library versions, storage, special tokens, training and output settings.
 _NOT_KV = frozenset(
-    "_name_or_path transformers_version architectures auto_map dtype torch_dtype kvgraph id2label label2id problem_type "
-    "bos_token_id eos_token_id pad_token_id sep_token_id return_dict output_hidden_states output_attentions use_cache "
-    "output_router_logits router_aux_loss_coef initializer_range attention_dropout hidden_dropout embd_pdrop resid_pdrop "
-    "residual_dropout embedding_dropout classifier_dropout chunk_size_feed_forward tie_word_embeddings "
+    "_name_or_path transformers_version architectures auto_map dtype torch_dtype kvgraph id2label label2id problem_type"
+    " bos_token_id eos_token_id pad_token_id sep_token_id return_dict output_hidden_states output_attentions use_cache "
+    "output_router_logits router_aux_loss_coef initializer_range attention_dropout hidden_dropout embd_pdrop "
+    "resid_pdrop residual_dropout embedding_dropout classifier_dropout chunk_size_feed_forward tie_word_embeddings "
     "final_logit_softcapping logit_scale logits_scaling".split()
 )
 
@@ -91,12 +91,13 @@ class Model:
         rotaries: tuple[Rotary, ...],
         layers: tuple[Layer, ...],
     ):
-        self.hf, self.tokenizer, self.name, self.fingerprint = hf, tokenizer, name, fingerprint
+        self.hf, self.tokenizer = hf, tokenizer
+        self.name, self.fingerprint = name, fingerprint
         self.rotaries, self.layers = rotaries, layers
         self.dtype: torch.dtype = hf.dtype
         self.device: torch.device = hf.device
         self.limit = _limit(hf.config)
-        self.vocab_size: int = hf.get_input_embeddings().weight.shape[0]
+        self.vocab_size = _vocabulary(hf)
         self.eos_ids = _eos_ids(hf)
         self.tuned_for = _tuned_for(hf.config, name)
         numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
@@ -105,13 +106,12 @@ class Model:
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, want: Tensor) -> Tensor:
         """Run the model once on `tokens` [T] at `positions` [T], both int64; `attend` is each layer's attention.
 
-        Returns the logits [n, V] float32 of the tokens `want` [n] (int64 indices into T; may be empty). Which token sees
-        which is up to `attend` alone. Queries and keys come to it rotated to `positions`.
+        Returns the logits [n, V] float32 of the tokens `want` [n] (int64 indices into T; may be empty). Which token
+        sees which is up to `attend` alone. Queries and keys come to it rotated to `positions`.
         """
 
         def layer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, **kwargs: Any) -> Tensor:
-            index: int = module.layer_idx  # type: ignore[assignment]
-            out = attend(index, q[0], k[0], v[0], scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+            out = attend(_index(module), q[0], k[0], v[0], scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
             return out.transpose(0, 1)[None]
 
         return _run(self.hf, tokens, positions, layer, want)
@@ -132,9 +132,8 @@ class Model:
             masks[window] = zeros.masked_fill(~seen, -math.inf)[None, None]
 
         def layer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-            index: int = module.layer_idx  # type: ignore[assignment]
             eager = sys.modules[type(module).__module__].eager_attention_forward
-            return eager(module, q, k, v, masks[self.layers[index].window], **kwargs)[0]
+            return eager(module, q, k, v, masks[self.layers[_index(module)].window], **kwargs)[0]
 
         return _run(self.hf, tokens, positions, layer, torch.arange(len(tokens), device=self.device))
 
@@ -173,9 +172,10 @@ def load(
             source = snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"])
     files = _weight_files(Path(source), name)
     with _one_line(f"can't load {name}"):
-        hf, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
+    hf, info = loaded
     if info["missing_keys"]:
         raise ModelError(f"{name} lacks weights, for example {min(info['missing_keys'])}; is the download complete?")
     with _one_line(f"can't put {name} on {target}"):
@@ -196,17 +196,30 @@ def wrap(
     return _build(hf_model, tokenizer, shown, [_state_hash(hf_model)], allow_untested)
 
 
+def load_tokenizer(path_or_name: str | Path) -> Any:
+    """The tokenizer of a folder or hub name, without the model's weights. Raises ModelError with the reason."""
+    name = str(path_or_name)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        with _one_line(f"can't get the tokenizer of {name} (no such folder; tried as a hub name)"):
+            return AutoTokenizer.from_pretrained(name)
+    tokenizer = _tokenizer(folder, name)
+    if tokenizer is None:
+        raise ModelError(f"{name} has no tokenizer")
+    return tokenizer
+
+
 def _build(hf: PreTrainedModel, tokenizer: Any, name: str, weights: list[str], allow_untested: bool) -> Model:
     if hf.dtype not in _DTYPES.values():
         raise ModelError(f"{name} is in {hf.dtype}, which isn't supported; use {', '.join(_DTYPES)}")
     hf.eval()
     tested = hf.config.model_type in TESTED
-    plain = None if tested else _plain(hf)
-    tables = _exact_angles(hf)
-    rotaries, layers = _probe(hf, tables)
-    model = Model(hf, tokenizer, name, _fingerprint(hf, weights, rotaries, layers), rotaries, layers)
-    if plain is not None:
-        _require_equal(model, *plain)
+    with nullcontext() if tested else _one_line(f"{name} can't be run"):
+        plain = None if tested else _plain(hf)
+        rotaries, layers = _probe(hf, _exact_angles(hf))
+        model = Model(hf, tokenizer, name, _fingerprint(hf, weights, rotaries, layers), rotaries, layers)
+        if plain is not None:
+            _require_equal(model, *plain)
     return model
 
 
@@ -217,9 +230,19 @@ _LayerCall = Callable[..., Tensor]  # (module, q [1, H, T, D], k, v, **what the 
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, attend: _LayerCall, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attend: _LayerCall | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    return attend(module, query, key, value, **kwargs), None
+    if attend is None:
+        raise ModelError(f"{type(module).__name__} can't be run: its model passes no keyword arguments on to it")
+    if attention_mask is not None:
+        raise ModelError(f"{type(module).__name__} can't be run: its model makes a mask of its own")
+    return attend(module, query, key, value, **kwargs).contiguous(), None
 
 
 # The mask function must be there too and give None: jumping position_ids would otherwise make block masks.
@@ -240,6 +263,11 @@ def _run(hf: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: _LayerC
             attend=attend,
         )
     return result.logits[0].float()
+
+
+def _index(module: nn.Module) -> int:
+    """The layer an attention module belongs to."""
+    return cast(int, module.layer_idx)
 
 
 @contextmanager
@@ -302,7 +330,7 @@ def _angles(module: nn.Module, device: torch.device) -> _Angles:
     who = type(module).__name__
     try:
         # A fresh one, because `model.to(bfloat16)` rounds the tables of a live one.
-        fresh = type(module)(module.config)
+        fresh = type(module)(module.config).cpu()
     except (AttributeError, TypeError) as error:
         raise ModelError(f"{who} isn't a rotary embedding that kvgraph knows ({error})") from None
     tables: dict[str | None, tuple[Tensor, float]] = {}
@@ -311,7 +339,10 @@ def _angles(module: nn.Module, device: torch.device) -> _Angles:
         if live.shape != exact.shape or not torch.allclose(live, exact, rtol=1e-2):
             raise ModelError(f"{who}.{name} was changed after the model was made; kvgraph takes it from the config")
         kind = name.removesuffix("inv_freq")
-        tables[kind.removesuffix("_") or None] = (exact.double(), float(getattr(fresh, f"{kind}attention_scaling", 1.0)))
+        tables[kind.removesuffix("_") or None] = (
+            exact.double(),
+            float(getattr(fresh, f"{kind}attention_scaling", 1.0)),
+        )
     positions = torch.arange(5)[None]
     for layout in _LAYOUTS:
         angles = _Angles(tables, layout)
@@ -346,17 +377,17 @@ def _probe(hf: PreTrainedModel, tables: list[Tensor]) -> tuple[tuple[Rotary, ...
     Attention gives back the token's own value, so hidden states depend on no position, and queries and keys only
     through rotation; whatever isn't so can't be composed and is refused.
     """
-    moves = torch.tensor([1, 7, 40, 90, 3, 150])
+    moves = torch.tensor([1, 7, 150, 1_000, 5_000, 20_000])  # far ones tell slow frequencies apart
     n, limit = len(moves), _limit(hf.config)
     if limit < 2 * n:
         raise ModelError(f"the model's limit of {limit} positions is too small")
     moves %= limit - n
-    tokens = torch.arange(n) % hf.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(n) % _vocabulary(hf)
     positions = torch.arange(n)
     seen: dict[int, _Seen] = {}
 
     def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer = _index(module)
         if not getattr(module, "is_causal", True):
             raise ModelError(f"layer {layer} has bidirectional attention")
         if kwargs.get("position_bias") is not None:
@@ -369,8 +400,10 @@ def _probe(hf: PreTrainedModel, tables: list[Tensor]) -> tuple[tuple[Rotary, ...
     both = torch.cat([tokens, tokens]).to(hf.device), torch.cat([positions, positions + moves]).to(hf.device)
     _run(hf, *both, observe, torch.empty(0, dtype=torch.int64, device=hf.device))
     if sorted(seen) != list(range(hf.config.num_hidden_layers)):
-        raise ModelError(f"only layers {sorted(seen)} of {hf.config.num_hidden_layers} use transformers' attention interface")
-    tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[hf.dtype]
+        raise ModelError(
+            f"only layers {sorted(seen)} of {hf.config.num_hidden_layers} use transformers' attention interface"
+        )
+    tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[hf.dtype]
     candidates = [None, *(Rotary(t, interleaved) for t in tables for interleaved in (False, True))]
     rotaries: list[Rotary] = []
     layers = []
@@ -393,14 +426,16 @@ def _probe(hf: PreTrainedModel, tables: list[Tensor]) -> tuple[tuple[Rotary, ...
 
 
 def _error(rotary: Rotary | None, x: Tensor, moves: Tensor) -> float:
-    """How far the first half of x [heads, 2n, D], moved, is from the second, relative to x's largest number."""
+    """How far the first half of x [heads, 2n, D], moved, is from the second: root mean square, relative to x's."""
     first, second = x.chunk(2, 1)
     moved = first if rotary is None else rotary.rotate(first, *rotary.table(moves))
-    return float((moved - second).abs().max() / x.abs().max().clamp_min(1e-30))
+    return float((moved - second).norm() / second.norm().clamp_min(1e-30))
 
 
 def _check_windows(config: PreTrainedConfig, layers: list[Layer]) -> None:
     types = getattr(config, "layer_types", None) or []
+    if not types and getattr(config, "sliding_window", None) and all(layer.window is None for layer in layers):
+        raise ModelError("the config has a sliding window that no layer's attention is told of")
     for index, (kind, layer) in enumerate(zip(types, layers, strict=False)):
         if (kind == "sliding_attention") != (layer.window is not None):
             raise ModelError(f"layer {index} is declared {kind} but its attention runs with window {layer.window}")
@@ -409,7 +444,7 @@ def _check_windows(config: PreTrainedConfig, layers: list[Layer]) -> None:
 def _plain(hf: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Tokens [T] and their logits [T, V] by the untouched model."""
     n = min(64, _limit(hf.config))
-    tokens = torch.arange(n, device=hf.device) * 7 % hf.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(n, device=hf.device) * 7 % _vocabulary(hf)
     with torch.no_grad():
         return tokens, hf(input_ids=tokens[None], use_cache=False).logits[0].float()
 
@@ -417,10 +452,7 @@ def _plain(hf: PreTrainedModel) -> tuple[Tensor, Tensor]:
 def _require_equal(model: Model, tokens: Tensor, logits: Tensor) -> None:
     """An untested model must at least give its own plain logits back: catches masks the probe can't see."""
     n = len(tokens)
-    try:
-        ours = model.dense(tokens, torch.arange(n), torch.ones(n, n, dtype=torch.bool).tril())
-    except AttributeError:
-        raise ModelError(f"{model.name} has no eager attention to check against") from None
+    ours = model.dense(tokens, torch.arange(n), torch.ones(n, n, dtype=torch.bool).tril())
     limit = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}[model.dtype]
     worst = float((ours - logits).abs().max() / logits.std())
     if not worst <= limit:
@@ -433,8 +465,12 @@ _RECURRENT = "has recurrent or linear-attention layers, whose state can't be com
 _LEARNED = "has learned absolute positions, so a cached segment can't be moved"
 _ALIBI = "biases its scores by position (ALiBi)"
 _BY_TYPE = {
-    **dict.fromkeys("mamba mamba2 falcon_mamba falcon_h1 jamba bamba zamba zamba2 recurrent_gemma rwkv xlstm".split(), _RECURRENT),
-    **dict.fromkeys("nemotron_h granitemoehybrid qwen3_next minimax lfm2 lfm2_moe kimi_linear olmo_hybrid".split(), _RECURRENT),
+    **dict.fromkeys(
+        "mamba mamba2 falcon_mamba falcon_h1 jamba bamba zamba zamba2 recurrent_gemma rwkv xlstm".split(), _RECURRENT
+    ),
+    **dict.fromkeys(
+        "nemotron_h granitemoehybrid qwen3_next minimax lfm2 lfm2_moe kimi_linear olmo_hybrid".split(), _RECURRENT
+    ),
     **dict.fromkeys("gpt2 openai-gpt gpt_neo gpt_bigcode opt xglm biogpt ctrl xlnet".split(), _LEARNED),
     **dict.fromkeys("bloom mpt".split(), _ALIBI),
     "ministral3": "scales queries by position",
@@ -480,7 +516,8 @@ def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 def _refuse(config: PreTrainedConfig, allow_untested: bool) -> None:
     """Raise ModelError if a model of this config can't be, or mayn't be, run."""
-    reason = _reason(config.get_text_config())
+    text = config.get_text_config()
+    reason = _reason(text) or (None if text is config else "isn't a text-only causal LM; save its text model by itself")
     if reason:
         raise ModelError(f"model type {config.model_type} isn't supported: it {reason}")
     if config.model_type not in TESTED and not allow_untested:
@@ -492,11 +529,17 @@ def _refuse(config: PreTrainedConfig, allow_untested: bool) -> None:
 
 def _limit(config: PreTrainedConfig) -> int:
     """Positions the model may use. YaRN stretches the length that the config gives as the original one."""
-    limit = int(config.max_position_embeddings)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        raise ModelError("the model's config gives no max_position_embeddings")
     for rope in _rope_parameters(config):
         if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
             limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
     return limit
+
+
+def _vocabulary(hf: PreTrainedModel) -> int:
+    return cast(nn.Embedding, hf.get_input_embeddings()).weight.shape[0]
 
 
 def _eos_ids(hf: PreTrainedModel) -> tuple[int, ...]:
@@ -520,7 +563,9 @@ def _tuned_for(config: PreTrainedConfig, name: str) -> tuple[str, ...]:
 # -- fingerprint -----------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(hf: PreTrainedModel, weights: list[str], rotaries: tuple[Rotary, ...], layers: tuple[Layer, ...]) -> str:
+def _fingerprint(
+    hf: PreTrainedModel, weights: list[str], rotaries: tuple[Rotary, ...], layers: tuple[Layer, ...]
+) -> str:
     """SHA-256 of all that can change KV: weights, config, dtype, rotation, layers and our numerics. Not the path."""
     config = {k: v for k, v in hf.config.to_dict().items() if k not in _NOT_KV}
     facts = {
@@ -604,12 +649,16 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
                 raise ModelError(f"{name} lacks {file.name}; is the download complete?")
         return files
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise ModelError(f"{name} has only pickled weights, which can run code when loaded; save it as safetensors first")
+        raise ModelError(
+            f"{name} has only pickled weights, which can run code when loaded; save it as safetensors first"
+        )
     raise ModelError(f"{name} has no model.safetensors")
 
 
 def _tokenizer(folder: Path, name: str) -> Any:
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+    if not any(
+        (folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
         return None
     with _one_line(f"can't load the tokenizer of {name}"):
         return AutoTokenizer.from_pretrained(str(folder))

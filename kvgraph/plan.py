@@ -25,7 +25,7 @@ KEY_FORMAT = b"kvgraph-key-1"
 
 
 class Place(NamedTuple):
-    """A view of an earlier span: tokens lo..hi of span `span`, its token 0 standing at position `at` for this reader."""
+    """A view of an earlier span: tokens lo..hi of span `span`, its token 0 standing at position `at` for the reader."""
 
     span: int
     at: int
@@ -242,7 +242,9 @@ def _deep(lay, index: int, start: int) -> None:
         sys.setrecursionlimit(limit)
 
 
-def contiguous(tokens: Iterable[int], start: int, sees: Sequence[Place] = (), *, cached: bool = True, name: str = "") -> Span:
+def contiguous(
+    tokens: Iterable[int], start: int, sees: Sequence[Place] = (), *, cached: bool = True, name: str = ""
+) -> Span:
     """A span of `tokens` at positions start, start+1, ..."""
     ids = tuple(tokens)
     return Span(ids, range(start, start + len(ids)), tuple(sees), cached, name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 WINDOW = 8
 LIMIT = 131072
@@ -47,10 +47,10 @@ ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def build(family: str, **changes: Any) -> PreTrainedModel:
-    """A model of the class `<family>ForCausalLM`, float32, in eval mode; the same weights every time."""
+    """A causal LM with a `<family>Config`, float32, in eval mode; the same weights every time."""
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
     torch.manual_seed(1)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

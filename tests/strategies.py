@@ -1,4 +1,4 @@
-"""Hypothesis strategies: random graphs of token ids, (method, graph) pairs over every method, and plans of any shape."""
+"""Hypothesis strategies: random graphs of token ids, (method, graph) pairs over every method, plans of any shape."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ def break_merge(monkeypatch):
     from kvgraph.attention import rows
 
     original = rows._merge
-    monkeypatch.setattr(rows, "_merge", lambda out, lse, seen, seen_lse, *rest: original(out, lse, seen, seen_lse + 1, *rest))
+    monkeypatch.setattr(
+        rows, "_merge", lambda out, lse, seen, seen_lse, *rest: original(out, lse, seen, seen_lse + 1, *rest)
+    )
 
 
 def break_window(monkeypatch):
@@ -65,7 +67,10 @@ def test_gate_fails_when_composition_is_wrong(family, damage, case, monkeypatch)
 
 def test_quality_is_zero_loss_for_full_and_measures_others(tmp_path):
     engine = Engine(models.wrap(families.FAMILIES["llama"]()), kv_budget=1 << 26)
-    items = [(ContextGraph([[1, 2, 3], [4, 5, 6, 7]], query=[8, 9]), [10, 11]), (ContextGraph([[3, 1]], query=[7]), [2])]
+    items = [
+        (ContextGraph([[1, 2, 3], [4, 5, 6, 7]], query=[8, 9]), [10, 11]),
+        (ContextGraph([[3, 1]], query=[7]), [2]),
+    ]
     same = check.quality(engine, "full", items)
     assert same.nll == pytest.approx(same.full_nll, abs=1e-6) and same.tokens == 3
     other = check.quality(engine, "block", items)

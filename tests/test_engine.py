@@ -145,7 +145,10 @@ def test_tenants_and_models_never_share_records(llama, tmp_path):
     graph = random_graph(4)
     other = models.wrap(families.FAMILIES["llama"]().to(torch.bfloat16))
     Engine(llama, store=tmp_path, kv_budget=1 << 26).warm(graph, "block")
-    for engine in (Engine(llama, store=tmp_path, kv_budget=1 << 26, salt="b"), Engine(other, store=tmp_path, kv_budget=1 << 26)):
+    for engine in (
+        Engine(llama, store=tmp_path, kv_budget=1 << 26, salt="b"),
+        Engine(other, store=tmp_path, kv_budget=1 << 26),
+    ):
         assert engine.generate(graph, "block", GREEDY).usage.reused_tokens == {}
 
 
@@ -169,11 +172,15 @@ class TestMemory:
             peak = max(peak, engine.scheduler.kv_bytes)
         assert peak <= self.budget(llama, largest)
         assert [r.result.token_ids for r in requests] == [dense_greedy(llama, p, 6) for p in plans]
-        assert engine.scheduler.pool.pinned_bytes == 0 and engine.scheduler.row_bytes == 0 and not engine.scheduler.holds
+        assert (
+            engine.scheduler.pool.pinned_bytes == 0 and engine.scheduler.row_bytes == 0 and not engine.scheduler.holds
+        )
 
     def test_cancelling_frees_what_a_request_held(self, llama):
         engine = Engine(llama, kv_budget=1 << 26, max_step_tokens=8)
-        keep, drop = (engine.submit(methods.get("graph-kv").plan(random_graph(20, edges=True, query=n)), GREEDY) for n in (4, 5))
+        keep, drop = (
+            engine.submit(methods.get("graph-kv").plan(random_graph(20, edges=True, query=n)), GREEDY) for n in (4, 5)
+        )
         for _ in range(3):
             engine.step()
         engine.cancel(drop)
@@ -240,7 +247,9 @@ class TestRequests:
         with pytest.raises(PlanError, match=f"position {limit}.*limit is {limit}"):
             engine.submit(Plan((contiguous([1, 2], limit - 1, cached=False),)), GREEDY)
         result = engine.wait(engine.submit(Plan((contiguous([1, 2], limit - 4, cached=False),)), GREEDY))
-        assert len(result.token_ids) == 3 and result.finish_reason == "length"  # positions limit-2, limit-1, and the last needs none
+        assert (
+            len(result.token_ids) == 3 and result.finish_reason == "length"
+        )  # positions limit-2, limit-1, and the last needs none
 
     def test_bad_input_is_one_clear_error(self, llama):
         engine = Engine(llama, kv_budget=1 << 26)

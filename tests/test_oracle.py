@@ -20,7 +20,17 @@ def engine(model: str) -> Engine:
 
 def test_every_method_has_cases():
     methods = {c["method"] for c in CASES}
-    assert methods >= {"vanilla", "block_server", "block_parallel", "block_batch", "gapemp", "gapemp_appr", "gapemp_graph", "gapemp_graph_batch", "kvlink"}
+    assert methods >= {
+        "vanilla",
+        "block_server",
+        "block_parallel",
+        "block_batch",
+        "gapemp",
+        "gapemp_appr",
+        "gapemp_graph",
+        "gapemp_graph_batch",
+        "kvlink",
+    }
 
 
 @pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")

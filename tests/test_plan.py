@@ -128,7 +128,11 @@ def test_the_bytes_of_a_key():
     head = (b"kvgraph-key-1", b"model", b"salt")
     doc = digest(*head, ids(1, 2, 3), b"range")
     views = (f"{doc} -8 0 3".encode(), f"{doc} -3 1 2".encode())
-    assert Plan((DOC, READER, live(50))).keys("model", "salt") == [doc, digest(*head, ids(4, 5), b"range", *views), None]
+    assert Plan((DOC, READER, live(50))).keys("model", "salt") == [
+        doc,
+        digest(*head, ids(4, 5), b"range", *views),
+        None,
+    ]
 
 
 def test_dense_by_hand():

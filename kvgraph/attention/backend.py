@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,6 +42,10 @@ def backend_for(device: torch.device) -> Backend:
         from kvgraph.attention.cpu import attend
 
         return attend
+    if device.type == "cuda" and torch.version.cuda and find_spec("triton"):
+        from kvgraph.attention.triton import attend as triton
+
+        return triton
     from kvgraph.attention.reference import attend as reference
 
     return reference

@@ -78,9 +78,8 @@ class _Parts:
     shift: Tensor  # [E] index into shifts
     multi: Tensor | slice  # packed tokens that have extra pairs
     count: int  # how many those are
-    uniform: bool  # extra pairs lie as [P, count] in `multi` order, so merging needs no gather
-    gather: Tensor | None  # [count, P] columns into the extra pairs, padded with 0
-    padding: Tensor | None  # [count, P] bool
+    gather: Tensor | None = None  # [count, P] columns into the extra pairs, padded with 0; None: no gather needed
+    padding: Tensor | None = None  # [count, P] bool
 
 
 class Step:
@@ -124,7 +123,9 @@ class Step:
             row.kv.keys[layer][:, n : n + here.stop - here.start] = k[:, here]
             row.kv.values[layer][:, n : n + here.stop - here.start] = v[:, here]
         parts = self._parts[self.layers[layer].window]
-        own = [Part(c, kv.keys[layer][:, lo:hi], kv.values[layer][:, lo:hi], m, x) for c, kv, lo, hi, m, x in parts.primary]
+        own = [
+            Part(c, kv.keys[layer][:, lo:hi], kv.values[layer][:, lo:hi], m, x) for c, kv, lo, hi, m, x in parts.primary
+        ]
         out, lse = self.backend(q.float(), own, scale, softcap)
         if parts.extra:
             moved = self._rotated(layer, q, parts)
@@ -147,13 +148,16 @@ class Step:
         return self.rotaries[index].rotate(chosen, *self._tables[key])
 
     def _build(self, window: int | None) -> _Parts:
-        primary, extra, token, at = [], [], [], []
+        primary: list[tuple[slice, RowKV, int, int, Tensor | None, bool]] = []
+        extra: list[tuple[slice, Record | RowKV, int, int, Tensor | None]] = []
+        token: list[np.ndarray] = []  # packed tokens of the extra pairs
+        at: list[tuple[int, int]] = []  # (rotation, pairs) in the same order
         shared: dict[tuple[int, int, int], tuple[Record, list[np.ndarray], list[tuple[int, int]]]] = {}
         columns = 0
 
         def add(record, lo: int, hi: int, tokens: np.ndarray, moved: Sequence[tuple[int, int]], mask=None) -> None:
             nonlocal columns
-            extra.append((slice(columns, columns + len(tokens)), record, lo, hi, self._tensor(mask)))
+            extra.append((slice(columns, columns + len(tokens)), record, lo, hi, self._mask(mask)))
             columns += len(tokens)
             token.append(tokens)
             at.extend(moved)
@@ -165,10 +169,10 @@ class Step:
                 add(row.kv, lo, hi, index[a:b], [(0, b - a)], mask)
             fits = window is None or p[-1] - p[0] < window
             mask = None if fits else np.tri(len(p), dtype=bool) & (p[:, None] - p[None] < window)
-            primary.append((here, row.kv, past, total, self._tensor(mask), fits and len(p) > 1))
+            primary.append((here, row.kv, past, total, self._mask(mask), fits and len(p) > 1))
             for view in row.views:
                 if p[0] > view.last and (window is None or p[-1] - view.first < window):
-                    blocks = [(0, len(p), 0, view.hi - view.lo, None)]  # the common case, without numpy
+                    blocks: list[Block] = [(0, len(p), 0, view.hi - view.lo, None)]  # the common case, without numpy
                 else:
                     blocks = _blocks(p, view.positions + view.at, window)
                 for a, b, lo, hi, mask in blocks:
@@ -187,7 +191,7 @@ class Step:
     def _parts_of(self, primary, extra, token, at) -> _Parts:
         if not extra:
             none = torch.empty(0, dtype=torch.int64)
-            return _Parts(primary, [], none, np.empty(0, np.int64), none, slice(0, 0), 0, True, None, None)
+            return _Parts(primary, [], none, np.empty(0, np.int64), none, slice(0, 0), 0)
         tokens = np.concatenate(token)
         shifts, segment = np.unique(np.array([a for a, _ in at], dtype=np.int64), return_inverse=True)
         shift = np.repeat(segment, [n for _, n in at])
@@ -205,16 +209,21 @@ class Step:
             gather, padding = self._tensor(columns), self._tensor(~used)
         contiguous = multi[-1] - multi[0] + 1 == len(multi)
         where = slice(int(multi[0]), int(multi[-1]) + 1) if contiguous else self._tensor(multi)
-        return _Parts(
-            primary, extra, self._tensor(tokens), shifts, self._tensor(shift), where, len(multi), uniform, gather, padding
-        )
+        index, turn = self._tensor(tokens), self._tensor(shift)
+        return _Parts(primary, extra, index, shifts, turn, where, len(multi), gather, padding)
 
-    def _tensor(self, array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(self.device)
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _mask(self, array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else self._tensor(array)
 
 
-def _blocks(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[tuple[int, int, int, int, np.ndarray | None]]:
-    """What tokens at ascending positions p see of keys at ascending positions: (token a, b, key lo, hi, mask or None).
+Block = tuple[int, int, int, int, np.ndarray | None]  # tokens a..b see keys lo..hi, all or by a mask [b - a, hi - lo]
+
+
+def _blocks(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[Block]:
+    """What tokens at ascending positions p see of keys at ascending positions.
 
     A key is visible iff its position is lower than the token's and, with a window, p - key < window. The visible keys of
     one token are so a slice; neighbouring tokens with the same slice share a block, others get a mask [b - a, hi - lo].
@@ -242,7 +251,7 @@ def _blocks(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[tuple[i
 def _merge(out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, parts: _Parts, sinks: Tensor | None) -> None:
     """Merge the extra parts into out [H, T, Dv], in place: every part weighs exp(its lse - the joint lse)."""
     heads, count = out.shape[0], parts.count
-    if parts.uniform:
+    if parts.gather is None or parts.padding is None:  # the extra pairs lie as [P, count] in `multi` order
         others, lses = seen.view(heads, -1, count, seen.shape[-1]), seen_lse.view(heads, -1, count)
     else:
         others = seen[:, parts.gather.T]

@@ -2,16 +2,16 @@
 
 Keys and values stay where they are: a table made on the host holds every part's addresses and strides. A program takes
 one tile of a part's (column, head of the group) rows, one key/value head and a run of keys, with an online softmax
-(FlashAttention, arXiv 2205.14135). When a call has too few tiles to fill the GPU (decoding over long records), tiles are
-split over their keys (Flash-Decoding) and a second kernel merges the splits by log-sum-exp.
+(FlashAttention, arXiv 2205.14135). When a call has too few tiles to fill the GPU (decoding over long records), tiles
+are split over their keys (Flash-Decoding) and a second kernel merges the splits by log-sum-exp.
 
 Scores and sums are float32: KV tiles in bf16 or fp16 are converted on the chip and multiplied as IEEE float32, without
-tensor cores. `input_precision="tf32"` would round queries and weights to 11 bits (about 1e-3 on a score), bf16 dots to 8;
-"tf32x3" would use tensor cores and come within a few 1e-7. Without a GPU the same code runs in Triton's interpreter
-(TRITON_INTERPRET=1 before triton is imported), on CPU tensors.
+tensor cores. A fast path with `input_precision="tf32"` would round queries and weights to 11 bits (about 1e-3 on a
+score), bf16 dots to 8; "tf32x3" would use tensor cores at about float32's accuracy and is untried.
+Without a GPU the same code runs in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), on CPU tensors.
 
-Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D and Dv head sizes of
-keys and values; a part's rows are its n * R pairs (column, head of the group), R heads of a column side by side.
+Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D and Dv head sizes
+of keys and values; a part's rows are its n * R pairs (column, head of the group), R heads of a column side by side.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from torch import Tensor
 from kvgraph.attention.backend import Part
 
 SMALL, LARGE = 16, 64  # rows of a tile: decoding has a few rows a part, prefill many
+WARPS = 8  # with fewer, float32 products of these tiles spill registers
 MIN_KEYS = 256  # a tile is never split into runs of fewer keys
 WAVES = 4  # programs wanted per multiprocessor before splitting stops
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class _Schedule(NamedTuple):
-    """Which programs run, from the parts' shapes alone, so all layers of a step share it. Tables are int64, on device."""
+    """Programs to run, from the parts' shapes alone, so all layers of a step share it. Tables are int64, on device."""
 
     # (rows a tile, [tiles, 8]: part, causal, first column, n, first row, key lo, key hi, first slot or -1)
     tiles: tuple[tuple[int, Tensor], ...]
@@ -52,17 +53,19 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
     q = q if q.stride(2) == 1 else q.contiguous()
     addresses, aligned = _addresses(parts, dtype, q.device)
     shapes = tuple((p.columns.start, p.columns.stop - p.columns.start, p.keys.shape[1], p.causal) for p in parts)
-    schedule = _schedule(shapes, groups, heads // groups, q.device)
+    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
+    large, keys = _tile_size(max(block_d, block_dv))
+    schedule = _schedule(shapes, groups, heads // groups, large, q.device)
     out, lse = q.new_empty(heads, columns, value_dim), q.new_empty(heads, columns)
     partial, partial_lse = q.new_empty(groups, schedule.slots, value_dim), q.new_empty(groups, schedule.slots)
-    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
     with torch.cuda.device_of(q):
         for rows, tiles in schedule.tiles:
             _attend[(len(tiles), groups)](
                 q, out, lse, partial, partial_lse, addresses, tiles, scale, softcap or 1.0,
                 q.stride(0), q.stride(1), columns, schedule.slots,
-                R=heads // groups, D=dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=rows, KEYS=_keys_of(block_d),
-                KV=_DTYPES[dtype], ALIGNED=aligned, MASKED=any(p.mask is not None for p in parts), SOFTCAP=softcap is not None,
+                R=heads // groups, D=dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=rows, KEYS=keys,
+                KV=_DTYPES[dtype], ALIGNED=aligned, MASKED=any(p.mask is not None for p in parts),
+                SOFTCAP=softcap is not None, num_warps=WARPS,
             )  # fmt: skip
         if len(schedule.merges):
             _merge[(len(schedule.merges), max(rows for rows, _ in schedule.tiles), groups)](
@@ -73,7 +76,7 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
 
 
 def _addresses(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, int]:
-    """The table [parts, 9] of addresses and strides, and the elements in 16 bytes (0: some part isn't aligned to them)."""
+    """The table [parts, 9] of addresses and strides, and elements in 16 bytes (0: some part isn't aligned)."""
     rows = []
     for keys, values, mask in ((p.keys, p.values, p.mask) for p in parts):
         if not keys.dtype == values.dtype == dtype:
@@ -91,12 +94,12 @@ def _addresses(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) 
 
 @lru_cache(maxsize=32)
 def _schedule(
-    shapes: tuple[tuple[int, int, int, bool], ...], groups: int, repeat: int, device: torch.device
+    shapes: tuple[tuple[int, int, int, bool], ...], groups: int, repeat: int, large: int, device: torch.device
 ) -> _Schedule:
     """Tiles of parts of (first column, n, N, causal), split over keys until the GPU is full."""
     whole = []
     for part, (first, n, total, causal) in enumerate(shapes):
-        height = SMALL if n * repeat <= SMALL else LARGE
+        height = SMALL if n * repeat <= SMALL else large
         for row in range(0, n * repeat, height):
             hi = min(total, (row + height - 1) // repeat + 1) if causal else total
             whole.append((height, part, causal, first, n, row, hi))
@@ -121,9 +124,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _keys_of(block_d: int) -> int:
-    """Keys a program takes at a time, so that its tiles fit the chip's shared memory."""
-    return 64 if block_d <= 64 else 32
+def _tile_size(dim: int) -> tuple[int, int]:
+    """(rows, keys) of a large tile for a head size, so that it fits 99 KiB of shared memory and hardly spills."""
+    return (LARGE if dim <= 128 else SMALL), (32 if dim <= 64 else 16)
 
 
 @triton.jit(do_not_specialize=["columns", "slots"])
@@ -171,7 +174,8 @@ def _attend(
         if MASKED:
             mask = tl.load(a + 6)  # 0: this part has none
             m_at = mask.to(tl.pointer_type(tl.int8)) + column[:, None] * tl.load(a + 7) + key[None] * tl.load(a + 8)
-            visible &= tl.load(m_at, mask=visible & real[:, None] & (mask != 0), other=1) != 0
+            masked = real & (mask != 0)
+            visible &= tl.load(m_at, mask=visible & masked[:, None], other=1) != 0
         scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that saw nothing yet

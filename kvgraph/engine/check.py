@@ -57,9 +57,18 @@ def gate(engine: Engine, progress: bool | None = None) -> list[Case]:
         ("chain", "a causal chain of spans", methods.get("full").plan(graph)),
         ("alone", "spans encoded alone, read at their places", methods.get("block").plan(graph)),
         ("shared", "re-encoded readers at shared positions", methods.get("graph-kv").plan(edges)),
-        ("moved", "spans read elsewhere than computed", methods.get("graph-kv", layout="packed", keep="all").plan(edges)),
-        ("rounds", "three rounds along a chain", methods.get("graph-kv", rounds=3).plan(
-            ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix, edges=chain(3)))),
+        (
+            "moved",
+            "spans read elsewhere than computed",
+            methods.get("graph-kv", layout="packed", keep="all").plan(edges),
+        ),
+        (
+            "rounds",
+            "three rounds along a chain",
+            methods.get("graph-kv", rounds=3).plan(
+                ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix, edges=chain(3))
+            ),
+        ),
         ("gaps", "a live span with gaps between its tokens", _gaps(ids)),
         ("far", f"the same at position {far:,}", _shifted(methods.get("block").plan(graph), far - 62)),
     ]
@@ -113,18 +122,17 @@ def quality(
     with Progress(f"scoring {method} against full", len(pairs), enabled=progress) as bar:
         for graph, answer in pairs:
             plain = ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix)
-            for i, (g, m) in enumerate(((graph, method), (plain, "full"))):
-                scores = engine.score(g, answer, m).scores
-                assert scores is not None
-                sums[i] -= float(scores.sum())
-            tokens += len(scores)
+            scores = [engine.score(graph, answer, method).scores, engine.score(plain, answer, "full").scores]
+            for i, s in enumerate(scores):
+                sums[i] -= float(s.sum())
+            tokens += len(scores[0])
             bar.advance(1)
     return Quality(method, len(pairs), tokens, sums[0] / tokens, sums[1] / tokens)
 
 
 def read_items(path: Path, limit: int | None = None) -> list[tuple[ContextGraph, str]]:
     """JSON Lines of {"question", "answer", "documents": [text or {"title", "text"}], "prefix"?, "edges"?} as graphs."""
-    items = []
+    items: list[tuple[ContextGraph, str]] = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -137,7 +145,12 @@ def read_items(path: Path, limit: int | None = None) -> list[tuple[ContextGraph,
         try:
             row = json.loads(line)
             documents = [d if isinstance(d, str) else f"{d['title']}\n{d['text']}\n" for d in row["documents"]]
-            graph = ContextGraph(documents, query=row["question"], prefix=row.get("prefix", ""), edges=[tuple(e) for e in row.get("edges", [])])
+            graph = ContextGraph(
+                documents,
+                query=row["question"],
+                prefix=row.get("prefix", ""),
+                edges=[tuple(e) for e in row.get("edges", [])],
+            )
             items.append((graph, str(row["answer"])))
         except (ValueError, KeyError, TypeError) as error:
             raise GraphError(f"{path}:{number}: needs question, answer and documents ({error!r})") from None
@@ -146,9 +159,13 @@ def read_items(path: Path, limit: int | None = None) -> list[tuple[ContextGraph,
 
 def _difference(engine: Engine, plan: Plan) -> float:
     dense = plan.dense()
-    logits = engine.model.dense(
-        torch.from_numpy(dense.tokens), torch.from_numpy(dense.positions), torch.from_numpy(dense.visible)
-    )[-1].float().cpu()
+    logits = (
+        engine.model.dense(
+            torch.from_numpy(dense.tokens), torch.from_numpy(dense.positions), torch.from_numpy(dense.visible)
+        )[-1]
+        .float()
+        .cpu()
+    )
     return float((engine.logits(plan) - logits).abs().max() / logits.std())
 
 
@@ -165,5 +182,7 @@ def _shifted(plan: Plan, by: int) -> Plan:
     moved = []
     for span in plan.spans:
         positions = tuple(p + by for p in span.positions)
-        moved.append(Span(span.tokens, positions, tuple(p._replace(at=p.at + by) for p in span.sees), span.cached, span.name))
+        moved.append(
+            Span(span.tokens, positions, tuple(p._replace(at=p.at + by) for p in span.sees), span.cached, span.name)
+        )
     return Plan(tuple(moved), plan.method)

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -50,6 +51,12 @@ class Warmed:
     kv_bytes: int = 0
     seconds: float = 0.0
 
+    def add(self, usage: Usage) -> None:
+        self.computed_tokens += usage.computed_tokens
+        self.kv_bytes += usage.kv_bytes
+        for tier, n in usage.reused_tokens.items():
+            self.reused_tokens[tier] = self.reused_tokens.get(tier, 0) + n
+
 
 class Engine:
     """Runs plans. Safe to use from several threads: whoever waits drives the steps for everyone.
@@ -71,8 +78,11 @@ class Engine:
         self.model, self.salt = model, salt
         self.store = DiskStore(store, fingerprint=model.fingerprint) if isinstance(store, str | Path) else store
         self.store_errors = 0
+        self.store_error: StoreError | None = None  # the first of them
         step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
-        self.scheduler = Scheduler(model, kv_budget or default_budget(model.device), step_tokens, self._fetch, self._save)
+        self.scheduler = Scheduler(
+            model, kv_budget or default_budget(model.device), step_tokens, self._fetch, self._save
+        )
         self._lock = threading.RLock()
         self._uncached = count()
         self._warned: set[str] = set()
@@ -128,16 +138,21 @@ class Engine:
         """
         graphs = [graph] if isinstance(graph, ContextGraph) else list(graph)
         params = params_of(params, sampling)
-        requests = [self.submit(self.plan(g, method), params, first_logits=first_logits) for g in graphs]
-        results = [self.wait(r) for r in requests]
+        requests: list[Request] = []
+        with self._all_or_none(requests):
+            for g in graphs:
+                requests.append(self.submit(self.plan(g, method), params, first_logits=first_logits))
+            results = [self.wait(r) for r in requests]
         return results[0] if isinstance(graph, ContextGraph) else results
 
     def stream(
         self, graph: ContextGraph, method: str | Method = "full", params: SamplingParams | None = None, **sampling: Any
     ) -> Iterator[Chunk]:
-        """Answer a graph piece by piece; the last chunk carries the Result. Closing the iterator cancels the request."""
-        request = self.submit(self.plan(graph, method), params_of(params, sampling))
-        return self.chunks(request)
+        """Answer a graph piece by piece; the last chunk carries the Result. It starts with the first `next`.
+
+        Closing the iterator cancels the request.
+        """
+        yield from self.chunks(self.submit(self.plan(graph, method), params_of(params, sampling)))
 
     def warm(
         self,
@@ -154,23 +169,29 @@ class Engine:
         """
         graphs = [graph] if isinstance(graph, ContextGraph) else list(graph)
         started, total = time.perf_counter(), Warmed(graphs=len(graphs))
-        with Progress("encoding", len(graphs), enabled=progress) as bar:
-            pending: list[tuple[int, Request]] = []
+        pending: list[tuple[int, Request]] = []
+        requests: list[Request] = []
+
+        def finish(most: int) -> None:
+            """Run steps until at most `most` graphs are pending."""
+            while len(pending) > most:
+                self._advance(pending[0][1])
+                for i, request in [p for p in pending if p[1].finished]:
+                    pending.remove((i, request))
+                    requests.remove(request)
+                    usage = self.wait(request).usage
+                    total.add(usage)
+                    bar.advance(1, tokens=total.computed_tokens)
+                    if on_done:
+                        on_done(i, usage)
+
+        with Progress("encoding", len(graphs), enabled=progress) as bar, self._all_or_none(requests):
             for i, g in enumerate(graphs):
-                plan = self.plan(g if g.query else g.with_query([0]), method)  # the query changes no document
+                plan = self.plan(g if g.has_query else g.with_query([0]), method)  # the query changes no document
                 pending.append((i, self.submit(plan, SamplingParams(max_tokens=1), encode_only=True)))
-                while len(pending) >= 2 * WRITES or (i + 1 == len(graphs) and pending):
-                    self._advance(pending[0][1])
-                    for j, request in [p for p in pending if p[1].finished]:
-                        usage = self.wait(request).usage
-                        total.computed_tokens += usage.computed_tokens
-                        total.kv_bytes += usage.kv_bytes
-                        for tier, n in usage.reused_tokens.items():
-                            total.reused_tokens[tier] = total.reused_tokens.get(tier, 0) + n
-                        bar.advance(1, tokens=total.computed_tokens)
-                        if on_done:
-                            on_done(j, usage)
-                    pending = [p for p in pending if not p[1].finished or p[1].result is None]
+                requests.append(pending[-1][1])
+                finish(most=2 * WRITES)
+            finish(most=0)
         self.flush()
         total.seconds = time.perf_counter() - started
         return total
@@ -206,20 +227,16 @@ class Engine:
         pool_keys = [k if k is not None else f"{UNCACHED}{next(self._uncached)}" for k in keys[:-1]]
         live = plan.live
         new = min(params.max_tokens, self.model.limit - live.positions[-1])
-        sequence = None if encode_only else sequence_of(live, pool_keys, max(0, new - 1))
-        seen = sum((p.hi or 0) - p.lo for p in live.sees)
-        usage = Usage(prompt_tokens=seen, reused_tokens={})
-        if sequence is not None:
-            usage.prompt_tokens += len(live)
-            usage.computed_tokens = usage.live_tokens = len(live)
+        own = 0 if encode_only else len(live)
+        usage = Usage(sum((p.hi or 0) - p.lo for p in live.sees) + own, computed_tokens=own, live_tokens=own)
         request = Request(
             plan=plan,
             keys=pool_keys,
             params=params,
             sampler=Sampler(params, live.tokens),
             stream=TextStream(self.decode, params.stop),
-            live=sequence,
-            capacity=sequence.capacity if sequence else 0,
+            sequence=sequence_of(live, pool_keys, max(0, new - 1)),
+            encode_only=encode_only,
             want_from=len(live) - 1 if want_from is None else want_from,
             keep_logits=first_logits,
             submitted=time.perf_counter(),
@@ -239,12 +256,9 @@ class Engine:
 
     def wait(self, request: Request) -> Result:
         """Drive steps until a request is finished; raises what ended it if that was an error."""
-        try:
+        with self._all_or_none([request]):
             while not request.finished:
                 self._advance(request)
-        except BaseException:  # Ctrl-C among them: nothing may stay pinned
-            self.cancel(request)
-            raise
         if request.error is not None:
             raise request.error
         assert request.result is not None
@@ -319,6 +333,16 @@ class Engine:
             if not request.finished:
                 self.scheduler.step()
 
+    @contextmanager
+    def _all_or_none(self, requests: list[Request]) -> Iterator[None]:
+        """Whatever goes wrong inside, Ctrl-C among it, none of the requests is left running."""
+        try:
+            yield
+        except BaseException:
+            for request in requests:
+                self.cancel(request)
+            raise
+
     def _fetch(self, key: str) -> tuple[Record | None, str]:
         if self.store is None:
             return None, ""
@@ -344,6 +368,7 @@ class Engine:
         except StoreError as error:  # it is a cache: a record that can't be kept costs a recompute later
             self.store_errors += 1
             if self.store_errors == 1:
+                self.store_error = error
                 log.warning("the store can't keep records, going on without it: %s", error)
 
     def _warn_untuned(self, method: Method) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from kvgraph.engine.sampling import Sampled
@@ -24,6 +25,7 @@ class Usage:
     computed_tokens: int = 0
     reused_tokens: dict[str, int] = field(default_factory=dict)
     completion_tokens: int = 0
+    live_tokens: int = 0
     kv_bytes: int = 0
     queued: float = 0.0
     ttft: float = 0.0
@@ -31,10 +33,8 @@ class Usage:
 
     @property
     def document_tokens_computed(self) -> int:
-        """Computed tokens besides the live span: 0 when every document came from a store."""
+        """Computed tokens besides the live span's: 0 when every document came from a store."""
         return self.computed_tokens - self.live_tokens
-
-    live_tokens: int = 0
 
 
 @dataclass
@@ -52,12 +52,12 @@ class Result:
     usage: Usage
     sampled: list[Sampled] = field(default_factory=list)
     first_logits: Tensor | None = None
-    scores: Tensor | None = None
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass
 class Chunk:
-    """A piece of a streamed answer: new text (may be empty) and the tokens it came from; the last one has the result."""
+    """A piece of a streamed answer: new text (may be empty) and its tokens; the last one has the result."""
 
     text: str
     token_ids: list[int]

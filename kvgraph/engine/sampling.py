@@ -1,7 +1,7 @@
 """From logits to text: one decode policy for every method.
 
-`SamplingParams` says what is wanted, `Sampler` picks tokens from logits, `TextStream` turns tokens into text that can be
-shown as it comes and ends it at stop strings.
+`SamplingParams` says what is wanted, `Sampler` picks tokens from logits, `TextStream` turns tokens into text that can
+be shown as it comes, and ends it at stop strings.
 
 A token is chosen in this order, that of Hugging Face's `GenerationMixin._get_logits_processor`:
 repetition penalty -> temperature -> top-k -> top-p -> min-p -> one draw from what is left, renormalised.
@@ -127,7 +127,7 @@ class Sampler:
         self._generator.manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> Sampled:
-        """Choose a token from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf or nothing to choose."""
+        """Choose from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf, or nothing but -inf."""
         logits = logits.detach().float()
         if not math.isfinite(logits.max()):  # NaN wins every maximum
             what = "NaN" if logits.isnan().any() else "infinite"
@@ -182,8 +182,8 @@ class TextStream:
 
     decode: token ids -> text. It may strip a leading space, merge tokens, or give U+FFFD for half a character: a few
     tokens before the new ones are always decoded with them, so the pieces concatenate to decode(all tokens), at a cost
-    a token that doesn't grow with the answer. (Exception: a decoder that rewrites text it gave earlier, as byte fallback
-    does when whole characters are followed by broken bytes; what was shown stays.)
+    a token that doesn't grow with the answer. (Exception: a decoder that rewrites text it gave earlier, as byte
+    fallback does when whole characters are followed by broken bytes; what was shown stays.)
 
     stop: strings that end the answer. The one that is *completed* first counts, and of several completed by the same
     character the longest, so how the text is split into tokens makes no difference.

@@ -40,8 +40,8 @@ class Sequence:
     positions: np.ndarray  # [len(tokens)], the frame's own
     places: list[tuple[str, int, int, int]]  # (key, at in this frame, lo, hi)
     capacity: int  # tokens its KV has room for
-    kv: RowKV | None = None
-    views: list[View] | None = None
+    kv: RowKV | None = None  # made when its first row runs
+    views: list[View] = field(default_factory=list)
 
     @property
     def done(self) -> int:
@@ -71,8 +71,8 @@ class Request:
     params: SamplingParams
     sampler: Sampler
     stream: TextStream
-    live: Sequence | None  # None: only encode the plan's spans, or finished
-    capacity: int  # tokens of its own KV
+    sequence: Sequence  # the live span, and the answer as it grows
+    encode_only: bool  # finished as soon as everything its live span reads is encoded
     want_from: int  # logits are needed from this index of the live span on
     keep_logits: bool
     submitted: float
@@ -92,6 +92,9 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.result is not None or self.error is not None
+
+
+Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
 
 
 class Scheduler:
@@ -130,7 +133,8 @@ class Scheduler:
             raise PlanError(f"the plan reaches position {plan.highest_position}, but the model's limit is {limit}")
         for span in plan.spans:
             if not 0 <= min(span.tokens) <= max(span.tokens) < self.model.vocab_size:
-                raise PlanError(f"{span.name or 'a span'} holds a token id outside the vocabulary (0..{self.model.vocab_size - 1})")
+                last = self.model.vocab_size - 1
+                raise PlanError(f"{span.name or 'a span'} holds a token id outside the vocabulary (0..{last})")
         need = sum(self._worst_case(request).values()) + self._own_bytes(request)
         if need > self.budget:
             raise CapacityError(
@@ -167,14 +171,18 @@ class Scheduler:
         work = self._choose()
         if not work:
             return
-        rows = [self._row(owner, count) for owner, count in work]
+        for owner, _ in work:
+            if isinstance(owner, Encoding) and owner.sequence.kv is None:
+                self._make_room(owner.sequence.capacity * self.model.kv_bytes_per_token)
+        rows = [self._row(owner.sequence, count) for owner, count in work]
         step = Step(rows, self.model.layers, self.model.rotaries, self.model.device)
         want, counts = self._wanted(work, step)
         try:
             logits = self.model.forward(step.tokens, step.positions, step, want)
         except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
-            for request in {r for owner, _ in work for r in (owner.waiters if isinstance(owner, Encoding) else (owner,))}:
-                self._finish(request, error=error)
+            for owner, _ in work:
+                for request in list(owner.waiters) if isinstance(owner, Encoding) else [owner]:
+                    self._finish(request, error=error)
             return
         step.commit()
         self.peak_bytes = max(self.peak_bytes, self.kv_bytes)
@@ -186,43 +194,41 @@ class Scheduler:
                 self._decoded(owner, logits[at : at + n])
             at += n
 
-    def _choose(self) -> list[tuple[Request | Encoding, int]]:
+    def _choose(self) -> list[Work]:
         """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first."""
-        ready = [r for r in self.running if not r.missing and r.live is not None]
+        ready = [r for r in self.running if not r.missing]
         decoding = [r for r in ready if r.token_ids]
         prefill = [r for r in ready if not r.token_ids]
         encoding = [e for e in self.encodings.values() if all(k in self.pool for k, *_ in e.sequence.places)]
-        work: list[tuple[Request | Encoding, int]] = []
+        work: list[Work] = []
         tokens, pairs = self.max_step_tokens, self.max_step_pairs
-        for owner in itertools.chain(decoding, prefill, encoding):
-            sequence = owner.sequence if isinstance(owner, Encoding) else owner.live
-            parts = 1 + len(sequence.places)
-            count = min(sequence.left, tokens, max(1, pairs // parts))
+        owners: list[Request | Encoding] = [*decoding, *prefill, *encoding]
+        for owner in owners:
+            parts = 1 + len(owner.sequence.places)
+            count = min(owner.sequence.left, tokens, max(1, pairs // parts))
             if count <= 0 or (work and pairs < parts):
                 break
             work.append((owner, count))
             tokens, pairs = tokens - count, pairs - count * parts
         return work
 
-    def _row(self, owner: Request | Encoding, count: int) -> Row:
-        sequence = owner.sequence if isinstance(owner, Encoding) else owner.live
+    def _row(self, sequence: Sequence, count: int) -> Row:
+        """The next `count` tokens of a sequence; its KV is allocated with its first row."""
         if sequence.kv is None:
-            if isinstance(owner, Encoding):
-                self._make_room(sequence.capacity * self.model.kv_bytes_per_token)
             sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
-            sequence.views = [View(self.pool.get(k), at, lo, hi) for k, at, lo, hi in sequence.places]
+            sequence.views = [View(self._pooled(key), at, lo, hi) for key, at, lo, hi in sequence.places]
         here = slice(sequence.done, sequence.done + count)
         return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
 
-    def _wanted(self, work: list[tuple[Request | Encoding, int]], step: Step) -> tuple[Tensor, list[int]]:
+    def _wanted(self, work: list[Work], step: Step) -> tuple[Tensor, list[int]]:
         """Packed indices whose logits are needed, and how many of them belong to each row."""
         want: list[int] = []
         counts = []
         for (owner, count), here in zip(work, step.spans, strict=True):
             before = len(want)
             if isinstance(owner, Request):
-                first = max(owner.want_from, owner.live.done)
-                want.extend(range(here.start + first - owner.live.done, here.start + count))
+                skipped = max(0, owner.want_from - owner.sequence.done)
+                want.extend(range(here.start + skipped, here.start + count))
             counts.append(len(want) - before)
         return torch.tensor(want, dtype=torch.int64, device=self.model.device), counts
 
@@ -231,6 +237,7 @@ class Scheduler:
     def _encoded(self, encoding: Encoding) -> None:
         if encoding.sequence.left:
             return
+        assert encoding.sequence.kv is not None
         record = encoding.sequence.kv.record(encoding.key)
         del self.encodings[encoding.key]
         self._keep(record)
@@ -242,10 +249,10 @@ class Scheduler:
                 self._ready(request)
 
     def _decoded(self, request: Request, logits: Tensor) -> None:
-        live = request.live
+        sequence = request.sequence
         if len(request.scores) < len(request.plan.live.tokens) - 1 - request.want_from:
             self._score(request, logits)
-        if live.left:
+        if sequence.left:
             return
         if not request.token_ids:
             self._first(request, logits)
@@ -261,10 +268,10 @@ class Scheduler:
         request.fresh.append(("" if ends else request.stream.push(choice.token), choice.token))
         if ends or request.stream.stopped:
             return self._finish(request, "stop")
-        if live.done >= live.capacity:  # its last token needs no KV of its own
+        if sequence.done >= sequence.capacity:  # its last token needs no KV of its own
             return self._finish(request, "length")
-        live.tokens.append(choice.token)
-        live.positions = np.append(live.positions, live.positions[-1] + 1)
+        sequence.tokens.append(choice.token)
+        sequence.positions = np.append(sequence.positions, sequence.positions[-1] + 1)
 
     def _first(self, request: Request, logits: Tensor) -> None:
         request.first_token_at = time.perf_counter()
@@ -274,7 +281,7 @@ class Scheduler:
 
     def _score(self, request: Request, logits: Tensor) -> None:
         """Log-probabilities of the live span's own tokens, from the logits of those before them."""
-        targets = request.live.tokens
+        targets = request.sequence.tokens
         at = request.want_from + len(request.scores)
         for row in logits:
             if at + 1 < len(targets):
@@ -282,6 +289,9 @@ class Scheduler:
                 at += 1
 
     def _finish(self, request: Request, reason: str = "", error: Exception | None = None) -> None:
+        """End a request, with a result or an error; frees all it held. No effect on a finished one."""
+        if request.finished:
+            return
         now = time.perf_counter()
         if request in self.running:
             self.running.remove(request)
@@ -295,7 +305,7 @@ class Scheduler:
                 if not encoding.waiters:
                     del self.encodings[key]
         request.missing = set()
-        request.live = None
+        request.sequence.kv, request.sequence.views = None, []
         if error is not None:
             request.error = error
             return
@@ -313,7 +323,7 @@ class Scheduler:
             usage,
             request.sampled,
             request.first_logits,
-            torch.stack(request.scores).cpu() if request.scores else None,
+            torch.stack(request.scores).cpu() if request.scores else torch.empty(0),
         )
 
     # -- admission and memory -----------------------------------------------------------------------------------------
@@ -386,7 +396,7 @@ class Scheduler:
         for key in [k for k in request.held if k not in wanted]:
             self._release(request, key)
         request.usage.kv_bytes = sum(self.holds[k][0] for k in wanted) + self._own_bytes(request)
-        if request.live is None:
+        if request.encode_only:
             self._finish(request, "length")
 
     def _worst_case(self, request: Request) -> dict[str, int]:
@@ -394,7 +404,7 @@ class Scheduler:
         return {k: len(s) * per_token for k, s in zip(request.keys, request.plan.spans[:-1], strict=False)}
 
     def _own_bytes(self, request: Request) -> int:
-        return request.capacity * self.model.kv_bytes_per_token
+        return 0 if request.encode_only else request.sequence.capacity * self.model.kv_bytes_per_token
 
     def _hold(self, request: Request, key: str, size: int) -> None:
         _, count = self.holds.get(key, (size, 0))
@@ -414,6 +424,11 @@ class Scheduler:
             self.pool.unpin(key)
             if key.startswith(UNCACHED):  # nobody else can ever ask for it
                 self.pool.delete(key)
+
+    def _pooled(self, key: str) -> Record:
+        record = self.pool.get(key)
+        assert record is not None, "what a row reads is pinned"
+        return record
 
     def _keep(self, record: Record) -> None:
         self._make_room(0)

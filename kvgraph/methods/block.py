@@ -15,7 +15,8 @@ class Block:
     """Every segment, prefix included, is encoded alone; the query sees all of them at sequential positions.
 
     A prefix of several pieces is one causal chain.
-    Source: Block-Attention (arXiv 2409.15355), its block-wise prefill; Graph-KV's `block`, `block_batch` and Block-Attention server.
+    Source: Block-Attention (arXiv 2409.15355), its block-wise prefill; `block`, `block_batch` and the
+    Block-Attention server in Graph-KV's code.
     """
 
     name: ClassVar[str] = "block"

@@ -15,7 +15,8 @@ class Full:
     """Prefix, segments and query as one causal chain at sequential positions; equals a plain causal prefill.
 
     Requests that begin with the same pieces share them in the store: this is ordinary prefix caching.
-    Source: the baseline of the papers below ("sequential encoding" in Graph-KV, arXiv 2506.07334); `vanilla` in its code.
+    Source: the baseline of the papers ("sequential encoding" in Graph-KV, arXiv 2506.07334); `vanilla` in
+    Graph-KV's code.
     """
 
     name: ClassVar[str] = "full"

@@ -36,9 +36,9 @@ class GraphKV:
     later keys close the gap. The released code pads with eos, so it drops eos inside documents this way.
 
     Raises GraphError for fields that don't go together, and from `plan` when a segment is longer than the band.
-    Source: Graph-KV (arXiv 2506.07334), its structure-aware attention and positional encoding allocation. With all-pairs edges "aligned" is the paper's Full, with top-k edges
-    its Top-m, with layered edges and rounds = depth its multi-hop variants; "tight" is `gapemp_graph(_batch)` and
-    "packed" `gapemp` and `gapemp_appr` of the released code.
+    Source: Graph-KV (arXiv 2506.07334), its structure-aware attention and positional encoding allocation. "aligned" is
+    the paper's Full with all-pairs edges, its Top-m with top-k edges, its multi-hop variants with layered edges and
+    rounds = depth. "tight" is `gapemp_graph(_batch)`, "packed" `gapemp` and `gapemp_appr` of the released code.
     """
 
     name: ClassVar[str] = "graph-kv"

@@ -149,7 +149,7 @@ class DiskStore:
         record can't fit the capacity beside the pinned ones; nothing else is lost then.
         """
         path = self._path(record.key)
-        if path.exists():
+        if self.contains(record.key):
             self._remember(record.key, label)
             return
         buffers = format.encode(record, self.fingerprint)
@@ -165,7 +165,7 @@ class DiskStore:
 
     def contains(self, key: str) -> bool:
         """Whether there is a file for it. Changes nothing."""
-        return is_key(key) and self._path(key).exists()
+        return is_key(key) and os.path.exists(self._path(key))
 
     def delete(self, key: str) -> bool:
         """Remove a record, pinned or not. Idempotent. Raises StoreError if the folder isn't writable."""
@@ -461,7 +461,7 @@ class DiskStore:
 
     def _unlink(self, index: Index, keys: Iterable[str]) -> None:
         """Remove records and their rows inside a transaction of the index, so that two processes don't do it twice."""
-        for key in keys:
+        for key in filter(is_key, keys):
             try:
                 self._path(key).unlink(missing_ok=True)
             except OSError as error:
@@ -550,7 +550,7 @@ class DiskStore:
             for entry in entries:
                 index.add(entry)
             # A record that was written and got its row since the files were listed isn't in `rows`, so it stays.
-            lost = [key for key in rows.keys() - files if not self._path(key).exists()]
+            lost = [key for key in rows.keys() - files if not self.contains(key)]
             index.remove(lost)
         self._reconciled = True
         return len(entries), len(lost)

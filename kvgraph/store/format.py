@@ -205,12 +205,10 @@ def read_header(data: torch.Tensor) -> Header:
 def _front(raw: np.ndarray) -> bytes:
     """The bytes up to the end of the checksum."""
     front = raw[:SEALED].tobytes()
-    if front[8 : 8 + len(MAGIC)] != MAGIC:
+    if len(front) < SEALED or front[8 : 8 + len(MAGIC)] != MAGIC:
         raise BadRecord("isn't a kvgraph record")
     if front[8 : 8 + len(PREFIX)] != PREFIX:
         raise UnsupportedRecord(f"has another record format than version {VERSION}")
-    if len(front) < SEALED:
-        raise BadRecord("is cut off")
     return front
 
 

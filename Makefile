@@ -1,0 +1,32 @@
+# make test: lint, types and all tests.  make demo: the main job, end to end.  make soak: the tests in their long forms.
+# Each creates .venv first when there is none. TORCH names the build to install: the default is the one that is tested.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: test demo soak lint
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+soak: lint
+	KVGRAPH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+demo: $(READY)
+	$(BIN)/kvgraph demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first and by itself, so that nothing else chooses its build. Where .venv has a torch already, that one stays.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvgraph needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; give another with make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install $(TORCH)
+	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install -c .venv/constraints.txt -e '.[dev]'
+	touch $@

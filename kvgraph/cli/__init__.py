@@ -1,0 +1,111 @@
+"""The command line. Every mistake a person can make is one line on stderr and a non-zero exit; `--debug` shows more.
+
+Nothing here imports torch or transformers before a command needs them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from kvgraph import __version__
+from kvgraph.cli import ask, bench, check, demo, encode, explain, store
+from kvgraph.errors import KVGraphError
+
+USAGE, OTHER = 2, 1  # exit codes
+UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of it that newer typers bring along
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command()(encode.encode)
+app.command()(ask.ask)
+app.command()(explain.explain)
+app.command()(check.check)
+app.command()(bench.bench)
+app.command()(demo.demo)
+app.add_typer(store.app, name="store")
+
+
+@app.callback()
+def kvgraph(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compute the KV cache of every document once, and answer questions from the stored caches.
+
+    Encode a corpus, then ask about some of its documents: they are read from the store instead of being prefilled.
+
+    \b
+      kvgraph encode MODEL corpus.jsonl --store kv
+      kvgraph ask MODEL "Who dug the harbour?" --documents corpus.jsonl --pick 0,3 --store kv
+
+    Start with `kvgraph demo`. Before using a method other than `full` with a model that isn't tuned for it, see what it
+    costs: `kvgraph check MODEL --method block --data questions.jsonl`.
+    """
+    if version:
+        typer.echo(f"kvgraph {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `kvgraph` command: run it and exit. 0: fine; 1: an error, or a check that failed; 2: wrong usage; 130: Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _warn_in_one_line()
+    try:
+        status = app(words, prog_name="kvgraph", standalone_mode=False)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        if _debugging(words):
+            raise
+        status, message = _explained(error)
+        _say(message)
+    if status == 130:
+        _say("interrupted")
+    sys.exit(status or 0)
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """(exit code, one line) for an error."""
+    if isinstance(error, KVGraphError):
+        return OTHER, str(error)
+    if isinstance(error, UsageError):
+        context: Any = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "kvgraph"
+        return USAGE, f"{error.format_message().rstrip('.')}; see `{command} --help`"  # type: ignore[attr-defined]
+    if isinstance(error, OSError) and error.strerror:
+        return OTHER, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OTHER, "out of memory; try a smaller --kv-budget, fewer documents, or a smaller --dtype"
+    return OTHER, f"unexpected {type(error).__name__}: {error}; `kvgraph --debug ...` shows where"
+
+
+def _debugging(words: list[str]) -> bool:
+    """Whether --debug stands before the command, where it belongs."""
+    options = [w for w in words[: next((i for i, w in enumerate(words) if not w.startswith("-")), len(words))]]
+    return "--debug" in options
+
+
+def _say(message: str) -> None:
+    print(f"kvgraph: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _warn_in_one_line() -> None:
+    """Warnings and log messages for people, one line each on stderr; those for developers of libraries stay away."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning):
+            _say(f"warning: {message}")
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            _say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    logger = logging.getLogger("kvgraph")
+    logger.handlers = [Handler()]
+    logger.propagate = False

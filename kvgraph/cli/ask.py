@@ -1,0 +1,118 @@
+"""`kvgraph ask`: one question over some documents, answered from their stored KV."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvgraph.cli import common
+from kvgraph.cli.common import (
+    AllowUntested,
+    Device,
+    Documents,
+    Dtype,
+    Edges,
+    Json,
+    KVBudget,
+    MethodName,
+    ModelName,
+    NoCheck,
+    Pick,
+    Prefix,
+    StoreFolder,
+    Template,
+)
+
+if TYPE_CHECKING:
+    from kvgraph.engine.result import Result
+
+
+def ask(
+    model: ModelName,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The query, as the model should read it.")],
+    documents: Documents,
+    pick: Pick = None,
+    store: StoreFolder = None,
+    method: MethodName = "block",
+    edges: Edges = "",
+    prefix: Prefix = "",
+    template: Template = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
+    as_json: Json = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    kv_budget: KVBudget = None,
+    allow_untested: AllowUntested = False,
+    no_check: NoCheck = False,
+) -> None:
+    r"""Answer a question over documents of a corpus.
+
+    Documents that are in the store are read, not computed; missing ones are computed and kept there. The answer
+    streams to stdout, and a line on stderr says what was computed, what was reused, and how fast. The question, the
+    prefix and the documents are tokenized one by one and joined as they are: write special tokens, such as BOS or those
+    of a chat template, into --prefix and QUESTION.
+
+    \b
+      kvgraph ask ./llama "\nWho dug the harbour?\n" --documents corpus.jsonl --pick 0,3,7 --store kv
+      kvgraph ask ./llama "..." --documents corpus.jsonl --method graph-kv --edges top-k:3
+    """
+    chosen = common.parse_method(method)
+    graph = common.graph_of(
+        common.chosen(documents, template, pick), common.unescaped(question), common.unescaped(prefix), edges
+    )
+    from kvgraph.engine.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(map(common.unescaped, stop or ())),
+    )
+    engine = common.open_engine(
+        model, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check, kv_budget=kv_budget, store=store
+    )
+    with engine:
+        if as_json:
+            result = engine.generate(graph, chosen, params)
+            typer.echo(json.dumps(_as_json(result), ensure_ascii=False))
+            return
+        for chunk in engine.stream(graph, chosen, params):
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+            if chunk.result is not None:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+                typer.echo(_usage(chunk.result), err=True)
+
+
+def _usage(result: Result) -> str:
+    u = result.usage
+    rate = f", {(u.completion_tokens - 1) / u.decode:,.1f} tokens/s" if u.completion_tokens > 1 and u.decode else ""
+    return (
+        f"[prompt {u.prompt_tokens:,} tokens: {u.computed_tokens:,} computed ({u.document_tokens_computed:,} of documents), "
+        f"{common.reused(u.reused_tokens)}; first token {common.human_time(u.ttft)}; "
+        f"{u.completion_tokens} generated{rate}; {result.finish_reason}]"
+    )
+
+
+def _as_json(result: Result) -> dict[str, object]:
+    usage = asdict(result.usage) | {"document_tokens_computed": result.usage.document_tokens_computed}
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "usage": usage,
+    }

@@ -1,0 +1,127 @@
+"""`kvgraph bench`: what reuse brings on the user's own model and machine."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvgraph.cli import common
+from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName, NoCheck
+from kvgraph.graph import ContextGraph
+
+if TYPE_CHECKING:
+    from kvgraph.engine.result import Usage
+    from kvgraph.models import Model
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Medians of one method. Times are seconds, rates tokens a second."""
+
+    method: str
+    cold_computed: int
+    cold_ttft: float
+    warm_computed: int
+    warm_reused: int
+    warm_ttft: float
+    decode_rate: float
+
+
+def bench(
+    model: ModelName,
+    documents: Annotated[int, typer.Option(min=1, help="Documents of random tokens.")] = 10,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each document.")] = 400,
+    query: Annotated[int, typer.Option(min=1, help="Tokens of the query.")] = 30,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 3,
+    method: Annotated[str, typer.Option(help="Methods to measure, with commas.")] = "full,block,kvlink,graph-kv",
+    edges: Annotated[str, typer.Option(help="Edges for graph-kv, as in `kvgraph ask`.")] = "top-k:1",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's choice].")] = None,
+    as_json: Json = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    kv_budget: KVBudget = None,
+    allow_untested: AllowUntested = False,
+    no_check: NoCheck = False,
+) -> None:
+    """Measure cold and warm time to first token, and decoding, on your model.
+
+    Cold: nothing is cached. Warm: the same documents again, with another query, so that only the query is computed.
+    Everything is in memory; the model is loaded before any clock starts.
+
+    \b
+      kvgraph bench ./llama --documents 10 --length 400
+    """
+    names = [name.strip() for name in method.split(",")]
+    chosen = [common.parse_method(name) for name in names]
+    pairs = common.parse_edges(edges, [""] * documents)
+    loaded = common.load_model(model, dtype, device, allow_untested)
+    if not no_check:
+        common.gate(loaded)
+    import torch
+
+    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.progress import Progress
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rows = []
+    with Progress("measuring", len(names) * repeats) as bar:
+        for name, m in zip(names, chosen, strict=True):
+            cold: list[Usage] = []
+            warm: list[Usage] = []
+            for i in range(-1, repeats):  # the first round only warms the machine up
+                graph = _graph(loaded, documents, length, query, seed=i, edges=pairs if m.name == "graph-kv" else ())
+                engine = Engine(loaded, kv_budget=kv_budget)
+                for q, usages in ((0, cold), (1, warm)):
+                    asked = graph.with_query([(token + q) % loaded.vocab_size for token in graph.query])
+                    usage = engine.generate(asked, m, max_tokens=new_tokens, ignore_eos=True).usage
+                    if i >= 0:
+                        usages.append(usage)
+                if i >= 0:
+                    bar.advance(1)
+            rows.append(_row(name, cold, warm))
+    if as_json:
+        settings = {"documents": documents, "length": length, "query": query, "new_tokens": new_tokens, "repeats": repeats}
+        settings |= {"model": loaded.name, "dtype": str(loaded.dtype), "device": device, "threads": torch.get_num_threads()}
+        typer.echo(json.dumps({"settings": settings, "rows": [asdict(row) for row in rows]}))
+        return
+    typer.echo(f"{loaded.name}, {documents} documents × {length} tokens, query {query}, medians of {repeats}")
+    table = common.table("method", "computed cold", "TTFT cold", "computed warm", "reused", "TTFT warm", "faster", "decode")
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.cold_computed:,}",
+            common.human_time(row.cold_ttft),
+            f"{row.warm_computed:,}",
+            f"{row.warm_reused:,}",
+            common.human_time(row.warm_ttft),
+            f"{row.cold_ttft / row.warm_ttft:,.1f}×",
+            f"{row.decode_rate:,.1f} tokens/s",
+        )
+    common.show(table)
+
+
+def _graph(
+    model: Model, documents: int, length: int, query: int, *, seed: int, edges: tuple[common.Edge, ...]
+) -> ContextGraph:
+    draw = random.Random(seed)
+    segments = [[draw.randrange(model.vocab_size) for _ in range(length)] for _ in range(documents)]
+    return ContextGraph(segments, [draw.randrange(model.vocab_size) for _ in range(query)], edges=edges)
+
+
+def _row(method: str, cold: list[Usage], warm: list[Usage]) -> _Row:
+    return _Row(
+        method,
+        cold[0].computed_tokens,
+        statistics.median(u.ttft for u in cold),
+        warm[0].computed_tokens,
+        sum(warm[0].reused_tokens.values()),
+        statistics.median(u.ttft for u in warm),
+        statistics.median((u.completion_tokens - 1) / u.decode for u in cold + warm),
+    )

@@ -1,0 +1,100 @@
+"""`kvgraph check`: is a model exact when composed, and what does a method cost it?"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvgraph.cli import common
+from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName
+
+if TYPE_CHECKING:
+    from kvgraph.engine.check import Case, Quality
+    from kvgraph.engine.engine import Engine
+
+CLOSE = 0.01  # nats a token: a difference that no reader of the answers would notice
+
+
+def check(
+    model: ModelName,
+    method: Annotated[str, typer.Option(help="With --data: the method to compare with full.")] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(help='JSON Lines of {"question", "answer", "documents", "prefix"?, "edges"?} with texts to score.'),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --data: use only the first items.")] = None,
+    as_json: Json = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    kv_budget: KVBudget = None,
+    allow_untested: AllowUntested = False,
+) -> None:
+    """Check that a model composed from cached segments gives the logits of one plain forward.
+
+    Prints a table of cases and exits with 1 if one fails; differences are in standard deviations of the plain logits.
+    Exact is not yet good: with --method and --data it tells how much likelihood the answers lose under the method
+    against full, on identical tokens. A model that wasn't tuned for a method usually loses some.
+
+    \b
+      kvgraph check ./llama
+      kvgraph check ./llama --method block --data questions.jsonl
+    """
+    if bool(method) != (data is not None):
+        raise typer.BadParameter("--method and --data belong together")
+    from kvgraph.engine import check as checks
+
+    chosen = common.parse_method(method) if method else None
+    items = checks.read_items(data, limit) if data else []
+    engine = common.open_engine(
+        model, dtype=dtype, device=device, allow_untested=allow_untested, check=False, kv_budget=kv_budget, store=None
+    )
+    cases = checks.gate(engine)
+    quality = None if chosen is None else checks.quality(engine, chosen, items)
+    passed = all(case.passed for case in cases)
+    if as_json:
+        found = {"model": engine.model.name, "passed": passed, "cases": [asdict(c) | {"passed": c.passed} for c in cases]}
+        typer.echo(json.dumps(found | ({} if quality is None else {"quality": asdict(quality)})))
+    else:
+        _print_cases(engine, cases, passed)
+        if quality is not None:
+            _print_quality(quality)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _print_cases(engine: Engine, cases: list[Case], passed: bool) -> None:
+    table = common.table("case", "what", "tokens", "worst", "limit", "ok", left=2)
+    for case in cases:
+        worst = "not run" if case.worst is None else f"{case.worst:.1e}"
+        ok = "-" if case.worst is None else "yes" if case.passed else "NO"
+        table.add_row(case.name, case.what, f"{case.tokens:,}", worst, f"{case.limit:g}", ok)
+    common.show(table)
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    verdict = "composes exactly" if passed else "does NOT compose exactly; don't serve it"
+    typer.echo(f"{engine.model.name} in {dtype} {verdict}")
+
+
+def _print_quality(quality: Quality) -> None:
+    difference = quality.nll - quality.full_nll
+    ratio = math.exp(difference)
+    table = common.table("method", "answers", "tokens", "nll / token", "perplexity")
+    for name, nll in (("full", quality.full_nll), (quality.method, quality.nll)):
+        table.add_row(name, f"{quality.items:,}", f"{quality.tokens:,}", f"{nll:.4f}", f"{math.exp(min(nll, 700)):,.2f}")
+    typer.echo("")
+    common.show(table)
+    typer.echo(f"difference {difference:+.4f} nats a token, perplexity ×{ratio:.3f}: {_meaning(quality.method, difference)}")
+
+
+def _meaning(method: str, difference: float) -> str:
+    if difference <= -CLOSE:
+        return f"these answers are likelier under {method} than under full."
+    if difference < CLOSE:
+        return f"under {method} these answers are as likely as under full."
+    if difference < 0.1:
+        return f"{method} costs a little on these answers; look at some before serving it."
+    return f"{method} costs this model a lot on these answers; tune it for {method} first, or serve full."

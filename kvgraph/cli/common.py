@@ -1,0 +1,229 @@
+"""What commands share: their options, how values are written on a command line, and how an engine is opened."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvgraph import corpus, methods
+from kvgraph.errors import GraphError
+from kvgraph.graph import ContextGraph, Edge, Text, all_pairs, chain, top_k
+from kvgraph.methods import Method
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvgraph.engine.engine import Engine
+    from kvgraph.models import Model
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+SIZES = {"": 1, "B": 1} | {f"{p}{s}": 1024**i for i, p in enumerate("KMGT", 1) for s in ("", "iB")}
+SIZES |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4GiB" (= "4G", 1024³ each), "500MB" (1000² each) or "1000"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = next((size for name, size in SIZES.items() if match and name.lower() == match[2].lower()), None)
+    if match is None or unit is None or (size := int(float(match[1]) * unit)) <= 0:
+        raise typer.BadParameter(f"{text!r} is no size; write for example 4GiB or 500MB")
+    return size
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "7d", "12h", "30m", "90s" or "2w"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no duration; write for example 7d, 12h or 30m")
+    return float(match[1]) * DURATIONS[match[2]]
+
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a Hugging Face causal LM.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+KVBudget = Annotated[
+    int | None, typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of what is free].")
+]
+AllowUntested = Annotated[bool, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the exactness gate (`kvgraph check`) while loading.")]
+StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of the store of KV records.")]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        "--method", help="full, block, kvlink, graph-kv or a preset; fields after a colon: graph-kv:rounds=2,layout=tight."
+    ),
+]
+Edges = Annotated[
+    str,
+    typer.Option(
+        help="Who reads whom (graph-kv): all, chain, top-k:3, last-k:3 (each but chain also with +self), or source>reader "
+        "pairs by number or id: '0>2,1>2'."
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help=r"How a document's fields make its text [default: '{title}\n{text}\n' for JSON Lines, '{text}' for files]."
+    ),
+]
+Prefix = Annotated[str, typer.Option(help="Text before the documents: system prompt and special tokens such as BOS.")]
+Documents = Annotated[Path, typer.Option("--documents", metavar="CORPUS", help="JSON Lines, text file or folder.")]
+Pick = Annotated[
+    list[str] | None,
+    typer.Option(help="Documents to use, in this order: ids or numbers from 0, with commas or repeated [default: all]."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+def unescaped(text: str) -> str:
+    r"""Text with \n, \t and \\ replaced, so that they can be typed in a shell."""
+    return re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t", "\\": "\\"}[m[1]], text)
+
+
+def parse_method(spec: str) -> Method:
+    """The method of "name" or "name:field=value,field=value". Raises GraphError listing what there is."""
+    name, _, rest = spec.partition(":")
+    fields: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        field, equals, value = item.partition("=")
+        if not equals:
+            raise GraphError(f"--method {spec!r}: {item!r} isn't FIELD=VALUE")
+        fields[field.strip()] = _value(value.strip())
+    return methods.get(name, **fields)
+
+
+def parse_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
+    """Edges among documents from the --edges option; names: their ids. Raises GraphError when it can't be read."""
+    count = len(names)
+    shape, plus, _ = spec.partition("+self")
+    shape, _, k = shape.partition(":")
+    if not spec:
+        return ()
+    if shape == "chain" and not plus:
+        return chain(count)
+    if shape == "all" and not k:
+        return all_pairs(count, self_edges=bool(plus))
+    if shape in ("top-k", "last-k") and k.isdecimal():
+        return top_k(count, int(k), self_edges=bool(plus), last=shape == "last-k")
+    pairs = [pair.split(">") for pair in spec.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise GraphError(f"--edges {spec!r} is none of all, chain, top-k:N, last-k:N, or pairs like 0>2,1>2")
+    return tuple((_ref(source, names), _ref(reader, names)) for source, reader in pairs)
+
+
+def graph_of(
+    documents: Sequence[corpus.Document],
+    query: Text = "",
+    prefix: Text = "",
+    edges: str = "",
+    piece: Callable[[str], Text] = str,
+) -> ContextGraph:
+    """The graph of documents. Segments are named by their ids when these are unique. piece: text to segment."""
+    ids = [d.name for d in documents]
+    names = ids if all(ids) and len(set(ids)) == len(ids) else None
+    pieces = [piece(d.text) for d in documents]
+    return ContextGraph(pieces, query, prefix, parse_edges(edges, names or [""] * len(pieces)), names)
+
+
+def chosen(path: Path, template: str | None, pick: list[str] | None) -> list[corpus.Document]:
+    """Documents of a corpus, all or the picked ones."""
+    documents = corpus.load(path, None if template is None else unescaped(template))
+    wanted = [ref.strip() for item in pick or () for ref in item.split(",") if ref.strip()]
+    return corpus.pick(documents, wanted) if pick else documents
+
+
+def load_model(model: str, dtype: str, device: str, allow_untested: bool) -> Model:
+    """Load a model without other people's progress bars in the output of a pipe."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from kvgraph import models
+
+    return models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
+
+
+def open_engine(
+    name: str, *, dtype: str, device: str, allow_untested: bool, check: bool, kv_budget: int | None, store: Path | None
+) -> Engine:
+    """An engine on a model, with a disk store if a folder is given. Raises ModelError, StoreError."""
+    model = load_model(name, dtype, device, allow_untested)
+    if check:
+        gate(model)
+    from kvgraph.engine.engine import Engine
+
+    return Engine(model, store=store, kv_budget=kv_budget)
+
+
+def gate(model: Model) -> None:
+    """Raise ModelError unless the model passes the gate, run on an engine of its own: its random spans go nowhere."""
+    from kvgraph.engine.check import require
+    from kvgraph.engine.engine import Engine
+
+    require(Engine(model))
+
+
+def human_size(size: float) -> str:
+    """1536 → "1.5 KiB"."""
+    for unit in UNITS[:-1]:
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} {UNITS[-1]}"
+
+
+def human_time(seconds: float) -> str:
+    """0.0123 → "12.3 ms", 90 → "1.5 min"."""
+    if seconds < 1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    for unit, size in (("min", 60), ("h", 3600)):
+        if seconds < 100 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def reused(tiers: dict[str, int]) -> str:
+    """{"disk": 812} → "812 reused (812 disk)"."""
+    where = ", ".join(f"{n:,} {tier}" for tier, n in sorted(tiers.items()) if n)
+    return f"{sum(tiers.values()):,} reused" + (f" ({where})" if where else "")
+
+
+def table(*columns: str, left: int = 1) -> Table:
+    """An aligned table: the first `left` columns to the left, the others, numbers, to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    return made
+
+
+def show(made: Table) -> None:
+    """Print a table as wide as the terminal, or as wide as it needs when the output goes elsewhere."""
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    with console.capture() as capture:
+        console.print(made)
+    sys.stdout.write("\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n")
+
+
+def _value(text: str) -> Any:
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    return None if text.lower() == "none" else text
+
+
+def _ref(text: str, names: Sequence[str]) -> int | str:
+    """A document by its id, else by number, as --pick has it."""
+    text = text.strip()
+    return int(text) if text not in names and text.isdecimal() else text

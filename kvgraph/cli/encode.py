@@ -1,0 +1,209 @@
+"""`kvgraph encode`: a corpus into a store."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvgraph import corpus
+from kvgraph.cli import common
+from kvgraph.cli.common import (
+    AllowUntested,
+    Device,
+    Dtype,
+    KVBudget,
+    MethodName,
+    ModelName,
+    NoCheck,
+    Prefix,
+    StoreFolder,
+    Template,
+)
+from kvgraph.errors import KVGraphError
+from kvgraph.graph import ContextGraph
+from kvgraph.methods import Method
+from kvgraph.plan import Plan
+
+if TYPE_CHECKING:
+    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.result import Usage
+
+BATCH = 128  # documents tokenized, looked up and encoded together
+SAMPLE = 16  # documents timed for the estimate of --dry-run
+NAMED = 5  # skipped documents named one by one
+
+
+@dataclass
+class _Totals:
+    """What one run of `encode` did."""
+
+    computed: int = 0  # tokens
+    reused: int = 0  # tokens
+    seconds: float = 0.0
+    skipped: list[str] = field(default_factory=list)
+    too_long: int = 0
+
+
+def encode(
+    model: ModelName,
+    documents: Annotated[Path, typer.Argument(metavar="CORPUS", help="JSON Lines (also .gz), text file, or folder.")],
+    store: StoreFolder = None,
+    method: MethodName = "block",
+    template: Template = None,
+    prefix: Prefix = "",
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    kv_budget: KVBudget = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Encode only the first documents.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say tokens, bytes and time; write nothing.")] = False,
+    allow_untested: AllowUntested = False,
+    no_check: NoCheck = False,
+) -> None:
+    r"""Encode every document of a corpus into a store, once.
+
+    Documents are encoded as the method does before any document reads another, so block, kvlink and graph-kv share
+    them. With full, a document is encoded after the prefix. Stop it whenever you like: run again, it goes on where it
+    was, and documents that are already stored cost nothing.
+
+    \b
+      kvgraph encode ./llama corpus.jsonl --store kv --dry-run
+      kvgraph encode ./llama corpus.jsonl --store kv --template '{title}\n{text}\n'
+    """
+    if store is None and not dry_run:
+        raise typer.BadParameter("encode needs --store FOLDER (or --dry-run)")
+    chosen = common.parse_method(method)
+    found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
+    where = None if dry_run else store
+    engine = common.open_engine(
+        model, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check, kv_budget=kv_budget, store=where
+    )
+    prefix = common.unescaped(prefix)
+    if dry_run:
+        return _estimate(engine, found, chosen, prefix, store)
+    with engine:
+        totals = _Totals()
+        try:
+            _encode(engine, found, chosen, prefix, totals)
+        except KeyboardInterrupt:
+            typer.echo("stopped; what is finished is in the store, run the same command again to go on", err=True)
+            raise
+    _report_skipped(totals)
+    written = totals.computed * engine.model.kv_bytes_per_token
+    typer.echo(
+        f"{len(found) - len(totals.skipped):,} documents: {totals.computed:,} tokens computed, {totals.reused:,} reused, "
+        f"{common.human_size(written)} written, {totals.computed / max(totals.seconds, 1e-9):,.0f} tokens/s"
+    )
+    if totals.too_long:
+        raise KVGraphError(f"{totals.too_long} documents don't fit; split them, or raise --kv-budget")
+
+
+def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals) -> None:
+    from kvgraph.engine.progress import Progress
+
+    # A record that can't be kept is this command's own error, so it needs no warning as well.
+    logging.getLogger("kvgraph.engine").setLevel(logging.ERROR)
+    started = time.perf_counter()
+    with Progress("encoding", len(documents)) as bar:
+        for at in range(0, len(documents), BATCH):
+            batch = documents[at : at + BATCH]
+            graphs = []
+            for graph, plan in _planned(engine, batch, method, prefix, totals):
+                if _is_stored(engine, plan):
+                    totals.reused += _tokens(plan)
+                else:
+                    graphs.append(graph)
+            bar.advance(len(batch) - len(graphs), tokens=totals.computed)
+
+            def done(_: int, usage: Usage) -> None:
+                totals.computed += usage.computed_tokens
+                totals.reused += sum(usage.reused_tokens.values())
+                bar.advance(1, tokens=totals.computed)
+
+            engine.warm(graphs, method, progress=False, on_done=done)
+            totals.seconds = time.perf_counter() - started
+            if engine.store_error is not None:
+                raise engine.store_error
+
+
+def _planned(
+    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals
+) -> list[tuple[ContextGraph, Plan]]:
+    """Tokenized graphs and plans, one a document; documents that are empty or too big go to totals.skipped."""
+    planned = []
+    for document in documents:
+        graph = ContextGraph([document.text], [0], prefix).tokenized(engine.encode)  # the query changes no document
+        if not graph.segments[0]:
+            totals.skipped.append(f"{document.where}: no tokens")
+            continue
+        plan = engine.plan(graph, method)
+        size = _tokens(plan) * engine.model.kv_bytes_per_token
+        if plan.highest_position >= engine.model.limit or size > engine.scheduler.budget:
+            totals.too_long += 1
+            totals.skipped.append(
+                f"{document.where}: {len(graph.segments[0]):,} tokens don't fit the model's {engine.model.limit:,} positions "
+                f"or the KV budget of {common.human_size(engine.scheduler.budget)}"
+            )
+            continue
+        planned.append((graph, plan))
+    return planned
+
+
+def _is_stored(engine: Engine, plan: Plan) -> bool:
+    """Whether the store has a file for every span; whether they are good is for `kvgraph store verify` and readers."""
+    assert engine.store is not None
+    keys = plan.keys(engine.model.fingerprint, engine.salt)
+    return all(engine.store.contains(key) for key in keys if key is not None)
+
+
+def _tokens(plan: Plan) -> int:
+    return sum(len(span) for span in plan.spans if span.cached)
+
+
+def _estimate(
+    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, store: Path | None
+) -> None:
+    """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
+    totals = _Totals()
+    planned = _planned(engine, documents, method, prefix, totals)
+    spans = {
+        key: len(span)
+        for _, plan in planned
+        for key, span in zip(plan.keys(engine.model.fingerprint), plan.spans, strict=True)
+        if key is not None
+    }
+    tokens = sum(spans.values())
+    graphs = [graph for graph, _ in planned]
+    _report_skipped(totals)
+    typer.echo(f"documents   {len(graphs):,}")
+    typer.echo(f"tokens      {tokens:,}")
+    typer.echo(f"KV on disk  {common.human_size(tokens * engine.model.kv_bytes_per_token)}{_free(store)}")
+    if graphs:
+        first = engine.warm(graphs[:1], method)  # slower than the others
+        more = graphs[1 :: max(1, len(graphs) // SAMPLE)]
+        sample = engine.warm(more, method, progress=False) if more else first
+        if sample.computed_tokens:
+            rate = sample.computed_tokens / sample.seconds
+            typer.echo(f"time        about {common.human_time(tokens / rate)} at {rate:,.0f} tokens/s, without writing")
+    typer.echo("nothing was written")
+
+
+def _free(store: Path | None) -> str:
+    """How much room there is where the store is or would be."""
+    if store is None:
+        return ""
+    there = next(p for p in (store.absolute(), *store.absolute().parents) if p.exists())
+    return f"; {common.human_size(shutil.disk_usage(there).free)} free"
+
+
+def _report_skipped(totals: _Totals) -> None:
+    for line in totals.skipped[:NAMED]:
+        typer.echo(f"skipped {line}", err=True)
+    if len(totals.skipped) > NAMED:
+        typer.echo(f"skipped {len(totals.skipped) - NAMED:,} more documents", err=True)

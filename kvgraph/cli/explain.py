@@ -1,0 +1,64 @@
+"""`kvgraph explain`: the plan of a graph, without the model's weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from kvgraph.cli import common
+from kvgraph.cli.common import Documents, Edges, MethodName, Pick, Prefix, Template
+from kvgraph.errors import GraphError
+
+
+def explain(
+    documents: Documents,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub name whose tokenizer is used; no weights are read.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The same, for a tokenizer that is somewhere else.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Documents, prefix and question are token ids, such as '5 17 3'.")] = False,
+    question: Annotated[str | None, typer.Option(help="The query [default: a placeholder of one token or so].")] = None,
+    pick: Pick = None,
+    method: MethodName = "block",
+    edges: Edges = "",
+    prefix: Prefix = "",
+    template: Template = None,
+) -> None:
+    r"""Show the plan of a method: which spans are encoded, who sees whom at which position, and what is cached.
+
+    "doc 1 @ 17" reads: token 0 of doc 1 stands at position 17 for this reader. Nothing is computed.
+
+    \b
+      kvgraph explain ./llama --documents corpus.jsonl --pick 0,3,7 --method graph-kv --edges all
+      kvgraph explain --ids --documents ids.txt --method kvlink:links=2,link_start=100
+    """
+    source = tokenizer or model
+    if ids == (source is not None) or (tokenizer and model):
+        raise typer.BadParameter("give one of MODEL, --tokenizer DIR or --ids, so that it is clear how to count tokens")
+    chosen = common.parse_method(method)
+    found = common.chosen(documents, template, pick)
+    if ids:
+        graph = common.graph_of(found, _ids(question or "0"), _ids(prefix), edges, piece=_ids)
+    else:
+        encode = _encoder(str(source))
+        graph = common.graph_of(found, common.unescaped(question or "?"), common.unescaped(prefix), edges).tokenized(encode)
+    typer.echo(str(chosen.plan(graph)))
+
+
+def _ids(text: str) -> list[int]:
+    """Token ids written with spaces, commas or as a JSON list."""
+    words = re.findall(r"[^\s,\[\]]+", text)
+    bad = next((w for w in words if not w.isdecimal()), None)
+    if bad is not None:
+        raise GraphError(f"with --ids everything is token ids, but there is {bad[:40]!r}")
+    return [int(w) for w in words]
+
+
+def _encoder(source: str) -> Callable[[str], list[int]]:
+    from kvgraph import models
+
+    tokenizer = models.load_tokenizer(source)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)

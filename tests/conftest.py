@@ -1,0 +1,16 @@
+"""Settings every test runs under: offline, one thread, and more examples with KVGRAPH_SOAK=1."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test downloads anything
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(1)
+
+settings.register_profile("default", deadline=None, max_examples=30)
+settings.register_profile("soak", deadline=None, max_examples=500)
+settings.load_profile("soak" if os.environ.get("KVGRAPH_SOAK") == "1" else "default")

@@ -1,0 +1,350 @@
+"""The tiers: what they keep, what leaves first, what people see of them."""
+
+import os
+import sqlite3
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_worker import key_of, make, same
+
+from kvgraph.errors import StoreError
+from kvgraph.store import DiskStore, MemoryStore, Record, Store, TieredStore
+
+
+def small(number: int, tokens: int = 4) -> Record:
+    """A record of 32 bytes a token."""
+    kv = torch.full((1, tokens, 4), float(number))
+    return Record(key_of(number), (kv,), (kv + 1,), torch.arange(tokens))
+
+
+def path_of(store: DiskStore, number: int):
+    key = key_of(number)
+    return store.folder / "records" / key[:2] / f"{key}.safetensors"
+
+
+def present(store: Store, numbers) -> list[int]:
+    return [n for n in numbers if store.contains(key_of(n))]
+
+
+@pytest.fixture(params=["memory", "disk", "tiered"])
+def store(request, tmp_path):
+    disk = DiskStore(tmp_path / "kv")
+    made = {"memory": MemoryStore(10**6), "disk": disk, "tiered": TieredStore([MemoryStore(10**6), disk])}
+    yield made[request.param]
+    made[request.param].close()
+
+
+# -- every tier --------------------------------------------------------------------------------------------------------
+
+
+def test_put_get_delete(store):
+    r = small(1)
+    assert store.get(r.key) is None and not store.contains(r.key) and not store.delete(r.key)
+    store.put(r)
+    store.put(r)
+    assert same(store.get(r.key), r) and store.contains(r.key)
+    held = store.get(r.key)
+    assert store.delete(r.key) and not store.delete(r.key)
+    assert store.get(r.key) is None and same(held, r)
+
+
+@pytest.mark.parametrize("key", ["", "x", "../../../etc/passwd", "A" * 64, "a" * 63, "a" * 64 + "\n", "\0" * 64])
+def test_what_is_no_key_is_a_miss(store, key):
+    assert store.get(key) is None and not store.contains(key) and not store.delete(key)
+
+
+def test_threads(store):
+    wrong = []
+
+    def work(seed):
+        for i in range(60):
+            number = (i * seed) % 11
+            store.put(small(number))
+            found = store.get(key_of(number))
+            if found is None or not same(found, small(number)):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 3, 7)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+class NaiveMemory:
+    """What MemoryStore should do, written to be obvious. Sizes by key; `order` is the least recently used first."""
+
+    def __init__(self, capacity):
+        self.capacity, self.sizes, self.pins, self.order = capacity, {}, {}, OrderedDict()
+
+    def evict_to(self, size):
+        for key in [k for k in self.order if not self.pins.get(k)]:
+            if sum(self.sizes.values()) <= size:
+                return
+            self.delete(key)
+
+    def use(self, key):
+        if key in self.order:
+            self.order.move_to_end(key)
+
+    def put(self, key, size):
+        if key not in self.sizes:
+            if size + sum(s for k, s in self.sizes.items() if self.pins.get(k)) > self.capacity:
+                return
+            self.evict_to(self.capacity - size)
+            self.sizes[key] = size
+            self.order[key] = None
+        self.use(key)
+
+    def pin(self, key):
+        if key in self.sizes:
+            self.pins[key] = self.pins.get(key, 0) + 1
+
+    def unpin(self, key):
+        if self.pins.get(key):
+            self.pins[key] -= 1
+            if not self.pins[key]:
+                self.use(key)
+
+    def delete(self, key):
+        for table in (self.sizes, self.pins, self.order):
+            table.pop(key, None)
+
+
+OPERATIONS = st.tuples(st.sampled_from(["put", "put", "get", "pin", "unpin", "delete", "evict_to"]), st.integers(0, 7))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(OPERATIONS, max_size=60))
+def test_memory_store_does_what_the_naive_one_does(operations):
+    store, naive = MemoryStore(1000), NaiveMemory(1000)
+    for name, number in operations:
+        r = small(number, tokens=1 + 5 * number)  # 32 to 1,152 bytes: the largest never fits
+        if name == "put":
+            store.put(r)
+            naive.put(r.key, r.nbytes)
+        elif name == "get":
+            found = store.get(r.key)
+            assert (found is not None) == (r.key in naive.sizes)
+            naive.use(r.key)
+        elif name == "evict_to":
+            store.evict_to(150 * number)
+            naive.evict_to(150 * number)
+        else:
+            try:
+                getattr(store, name)(r.key)
+            except KeyError:
+                assert not naive.pins.get(r.key) and (name == "unpin" or r.key not in naive.sizes)
+            getattr(naive, name)(r.key)
+        assert {key_of(n) for n in range(8) if key_of(n) in store} == naive.sizes.keys()
+        assert len(store) == len(naive.sizes) and store.bytes == sum(naive.sizes.values())
+        assert store.pinned_bytes == sum(s for k, s in naive.sizes.items() if naive.pins.get(k))
+
+
+# -- disk --------------------------------------------------------------------------------------------------------------
+
+
+def test_records_outlive_the_store(tmp_path):
+    r = make(key_of(3))
+    with_bf16 = replace(
+        r, key=key_of(4), keys=tuple(k.bfloat16() for k in r.keys), values=tuple(v.bfloat16() for v in r.values)
+    )
+    store = DiskStore(tmp_path, fingerprint="m")
+    store.put(r)
+    store.put(with_bf16, label="a title")
+    store.close()
+    again = DiskStore(tmp_path, fingerprint="m")
+    assert same(again.get(r.key), r) and same(again.get(with_bf16.key), with_bf16)
+    newest, oldest = again.ls()
+    assert {newest.label, oldest.label} == {"a title", ""} and newest.fingerprint == "m"
+    stat = again.stat()
+    assert stat.records == 2 and stat.tokens == 2 * len(r) and stat.hits == 2
+    assert stat.bytes == sum(p.stat().st_size for p in tmp_path.glob("records/*/*"))
+
+
+def test_many_mapped_records_hold_no_file_open(tmp_path):
+    store = DiskStore(tmp_path)
+    store.put(small(0))
+    before = len(os.listdir("/proc/self/fd"))
+    held = [store.get(key_of(0)) for _ in range(50)]
+    assert all(held) and len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_the_least_recently_used_leave_first(tmp_path):
+    probe = DiskStore(tmp_path / "probe")
+    probe.put(small(0))
+    size = probe.ls()[0].size
+    store = DiskStore(tmp_path / "kv", capacity_bytes=3 * size)
+    for n in range(3):
+        store.put(small(n))
+    store.get(key_of(0))
+    store.put(small(3))
+    assert present(store, range(4)) == [0, 2, 3]
+    store.pin(key_of(2))
+    store.put(small(4))
+    store.put(small(5))
+    assert present(store, range(6)) == [2, 4, 5]
+    assert store.stat().bytes <= 3 * size and store.stat().pinned == 1
+    for n in (4, 5):
+        store.pin(key_of(n))
+    with pytest.raises(StoreError, match=r"can't fit the capacity .* beside .* pinned"):
+        store.put(small(6))
+    store.unpin(key_of(4))
+    store.put(small(6))
+    assert present(store, range(7)) == [2, 5, 6]
+    with pytest.raises(StoreError, match="can't fit"):
+        store.put(small(7, tokens=1000))
+    assert present(store, range(8)) == [2, 5, 6]
+
+
+def test_uses_by_one_process_count_for_the_other(tmp_path):
+    a, b = DiskStore(tmp_path), DiskStore(tmp_path)
+    for n in range(3):
+        a.put(small(n))
+    a.capacity = a.stat().bytes
+    b.get(key_of(0))
+    b.close()  # writes its last uses
+    a.put(small(3))
+    assert present(a, range(4)) == [0, 2, 3]
+
+
+def test_files_without_a_row_are_counted_before_anything_leaves(tmp_path):
+    """A writer killed between its rename and its row mustn't make the store grow for ever."""
+    store = DiskStore(tmp_path)
+    for n in range(6):
+        store.put(small(n))
+    total = store.stat().bytes
+    store.close()
+    with sqlite3.connect(tmp_path / "index.sqlite") as db:
+        db.execute("DELETE FROM records WHERE key != ?", [key_of(5)])
+    store = DiskStore(tmp_path, capacity_bytes=total // 3)
+    for n in range(6, 9):
+        store.put(small(n))
+    assert sum(p.stat().st_size for p in tmp_path.glob("records/*/*")) <= total // 3
+
+
+def test_ttl(tmp_path):
+    store = DiskStore(tmp_path, ttl=100)
+    store.put(small(0))
+    store.put(small(1))
+    old = time.time() - 101
+    os.utime(path_of(store, 0), (old, old))
+    assert store.get(key_of(0)) is None and not store.contains(key_of(0))
+    assert store.get(key_of(1)) is not None
+    store.put(small(0))
+    assert store.get(key_of(0)) is not None
+
+
+def test_prune(tmp_path):
+    store = DiskStore(tmp_path)
+    now = time.time()
+    for n in range(6):
+        store.put(small(n))
+        os.utime(path_of(store, n), (now - 1000 + n,) * 2)
+    store.close()
+    (tmp_path / "index.sqlite").unlink()  # rows made from files count their writing as their last use
+    size = store.ls()[0].size
+    store.pin(key_of(0))
+    assert store.prune(older_than=997.5) == (2, 2 * size)
+    assert present(store, range(6)) == [0, 3, 4, 5]
+    assert store.prune(max_bytes=2 * size) == (2, 2 * size)
+    assert present(store, range(6)) == [0, 5]
+    assert store.prune() == (0, 0)
+    assert store.prune(max_bytes=0) == (1, size) and present(store, range(6)) == [0]
+
+
+def test_prune_removes_what_is_expired(tmp_path):
+    store = DiskStore(tmp_path, ttl=100)
+    store.put(small(0))
+    store.put(small(1))
+    os.utime(path_of(store, 0), (time.time() - 200,) * 2)
+    store.close()
+    (tmp_path / "index.sqlite").unlink()
+    assert store.prune()[0] == 1 and present(store, range(2)) == [1]
+
+
+def test_rm_takes_the_beginning_of_a_key(tmp_path):
+    store = DiskStore(tmp_path)
+    store.put(small(0))
+    twin = key_of(0)[:10] + "0" * 54
+    store.put(replace(small(1), key=twin))
+    with pytest.raises(StoreError, match="2 records start with"):
+        store.rm(twin[:6])
+    with pytest.raises(StoreError, match="no records start with 'ffff'"):
+        store.rm("ffff")
+    for bad in ("", "abc", "../.."):
+        with pytest.raises(StoreError, match="at least 4"):
+            store.rm(bad)
+    assert store.rm(twin[:12]) == twin
+    assert [e.key for e in store.ls()] == [key_of(0)]
+
+
+def test_pins_need_a_record_and_outlive_a_rebuild(tmp_path):
+    store = DiskStore(tmp_path)
+    store.put(small(0), label="kept")
+    store.put(small(1))
+    store.pin(key_of(0))
+    path_of(store, 1).unlink()
+    assert store.rebuild() == (0, 1)
+    (entry,) = store.ls()
+    assert entry.pinned and entry.label == "kept"
+    with pytest.raises(StoreError, match="no record"):
+        store.pin(key_of(9))
+
+
+def test_put_again_keeps_the_file_and_gives_it_a_row(tmp_path):
+    store = DiskStore(tmp_path)
+    store.put(small(0))
+    inode = path_of(store, 0).stat().st_ino
+    with sqlite3.connect(tmp_path / "index.sqlite") as db:
+        db.execute("DELETE FROM records")
+    store.put(small(0), label="later")
+    assert path_of(store, 0).stat().st_ino == inode and store.ls()[0].label == "later"
+
+
+def test_a_folder_that_cannot_be_a_store(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StoreError, match="can't open the store"):
+        DiskStore(file)
+
+
+# -- tiered ------------------------------------------------------------------------------------------------------------
+
+
+class Broken(MemoryStore):
+    name = "broken"
+
+    def put(self, record):
+        raise StoreError("full")
+
+
+def test_promotion_and_tiers(tmp_path):
+    fast, slow = MemoryStore(10**6), DiskStore(tmp_path)
+    tiers = TieredStore([fast, slow])
+    slow.put(small(1))
+    assert tiers.get_with_tier(key_of(1))[1] == "disk"
+    assert fast.contains(key_of(1)) and tiers.get_with_tier(key_of(1))[1] == "memory"
+    assert tiers.get_with_tier(key_of(2)) == (None, "")
+    tiers.put(small(2))
+    assert fast.contains(key_of(2)) and slow.contains(key_of(2))
+
+
+def test_a_broken_lower_tier_is_told_after_the_upper_kept_it():
+    fast, last = MemoryStore(10**6), MemoryStore(10**6)
+    tiers = TieredStore([fast, Broken(10**6), last])
+    with pytest.raises(StoreError, match="full"):
+        tiers.put(small(1))
+    assert fast.contains(key_of(1)) and last.contains(key_of(1))
+    fast.close()
+    assert tiers.get_with_tier(key_of(1))[1] == "memory" and fast.contains(key_of(1))
