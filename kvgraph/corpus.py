@@ -135,7 +135,9 @@ def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
         if field is None:
             continue
         if field not in fields:
-            raise CorpusError(f"{where} has no field {field!r}; it has {', '.join(fields) or 'none'}; change the template")
+            raise CorpusError(
+                f"{where} has no field {field!r}; it has {', '.join(fields) or 'none'}; change the template"
+            )
         value = fields[field]
         if value is None or isinstance(value, bool | dict):
             raise CorpusError(f"{where}: field {field!r} is {json.dumps(value)[:40]}, not text")

@@ -252,7 +252,7 @@ AttentionMaskInterface.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
 
 def _run(hf: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:
     """One forward of [T] tokens; `attend` is every layer's attention. Returns the logits [n, V] float32 of `want`."""
-    with _LOCKS.setdefault(hf, threading.RLock()), torch.no_grad(), _attention_set(hf.config):
+    with _LOCKS.setdefault(hf, threading.RLock()), torch.no_grad(), _attention_set(hf.config, _IMPLEMENTATION):
         result = hf(
             input_ids=tokens[None],
             position_ids=positions[None],
@@ -271,10 +271,10 @@ def _index(module: nn.Module) -> int:
 
 
 @contextmanager
-def _attention_set(config: PreTrainedConfig) -> Iterator[None]:
-    """Attention is ours inside; outside, the model keeps the implementation it was loaded with."""
+def _attention_set(config: PreTrainedConfig, implementation: str) -> Iterator[None]:
+    """Attention runs by `implementation` inside; outside, the model keeps the one it was loaded with."""
     before = config._attn_implementation
-    config._attn_implementation = _IMPLEMENTATION
+    config._attn_implementation = implementation
     try:
         yield
     finally:
@@ -442,10 +442,10 @@ def _check_windows(config: PreTrainedConfig, layers: list[Layer]) -> None:
 
 
 def _plain(hf: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Tokens [T] and their logits [T, V] by the untouched model."""
+    """Tokens [T] and their logits [T, V] by the untouched model (eager: sdpa has ignored softcaps in some versions)."""
     n = min(64, _limit(hf.config))
     tokens = torch.arange(n, device=hf.device) * 7 % _vocabulary(hf)
-    with torch.no_grad():
+    with torch.no_grad(), _attention_set(hf.config, "eager"):
         return tokens, hf(input_ids=tokens[None], use_cache=False).logits[0].float()
 
 

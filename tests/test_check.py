@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
+import families
 import pytest
 import torch
 
-import families
 from kvgraph import Engine, GraphError, ModelError, models
 from kvgraph.engine import check
 from kvgraph.graph import ContextGraph
@@ -25,8 +25,9 @@ def test_gate_passes(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gate_passes_in_16_bits(dtype):
-    engine = Engine(models.wrap(families.FAMILIES["llama"]().to(dtype)), kv_budget=1 << 26)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_oss"])
+def test_gate_passes_in_16_bits(family, dtype):
+    engine = Engine(models.wrap(families.FAMILIES[family]().to(dtype)), kv_budget=1 << 26)
     assert all(c.passed for c in check.gate(engine))
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import threading
 
+import families
 import numpy as np
 import pytest
+import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import families
-import strategies
 from kvgraph import CapacityError, ContextGraph, Engine, GraphError, PlanError, SamplingParams, methods, models
 from kvgraph.attention import rows
+from kvgraph.engine.sampling import SamplingError
 from kvgraph.graph import all_pairs
 from kvgraph.plan import Plan, Span, contiguous
 from kvgraph.store.disk import DiskStore
 
 VOCAB = 128
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
 
 
 @pytest.fixture(scope="module")
@@ -257,9 +260,19 @@ class TestRequests:
             engine.generate(ContextGraph([[VOCAB]], query=[1]), "block", GREEDY)
         with pytest.raises(GraphError, match="no tokenizer"):
             engine.generate(ContextGraph(["text"], query="text"), "block", GREEDY)
-        with pytest.raises(GraphError, match="unknown sampling parameter 'max_token'"):
+        with pytest.raises(SamplingError, match="unknown sampling parameter 'max_token'"):
             engine.generate(random_graph(60), "block", max_token=3)
         assert engine.scheduler.idle
+
+    def test_the_repetition_penalty_counts_documents_and_query_once(self, llama):
+        graph = ContextGraph([[1, 2], [2, 3]], query=[4], prefix=[5])
+        engine = Engine(llama, kv_budget=1 << 26)
+        logits = engine.logits(engine.plan(graph, "block"))
+        penalised = logits.clone()
+        for t in (1, 2, 3, 4, 5):
+            penalised[t] = logits[t] / 1000 if logits[t] > 0 else logits[t] * 1000
+        expected = int(penalised.argmax())
+        assert engine.generate(graph, "block", repetition_penalty=1000.0, max_tokens=1).token_ids == [expected]
 
     def test_an_untuned_method_warns_once(self, llama):
         engine = Engine(llama, kv_budget=1 << 26)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import oracle
 import pytest
 
-import oracle
 from kvgraph import Engine, SamplingParams
 
 CASES = oracle.cases()

@@ -5,7 +5,9 @@ Nothing here imports torch or transformers before a command needs them, so that 
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -54,6 +56,7 @@ def kvgraph(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `kvgraph` command: run it and exit. 0: fine; 1: an error, or a check that failed; 2: wrong usage; 130: Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _keep_libraries_quiet()
     _warn_in_one_line()
     try:
         status = app(words, prog_name="kvgraph", standalone_mode=False)
@@ -62,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if _debugging(words):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # no mistake: the help is what was wanted
+            print(error, file=sys.stderr)
+            sys.exit(USAGE)
         status, message = _explained(error)
         _say(message)
     if status == 130:
@@ -73,6 +79,8 @@ def _explained(error: Exception) -> tuple[int, str]:
     """(exit code, one line) for an error."""
     if isinstance(error, KVGraphError):
         return OTHER, str(error)
+    if isinstance(error, typer.Abort):
+        return OTHER, "stopped; nothing was done"
     if isinstance(error, UsageError):
         context: Any = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "kvgraph"
@@ -86,12 +94,19 @@ def _explained(error: Exception) -> tuple[int, str]:
 
 def _debugging(words: list[str]) -> bool:
     """Whether --debug stands before the command, where it belongs."""
-    options = [w for w in words[: next((i for i, w in enumerate(words) if not w.startswith("-")), len(words))]]
-    return "--debug" in options
+    return "--debug" in itertools.takewhile(lambda word: word.startswith("-"), words)
 
 
 def _say(message: str) -> None:
     print(f"kvgraph: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _keep_libraries_quiet() -> None:
+    """Other libraries' notes, and their progress bars where nobody looks, stay out of the output; set before imports."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _warn_in_one_line() -> None:

@@ -55,7 +55,7 @@ def ask(
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
-    r"""Answer a question over documents of a corpus.
+    """Answer a question over documents of a corpus.
 
     Documents that are in the store are read, not computed; missing ones are computed and kept there. The answer
     streams to stdout, and a line on stderr says what was computed, what was reused, and how fast. The question, the
@@ -63,7 +63,7 @@ def ask(
     of a chat template, into --prefix and QUESTION.
 
     \b
-      kvgraph ask ./llama "\nWho dug the harbour?\n" --documents corpus.jsonl --pick 0,3,7 --store kv
+      kvgraph ask ./llama "\\nWho dug the harbour?\\n" --documents corpus.jsonl --pick 0,3,7 --store kv
       kvgraph ask ./llama "..." --documents corpus.jsonl --method graph-kv --edges top-k:3
     """
     chosen = common.parse_method(method)
@@ -82,7 +82,13 @@ def ask(
         stop=tuple(map(common.unescaped, stop or ())),
     )
     engine = common.open_engine(
-        model, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check, kv_budget=kv_budget, store=store
+        model,
+        dtype=dtype,
+        device=device,
+        allow_untested=allow_untested,
+        check=not no_check,
+        kv_budget=kv_budget,
+        store=store,
     )
     with engine:
         if as_json:

@@ -87,12 +87,25 @@ def bench(
                     bar.advance(1)
             rows.append(_row(name, cold, warm))
     if as_json:
-        settings = {"documents": documents, "length": length, "query": query, "new_tokens": new_tokens, "repeats": repeats}
-        settings |= {"model": loaded.name, "dtype": str(loaded.dtype), "device": device, "threads": torch.get_num_threads()}
+        settings = {
+            "documents": documents,
+            "length": length,
+            "query": query,
+            "new_tokens": new_tokens,
+            "repeats": repeats,
+        }
+        settings |= {
+            "model": loaded.name,
+            "dtype": str(loaded.dtype),
+            "device": device,
+            "threads": torch.get_num_threads(),
+        }
         typer.echo(json.dumps({"settings": settings, "rows": [asdict(row) for row in rows]}))
         return
     typer.echo(f"{loaded.name}, {documents} documents × {length} tokens, query {query}, medians of {repeats}")
-    table = common.table("method", "computed cold", "TTFT cold", "computed warm", "reused", "TTFT warm", "faster", "decode")
+    table = common.table(
+        "method", "computed cold", "TTFT cold", "computed warm", "reused", "TTFT warm", "faster", "decode"
+    )
     for row in rows:
         table.add_row(
             row.method,

@@ -25,7 +25,9 @@ def check(
     method: Annotated[str, typer.Option(help="With --data: the method to compare with full.")] = "",
     data: Annotated[
         Path | None,
-        typer.Option(help='JSON Lines of {"question", "answer", "documents", "prefix"?, "edges"?} with texts to score.'),
+        typer.Option(
+            help='JSON Lines of {"question", "answer", "documents", "prefix"?, "edges"?} with texts to score.'
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --data: use only the first items.")] = None,
     as_json: Json = False,
@@ -57,7 +59,11 @@ def check(
     quality = None if chosen is None else checks.quality(engine, chosen, items)
     passed = all(case.passed for case in cases)
     if as_json:
-        found = {"model": engine.model.name, "passed": passed, "cases": [asdict(c) | {"passed": c.passed} for c in cases]}
+        found = {
+            "model": engine.model.name,
+            "passed": passed,
+            "cases": [asdict(c) | {"passed": c.passed} for c in cases],
+        }
         typer.echo(json.dumps(found | ({} if quality is None else {"quality": asdict(quality)})))
     else:
         _print_cases(engine, cases, passed)
@@ -84,10 +90,14 @@ def _print_quality(quality: Quality) -> None:
     ratio = math.exp(difference)
     table = common.table("method", "answers", "tokens", "nll / token", "perplexity")
     for name, nll in (("full", quality.full_nll), (quality.method, quality.nll)):
-        table.add_row(name, f"{quality.items:,}", f"{quality.tokens:,}", f"{nll:.4f}", f"{math.exp(min(nll, 700)):,.2f}")
+        table.add_row(
+            name, f"{quality.items:,}", f"{quality.tokens:,}", f"{nll:.4f}", f"{math.exp(min(nll, 700)):,.2f}"
+        )
     typer.echo("")
     common.show(table)
-    typer.echo(f"difference {difference:+.4f} nats a token, perplexity ×{ratio:.3f}: {_meaning(quality.method, difference)}")
+    typer.echo(
+        f"difference {difference:+.4f} nats a token, perplexity ×{ratio:.3f}: {_meaning(quality.method, difference)}"
+    )
 
 
 def _meaning(method: str, difference: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -49,15 +48,19 @@ ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub n
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 KVBudget = Annotated[
-    int | None, typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of what is free].")
+    int | None,
+    typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of what is free]."),
 ]
-AllowUntested = Annotated[bool, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")]
+AllowUntested = Annotated[
+    bool, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")
+]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the exactness gate (`kvgraph check`) while loading.")]
 StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of the store of KV records.")]
 MethodName = Annotated[
     str,
     typer.Option(
-        "--method", help="full, block, kvlink, graph-kv or a preset; fields after a colon: graph-kv:rounds=2,layout=tight."
+        "--method",
+        help="full, block, kvlink, graph-kv or a preset; fields after a colon: graph-kv:rounds=2,layout=tight.",
     ),
 ]
 Edges = Annotated[
@@ -77,7 +80,9 @@ Prefix = Annotated[str, typer.Option(help="Text before the documents: system pro
 Documents = Annotated[Path, typer.Option("--documents", metavar="CORPUS", help="JSON Lines, text file or folder.")]
 Pick = Annotated[
     list[str] | None,
-    typer.Option(help="Documents to use, in this order: ids or numbers from 0, with commas or repeated [default: all]."),
+    typer.Option(
+        help="Documents to use, in this order: ids or numbers from 0, with commas or repeated [default: all]."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
@@ -140,10 +145,7 @@ def chosen(path: Path, template: str | None, pick: list[str] | None) -> list[cor
 
 
 def load_model(model: str, dtype: str, device: str, allow_untested: bool) -> Model:
-    """Load a model without other people's progress bars in the output of a pipe."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """Load a model; importing what that needs takes seconds, so it happens here."""
     from kvgraph import models
 
     return models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)

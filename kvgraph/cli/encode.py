@@ -66,7 +66,7 @@ def encode(
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
-    r"""Encode every document of a corpus into a store, once.
+    """Encode every document of a corpus into a store, once.
 
     Documents are encoded as the method does before any document reads another, so block, kvlink and graph-kv share
     them. With full, a document is encoded after the prefix. Stop it whenever you like: run again, it goes on where it
@@ -74,7 +74,7 @@ def encode(
 
     \b
       kvgraph encode ./llama corpus.jsonl --store kv --dry-run
-      kvgraph encode ./llama corpus.jsonl --store kv --template '{title}\n{text}\n'
+      kvgraph encode ./llama corpus.jsonl --store kv --template '{title}\\n{text}\\n'
     """
     if store is None and not dry_run:
         raise typer.BadParameter("encode needs --store FOLDER (or --dry-run)")
@@ -82,7 +82,13 @@ def encode(
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
     where = None if dry_run else store
     engine = common.open_engine(
-        model, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check, kv_budget=kv_budget, store=where
+        model,
+        dtype=dtype,
+        device=device,
+        allow_untested=allow_untested,
+        check=not no_check,
+        kv_budget=kv_budget,
+        store=where,
     )
     prefix = common.unescaped(prefix)
     if dry_run:

@@ -16,10 +16,13 @@ from kvgraph.errors import GraphError
 def explain(
     documents: Documents,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub name whose tokenizer is used; no weights are read.")
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Folder or hub name whose tokenizer is used; no weights are read."),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="The same, for a tokenizer that is somewhere else.")] = None,
-    ids: Annotated[bool, typer.Option("--ids", help="Documents, prefix and question are token ids, such as '5 17 3'.")] = False,
+    ids: Annotated[
+        bool, typer.Option("--ids", help="Documents, prefix and question are token ids, such as '5 17 3'.")
+    ] = False,
     question: Annotated[str | None, typer.Option(help="The query [default: a placeholder of one token or so].")] = None,
     pick: Pick = None,
     method: MethodName = "block",
@@ -27,7 +30,7 @@ def explain(
     prefix: Prefix = "",
     template: Template = None,
 ) -> None:
-    r"""Show the plan of a method: which spans are encoded, who sees whom at which position, and what is cached.
+    """Show the plan of a method: which spans are encoded, who sees whom at which position, and what is cached.
 
     "doc 1 @ 17" reads: token 0 of doc 1 stands at position 17 for this reader. Nothing is computed.
 
@@ -44,7 +47,9 @@ def explain(
         graph = common.graph_of(found, _ids(question or "0"), _ids(prefix), edges, piece=_ids)
     else:
         encode = _encoder(str(source))
-        graph = common.graph_of(found, common.unescaped(question or "?"), common.unescaped(prefix), edges).tokenized(encode)
+        graph = common.graph_of(found, common.unescaped(question or "?"), common.unescaped(prefix), edges).tokenized(
+            encode
+        )
     typer.echo(str(chosen.plan(graph)))
 
 

@@ -21,7 +21,9 @@ Older = Annotated[
 ]
 MaxSize = Annotated[
     int | None,
-    typer.Option(parser=common.parse_size, metavar="SIZE", help="Then remove the least recently used down to this size."),
+    typer.Option(
+        parser=common.parse_size, metavar="SIZE", help="Then remove the least recently used down to this size."
+    ),
 ]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)

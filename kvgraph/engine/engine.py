@@ -25,7 +25,7 @@ from torch import Tensor
 from kvgraph import methods, models
 from kvgraph.engine.progress import Progress
 from kvgraph.engine.result import Chunk, Result, Usage
-from kvgraph.engine.sampling import Sampler, SamplingParams, TextStream
+from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams, TextStream
 from kvgraph.engine.scheduler import UNCACHED, Request, Scheduler, sequence_of
 from kvgraph.errors import CapacityError, GraphError, StoreError
 from kvgraph.graph import ContextGraph
@@ -233,7 +233,7 @@ class Engine:
             plan=plan,
             keys=pool_keys,
             params=params,
-            sampler=Sampler(params, live.tokens),
+            sampler=Sampler(params, prompt_tokens(plan)),
             stream=TextStream(self.decode, params.stop),
             sequence=sequence_of(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
@@ -396,11 +396,18 @@ def on_device(record: Record, device: torch.device) -> Record:
     return moved
 
 
+def prompt_tokens(plan: Plan) -> Iterator[int]:
+    """Every token the answer can attend to before decoding: what the live span sees, and the live span itself."""
+    for place in plan.live.sees:
+        yield from plan.spans[place.span].tokens[place.lo : place.hi]
+    yield from plan.live.tokens
+
+
 def params_of(params: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
     """Sampling parameters from an object, keywords, or both (keywords win); unknown names raise a clear error."""
     known = set(SamplingParams.__dataclass_fields__)
     if unknown := sorted(set(fields) - known):
-        raise GraphError(f"unknown sampling parameter {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        raise SamplingError(f"unknown sampling parameter {unknown[0]!r}; known: {', '.join(sorted(known))}")
     return replace(params or SamplingParams(), **fields)
 
 

@@ -10,7 +10,6 @@ pinned, missing it is encoded once for everyone who waits (single flight). The r
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -77,7 +76,6 @@ class Request:
     keep_logits: bool
     submitted: float
     usage: Usage
-    number: int = 0
     missing: set[str] = field(default_factory=set)  # encodings it waits for
     held: set[str] = field(default_factory=set)
     token_ids: list[int] = field(default_factory=list)
@@ -122,7 +120,6 @@ class Scheduler:
         self.holds: dict[str, tuple[int, int]] = {}  # key -> (bytes, requests that may need it)
         self.row_bytes = 0  # own KV of admitted requests
         self.peak_bytes = 0
-        self.numbers = itertools.count()
 
     # -- submitting ---------------------------------------------------------------------------------------------------
 
@@ -141,7 +138,6 @@ class Scheduler:
                 f"the request needs {need:,} bytes of KV at once, but the engine's budget is {self.budget:,}; "
                 "raise kv_budget, or use fewer documents or a smaller max_tokens"
             )
-        request.number = next(self.numbers)
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -170,10 +166,10 @@ class Scheduler:
         self._admit()
         work = self._choose()
         if not work:
+            assert not self.running, "admitted requests, but nothing can run"  # better than waiting forever
             return
-        for owner, _ in work:
-            if isinstance(owner, Encoding) and owner.sequence.kv is None:
-                self._make_room(owner.sequence.capacity * self.model.kv_bytes_per_token)
+        new = [e.sequence for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
+        self._make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
         rows = [self._row(owner.sequence, count) for owner, count in work]
         step = Step(rows, self.model.layers, self.model.rotaries, self.model.device)
         want, counts = self._wanted(work, step)

@@ -111,7 +111,7 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
 def map_file(path: str | Path) -> tuple[torch.Tensor, os.stat_result]:
     """The file as uint8 [bytes], mapped into memory: read on demand, in place, and valid after the file is unlinked.
 
-    With it the file's stat, from which its size was taken: reading past the end of a mapped file would kill the process.
+    With it the file's stat, from which its size was taken: reading past a mapped file's end would kill the process.
     Raises FileNotFoundError, OSError (it can't be opened or mapped now), BadRecord (not a regular file, or empty).
     """
     info = os.stat(path)

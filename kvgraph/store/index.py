@@ -91,7 +91,7 @@ class Index:
         )
 
     def touch(self, used: dict[str, float], *, wait: bool = True) -> None:
-        """Note last uses (key → seconds since the epoch) of rows that exist. wait=False: fail at once if it is locked."""
+        """Note last uses (key → seconds since the epoch) of rows that exist. wait=False: fail at once if locked."""
         if not wait:
             self.db.execute("PRAGMA busy_timeout = 0")
         try:

@@ -17,7 +17,7 @@ class _Entry:
 
 
 class MemoryStore:
-    """Records in this process's memory, at most `capacity_bytes` of keys and values. Safe to use from several threads."""
+    """Records in this process's memory, at most `capacity_bytes` of keys and values. Thread-safe."""
 
     name = "memory"
 

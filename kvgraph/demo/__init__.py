@@ -1,0 +1,112 @@
+"""What `kvgraph demo` works on: a small corpus about an invented island, and a tiny random model made on the spot.
+
+The documents were written for this project and are in the public domain (CC0 1.0; see LICENSE-documents.txt).
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from kvgraph.corpus import Document, load
+from kvgraph.graph import Edge
+
+FOLDER = Path(str(files(__package__)))
+DOCUMENTS, QUESTIONS = FOLDER / "documents.jsonl", FOLDER / "questions.jsonl"
+LINK_SLOTS, LINKS = 10, 2  # KVLink's link tokens: so many a document, for so many documents
+SPECIAL = ["<|end|>", "<|mem_start|>", "<|mem_end|>", *(f"<|link_{i}|>" for i in range(LINKS * LINK_SLOTS))]
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 6, 4, 2, 64, 768
+
+
+def documents() -> list[Document]:
+    """The ten documents, in order."""
+    return load(DOCUMENTS)
+
+
+def questions() -> list[str]:
+    """A few questions over several documents each."""
+    return [json.loads(line)["question"] for line in QUESTIONS.read_text(encoding="utf-8").split("\n") if line]
+
+
+def citations() -> tuple[Edge, ...]:
+    """Edges (cited document, citing document): a document reads those it refers to."""
+    rows = [json.loads(line) for line in DOCUMENTS.read_text(encoding="utf-8").split("\n") if line]
+    return tuple((cited, row["id"]) for row in rows for cited in row["cites"])
+
+
+def write_model(folder: Path, seed: int = 0) -> None:
+    """Write a tiny Llama with random weights and a byte-level tokenizer (one token a byte) as a Hugging Face folder.
+
+    Random weights say nothing, but they make every tensor matter, so exactness and speed can be seen with them.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    vocab = tokenizer.get_vocab_size()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0]}
+    )
+    _write_json(
+        folder / "config.json",
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "intermediate_size": MLP,
+            "vocab_size": vocab,
+            "max_position_embeddings": 1 << 15,
+            "eos_token_id": tokenizer.token_to_id(SPECIAL[0]),
+            "tie_word_embeddings": False,
+            "dtype": "float32",
+        },
+    )
+    save_file(_weights(vocab, torch.Generator().manual_seed(seed)), folder / "model.safetensors", {"format": "pt"})
+
+
+def token_id(token: str) -> int:
+    """Id of one of the tiny tokenizer's special tokens."""
+    return 256 + SPECIAL.index(token)
+
+
+def _weights(vocab: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Weights under the names that Hugging Face gives a Llama's, [out, in] each, scaled by the width of the input."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+    weights = {
+        "model.embed_tokens.weight": torch.randn(vocab, HIDDEN, generator=generator),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": random(vocab, HIDDEN),
+    }
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        weights |= {
+            f"{layer}.input_layernorm.weight": torch.ones(HIDDEN),
+            f"{layer}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+            f"{layer}.self_attn.q_proj.weight": random(HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.k_proj.weight": random(KV_HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.v_proj.weight": random(KV_HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.o_proj.weight": random(HIDDEN, HEADS * HEAD_DIM),
+            f"{layer}.mlp.gate_proj.weight": random(MLP, HIDDEN),
+            f"{layer}.mlp.up_proj.weight": random(MLP, HIDDEN),
+            f"{layer}.mlp.down_proj.weight": random(HIDDEN, MLP),
+        }
+    return weights
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
