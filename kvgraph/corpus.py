@@ -42,7 +42,7 @@ class Document:
 
 def load(path: str | Path, template: str | None = None, limit: int | None = None) -> list[Document]:
     """All documents of a corpus (or the first `limit`) in order; see `read`. Raises CorpusError when there are none."""
-    documents = []
+    documents: list[Document] = []
     for document in read(path, template):
         if limit is not None and len(documents) >= limit:
             break

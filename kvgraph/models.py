@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from kvgraph import memo
 from kvgraph.errors import ModelError
 from kvgraph.rope import Rotary
 
@@ -78,8 +77,8 @@ class Model:
 
     hf: the transformers model, in eval mode; between calls it behaves as before, but with float64 rotary angles.
     tokenizer: or None. name: for people. fingerprint: 64 hex digits, equal only for models that compute the same KV.
-    limit: positions must stay below it. tuned_for: methods the model's config declares tuning for, under the key
-    "kvgraph": {"tuned_for": [...]}. One call runs at a time.
+    limit: positions must stay below it. tuned_for: methods that the model's config, or the front matter of its card
+    (README.md), declares tuning for, under the key "kvgraph": {"tuned_for": [...]}. One call runs at a time.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Model:
         self.limit = _limit(hf.config)
         self.vocab_size = _vocabulary(hf)
         self.eos_ids = _eos_ids(hf)
-        self.tuned_for = _tuned_for(hf.config, name)
+        self.tuned_for = _declared(hf.config.to_dict(), f"{name}'s config")
         numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
         self.kv_bytes_per_token = numbers * self.dtype.itemsize
 
@@ -181,7 +180,9 @@ def load(
     with _one_line(f"can't put {name} on {target}"):
         hf = hf.to(target)
     weights = [_file_hash(f) for f in files]
-    return _build(hf, _tokenizer(Path(source), name), name, weights, allow_untested)
+    model = _build(hf, _tokenizer(Path(source), name), name, weights, allow_untested)
+    model.tuned_for += _declared(_card(Path(source)), f"{name}'s model card")
+    return model
 
 
 def wrap(
@@ -552,12 +553,24 @@ def _eos_ids(hf: PreTrainedModel) -> tuple[int, ...]:
     return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def _tuned_for(config: PreTrainedConfig, name: str) -> tuple[str, ...]:
-    declared = getattr(config, "kvgraph", None) or {}
-    methods = declared.get("tuned_for", []) if isinstance(declared, dict) else None
+def _declared(data: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The methods a config or card declares tuning for."""
+    entry = data.get("kvgraph") or {}
+    methods = entry.get("tuned_for", []) if isinstance(entry, dict) else None
     if not isinstance(methods, list) or not all(isinstance(m, str) for m in methods):
-        raise ModelError(f'{name}: the config\'s "kvgraph" entry must look like {{"tuned_for": ["block"]}}')
+        raise ModelError(f'{where}: its "kvgraph" entry must look like {{"tuned_for": ["block"]}}')
     return tuple(methods)
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """The front matter of a model card; empty where there is none."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    from huggingface_hub import ModelCard
+
+    with _one_line(f"can't read {path}"):
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
 
 
 # -- fingerprint -----------------------------------------------------------------------------------------------------
@@ -590,43 +603,19 @@ def _state_hash(hf: PreTrainedModel) -> str:
 
 def _file_hash(path: Path) -> str:
     """xxh3-128 of a file's content, remembered by its path, size and modification time."""
-    memory = _cache_folder() / "weights.json"
     status = path.stat()
     key, now = str(path.resolve()), [status.st_size, status.st_mtime_ns]
-    known = _read_json(memory)
-    if isinstance(known.get(key), list) and known[key][:2] == now:
-        return str(known[key][2])
+    known = memo.recall("weights", key)
+    if isinstance(known, list) and known[:2] == now:
+        return str(known[2])
     h = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             h.update(block)
     # A file written this instant could change again under the same time stamp, so it isn't remembered yet.
     if time.time_ns() - status.st_mtime_ns > 2_000_000_000:
-        _write_json(memory, {**_read_json(memory), key: [*now, h.hexdigest()]})
+        memo.remember("weights", key, [*now, h.hexdigest()])
     return h.hexdigest()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvgraph"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace a file atomically; a folder that can't be written only costs hashing again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(value, file)
-        os.replace(file.name, path)
-    except OSError:
-        pass
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -640,7 +629,8 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        shards = _read_json(index).get("weight_map")
+        with _one_line(f"can't read {index}"):
+            shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelError(f"{index} has no weight map")
         files = [folder / shard for shard in sorted(set(shards.values()))]

@@ -1,10 +1,15 @@
 """Settings every test runs under: offline, one thread, and more examples with KVGRAPH_SOAK=1."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test downloads anything
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="kvgraph-tests-")  # what tests remember stays theirs
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402

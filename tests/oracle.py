@@ -55,6 +55,13 @@ def first_logits(case: Case) -> np.ndarray:
     return _tensors(folder() / "golden" / f"{case['file']}.safetensors")[f"{case['id']}/first_logits"]
 
 
+def kv_cache(case: Case) -> tuple[np.ndarray, np.ndarray] | None:
+    """Keys (rotated) and values the original held before the query, [layers, kv heads, slots, D], where recorded."""
+    tensors = _tensors(folder() / "golden" / f"{case['file']}.safetensors")
+    names = [f"{case['id']}/cache_{x}" for x in "kv"]
+    return (tensors[names[0]], tensors[names[1]]) if names[0] in tensors else None
+
+
 @cache
 def _tensors(path: Path) -> dict[str, np.ndarray]:
     return load_file(path)

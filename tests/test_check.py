@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-import families
 import pytest
 import torch
 
+import families
 from kvgraph import Engine, GraphError, ModelError, models
 from kvgraph.engine import check
 from kvgraph.graph import ContextGraph
@@ -58,12 +58,28 @@ def break_window(monkeypatch):
     ("family", "damage", "case"),
     [("llama", break_rotation, "alone"), ("llama", break_merge, "chain"), ("mistral", break_window, "sliding")],
 )
-def test_gate_fails_when_composition_is_wrong(family, damage, case, monkeypatch):
+def test_gate_fails_when_composition_is_wrong(family, damage, case, monkeypatch, tmp_path):
     engine = Engine(models.wrap(families.FAMILIES[family]()), kv_budget=1 << 26)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     damage(monkeypatch)
     assert case in {c.name for c in check.gate(engine) if not c.passed}
     with pytest.raises(ModelError, match=rf"fails the gate.*{case}.*kvgraph check"):
         check.require(engine)
+
+
+def test_a_pass_is_remembered_but_never_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine = Engine(models.wrap(families.FAMILIES["llama"]()), kv_budget=1 << 26)
+    with monkeypatch.context() as broken:
+        break_rotation(broken)
+        for _ in range(2):
+            with pytest.raises(ModelError):
+                check.require(engine)
+    check.require(engine)
+    monkeypatch.setattr(check, "gate", lambda *a, **k: pytest.fail("the gate ran again"))
+    check.require(engine)
+    with pytest.raises(pytest.fail.Exception):
+        check.require(Engine(models.wrap(families.FAMILIES["qwen2"]()), kv_budget=1 << 26))
 
 
 def test_quality_is_zero_loss_for_full_and_measures_others(tmp_path):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 
-import families
 import numpy as np
 import pytest
-import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import families
+import strategies
 from kvgraph import CapacityError, ContextGraph, Engine, GraphError, PlanError, SamplingParams, methods, models
 from kvgraph.attention import rows
 from kvgraph.engine.sampling import SamplingError

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "kvgraph"
 
 # What each module or package directly under kvgraph/ may import from kvgraph. A new one must be given its place here.
 TEXT = {"errors", "graph", "plan", "explain", "methods"}
-TENSORS = {"rope", "store", "attention", "models"}
+TENSORS = {"memo", "rope", "store", "attention", "models"}
 ENGINE = {"engine"} | TEXT | TENSORS
 DATA = {"corpus", "data", "demo"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -21,10 +21,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"errors", "explain"},  # explain: only for __str__, inside the function
     "explain": {"errors", "plan"},
     "methods": {"errors", "graph", "plan"},
+    "memo": set(),
     "rope": {"errors"},
     "store": {"errors"},
     "attention": {"errors", "rope", "store"},
-    "models": {"errors", "rope", "store", "attention"},
+    "models": {"errors", "memo", "rope", "store", "attention"},
     "engine": TEXT | TENSORS,
     "corpus": {"errors", "graph"},
     "data": {"errors", "graph", "corpus"},

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-import strategies
 from hypothesis import assume, given, settings
 
+import strategies
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph, all_pairs, chain, ego, layered, top_k
 from kvgraph.methods import METHODS, PRESETS, Block, Full, GraphKV, KVLink, get

@@ -10,13 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import families
 import pytest
 import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import families
 from kvgraph import ModelError, models
 from kvgraph.models import Layer, Model
 
@@ -330,6 +330,17 @@ def test_a_copied_folder_is_the_same_model(saved, tmp_path):
     assert models.load(tmp_path / "elsewhere").fingerprint == first.fingerprint
 
 
+def test_a_model_card_declares_tuning_too(saved):
+    card = saved / "README.md"
+    card.write_text("---\nlicense: apache-2.0\nkvgraph:\n  tuned_for: [kvlink]\n---\n# A model\n")
+    assert models.load(saved).tuned_for == ("kvlink",)
+    card.write_text("# A card without front matter\n")
+    assert models.load(saved).tuned_for == ()
+    card.write_text("---\nkvgraph: block\n---\n")
+    with pytest.raises(ModelError, match="model card"):
+        models.load(saved)
+
+
 def rewrite_config(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -381,10 +392,17 @@ def test_a_wrapped_models_fingerprint_follows_its_weights():
     assert models.wrap(families.FAMILIES["llama"]().to(torch.bfloat16)).fingerprint != first
 
 
-def test_fingerprints_are_the_same_in_another_process(saved):
-    code = f"from kvgraph import models; print(models.load({str(saved)!r}).fingerprint)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split()[-1] == models.load(saved).fingerprint
+def test_a_hub_name_in_another_process_is_the_same_model(saved, tmp_path):
+    repository, commit = tmp_path / "hub" / "models--org--tiny", "0" * 40
+    shutil.copytree(saved, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = "from kvgraph import models; m = models.load('org/tiny'); print(m.name, m.fingerprint)"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-2:] == ["org/tiny", models.load(saved).fingerprint]
 
 
 def test_weight_hashes_are_remembered_until_the_file_changes(saved, cache, monkeypatch):

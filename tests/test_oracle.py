@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-import oracle
 import pytest
+import torch
 
+import oracle
 from kvgraph import Engine, SamplingParams
 
 CASES = oracle.cases()
@@ -47,3 +48,39 @@ def test_case(case):
         assert result.token_ids == case["greedy"]
     whole = SamplingParams(max_tokens=16, ignore_eos=True)
     assert run.wait(run.submit(plan, whole)).token_ids == case["greedy16_ignoring_eos"]
+
+
+def _cached(run: Engine, plan) -> dict[tuple[int, int], list[torch.Tensor]]:
+    """(token, position) -> keys and values [layers, 2, kv heads, D] of what the live span reads, keys turned to place."""
+    found: dict[tuple[int, int], list[torch.Tensor]] = {}
+    keys, rotary = plan.keys(run.model.fingerprint), run.model.rotaries[0]
+    for place in plan.live.sees:
+        record = run.scheduler.pool.get(keys[place.span])
+        table = rotary.table(torch.full((len(record),), place.at))  # stored keys are canonical: token 0 at 0
+        layers = torch.stack(
+            [torch.stack([rotary.rotate(k, *table), v]) for k, v in zip(record.keys, record.values, strict=True)]
+        )
+        for i in range(place.lo, place.hi):
+            slot = (plan.spans[place.span].tokens[i], place.at + int(record.positions[i]))
+            found.setdefault(slot, []).append(layers[:, :, :, i])
+    return found
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if oracle.kv_cache(c) is not None], ids=lambda c: c["id"])
+def test_stored_kv_is_what_the_original_cached(case):
+    """Token by token and position by position, for the recorded caches (live link tokens and prompts are not stored)."""
+    method, graph = oracle.problem(case)
+    run = engine(case["model"])
+    plan = run.plan(graph, method)
+    run.warm(graph, method)
+    ours, theirs = _cached(run, plan), oracle.kv_cache(case)
+    compared = 0
+    for slot, at in enumerate(zip(case["context_tokens"], case["context_positions"], strict=True)):
+        if candidates := ours.get(tuple(at)):
+            expected = torch.from_numpy(np.stack([theirs[0][:, :, slot], theirs[1][:, :, slot]], 1))
+            distances = [float((c - expected).abs().max()) for c in candidates]
+            best = int(np.argmin(distances))
+            assert distances[best] <= 5e-4
+            candidates.pop(best)
+            compared += 1
+    assert not any(ours.values()) and compared == sum(p.hi - p.lo for p in plan.live.sees)

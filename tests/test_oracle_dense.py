@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-import oracle
 import pytest
+
+import oracle
 
 CASES = oracle.cases()
 TOLERANCE = 5e-4  # the recorded float32 runs differ from float64 by up to 9e-5

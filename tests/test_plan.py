@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import strategies
 from hypothesis import given, settings
 
+import strategies
 from kvgraph.errors import PlanError
 from kvgraph.plan import Place, Plan, Span, contiguous, pruned
 

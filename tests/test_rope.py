@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import families
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import families
 from kvgraph import models
 from kvgraph.rope import Rotary
 

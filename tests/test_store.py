@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_worker import key_of, make, same
 
 from kvgraph.errors import StoreError
 from kvgraph.store import DiskStore, MemoryStore, Record, Store, TieredStore
+from store_worker import key_of, make, same
 
 
 def small(number: int, tokens: int = 4) -> Record:
@@ -124,10 +124,20 @@ class NaiveMemory:
 OPERATIONS = st.tuples(st.sampled_from(["put", "put", "get", "pin", "unpin", "delete", "evict_to"]), st.integers(0, 7))
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.lists(OPERATIONS, max_size=60))
+def test_memory_store_evicts_the_least_recently_used():
+    store = MemoryStore(3 * small(0).nbytes)
+    for n in range(3):
+        store.put(small(n))
+    store.get(key_of(0))
+    store.put(small(1))
+    store.put(small(3))
+    assert present(store, range(4)) == [0, 1, 3]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(OPERATIONS, min_size=20, max_size=60))
 def test_memory_store_does_what_the_naive_one_does(operations):
-    store, naive = MemoryStore(1000), NaiveMemory(1000)
+    store, naive = MemoryStore(1100), NaiveMemory(1100)
     for name, number in operations:
         r = small(number, tokens=1 + 5 * number)  # 32 to 1,152 bytes: the largest never fits
         if name == "put":
@@ -243,6 +253,17 @@ def test_ttl(tmp_path):
     assert store.get(key_of(1)) is not None
     store.put(small(0))
     assert store.get(key_of(0)) is not None
+
+
+def test_the_expired_leave_before_the_least_recently_used(tmp_path):
+    store = DiskStore(tmp_path, ttl=100)
+    for n in (1, 2, 0):
+        store.put(small(n))
+    store.capacity = store.stat().bytes
+    with sqlite3.connect(tmp_path / "index.sqlite") as db:
+        db.execute("UPDATE records SET created = created - 101 WHERE key = ?", [key_of(0)])
+    store.put(small(3))
+    assert present(store, range(4)) == [1, 2, 3]
 
 
 def test_prune(tmp_path):

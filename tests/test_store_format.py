@@ -14,13 +14,13 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_worker import key_of, same
 
 from kvgraph.errors import StoreError
 from kvgraph.plan import Place, Plan, Span
 from kvgraph.store import Record
 from kvgraph.store import format as codec
 from kvgraph.store.format import BadRecord, UnsupportedRecord
+from store_worker import key_of, same
 
 DOC = Path(__file__).parents[1] / "docs" / "format.md"
 KEY = key_of(7)

@@ -174,7 +174,7 @@ def _attend(
         if MASKED:
             mask = tl.load(a + 6)  # 0: this part has none
             m_at = mask.to(tl.pointer_type(tl.int8)) + column[:, None] * tl.load(a + 7) + key[None] * tl.load(a + 8)
-            masked = real & (mask != 0)
+            masked = rows < tl.where(mask != 0, n * R, 0)
             visible &= tl.load(m_at, mask=visible & masked[:, None], other=1) != 0
         scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))

@@ -12,7 +12,7 @@ import typer
 
 from kvgraph.cli import common
 from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName, NoCheck
-from kvgraph.graph import ContextGraph
+from kvgraph.graph import ContextGraph, Edge
 
 if TYPE_CHECKING:
     from kvgraph.engine.result import Usage
@@ -49,9 +49,9 @@ def bench(
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
-    """Measure cold and warm time to first token, and decoding, on your model.
+    """Measure what reuse brings on your own model and machine.
 
-    Cold: nothing is cached. Warm: the same documents again, with another query, so that only the query is computed.
+    Time to first token, tokens computed and reused, and decoding. Cold: nothing is cached. Warm: the same documents again, with another query, so that only the query is computed.
     Everything is in memory; the model is loaded before any clock starts.
 
     \b
@@ -76,10 +76,10 @@ def bench(
             cold: list[Usage] = []
             warm: list[Usage] = []
             for i in range(-1, repeats):  # the first round only warms the machine up
-                graph = _graph(loaded, documents, length, query, seed=i, edges=pairs if m.name == "graph-kv" else ())
+                graph = _graph(loaded, documents, length, seed=i, edges=pairs if m.name == "graph-kv" else ())
                 engine = Engine(loaded, kv_budget=kv_budget)
                 for q, usages in ((0, cold), (1, warm)):
-                    asked = graph.with_query([(token + q) % loaded.vocab_size for token in graph.query])
+                    asked = graph.with_query(_ids(loaded, query, random.Random(f"{i} {q}")))
                     usage = engine.generate(asked, m, max_tokens=new_tokens, ignore_eos=True).usage
                     if i >= 0:
                         usages.append(usage)
@@ -87,7 +87,7 @@ def bench(
                     bar.advance(1)
             rows.append(_row(name, cold, warm))
     if as_json:
-        settings = {
+        settings: dict[str, object] = {
             "documents": documents,
             "length": length,
             "query": query,
@@ -120,12 +120,13 @@ def bench(
     common.show(table)
 
 
-def _graph(
-    model: Model, documents: int, length: int, query: int, *, seed: int, edges: tuple[common.Edge, ...]
-) -> ContextGraph:
+def _graph(model: Model, documents: int, length: int, *, seed: int, edges: tuple[Edge, ...]) -> ContextGraph:
     draw = random.Random(seed)
-    segments = [[draw.randrange(model.vocab_size) for _ in range(length)] for _ in range(documents)]
-    return ContextGraph(segments, [draw.randrange(model.vocab_size) for _ in range(query)], edges=edges)
+    return ContextGraph([_ids(model, length, draw) for _ in range(documents)], edges=edges)
+
+
+def _ids(model: Model, count: int, draw: random.Random) -> list[int]:
+    return [draw.randrange(model.vocab_size) for _ in range(count)]
 
 
 def _row(method: str, cold: list[Usage], warm: list[Usage]) -> _Row:

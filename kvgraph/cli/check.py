@@ -36,9 +36,9 @@ def check(
     kv_budget: KVBudget = None,
     allow_untested: AllowUntested = False,
 ) -> None:
-    """Check that a model composed from cached segments gives the logits of one plain forward.
+    """Check that a model composes exactly, and what a method costs.
 
-    Prints a table of cases and exits with 1 if one fails; differences are in standard deviations of the plain logits.
+    Composed from cached segments, a model must give the logits of one plain forward. Prints a table of cases and exits with 1 if one fails; differences are in standard deviations of the plain logits.
     Exact is not yet good: with --method and --data it tells how much likelihood the answers lose under the method
     against full, on identical tokens. A model that wasn't tuned for a method usually loses some.
 

@@ -26,9 +26,9 @@ TOLERANCE = 1e-4  # largest difference of logits, in standard deviations
 
 
 def demo() -> None:
-    """Show encoding, asking, restarting and exactness on documents that come with the package.
+    """See encoding, asking, restarting and exactness in a minute.
 
-    It builds a tiny random model on the spot, so the answers are gibberish; what to look at is what is computed and what
+    It uses documents that come with the package and builds a tiny random model on the spot, so the answers are gibberish; what to look at is what is computed and what
     is reused, how long the first token takes, and that the answers stay the same. Nothing is downloaded or left behind.
 
     \b

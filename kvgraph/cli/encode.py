@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,7 +97,8 @@ def encode(
     with engine:
         totals = _Totals()
         try:
-            _encode(engine, found, chosen, prefix, totals)
+            with _unlogged("kvgraph.engine"):  # a record that can't be kept is this command's own error, said once
+                _encode(engine, found, chosen, prefix, totals)
         except KeyboardInterrupt:
             typer.echo("stopped; what is finished is in the store, run the same command again to go on", err=True)
             raise
@@ -110,11 +112,19 @@ def encode(
         raise KVGraphError(f"{totals.too_long} documents don't fit; split them, or raise --kv-budget")
 
 
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
+
+
 def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals) -> None:
     from kvgraph.engine.progress import Progress
 
-    # A record that can't be kept is this command's own error, so it needs no warning as well.
-    logging.getLogger("kvgraph.engine").setLevel(logging.ERROR)
     started = time.perf_counter()
     with Progress("encoding", len(documents)) as bar:
         for at in range(0, len(documents), BATCH):

@@ -30,7 +30,7 @@ def explain(
     prefix: Prefix = "",
     template: Template = None,
 ) -> None:
-    """Show the plan of a method: which spans are encoded, who sees whom at which position, and what is cached.
+    """Show a plan: what is encoded, who sees whom, what is cached.
 
     "doc 1 @ 17" reads: token 0 of doc 1 stands at position 17 for this reader. Nothing is computed.
 

@@ -109,7 +109,9 @@ def verify(folder: Folder) -> None:
 
 @app.command()
 def prune(folder: Folder, max_size: MaxSize = None, older_than: Older = None) -> None:
-    """Remove records that weren't used for long, then the least recently used down to a size. Pinned ones stay.
+    """Remove records that weren't used lately.
+
+    First those not used for --older-than, then the least recently used down to --max-size. Pinned ones stay.
 
     \b
       kvgraph store prune --store kv --older-than 7d --max-size 10GiB

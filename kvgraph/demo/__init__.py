@@ -22,6 +22,7 @@ LINK_SLOTS, LINKS = 10, 2  # KVLink's link tokens: so many a document, for so ma
 SPECIAL = ["<|end|>", "<|mem_start|>", "<|mem_end|>", *(f"<|link_{i}|>" for i in range(LINKS * LINK_SLOTS))]
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 6, 4, 2, 64, 768
+SHARPNESS = 4  # standard deviation of attention scores: enough that a few keys among thousands matter
 
 
 def documents() -> list[Document]:
@@ -97,7 +98,7 @@ def _weights(vocab: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         weights |= {
             f"{layer}.input_layernorm.weight": torch.ones(HIDDEN),
             f"{layer}.post_attention_layernorm.weight": torch.ones(HIDDEN),
-            f"{layer}.self_attn.q_proj.weight": random(HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.q_proj.weight": random(HEADS * HEAD_DIM, HIDDEN) * SHARPNESS,
             f"{layer}.self_attn.k_proj.weight": random(KV_HEADS * HEAD_DIM, HIDDEN),
             f"{layer}.self_attn.v_proj.weight": random(KV_HEADS * HEAD_DIM, HIDDEN),
             f"{layer}.self_attn.o_proj.weight": random(HIDDEN, HEADS * HEAD_DIM),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-from kvgraph import methods
+import kvgraph
+from kvgraph import memo, methods
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.progress import Progress
 from kvgraph.errors import GraphError, ModelError
@@ -94,7 +96,13 @@ def _plans(engine: Engine, seed: int) -> list[tuple[str, str, Plan | None]]:
 
 
 def require(engine: Engine) -> None:
-    """Raise ModelError unless the gate passes."""
+    """Raise ModelError unless the gate passes. A pass is remembered for this model, these versions and this device."""
+    model = engine.model
+    key = " ".join(
+        [model.fingerprint, version("torch"), version("transformers"), kvgraph.__version__, model.device.type]
+    )
+    if memo.recall("gate", key):
+        return
     failed = [c for c in gate(engine, progress=False) if not c.passed]
     if failed:
         raise ModelError(
@@ -102,6 +110,7 @@ def require(engine: Engine) -> None:
             f"{max(c.worst or 0 for c in failed):.2g} standard deviations; run `kvgraph check` for the table, or load with "
             "check=False if you accept wrong answers"
         )
+    memo.remember("gate", key, True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,41 @@
+"""Small facts remembered between runs (file hashes, passed gates), as JSON files in the user's cache folder.
+
+Losing one only costs working it out again, so nothing here ever fails: a folder that can't be written is no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def recall(name: str, key: str) -> Any:
+    """What was remembered under (name, key), or None."""
+    return _read(_folder() / f"{name}.json").get(key)
+
+
+def remember(name: str, key: str, value: Any) -> None:
+    """Remember a JSON value under (name, key); replaces the file atomically."""
+    path = _folder() / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            json.dump({**_read(path), key: value}, file)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvgraph"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
