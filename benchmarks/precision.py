@@ -31,7 +31,7 @@ def main() -> None:
             composed, plain = [], []
             for seed in range(args.draws):
                 pairs = []
-                for _, _, plan in _plans(engine, seed):
+                for _, _, plan in _plans(model, seed):
                     if plan is None:
                         continue
                     d = plan.dense()

@@ -17,18 +17,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tunin
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
 def test_gate_passes(family):
-    engine = Engine(models.wrap(families.FAMILIES[family]()), kv_budget=1 << 26)
-    cases = check.gate(engine)
+    model = models.wrap(families.FAMILIES[family]())
+    cases = check.gate(model)
     assert all(c.passed and c.worst is not None for c in cases), cases
-    windows = {layer.window for layer in engine.model.layers} - {None}
+    windows = {layer.window for layer in model.layers} - {None}
     assert ("sliding" in {c.name for c in cases}) == bool(windows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_oss"])
 def test_gate_passes_in_16_bits(family, dtype):
-    engine = Engine(models.wrap(families.FAMILIES[family]().to(dtype)), kv_budget=1 << 26)
-    assert all(c.passed for c in check.gate(engine))
+    model = models.wrap(families.FAMILIES[family]().to(dtype))
+    assert all(c.passed for c in check.gate(model))
 
 
 def break_rotation(monkeypatch):
@@ -59,30 +59,30 @@ def break_window(monkeypatch):
     [("llama", break_rotation, "alone"), ("llama", break_merge, "chain"), ("mistral", break_window, "sliding")],
 )
 def test_gate_fails_when_composition_is_wrong(family, damage, case, monkeypatch, tmp_path):
-    engine = Engine(models.wrap(families.FAMILIES[family]()), kv_budget=1 << 26)
+    model = models.wrap(families.FAMILIES[family]())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     damage(monkeypatch)
-    assert case in {c.name for c in check.gate(engine) if not c.passed}
+    assert case in {c.name for c in check.gate(model) if not c.passed}
     with pytest.raises(ModelError, match=rf"fails the gate.*{case}.*kvgraph check"):
-        check.require(engine)
+        check.require(model)
 
 
 def test_a_pass_is_remembered_but_never_a_failure(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    engine = Engine(models.wrap(families.FAMILIES["llama"]()), kv_budget=1 << 26)
+    model = models.wrap(families.FAMILIES["llama"]())
     with monkeypatch.context() as broken:
         break_rotation(broken)
         for _ in range(2):
             with pytest.raises(ModelError):
-                check.require(engine)
-    check.require(engine)
+                check.require(model)
+    check.require(model)
     monkeypatch.setattr(check, "gate", lambda *a, **k: pytest.fail("the gate ran again"))
-    check.require(engine)
+    check.require(model)
     with pytest.raises(pytest.fail.Exception):
-        check.require(Engine(models.wrap(families.FAMILIES["qwen2"]()), kv_budget=1 << 26))
+        check.require(models.wrap(families.FAMILIES["qwen2"]()))
 
 
-def test_quality_is_zero_loss_for_full_and_measures_others(tmp_path):
+def test_quality_is_zero_loss_for_full_and_measures_others():
     engine = Engine(models.wrap(families.FAMILIES["llama"]()), kv_budget=1 << 26)
     items = [
         (ContextGraph([[1, 2, 3], [4, 5, 6, 7]], query=[8, 9]), [10, 11]),

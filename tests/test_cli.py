@@ -248,9 +248,10 @@ def test_check_prints_the_gate_and_the_price_of_a_method(run, model, tmp_path):
     assert "difference +0.0000 nats a token, perplexity ×1.000: under full these answers are as likely" in out
 
 
-def test_a_model_that_fails_the_gate_is_refused(run, model, documents, monkeypatch):
+def test_a_model_that_fails_the_gate_is_refused(run, model, documents, monkeypatch, tmp_path):
     from kvgraph.engine import check
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # so that no earlier pass is remembered
     monkeypatch.setattr(check, "TOLERANCE", dict.fromkeys(check.TOLERANCE, -1.0))
     code, out, _ = run("check", model)
     assert code == 1 and "does NOT compose exactly" in out and " NO\n" in out

@@ -10,7 +10,7 @@ E extra (token, part) pairs of the step besides every token's primary part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,6 +66,20 @@ class Row:
     views: Sequence[View]
     kv: RowKV
 
+    def commit(self) -> None:
+        """Count the new tokens as part of the row's KV; to be called once, after the forward."""
+        self.kv.length += len(self.tokens)
+
+
+@dataclass
+class _Group:
+    """Tokens whose extra parts are merged at once: they have about equally many, P at most."""
+
+    tokens: Tensor | slice  # packed tokens, [n]
+    count: int  # n
+    gather: Tensor | None = None  # [P, n] columns into the extra pairs; None: the pairs lie as [P, n] already
+    padding: Tensor | None = None  # [P, n] bool, True where a token has fewer than P
+
 
 @dataclass
 class _Parts:
@@ -76,10 +90,7 @@ class _Parts:
     token: Tensor  # [E] the packed token of every extra pair
     shifts: np.ndarray  # [S] distinct rotations, position of the seen span's token 0
     shift: Tensor  # [E] index into shifts
-    multi: Tensor | slice  # packed tokens that have extra pairs
-    count: int  # how many those are
-    gather: Tensor | None = None  # [count, P] columns into the extra pairs, padded with 0; None: no gather needed
-    padding: Tensor | None = None  # [count, P] bool
+    groups: list[_Group]  # of the packed tokens that have extra pairs
 
 
 class Step:
@@ -110,9 +121,9 @@ class Step:
         return torch.from_numpy(np.concatenate([row.positions for row in self.rows])).to(self.device)
 
     def commit(self) -> None:
-        """Count the step's new tokens as part of each row's KV; to be called once, after the forward."""
+        """Commit every row."""
         for row in self.rows:
-            row.kv.length += len(row.tokens)
+            row.commit()
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -191,26 +202,34 @@ class Step:
     def _parts_of(self, primary, extra, token, at) -> _Parts:
         if not extra:
             none = torch.empty(0, dtype=torch.int64)
-            return _Parts(primary, [], none, np.empty(0, np.int64), none, slice(0, 0), 0)
+            return _Parts(primary, [], none, np.empty(0, np.int64), none, [])
         tokens = np.concatenate(token)
         shifts, segment = np.unique(np.array([a for a, _ in at], dtype=np.int64), return_inverse=True)
         shift = np.repeat(segment, [n for _, n in at])
+        return _Parts(primary, extra, self._tensor(tokens), shifts, self._tensor(shift), list(self._groups(tokens)))
+
+    def _groups(self, tokens: np.ndarray) -> Iterator[_Group]:
+        """Groups of tokens, given the token of every extra pair.
+
+        A token that sees 1,000 places must not make its neighbours 1,000 wide: a group's counts are within a factor of
+        two, so padding at most doubles the pairs.
+        """
         counts = np.bincount(tokens, minlength=self.size)
-        multi = np.flatnonzero(counts)
-        order, most = np.argsort(tokens, kind="stable"), int(counts.max())
-        uniform = bool((counts[multi] == most).all()) and np.array_equal(
-            order, (np.arange(most)[None] * len(multi) + np.arange(len(multi))[:, None]).reshape(-1)
-        )
-        gather = padding = None
-        if not uniform:
-            used = np.arange(most)[None] < counts[multi][:, None]
-            columns = np.zeros(used.shape, dtype=np.int64)
-            columns[used] = order
-            gather, padding = self._tensor(columns), self._tensor(~used)
-        contiguous = multi[-1] - multi[0] + 1 == len(multi)
-        where = slice(int(multi[0]), int(multi[-1]) + 1) if contiguous else self._tensor(multi)
-        index, turn = self._tensor(tokens), self._tensor(shift)
-        return _Parts(primary, extra, index, shifts, turn, where, len(multi), gather, padding)
+        order = np.argsort(tokens, kind="stable")  # the pairs of token 0, of token 1, ...
+        first = np.cumsum(counts) - counts
+        size = np.where(counts > 0, np.ceil(np.log2(np.maximum(counts, 1))), -1)
+        for s in np.unique(size[counts > 0]):
+            members = np.flatnonzero(size == s)
+            part = np.arange(counts[members].max())[:, None]
+            padding = part >= counts[members]
+            gather = order[np.where(padding, 0, first[members] + part)]
+            where = self._tensor(members)
+            if members[-1] - members[0] + 1 == len(members):
+                where = slice(int(members[0]), int(members[-1]) + 1)
+            if gather.size == len(tokens) and np.array_equal(gather.reshape(-1), np.arange(len(tokens))):
+                yield _Group(where, len(members))
+            else:
+                yield _Group(where, len(members), self._tensor(gather), self._tensor(padding))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -250,24 +269,27 @@ def _blocks(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[Block]:
 
 def _merge(out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, parts: _Parts, sinks: Tensor | None) -> None:
     """Merge the extra parts into out [H, T, Dv], in place: every part weighs exp(its lse - the joint lse)."""
-    heads, count = out.shape[0], parts.count
-    if parts.gather is None or parts.padding is None:  # the extra pairs lie as [P, count] in `multi` order
-        others, lses = seen.view(heads, -1, count, seen.shape[-1]), seen_lse.view(heads, -1, count)
-    else:
-        others = seen[:, parts.gather.T]
-        lses = seen_lse[:, parts.gather.T].masked_fill(parts.padding.T, -torch.inf)
-    mine = lse[:, parts.multi]
-    total = torch.logaddexp(mine, torch.logsumexp(lses, 1))
-    if sinks is not None:
-        total = torch.logaddexp(total, sinks.float()[:, None])
-    weights = torch.exp(lses - total[:, None])
-    merged = torch.einsum("hpt,hptd->htd", weights, others)
-    merged.addcmul_(out[:, parts.multi], torch.exp(mine - total)[..., None])
-    out[:, parts.multi] = merged
+    heads = out.shape[0]
+    for group in parts.groups:
+        if group.gather is None or group.padding is None:
+            others = seen.view(heads, -1, group.count, seen.shape[-1])
+            lses = seen_lse.view(heads, -1, group.count)
+        else:
+            others = seen[:, group.gather]
+            lses = seen_lse[:, group.gather].masked_fill(group.padding, -torch.inf)
+        mine = lse[:, group.tokens]
+        total = torch.logaddexp(mine, torch.logsumexp(lses, 1))
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks.float()[:, None])
+        weights = torch.exp(lses - total[:, None])
+        merged = torch.einsum("hpt,hptd->htd", weights, others)
+        merged.addcmul_(out[:, group.tokens], torch.exp(mine - total)[..., None])
+        out[:, group.tokens] = merged
 
 
 def _sink_single_parts(out: Tensor, lse: Tensor, parts: _Parts, sinks: Tensor) -> None:
     """Let the attention sink [H] take its share of tokens that have only a primary part (others got it in the merge)."""
     share = torch.sigmoid(lse - sinks.float()[:, None])  # exp(lse) / (exp(lse) + exp(sink))
-    share[:, parts.multi] = 1.0
+    for group in parts.groups:
+        share[:, group.tokens] = 1.0
     out.mul_(share[..., None])

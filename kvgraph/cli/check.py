@@ -55,7 +55,7 @@ def check(
     engine = common.open_engine(
         model, dtype=dtype, device=device, allow_untested=allow_untested, check=False, kv_budget=kv_budget, store=None
     )
-    cases = checks.gate(engine)
+    cases = checks.gate(engine.model)
     quality = None if chosen is None else checks.quality(engine, chosen, items)
     passed = all(case.passed for case in cases)
     if as_json:

@@ -24,6 +24,7 @@ from kvgraph.engine.progress import Progress
 from kvgraph.errors import GraphError, ModelError
 from kvgraph.graph import ContextGraph, Text, all_pairs, chain
 from kvgraph.methods import Method
+from kvgraph.models import Model
 from kvgraph.plan import Place, Plan, Span, contiguous
 
 # Largest difference of next-token logits from the plain forward's, in standard deviations of those. float32 leaves only
@@ -50,10 +51,10 @@ class Case:
         return self.worst is None or self.worst <= self.limit
 
 
-def gate(engine: Engine, progress: bool | None = None) -> list[Case]:
-    """Run all cases on an engine, on random tokens (so nothing in its store is found, or worth keeping)."""
-    model, drawn = engine.model, DRAWS[engine.model.dtype]
-    plans = [_plans(engine, seed) for seed in range(drawn)]
+def gate(model: Model, progress: bool | None = None) -> list[Case]:
+    """Run all cases on a model, in an engine of their own: what a broken model computes must reach no store."""
+    engine = Engine(model, kv_budget=2 * LONGEST * model.kv_bytes_per_token)
+    plans = [_plans(model, seed) for seed in range(DRAWS[model.dtype])]
     results = []
     with Progress("checking", len(plans[0]), enabled=progress) as bar:
         for draws in zip(*plans, strict=True):
@@ -65,9 +66,9 @@ def gate(engine: Engine, progress: bool | None = None) -> list[Case]:
     return results
 
 
-def _plans(engine: Engine, seed: int) -> list[tuple[str, str, Plan | None]]:
+def _plans(model: Model, seed: int) -> list[tuple[str, str, Plan | None]]:
     """(name, what it is, plan) of every case; no plan where the model's window is too long to test."""
-    model, random = engine.model, Random(seed)
+    random = Random(seed)
 
     def ids(n: int) -> tuple[int, ...]:
         return tuple(random.randrange(model.vocab_size) for _ in range(n))
@@ -95,18 +96,17 @@ def _plans(engine: Engine, seed: int) -> list[tuple[str, str, Plan | None]]:
     return cases
 
 
-def require(engine: Engine) -> None:
+def require(model: Model) -> None:
     """Raise ModelError unless the gate passes. A pass is remembered for this model, these versions and this device."""
-    model = engine.model
     key = " ".join(
         [model.fingerprint, version("torch"), version("transformers"), kvgraph.__version__, model.device.type]
     )
     if memo.recall("gate", key):
         return
-    failed = [c for c in gate(engine, progress=False) if not c.passed]
+    failed = [c for c in gate(model, progress=False) if not c.passed]
     if failed:
         raise ModelError(
-            f"{engine.model.name} fails the gate: {', '.join(c.name for c in failed)} differ from a plain forward by up to "
+            f"{model.name} fails the gate: {', '.join(c.name for c in failed)} differ from a plain forward by up to "
             f"{max(c.worst or 0 for c in failed):.2g} standard deviations; run `kvgraph check` for the table, or load with "
             "check=False if you accept wrong answers"
         )

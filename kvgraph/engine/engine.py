@@ -106,12 +106,11 @@ class Engine:
         forward. options: see Engine. Raises ModelError with the reason.
         """
         loaded = models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
-        engine = cls(loaded, **options)
         if check:
             from kvgraph.engine.check import require
 
-            require(engine)
-        return engine
+            require(loaded)
+        return cls(loaded, **options)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -308,16 +307,17 @@ class Engine:
 
     def flush(self) -> None:
         """Wait until every encoded record has been offered to the store."""
-        for write in self._writes:
+        with self._lock:
+            writes = list(self._writes)
+        for write in writes:
             write.result()
-        self._writes.clear()
 
     def close(self) -> None:
-        """Write what is pending and close the store."""
-        if self._writer is not None:
-            self.flush()
-            self._writer.shutdown()
-            self._writer = None
+        """Write what is pending and close the store. Idempotent; nothing is written any more afterwards."""
+        with self._lock:
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.shutdown()
             assert self.store is not None
             self.store.close()
 
@@ -365,10 +365,10 @@ class Engine:
         assert self.store is not None
         try:
             self.store.put(on_device(record, torch.device("cpu")))
-        except StoreError as error:  # it is a cache: a record that can't be kept costs a recompute later
+        except Exception as error:  # it is a cache: a record that can't be kept costs a recompute later
             self.store_errors += 1
             if self.store_errors == 1:
-                self.store_error = error
+                self.store_error = error if isinstance(error, StoreError) else StoreError(repr(error))
                 log.warning("the store can't keep records, going on without it: %s", error)
 
     def _warn_untuned(self, method: Method) -> None:

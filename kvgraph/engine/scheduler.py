@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,7 +86,7 @@ class Request:
     first_token_at: float = 0.0
     fresh: list[tuple[str, int]] = field(default_factory=list)  # (text, token) not yet handed to a stream
     result: Result | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def finished(self) -> bool:
@@ -146,7 +147,8 @@ class Scheduler:
             return
         if request in self.waiting:
             self.waiting.remove(request)
-        self._finish(request, "cancelled")
+        with self._blaming(request):
+            self._finish(request, "cancelled")
 
     @property
     def idle(self) -> bool:
@@ -170,35 +172,40 @@ class Scheduler:
             return
         new = [e.sequence for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
         self._make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
-        rows = [self._row(owner.sequence, count) for owner, count in work]
-        step = Step(rows, self.model.layers, self.model.rotaries, self.model.device)
-        want, counts = self._wanted(work, step)
         try:
+            rows = [self._row(owner.sequence, count) for owner, count in work]
+            step = Step(rows, self.model.layers, self.model.rotaries, self.model.device)
+            want, counts = self._wanted(work, step)
             logits = self.model.forward(step.tokens, step.positions, step, want)
         except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
             for owner, _ in work:
-                for request in list(owner.waiters) if isinstance(owner, Encoding) else [owner]:
-                    self._finish(request, error=error)
+                self._fail(owner, error)
             return
-        step.commit()
         self.peak_bytes = max(self.peak_bytes, self.kv_bytes)
         at = 0
-        for (owner, _), n in zip(work, counts, strict=True):
-            if isinstance(owner, Encoding):
-                self._encoded(owner)
-            else:
-                self._decoded(owner, logits[at : at + n])
+        for (owner, _), row, n in zip(work, rows, counts, strict=True):
+            with self._blaming(owner):
+                row.commit()  # only now: after an interrupt, the rows not handed out just run again
+                if isinstance(owner, Encoding):
+                    self._encoded(owner)
+                else:
+                    self._decoded(owner, logits[at : at + n])
             at += n
 
     def _choose(self) -> list[Work]:
-        """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first."""
+        """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first.
+
+        Only the oldest request's encodings go before prefill: so, however much work arrives, nothing waits forever.
+        """
         ready = [r for r in self.running if not r.missing]
         decoding = [r for r in ready if r.token_ids]
         prefill = [r for r in ready if not r.token_ids]
         encoding = [e for e in self.encodings.values() if all(k in self.pool for k, *_ in e.sequence.places)]
         work: list[Work] = []
         tokens, pairs = self.max_step_tokens, self.max_step_pairs
-        owners: list[Request | Encoding] = [*decoding, *prefill, *encoding]
+        oldest = [e for e in encoding if self.running[0] in e.waiters]
+        later = [e for e in encoding if self.running[0] not in e.waiters]
+        owners: list[Request | Encoding] = [*decoding, *oldest, *prefill, *later]
         for owner in owners:
             parts = 1 + len(owner.sequence.places)
             count = min(owner.sequence.left, tokens, max(1, pairs // parts))
@@ -231,18 +238,19 @@ class Scheduler:
     # -- results of a step --------------------------------------------------------------------------------------------
 
     def _encoded(self, encoding: Encoding) -> None:
-        if encoding.sequence.left:
+        if encoding.sequence.left or not encoding.waiters:  # nobody is left: what they waited for besides has failed
             return
         assert encoding.sequence.kv is not None
         record = encoding.sequence.kv.record(encoding.key)
         del self.encodings[encoding.key]
         self._keep(record)
-        if encoding.persistent:
-            self.save(record)
-        for request in encoding.waiters:
+        while encoding.waiters:
+            request = encoding.waiters.pop()
             request.missing.discard(encoding.key)
             if not request.missing:
                 self._ready(request)
+        if encoding.persistent:
+            self.save(record)  # last: it may wait for the disk, and be interrupted there
 
     def _decoded(self, request: Request, logits: Tensor) -> None:
         sequence = request.sequence
@@ -252,10 +260,7 @@ class Scheduler:
             return
         if not request.token_ids:
             self._first(request, logits)
-        try:
-            choice = request.sampler(logits[-1])
-        except Exception as error:  # numerical trouble of one request must not end the others
-            return self._finish(request, error=error)
+        choice = request.sampler(logits[-1])
         request.sampled.append(choice)
         request.token_ids.append(choice.token)
         ends = choice.token in request.params.stop_token_ids or (
@@ -281,10 +286,28 @@ class Scheduler:
         at = request.want_from + len(request.scores)
         for row in logits:
             if at + 1 < len(targets):
-                request.scores.append(torch.log_softmax(row.float(), -1)[targets[at + 1]])
+                request.scores.append(torch.log_softmax(row.float(), -1)[targets[at + 1]].clone())
                 at += 1
 
-    def _finish(self, request: Request, reason: str = "", error: Exception | None = None) -> None:
+    @contextmanager
+    def _blaming(self, owner: Request | Encoding) -> Iterator[None]:
+        """What goes wrong inside (NaN logits, a tokenizer, a store) ends this owner and no other.
+
+        An interrupt ends it too, for it may be half changed, and goes on to the caller.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._fail(owner, error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _fail(self, owner: Request | Encoding, error: BaseException) -> None:
+        """End a request, or all that wait for an encoding, with an error."""
+        for request in list(owner.waiters) if isinstance(owner, Encoding) else [owner]:
+            self._finish(request, error=error)
+
+    def _finish(self, request: Request, reason: str = "", error: BaseException | None = None) -> None:
         """End a request, with a result or an error; frees all it held. No effect on a finished one."""
         if request.finished:
             return
@@ -338,9 +361,10 @@ class Scheduler:
             for key, size in spans.items():
                 self._hold(request, key, size)
             request.usage.queued = time.perf_counter() - request.submitted
-            self._resolve(request)
-            if not request.missing:
-                self._ready(request)
+            with self._blaming(request):
+                self._resolve(request)
+                if not request.missing:
+                    self._ready(request)
 
     def _resolve(self, request: Request) -> None:
         """Find or start everything the live span reads; what is missing pulls in its own sources, transitively."""
