@@ -1,12 +1,13 @@
 # make test: lint, types and all tests.  make demo: the main job, end to end.  make soak: the tests in their long forms.
-# Each creates .venv first when there is none. TORCH names the build to install: the default is the one that is tested.
+# make bench: the figures of benchmarks/RESULTS.md. Each creates .venv first when there is none. TORCH names the build to
+# install: the default is the one that is tested.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test demo soak lint
+.PHONY: test demo soak bench lint
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
@@ -16,6 +17,12 @@ soak: lint
 
 demo: $(READY)
 	$(BIN)/kvgraph demo
+
+# About 25 minutes; the figures mean something only on a machine that does nothing else.
+bench: $(READY)
+	$(BIN)/pip install -q -c .venv/constraints.txt -e '.[bench]'
+	for b in precision encoding concurrency ttft context; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
+	$(BIN)/python -m benchmarks.summary
 
 lint: $(READY)
 	$(BIN)/ruff check .

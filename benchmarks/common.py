@@ -7,6 +7,7 @@ import copy
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,30 +103,42 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
-def report(title: str, rows: list[dict[str, Any]], path: Path | None, device: str = "cpu") -> None:
-    """Print rows as an aligned table and write them, with the environment, as JSON."""
+def report(
+    title: str, rows: list[dict[str, Any]], args: argparse.Namespace, goals: dict[str, tuple[float, str]] | None = None
+) -> None:
+    """Print rows as an aligned table, and figures against their goals; write both, with the environment, as JSON."""
     table = Table(title=title, title_justify="left")
     columns = list(dict.fromkeys(k for row in rows for k in row))
     for column in columns:
         table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
     for row in rows:
-        table.add_row(*(_text(row.get(c, "")) for c in columns))
+        table.add_row(*(text(row.get(c, "")) for c in columns))
     Console(width=140).print(table)
-    if path:
-        hardware = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine()
+    for name, (value, goal) in (goals or {}).items():
+        print(f"{name}: {text(value)} (goal: {goal})")
+    if args.json:
+        hardware = torch.cuda.get_device_name() if args.device != "cpu" else cpu_name()
         environment = {
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-            "hardware": hardware, "threads": torch.get_num_threads(),
+            "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} " + " ".join(sys.argv[1:]),
+            "hardware": hardware, "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"title": title, "environment": environment, "rows": rows}, indent=1) + "\n")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        found = {"title": title, "environment": environment, "rows": rows, "goals": goals or {}}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _text(value: Any) -> str:
-    return (
-        f"{value:,.3g}"
-        if isinstance(value, float) and value < 100
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+def cpu_name() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def text(value: Any) -> str:
+    """A number as a person wants to read it in a table."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"

@@ -85,15 +85,17 @@ def main() -> None:
         },
         {"side": "HF generate, 1 request", "tokens/s": median(figures["HF generate"]), "peak KV MB": ""},
     ]
+    one, many = median(figures["one"]), median(figures["many"])
     report(
-        f"Decode over the same {args.documents} x {args.length} tokens, {args.new} new, {args.device}",
+        f"Decoding {args.new} tokens over the same {args.documents} documents x {args.length} tokens",
         rows,
-        args.json,
-        args.device,
+        args,
+        {
+            f"KV memory of {args.requests} requests / of one": (memory["many"] / memory["one"], "<= 1.2"),
+            f"aggregate rate of {args.requests} / of one": (many / one, ">= 3"),
+            "one request / HF generate": (one / median(figures["HF generate"]), ">= 0.95"),
+        },
     )
-    print(f"KV memory {memory['many'] / memory['one']:.2f}x of one (goal <= 1.2)   "
-          f"aggregate {median(figures['many']) / median(figures['one']):.1f}x of one (goal >= 3)   "
-          f"one / HF generate {median(figures['one']) / median(figures['HF generate']):.2f} (goal >= 0.95)")  # fmt: skip
 
 
 if __name__ == "__main__":

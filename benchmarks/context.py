@@ -40,7 +40,7 @@ def main() -> None:
         print(rows[-1], flush=True)
         engine.scheduler.pool.evict_to(0)
         size *= 2
-    report(f"TTFT as the context grows, {args.device}", rows, args.json, args.device)
+    report("Time to first token as the context grows", rows, args)
     plot(rows, Path(args.plot))
 
 

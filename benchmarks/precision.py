@@ -43,12 +43,7 @@ def main() -> None:
             short = str(dtype).removeprefix("torch.")
             row |= {f"{short} composed": median(composed), f"{short} plain": median(plain)}
         rows.append(row)
-    report(
-        f"Worst logit difference from a float32 forward (standard deviations), {args.device}",
-        rows,
-        args.json,
-        args.device,
-    )
+    report("Worst logit difference from a float32 forward, in standard deviations", rows, args)
 
 
 if __name__ == "__main__":

@@ -61,15 +61,16 @@ def bench(
     chosen = [common.parse_method(name) for name in names]
     pairs = common.parse_edges(edges, [""] * documents)
     loaded = common.load_model(model, dtype, device, allow_untested)
-    if not no_check:
-        common.gate(loaded)
     import torch
 
+    from kvgraph.engine.check import require
     from kvgraph.engine.engine import Engine
     from kvgraph.engine.progress import Progress
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if not no_check:
+        require(loaded)
     rows = []
     with Progress("measuring", len(names) * repeats) as bar:
         for name, m in zip(names, chosen, strict=True):

@@ -152,22 +152,20 @@ def load_model(model: str, dtype: str, device: str, allow_untested: bool) -> Mod
 
 
 def open_engine(
-    name: str, *, dtype: str, device: str, allow_untested: bool, check: bool, kv_budget: int | None, store: Path | None
+    model: str,
+    *,
+    dtype: str,
+    device: str,
+    allow_untested: bool,
+    check: bool,
+    kv_budget: int | None,
+    store: Path | None,
 ) -> Engine:
     """An engine on a model, with a disk store if a folder is given. Raises ModelError, StoreError."""
-    model = load_model(name, dtype, device, allow_untested)
-    if check:
-        gate(model)
     from kvgraph.engine.engine import Engine
 
-    return Engine(model, store=store, kv_budget=kv_budget)
-
-
-def gate(model: Model) -> None:
-    """Raise ModelError unless the model passes the gate."""
-    from kvgraph.engine.check import require
-
-    require(model)
+    options = {"store": store, "kv_budget": kv_budget}
+    return Engine.load(model, dtype=dtype, device=device, allow_untested=allow_untested, check=check, **options)
 
 
 def human_size(size: float) -> str:

@@ -59,8 +59,9 @@ def _run(folder: Path) -> None:
 
     _encode_once(model, graph, folder / "corpus")
     typer.echo(
-        "\n2. The same question by four methods. cold: nothing is stored; warm: asked again; restart: a new engine on the\n"
-        "   same disk store. graph-kv encodes a document again after those it cites, so it computes more when cold.\n"
+        "\n2. The same question by four methods. cold: nothing is stored; warm: asked again; restart: a new\n"
+        "   engine on the same disk store. graph-kv encodes a document again after those it cites, so it\n"
+        "   computes more when cold.\n"
     )
     table = common.table("method", "", "computed", "of docs", "reused from", "first token", "peak KV", left=2)
     different = [

@@ -1,0 +1,51 @@
+"""Write benchmarks/RESULTS.md from the JSON files in benchmarks/results/, each made by the command it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import text
+
+HERE = Path(__file__).parent
+ORDER = ["ttft", "concurrency", "encoding", "context", "precision"]
+
+
+def section(found: dict[str, Any]) -> list[str]:
+    """One benchmark as Markdown: title, command, environment, table, goals."""
+    environment, rows = found["environment"], found["rows"]
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    lines = [f"## {found['title']}", "", f"`{environment['command'].strip()}`", ""]
+    lines.append(
+        f"{environment['hardware']}, {environment['threads']} thread(s); Python {environment['python']}, "
+        f"torch {environment['torch']}, transformers {environment['transformers']}."
+    )
+    lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(text(row.get(c, "")) for c in columns) + " |" for row in rows]
+    if found["goals"]:
+        lines += ["", "| figure | measured | goal |", "|---|---|---|"]
+        lines += [f"| {name} | {text(value)} | {goal} |" for name, (value, goal) in found["goals"].items()]
+    return [*lines, ""]
+
+
+def main() -> None:
+    files = sorted(
+        (HERE / "results").glob("*.json"), key=lambda f: (ORDER.index(f.stem) if f.stem in ORDER else 99, f.stem)
+    )
+    lines = [
+        "# Results",
+        "",
+        "Made by `make bench`: every section names the command behind it. Medians; all sides of a table in one run, in turn;",
+        "clocks start after the model is loaded, from token ids. The model is a random Llama of 124 M parameters in float32.",
+        "",
+    ]
+    for file in files:
+        lines += section(json.loads(file.read_text()))
+        if file.stem == "context":
+            lines += ["![Time to first token as the context grows](../docs/images/ttft-context.png)", ""]
+    (HERE / "RESULTS.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
