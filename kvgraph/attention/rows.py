@@ -223,7 +223,7 @@ class Step:
             part = np.arange(counts[members].max())[:, None]
             padding = part >= counts[members]
             gather = order[np.where(padding, 0, first[members] + part)]
-            where = self._tensor(members)
+            where: Tensor | slice = self._tensor(members)
             if members[-1] - members[0] + 1 == len(members):
                 where = slice(int(members[0]), int(members[-1]) + 1)
             if gather.size == len(tokens) and np.array_equal(gather.reshape(-1), np.arange(len(tokens))):

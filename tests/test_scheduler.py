@@ -1,0 +1,353 @@
+"""The scheduler under random load: memory accounts, fairness, faults in the middle of a step, and always right answers.
+
+A state machine draws requests, steps, cancellations, restarts and damage to the store; after every rule everything the
+scheduler keeps account of is counted again from the requests themselves, and every answer is compared with the dense
+reference.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import strategies
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvgraph import CapacityError, ContextGraph, Engine, SamplingParams, methods, models
+from kvgraph.attention import rows
+from kvgraph.engine.sampling import Sampler
+from kvgraph.engine.scheduler import UNCACHED, Request
+from kvgraph.plan import Place, Plan, Span, contiguous
+from kvgraph.store.disk import DiskStore
+from kvgraph.store.memory import MemoryStore
+
+VOCAB = 16  # few ids and short documents: drawn requests often share some
+LONGEST = 3
+TIE = 1e-3  # where the best logits are closer than this, either token is right
+GREEDY = SamplingParams(max_tokens=4, ignore_eos=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
+
+
+@pytest.fixture(scope="module")
+def llama() -> models.Model:
+    return models.wrap(families.FAMILIES["llama"]())
+
+
+class Fault(Exception):
+    """What the tests throw into a step."""
+
+
+def thrower(error: BaseException) -> Any:
+    def throw(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return throw
+
+
+def reference(model: models.Model, plan: Plan, answer: list[int]) -> torch.Tensor:
+    """Logits [n, V] each token of an answer is chosen from, by the dense reference."""
+    live = plan.live
+    more = range(live.positions[-1] + 1, live.positions[-1] + len(answer))
+    grown = Span((*live.tokens, *answer[:-1]), (*live.positions, *more), live.sees, cached=False)
+    d = Plan((*plan.spans[:-1], grown)).dense()
+    logits = model.dense(torch.from_numpy(d.tokens), torch.from_numpy(d.positions), torch.from_numpy(d.visible))
+    return logits[-len(answer) :]
+
+
+def assert_right(model: models.Model, request: Request) -> None:
+    """The result is what greedy decoding by the dense reference gives (ties within TIE aside), and ends where it must."""
+    result, params = request.result, request.params
+    assert result is not None
+    answer = result.token_ids
+    if result.finish_reason == "cancelled" and not answer:
+        return
+    if request.encode_only:
+        assert not answer and result.finish_reason in ("length", "cancelled")
+        return
+    logits = reference(model, request.plan, answer)
+    for token, row in zip(answer, logits, strict=True):
+        assert row.max() - row[token] <= TIE
+    assert (result.first_logits - logits[0]).abs().max() <= 1e-4
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else model.eos_ids)}
+    assert not ends & set(answer[:-1])
+    if result.finish_reason != "cancelled":
+        assert result.finish_reason == ("stop" if answer[-1] in ends else "length")
+        assert answer[-1] in ends or len(answer) == params.max_tokens
+
+
+def with_uncached(plan: Plan, chosen: set[int]) -> Plan:
+    """The plan with some spans computed each time, and so all that read them."""
+    spans: list[Span] = []
+    for i, s in enumerate(plan.spans):
+        cached = s.cached and i not in chosen and all(spans[p.span].cached for p in s.sees)
+        spans.append(Span(s.tokens, s.positions, s.sees, cached))
+    return Plan(tuple(spans), plan.method)
+
+
+def distinct(request: Request) -> dict[str, int]:
+    """Tokens of every span the request may have to hold, by key."""
+    return {k: len(s) for k, s in zip(request.keys, request.plan.spans[:-1], strict=False)}
+
+
+def own_tokens(request: Request) -> int:
+    """Tokens of a request's own KV: the live span and the answer, whose last token needs none."""
+    return 0 if request.encode_only else len(request.plan.live) + request.params.max_tokens - 1
+
+
+def check_accounts(engine: Engine) -> None:
+    """Count again, from the running requests alone, everything the scheduler keeps account of."""
+    s, size = engine.scheduler, engine.model.kv_bytes_per_token
+    holds: Counter[str] = Counter()
+    tokens: dict[str, int] = {}
+    for request in s.running:
+        assert not request.finished
+        needed = distinct(request)
+        if not request.missing:  # intermediate versions have been let go
+            read = {request.keys[p.span] for p in request.plan.live.sees}
+            needed = {k: n for k, n in needed.items() if k in read}
+            assert all(k in s.pool for k in read)
+        assert request.held == set(needed)
+        assert all(request in s.encodings[k].waiters for k in request.missing)
+        holds.update(needed)
+        tokens.update(needed)
+    assert s.holds == {k: (tokens[k] * size, n) for k, n in holds.items()}
+    assert s.row_bytes == size * sum(map(own_tokens, s.running))
+    for request in s.waiting:
+        assert not request.held and not request.missing and request.sequence.kv is None
+
+    pool = {**s.pool._idle, **s.pool._pinned}
+    assert set(s.pool._pinned) == set(holds) & set(pool)
+    assert all(entry.pins == 1 for entry in s.pool._pinned.values())
+    assert s.pool.bytes == sum(e.record.nbytes for e in pool.values())
+    assert s.pool.pinned_bytes == sum(e.record.nbytes for e in s.pool._pinned.values())
+    assert all(k in holds for k in pool if k.startswith(UNCACHED))
+
+    for key, encoding in s.encodings.items():
+        assert encoding.waiters and all(r in s.running and key in r.missing for r in encoding.waiters)
+        assert key not in s.pool
+        assert all(k in s.pool or k in s.encodings for k, *_ in encoding.sequence.places)
+    half_done = sum(e.sequence.kv.nbytes for e in s.encodings.values() if e.sequence.kv is not None)
+    assert s.kv_bytes == s.pool.bytes + half_done + s.row_bytes <= s.budget
+
+
+def assert_released(engine: Engine) -> None:
+    s = engine.scheduler
+    assert s.idle and not s.holds and not s.encodings and s.row_bytes == 0 and s.pool.pinned_bytes == 0
+
+
+class Load(RuleBasedStateMachine):
+    """Random load on one engine, with or without a disk store under it that is damaged now and then."""
+
+    model = None
+
+    @initialize(tokens=st.integers(12, 60), step_tokens=st.integers(1, 24), disk=st.booleans())
+    def start(self, tokens: int, step_tokens: int, disk: bool) -> None:
+        if Load.model is None:
+            Load.model = models.wrap(families.FAMILIES["llama"]())
+        self.folder = tempfile.TemporaryDirectory() if disk else None
+        self.plans: list[Plan] = []
+        self.requests: list[Request] = []  # not yet compared with the reference
+        self.streams: list[tuple[Iterator, Request, list[int]]] = []
+        self.open(tokens, step_tokens)
+
+    def open(self, tokens: int, step_tokens: int) -> None:
+        store = None if self.folder is None else DiskStore(self.folder.name, fingerprint=self.model.fingerprint)
+        budget = tokens * self.model.kv_bytes_per_token
+        self.engine = Engine(self.model, store=store, kv_budget=budget, max_step_tokens=step_tokens)
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(self, plan: Plan, params: SamplingParams, encode_only: bool = False) -> Request | None:
+        """The request, or None if it was refused; it is exactly when it could never fit."""
+        keys = plan.keys(self.model.fingerprint)[:-1]
+        spans = {k or i: len(s) for i, (k, s) in enumerate(zip(keys, plan.spans, strict=False))}
+        own = 0 if encode_only else len(plan.live) + params.max_tokens - 1
+        fits = (sum(spans.values()) + own) * self.model.kv_bytes_per_token <= self.engine.scheduler.budget
+        try:
+            request = self.engine.submit(plan, params, first_logits=True, encode_only=encode_only)
+        except CapacityError:
+            assert not fits
+            return None
+        assert fits
+        self.requests.append(request)
+        return request
+
+    params = st.builds(
+        SamplingParams,
+        max_tokens=st.integers(1, 5),
+        stop_token_ids=st.sets(st.integers(0, 127), max_size=40).map(tuple),
+        ignore_eos=st.booleans(),
+    )
+
+    @rule(problem=strategies.problems(VOCAB, LONGEST), params=params)
+    def ask(self, problem: Any, params: SamplingParams) -> None:
+        method, graph = problem
+        self.plans.append(method.plan(graph))
+        self.submit(self.plans[-1], params)
+
+    @rule(plan=strategies.plans(VOCAB, max_length=LONGEST), params=params)
+    def ask_any_plan(self, plan: Plan, params: SamplingParams) -> None:
+        self.plans.append(plan)
+        self.submit(plan, params)
+
+    @precondition(lambda self: self.plans)
+    @rule(data=st.data(), params=params)
+    def ask_again(self, data: st.DataObject, params: SamplingParams) -> None:
+        self.submit(data.draw(st.sampled_from(self.plans)), params)
+
+    @precondition(lambda self: self.plans)
+    @rule(data=st.data(), params=params)
+    def ask_with_uncached_spans(self, data: st.DataObject, params: SamplingParams) -> None:
+        plan = data.draw(st.sampled_from(self.plans))
+        self.submit(with_uncached(plan, data.draw(st.sets(st.integers(0, len(plan.spans))))), params)
+
+    @precondition(lambda self: self.plans)
+    @rule(data=st.data())
+    def warm(self, data: st.DataObject) -> None:
+        self.submit(data.draw(st.sampled_from(self.plans)), SamplingParams(max_tokens=1), encode_only=True)
+
+    @precondition(lambda self: self.plans)
+    @rule(data=st.data(), params=params)
+    def stream(self, data: st.DataObject, params: SamplingParams) -> None:
+        request = self.submit(data.draw(st.sampled_from(self.plans)), params)
+        if request is not None:
+            self.streams.append((self.engine.chunks(request), request, []))
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data(), close=st.booleans())
+    def read_stream(self, data: st.DataObject, close: bool) -> None:
+        stream = data.draw(st.sampled_from(self.streams))
+        chunks, request, tokens = stream
+        try:
+            chunk = next(chunks, None)
+        except Fault:  # from an earlier step
+            chunk = None
+        if chunk is not None:
+            tokens.extend(chunk.token_ids)
+        if close:
+            chunks.close()
+            assert request.finished or not tokens  # a generator that never ran has nothing to cancel
+        if chunk is None or close or request.finished:
+            self.streams.remove(stream)
+        if chunk is not None and chunk.result is not None:
+            assert tokens == chunk.result.token_ids
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        self.engine.cancel(request)
+        assert request.finished
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    @rule(n=st.integers(1, 4))
+    def step(self, n: int) -> None:
+        for _ in range(n):
+            self.engine.step()
+            check_accounts(self.engine)
+
+    @rule(where=st.sampled_from(["forward", "sampler", "fetch", "save", "memory"]), interrupt=st.booleans())
+    def step_with_a_fault(self, where: str, interrupt: bool) -> None:
+        """Something raises inside a step: whoever is concerned ends with that error, an interrupt reaches the caller."""
+        error = KeyboardInterrupt() if interrupt else Fault()
+        s = self.engine.scheduler
+        target = {
+            "forward": (self.model, "forward"),
+            "sampler": (Sampler, "__call__"),
+            "fetch": (s, "fetch"),
+            "save": (s, "save"),
+            "memory": (type(s), "_row"),
+        }[where]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*target, thrower(error))
+            try:
+                self.engine.step()
+            except KeyboardInterrupt:
+                assert interrupt
+        for request in self.requests:
+            if request.error is not None:
+                assert request.error is error
+        self.requests = [r for r in self.requests if r.error is None]
+        self.streams = [x for x in self.streams if x[1].error is None]
+
+    def drain(self) -> None:
+        """Run until idle: every step computes a token at least, so what is asked for bounds how many there are."""
+        bound = 1 + sum(sum(distinct(r).values()) + own_tokens(r) for r in self.requests if not r.finished)
+        for _ in range(bound):
+            if not self.engine.step():
+                break
+            check_accounts(self.engine)
+        assert_released(self.engine)
+        self.compare()
+
+    @invariant()
+    def compare(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        check_accounts(self.engine)
+        for request in [r for r in self.requests if r.finished]:
+            self.requests.remove(request)
+            assert request.sequence.kv is None and not request.sequence.views and not request.held
+            assert_right(self.model, request)
+
+    # -- the store ----------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.folder is not None)
+    @rule(tokens=st.integers(12, 60), step_tokens=st.integers(1, 24), finish=st.booleans())
+    def restart(self, tokens: int, step_tokens: int, finish: bool) -> None:
+        if finish:
+            self.drain()
+        for request in self.requests:
+            self.engine.cancel(request)
+        assert_released(self.engine)
+        self.compare()
+        self.streams.clear()
+        self.engine.close()
+        self.open(tokens, step_tokens)
+
+    @precondition(lambda self: self.folder is not None)
+    @rule(data=st.data(), how=st.sampled_from(["delete", "unlink", "flip", "truncate", "swap"]))
+    def damage(self, data: st.DataObject, how: str) -> None:
+        """A record goes or gets wrong behind the engine's back. Files are replaced: what is mapped stays as it was."""
+        files = sorted(Path(self.folder.name).glob("records/*/*.safetensors"))
+        if not files:
+            return
+        file = data.draw(st.sampled_from(files))
+        content = bytearray(file.read_bytes())
+        if how == "delete":
+            self.engine.store.delete(file.stem)
+        elif how == "unlink":
+            file.unlink()
+        elif how == "flip":
+            content[data.draw(st.integers(0, len(content) - 1))] ^= 0x40
+        elif how == "truncate":
+            del content[data.draw(st.integers(0, len(content) - 1)) :]
+        elif how == "swap":
+            content = bytearray(data.draw(st.sampled_from(files)).read_bytes())
+        if how in ("flip", "truncate", "swap"):
+            new = file.with_name(".tmp-damaged")
+            new.write_bytes(content)
+            os.replace(new, file)
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.drain()
+            self.engine.close()
+            if self.folder is not None:
+                self.folder.cleanup()
+
+
+class TestLoad(Load.TestCase):
+    settings = settings(max_examples=settings().max_examples, stateful_step_count=30)
