@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -313,7 +314,7 @@ def test_bench_measures_cold_and_warm(run, model):
 
 
 def test_demo_runs_to_the_end(run, monkeypatch):
-    few = demo.documents()[:4]
+    few = demo.documents()[:3]
     monkeypatch.setattr(demo, "documents", lambda: few)
     names = {d.name for d in few}
     kept = [edge for edge in demo.citations() if set(edge) <= names]
@@ -330,6 +331,14 @@ def test_the_demo_documents_cite_each_other():
     assert 8 <= len(names) <= 12 and len(set(names)) == len(names)
     assert all({source, reader} <= set(names) for source, reader in demo.citations())
     assert len(demo.questions()) >= 3
+
+
+@pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
+def test_the_example_with_citations_computes_documents_once(model, tmp_path, capsys):
+    example = runpy.run_path(str(ROOT / "examples" / "citations.py"))
+    example["main"](model, str(tmp_path))
+    computed = re.findall(r"(\d+) document tokens computed", capsys.readouterr().out)
+    assert int(computed[0]) > 4000 and computed[1:] == ["0", "0"]
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
@@ -357,6 +366,7 @@ MISTAKES = [
     (1, "not UTF-8", ["ask", "{model}", "q", "--documents", "{tmp}/latin.txt"]),
     (1, "can't read", ["ask", "{model}", "q", "--documents", "{tmp}/broken.jsonl.gz", "--template", "{{a}}"]),
     (1, "no document '9'", ["ask", "{model}", "q", "--documents", "{documents}", "--pick", "0,9"]),
+    (2, "names no document", ["ask", "{model}", "q", "--documents", "{documents}", "--pick", " ,"]),
     (1, "picked twice", ["ask", "{model}", "q", "--documents", "{documents}", "--pick", "0,d0"]),
     (1, "no method 'blok'", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "blok"]),
     (1, "no field 'bond'", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "graph-kv:bond=3"]),

@@ -141,6 +141,8 @@ def chosen(path: Path, template: str | None, pick: list[str] | None) -> list[cor
     """Documents of a corpus, all or the picked ones."""
     documents = corpus.load(path, None if template is None else unescaped(template))
     wanted = [ref.strip() for item in pick or () for ref in item.split(",") if ref.strip()]
+    if pick and not wanted:
+        raise typer.BadParameter("--pick names no document; leave it out to use all of them")
     return corpus.pick(documents, wanted) if pick else documents
 
 

@@ -42,10 +42,8 @@ def demo() -> None:
 def _run(folder: Path) -> None:
     from kvgraph import demo as content
 
-    typer.echo("A tiny random Llama is built on the spot: its answers are gibberish. What counts is what is computed,")
-    typer.echo(
-        "what is reused, how long the first token takes, and that every way to an answer gives the same answer.\n"
-    )
+    typer.echo("A tiny random Llama is built on the spot, so its answers are gibberish. What counts is what is")
+    typer.echo("computed, what is reused, how long the first token takes, and that the answers stay the same.\n")
     content.write_model(folder)
     model = common.load_model(str(folder), "auto", "cpu", False)
     documents = content.documents()

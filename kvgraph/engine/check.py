@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-import kvgraph
-from kvgraph import memo, methods
+from kvgraph import __version__, memo, methods
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.progress import Progress
 from kvgraph.errors import GraphError, ModelError
@@ -98,9 +97,7 @@ def _plans(model: Model, seed: int) -> list[tuple[str, str, Plan | None]]:
 
 def require(model: Model) -> None:
     """Raise ModelError unless the gate passes. A pass is remembered for this model, these versions and this device."""
-    key = " ".join(
-        [model.fingerprint, version("torch"), version("transformers"), kvgraph.__version__, model.device.type]
-    )
+    key = " ".join([model.fingerprint, version("torch"), version("transformers"), __version__, model.device.type])
     if memo.recall("gate", key):
         return
     failed = [c for c in gate(model, progress=False) if not c.passed]
