@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kvgraph import __version__, memo, methods
+from kvgraph import memo, methods
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.progress import Progress
 from kvgraph.errors import GraphError, ModelError
@@ -97,7 +97,8 @@ def _plans(model: Model, seed: int) -> list[tuple[str, str, Plan | None]]:
 
 def require(model: Model) -> None:
     """Raise ModelError unless the gate passes. A pass is remembered for this model, these versions and this device."""
-    key = " ".join([model.fingerprint, version("torch"), version("transformers"), __version__, model.device.type])
+    versions = [version(package) for package in ("kvgraph", "torch", "transformers")]
+    key = " ".join([model.fingerprint, model.device.type, *versions])
     if memo.recall("gate", key):
         return
     failed = [c for c in gate(model, progress=False) if not c.passed]
