@@ -567,10 +567,10 @@ def _card(folder: Path) -> dict[str, Any]:
     path = folder / "README.md"
     if not path.is_file():
         return {}
-    from huggingface_hub import ModelCard
+    from huggingface_hub import metadata_load
 
     with _one_line(f"can't read {path}"):
-        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+        return metadata_load(path) or {}
 
 
 # -- fingerprint -----------------------------------------------------------------------------------------------------
