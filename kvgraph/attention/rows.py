@@ -249,6 +249,8 @@ def _blocks(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[Block]:
     """
     if not len(keys):
         return []
+    if keys[-1] < p[0] and (window is None or p[-1] - keys[0] < window):  # the common case: all see all
+        return [(0, len(p), 0, len(keys), None)]
     high = np.searchsorted(keys, p, side="left")
     low = np.zeros_like(high) if window is None else np.searchsorted(keys, p - window, side="right")
     blocks = []

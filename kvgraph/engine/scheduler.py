@@ -238,7 +238,7 @@ class Scheduler:
     # -- results of a step --------------------------------------------------------------------------------------------
 
     def _encoded(self, encoding: Encoding) -> None:
-        if encoding.sequence.left or not encoding.waiters:  # nobody is left: what they waited for besides has failed
+        if encoding.sequence.left:
             return
         assert encoding.sequence.kv is not None
         record = encoding.sequence.kv.record(encoding.key)
