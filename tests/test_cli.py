@@ -167,7 +167,8 @@ def test_a_corpus_larger_than_the_budget_is_encoded(run, model, tmp_path):
 
 def test_an_encode_that_was_killed_goes_on_where_it_was(run, model, tmp_path):
     path, store = tmp_path / "c.jsonl", tmp_path / "kv"
-    texts = [f"{i:03} " + "z" * 100 for i in range(60)]
+    count = 300  # more than are encoded between the third record and the signal
+    texts = [f"{i:03} " + "z" * 100 for i in range(count)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["encode", model, str(path), "--store", str(store), "--template", "{text}"]
     for signal_, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
@@ -183,11 +184,11 @@ def test_an_encode_that_was_killed_goes_on_where_it_was(run, model, tmp_path):
         assert "Traceback" not in err and "Loading" not in err
     assert "run the same command again" in err
     left = len(list(store.glob(RECORDS)))
-    assert 6 <= left < 60
+    assert 6 <= left < count
     code, out, _ = run(*words)
     done = figures(out)
-    assert code == 0 and done["reused"] >= left * 104 and done["computed"] + done["reused"] == 60 * 104
-    assert figures(run(*words)[1]) == {"documents": 60, "computed": 0, "reused": 60 * 104}
+    assert code == 0 and done["reused"] >= left * 104 and done["computed"] + done["reused"] == count * 104
+    assert figures(run(*words)[1]) == {"documents": count, "computed": 0, "reused": count * 104}
     assert run("store", "verify", "--store", store)[0] == 0
 
 

@@ -25,6 +25,7 @@ from kvgraph.store.record import Record
 VERSION = "1"
 CODEC = "raw"
 ALIGN = 64  # bytes; a cache line
+OPENINGS = 5  # tries to open a file that others replace with its like at the same time
 MAX_HEADER = 1 << 20  # bytes; 100 layers take 20 kB
 
 MAGIC = b'{"__metadata__":{"kvgraph":"'  # the first bytes of the JSON of every version
@@ -114,18 +115,19 @@ def map_file(path: str | Path) -> tuple[torch.Tensor, os.stat_result]:
     With it the file's stat, from which its size was taken: reading past a mapped file's end would kill the process.
     Raises FileNotFoundError, OSError (it can't be opened or mapped now), BadRecord (not a regular file, or empty).
     """
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):
-        raise BadRecord("isn't a regular file")
-    if info.st_size == 0:
-        raise BadRecord("is empty")
-    try:  # a private mapping: the file can't change through it. Unlike mmap.mmap it keeps no descriptor open.
-        data = torch.from_file(str(path), shared=False, size=info.st_size, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise OSError(f"can't map {path}: {error}") from error
-    if identity(os.stat(path)) != identity(info):
-        raise OSError(f"{path} was replaced while it was being opened")
-    return data, info
+    for _ in range(OPENINGS):
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise BadRecord("isn't a regular file")
+        if info.st_size == 0:
+            raise BadRecord("is empty")
+        try:  # a private mapping: the file can't change through it. Unlike mmap.mmap it keeps no descriptor open.
+            data = torch.from_file(str(path), shared=False, size=info.st_size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(f"can't map {path}: {error}") from error
+        if identity(os.stat(path)) == identity(info):
+            return data, info
+    raise OSError(f"{path} was replaced each time it was opened")
 
 
 def identity(info: os.stat_result) -> tuple[int, int, int]:
