@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvgraph.attention import cpu, reference
-from kvgraph.attention.backend import Backend, Part, backend_for
+from kvgraph.attention import backend_for, cpu, reference
+from kvgraph.attention.backend import Backend, Part
 from kvgraph.attention.rows import Row, RowKV, Step, View
 from kvgraph.rope import Rotary
 from kvgraph.store.record import Record

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvgraph.attention.backend import backend_for
+from kvgraph.attention import backend_for
 
 HERE = Path(__file__).parent
 
@@ -79,5 +79,5 @@ def test_triton_serves_cuda():
 
 def test_without_triton_cuda_uses_the_reference(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr("kvgraph.attention.backend.find_spec", lambda name: None)
+    monkeypatch.setattr("kvgraph.attention.find_spec", lambda name: None)
     assert backend_for(torch.device("cuda")).__module__ == "kvgraph.attention.reference"

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.backend import Backend, Part, Rope, backend_for
+from kvgraph.attention import backend_for
+from kvgraph.attention.backend import Backend, Part
+from kvgraph.rope import Rotary
 from kvgraph.store.record import Record
 
 
@@ -96,7 +98,7 @@ class _Parts:
 class Step:
     """Bookkeeping of one packed forward, made once and used by every layer; call it as the model's `attend`."""
 
-    def __init__(self, rows: Sequence[Row], layers: Sequence, rotaries: Sequence[Rope], device: torch.device):
+    def __init__(self, rows: Sequence[Row], layers: Sequence, rotaries: Sequence[Rotary], device: torch.device):
         self.rows, self.layers, self.rotaries, self.device = rows, layers, rotaries, device
         self.backend: Backend = backend_for(device)
         self.spans: list[slice] = []
