@@ -19,7 +19,7 @@ def main() -> None:
     rows = []
     size = 1024
     while size <= args.largest:
-        graph = documents(size // args.length, args.length, args.query)
+        graph = documents(round(size / args.length), args.length, args.query)
         flat = [t for s in graph.segments for t in s]
         engine.warm(graph, "block")
         before = peak()
