@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,3 +301,24 @@ def test_a_store_that_cannot_write_costs_only_recomputes(llama, tmp_path, monkey
     assert engine.generate(graph, "block", GREEDY).token_ids == dense_greedy(llama, engine.plan(graph, "block"), 6)
     engine.flush()
     assert engine.store_errors == 4  # three documents and the prefix
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_scratch_memory_does_not_grow_with_the_square_of_the_context(family):
+    """One span of 6,000 tokens: its scores alone would be 576 MB a layer. With windows, parts are masked."""
+    window = {"sliding_window": 1500} if family == "Mistral" else {}
+    model = models.wrap(families.build(family, max_position_embeddings=8192, num_attention_heads=4, **window))
+    engine = Engine(model, kv_budget=1 << 28)
+    ids = np.random.default_rng(0).integers(0, VOCAB, 6000).tolist()
+    engine.generate(ContextGraph([ids[:600]], query=[1]), "block", max_tokens=1)
+    Path("/proc/self/clear_refs").write_text("5")
+
+    def memory(field: str) -> int:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+        return int(line.split()[1]) // 1024
+
+    before = memory("VmRSS")
+    result = engine.generate(ContextGraph([ids], query=[1]), "block", max_tokens=1)
+    assert result.usage.computed_tokens == 6001
+    assert memory("VmHWM") - before < 150
