@@ -174,7 +174,12 @@ def test_an_encode_that_was_killed_goes_on_where_it_was(run, model, tmp_path):
     for signal_, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         before = len(list(store.glob(RECORDS)))
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvgraph.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "kvgraph.cli", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Whoever runs the tests in the background may have made them ignore Ctrl-C; the command must not inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while len(list(store.glob(RECORDS))) < before + 3 and process.poll() is None:
             time.sleep(0.02)
