@@ -29,11 +29,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch comes first and by itself, so that nothing else chooses its build. Where .venv has a torch already, that one stays.
+# torch comes first and by itself, so that nothing else chooses its build. Where .venv has a torch already, that one stays,
+# with the triton it brought; the CPU build brings none, so the tests' is added.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvgraph needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; give another with make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install $(TORCH)
-	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	grep -vE '^(torch|triton)==' constraints.txt > .venv/constraints.txt
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install "$$(grep '^triton==' constraints.txt)"
 	touch $@

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvgraph import ContextGraph, Engine, models
 
-# The model of the issue: a random Llama of 124 M parameters.
+# A random Llama of 124 M parameters.
 SMALL = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, head_dim=64,
     intermediate_size=2048, vocab_size=32000, max_position_embeddings=65536, tie_word_embeddings=False,
@@ -76,7 +76,7 @@ def ids(n: int, seed: int, vocab: int = 32000) -> list[int]:
 
 
 def documents(count: int = 10, length: int = 400, query: int = 30, first: int = 0) -> ContextGraph:
-    """`count` documents of `length` random tokens and a query: the issue's prompt."""
+    """`count` documents of `length` random tokens and a query."""
     return ContextGraph([ids(length, first + i) for i in range(count)], query=ids(query, 10_000 + first))
 
 

@@ -36,8 +36,9 @@ def main() -> None:
     lines = [
         "# Results",
         "",
-        "Made by `make bench`: every section names the command behind it. Medians; all sides of a table in one run, in turn;",
-        "clocks start after the model is loaded, from token ids. The model is a random Llama of 124 M parameters in float32.",
+        "Made by `make bench`: every section names the command behind it. Medians; all sides of a table are measured in one run,",
+        "and clocks start after the model is loaded, from token ids. The model is a random Llama of 124 M parameters in float32,",
+        "except in the table of precisions, which has a tiny random model for each family.",
         "",
     ]
     for file in files:

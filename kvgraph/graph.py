@@ -174,6 +174,8 @@ def _piece(value: Any, who: str) -> Piece:
         ids = tuple(_token(item, i, who) for i, item in enumerate(items))
     if ids and min(ids) < 0:
         raise GraphError(f"{who}: token {ids.index(min(ids))} is {min(ids)}; token ids can't be negative")
+    if ids and max(ids) >= 1 << 31:
+        raise GraphError(f"{who}: token {ids.index(max(ids))} is above 2147483647; no vocabulary is that large")
     return ids
 
 

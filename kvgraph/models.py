@@ -15,6 +15,7 @@ import math
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -170,7 +171,7 @@ def load(
             kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
             source = snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"])
     files = _weight_files(Path(source), name)
-    with _one_line(f"can't load {name}"):
+    with _one_line(f"can't load {name}"), _shapes_explained():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
@@ -181,7 +182,10 @@ def load(
         hf = hf.to(target)
     weights = [_file_hash(f) for f in files]
     model = _build(hf, _tokenizer(Path(source), name), name, weights, allow_untested)
-    model.tuned_for += _declared(_card(Path(source)), f"{name}'s model card")
+    try:
+        model.tuned_for += _declared(_card(Path(source)), f"{name}'s model card")
+    except ModelError as error:
+        warnings.warn(f"{error}; until then it declares nothing", stacklevel=2)
     return model
 
 
@@ -563,14 +567,20 @@ def _declared(data: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _card(folder: Path) -> dict[str, Any]:
-    """The front matter of a model card; empty where there is none."""
+    """The front matter of a model card; empty where there is none, or none that can be read: it is only a note."""
     path = folder / "README.md"
     if not path.is_file():
         return {}
     from huggingface_hub import metadata_load
 
-    with _one_line(f"can't read {path}"):
-        return metadata_load(path) or {}
+    try:
+        data = metadata_load(path)
+    except Exception as error:
+        warnings.warn(
+            f"{path}: its front matter can't be read ({type(error).__name__}), so it declares nothing", stacklevel=2
+        )
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 # -- fingerprint -----------------------------------------------------------------------------------------------------
@@ -665,12 +675,23 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
+def _shapes_explained() -> Iterator[None]:
+    """transformers' error about shapes points to a report that nobody sees."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise ModelError("its weights don't have the shapes that its config.json says") from None
+        raise
+
+
+@contextmanager
 def _one_line(what: str) -> Iterator[None]:
     """Turn whatever a library raises into one ModelError line; its errors have no common base."""
     try:
         yield
-    except ModelError:
-        raise
+    except ModelError as error:
+        raise ModelError(f"{what}: {error}") from None
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{what}: {lines[0]}") from None

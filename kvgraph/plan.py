@@ -13,9 +13,10 @@ Rules, in full:
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,6 +88,7 @@ class Plan:
 
     @property
     def live(self) -> Span:
+        """The last span: the prompt that decoding continues from."""
         return self.spans[-1]
 
     @property
@@ -134,6 +136,9 @@ def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
     who = f"span {index}" + (f" ({span.name})" if span.name else "")
     if not span.tokens:
         raise PlanError(f"{who} is empty; leave empty spans out of the plan")
+    span = replace(
+        span, tokens=_integers(span.tokens, f"{who}: tokens"), positions=_integers(span.positions, f"{who}: positions")
+    )
     if len(span.positions) != len(span.tokens):
         raise PlanError(f"{who} has {len(span.tokens)} tokens but {len(span.positions)} positions")
     if isinstance(span.positions, range):
@@ -143,7 +148,8 @@ def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
     if not ascending:
         raise PlanError(f"{who}: positions must be strictly ascending")
     places = []
-    for place in span.sees:
+    for place in map(_place, span.sees):
+        _integers(tuple(x for x in place if x is not None), f"{who}: a place's numbers")
         if not 0 <= place.span < index:
             raise PlanError(f"{who} sees span {place.span}, which isn't earlier in the plan")
         child = earlier[place.span]
@@ -154,6 +160,25 @@ def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
             raise PlanError(f"{who} is cached but sees span {place.span}, which is not")
         places.append(Place(place.span, place.at, place.lo, hi))
     return replace(span, sees=tuple(places))
+
+
+def _place(place: Place | tuple) -> Place:
+    try:
+        return Place(*place)
+    except TypeError:
+        raise PlanError(f"{place!r} is no Place(span, at, lo, hi)") from None
+
+
+def _integers(values: Sequence[int], what: str) -> Any:
+    """The values, if they are integers that fit a key's 64 bits with room for sums; else PlanError."""
+    if not isinstance(values, range) and not set(map(type, values)) <= {int}:
+        try:
+            values = tuple(operator.index(v) for v in values)
+        except TypeError:
+            raise PlanError(f"{what} must be integers") from None
+    if values and max(-min(values), max(values)) >= 1 << 60:
+        raise PlanError(f"{what} are out of range: they must be below 2**60")
+    return values
 
 
 def _key(span: Span, keys: Sequence[str | None], fingerprint: str, salt: str) -> str:

@@ -465,3 +465,10 @@ def test_explain_abbreviates():
 def test_explain_without_names():
     text = str(Plan((Span((1,), range(1)), Span((2,), range(1, 2), (), cached=False))))
     assert text.splitlines()[-1] == "2 spans; 1 token cached in 1 span, 1 live; highest position 1"
+
+
+def test_fields_without_bounds_have_one():
+    with pytest.raises(GraphError, match="links=99999999999"):
+        get("kvlink", links=99999999999, link_start=1)
+    with pytest.raises(GraphError, match="rounds=1000000000"):
+        get("graph-kv", rounds=10**9)

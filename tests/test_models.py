@@ -337,7 +337,16 @@ def test_a_model_card_declares_tuning_too(saved):
     card.write_text("# A card without front matter\n")
     assert models.load(saved).tuned_for == ()
     card.write_text("---\nkvgraph: block\n---\n")
-    with pytest.raises(ModelError, match="model card"):
+    with pytest.warns(UserWarning, match="model card"):
+        assert models.load(saved).tuned_for == ()
+    card.write_bytes(b"---\nkvgraph: {tuned_for: [block\n---\n\xff")
+    with pytest.warns(UserWarning, match="can't be read"):
+        assert models.load(saved).tuned_for == ()
+
+
+def test_weights_of_other_shapes_are_named(saved):
+    rewrite_config(saved, intermediate_size=24)
+    with pytest.raises(ModelError, match="weights don't have the shapes that its config.json says"):
         models.load(saved)
 
 

@@ -233,3 +233,26 @@ def test_equal_keys_mean_equal_kv(one, two):
         for k, meaning in zip(plan.keys("model"), meaning_of_plan(plan), strict=True):
             if k is not None:
                 assert found.setdefault(k, meaning) == meaning
+
+
+@pytest.mark.parametrize(
+    ("span", "what"),
+    [
+        (Span((1.5,), (0,), cached=False), "tokens must be integers"),
+        (Span(("a",), (0,), cached=False), "tokens must be integers"),
+        (Span((1, 2), (0, 1.9), cached=False), "positions must be integers"),
+        (Span((1 << 70,), (0,), cached=False), "out of range"),
+        (Span((1,), (9,), (Place(0, 0.5),), cached=False), "numbers must be integers"),
+        (Span((1,), (9,), (Place(0, 1 << 70),), cached=False), "out of range"),
+        (Span((1,), (9,), (3,), cached=False), "no Place"),
+    ],
+)
+def test_numbers_of_a_plan_are_integers(span, what):
+    with pytest.raises(PlanError, match=what):
+        Plan((contiguous((1, 2), 0), span))
+
+
+def test_integers_of_other_libraries_give_the_same_keys():
+    plain = Plan((contiguous((1, 2), 0), contiguous((3,), 2, [Place(0, 0)], cached=False)))
+    other = Plan((contiguous(np.array([1, 2]), np.int64(0)), contiguous((3,), 2, [(np.int64(0), 0)], cached=False)))
+    assert plain.keys("f") == other.keys("f")

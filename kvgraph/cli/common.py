@@ -166,8 +166,15 @@ def open_engine(
     """An engine on a model, with a disk store if a folder is given. Raises ModelError, StoreError."""
     from kvgraph.engine.engine import Engine
 
-    options = {"store": store, "kv_budget": kv_budget}
-    return Engine.load(model, dtype=dtype, device=device, allow_untested=allow_untested, check=check, **options)
+    return Engine.load(
+        model,
+        dtype=dtype,
+        device=device,
+        allow_untested=allow_untested,
+        check=check,
+        store=store,
+        kv_budget=kv_budget,
+    )
 
 
 def human_size(size: float) -> str:

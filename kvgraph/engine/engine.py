@@ -27,7 +27,7 @@ from kvgraph.engine.progress import Progress
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams, TextStream
 from kvgraph.engine.scheduler import UNCACHED, Request, Scheduler, sequence_of
-from kvgraph.errors import CapacityError, GraphError, StoreError
+from kvgraph.errors import CapacityError, GraphError, KVGraphError, StoreError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
@@ -52,6 +52,7 @@ class Warmed:
     seconds: float = 0.0
 
     def add(self, usage: Usage) -> None:
+        """Count one more request."""
         self.computed_tokens += usage.computed_tokens
         self.kv_bytes += usage.kv_bytes
         for tier, n in usage.reused_tokens.items():
@@ -75,6 +76,13 @@ class Engine:
         max_step_tokens: int | None = None,
         salt: str = "",
     ):
+        for name, value in (("kv_budget", kv_budget), ("max_step_tokens", max_step_tokens)):
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise KVGraphError(f"{name} must be a positive integer, not {value!r}")
+        if not isinstance(salt, str):
+            raise KVGraphError(f"salt must be text, not {type(salt).__name__}")
+        if store is not None and not isinstance(store, str | Path) and not hasattr(store, "get"):
+            raise KVGraphError(f"store must be a folder or a store, not {type(store).__name__}")
         self.model, self.salt = model, salt
         self.store = DiskStore(store, fingerprint=model.fingerprint) if isinstance(store, str | Path) else store
         self.store_errors = 0
@@ -98,24 +106,31 @@ class Engine:
         device: str = "cpu",
         allow_untested: bool = False,
         check: bool = True,
-        **options: Any,
+        store: Store | str | Path | None = None,
+        kv_budget: int | None = None,
+        max_step_tokens: int | None = None,
+        salt: str = "",
     ) -> Engine:
         """Load a Hugging Face causal LM from a folder or hub name, run the gate, and return an engine on it.
 
         check=False skips the gate (`kvgraph check`), which refuses a model whose composed logits differ from a plain
-        forward. options: see Engine. Raises ModelError with the reason.
+        forward. The other arguments: see Engine. Raises ModelError with the reason.
         """
         loaded = models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
         if check:
             from kvgraph.engine.check import require
 
             require(loaded)
-        return cls(loaded, **options)
+        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
     def plan(self, graph: ContextGraph, method: str | Method = "full") -> Plan:
         """The plan of a graph: text is tokenized piece by piece with the model's tokenizer, then the method decides."""
+        if not isinstance(graph, ContextGraph):
+            raise GraphError(f"give a ContextGraph (or a list of them), not {type(graph).__name__}")
+        if isinstance(method, type):
+            raise GraphError(f"give a method's name or an instance, such as {method.__name__}(), not the class")
         method = methods.get(method) if isinstance(method, str) else method
         if not graph.is_tokenized:
             graph = graph.tokenized(self.encode)
@@ -135,14 +150,14 @@ class Engine:
 
         params or its fields as keywords (max_tokens=…, temperature=…). first_logits keeps the logits of the first step.
         """
-        graphs = [graph] if isinstance(graph, ContextGraph) else list(graph)
+        graphs = list(graph) if isinstance(graph, Sequence) else [graph]
         params = params_of(params, sampling)
         requests: list[Request] = []
         with self._all_or_none(requests):
             for g in graphs:
                 requests.append(self.submit(self.plan(g, method), params, first_logits=first_logits))
             results = [self.wait(r) for r in requests]
-        return results[0] if isinstance(graph, ContextGraph) else results
+        return results if isinstance(graph, Sequence) else results[0]
 
     def stream(
         self, graph: ContextGraph, method: str | Method = "full", params: SamplingParams | None = None, **sampling: Any
@@ -166,7 +181,7 @@ class Engine:
         progress: a bar on the terminal (default: when there is one and several graphs). on_done(i, usage) is called as
         graph i is finished. Returns totals.
         """
-        graphs = [graph] if isinstance(graph, ContextGraph) else list(graph)
+        graphs = list(graph) if isinstance(graph, Sequence) else [graph]
         started, total = time.perf_counter(), Warmed(graphs=len(graphs))
         pending: list[tuple[int, Request]] = []
         requests: list[Request] = []

@@ -90,6 +90,7 @@ class Request:
 
     @property
     def finished(self) -> bool:
+        """Whether there is a result or an error."""
         return self.result is not None or self.error is not None
 
 
@@ -152,6 +153,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
+        """Whether no request is waiting or running."""
         return not self.waiting and not self.running
 
     @property

@@ -12,6 +12,8 @@ from kvgraph.graph import ContextGraph
 from kvgraph.methods.base import chain, check, end, ids, prefix_parts, require_int, require_one_of, where_computed
 from kvgraph.plan import Place, Plan, Span, contiguous, pruned
 
+MOST_ROUNDS = 1000  # on a cycle every round makes new versions, without end
+
 
 @dataclass(frozen=True)
 class GraphKV:
@@ -51,6 +53,10 @@ class GraphKV:
 
     def __post_init__(self) -> None:
         require_int(self.name, "rounds", self.rounds)
+        if self.rounds > MOST_ROUNDS:
+            raise GraphError(
+                f"graph-kv with rounds={self.rounds}: at most {MOST_ROUNDS}, each encodes every reader again"
+            )
         require_one_of(self.name, "keep", self.keep, ("read", "all"))
         require_one_of(self.name, "layout", self.layout, ("aligned", "tight", "packed"))
         if self.layout == "packed" and (self.keep, self.rounds) != ("all", 1):

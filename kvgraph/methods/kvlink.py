@@ -10,6 +10,8 @@ from kvgraph.graph import ContextGraph
 from kvgraph.methods.base import chain, check, end, ids, prefix_parts, require_int, where_computed
 from kvgraph.plan import Plan, Span, contiguous
 
+MOST_LINKS = 1000  # the paper has at most 5
+
 
 @dataclass(frozen=True)
 class KVLink:
@@ -41,6 +43,10 @@ class KVLink:
         for field in ("link_start", "mem_start", "mem_end"):
             if getattr(self, field) is not None:
                 require_int(self.name, field, getattr(self, field))
+        if self.links > MOST_LINKS:
+            raise GraphError(
+                f"kvlink with links={self.links}: more than {MOST_LINKS} link tokens a document make no sense"
+            )
         if self.links and self.link_start is None:
             raise GraphError(
                 f"kvlink with links={self.links} needs link_start, the id of the model's first link token; "

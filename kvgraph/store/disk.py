@@ -115,6 +115,10 @@ class DiskStore:
         verify: bool = True,
         fingerprint: str | None = None,
     ):
+        if not str(folder):
+            raise StoreError("the store's folder has no name; give a path")
+        if capacity_bytes is not None and capacity_bytes < 1:
+            raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
         self.folder = Path(folder)
         self.capacity, self.ttl, self.checks, self.fingerprint = capacity_bytes, ttl, verify, fingerprint or ""
         self._records = self.folder / "records"
