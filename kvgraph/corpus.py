@@ -13,6 +13,7 @@ import string
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,71 +41,85 @@ class Document:
     where: str
 
 
-def load(path: str | Path, template: str | None = None, limit: int | None = None) -> list[Document]:
+def load(
+    path: str | Path, template: str | None = None, limit: int | None = None, token_ids: bool = False
+) -> list[Document]:
     """All documents of a corpus (or the first `limit`) in order; see `read`. Raises CorpusError when there are none."""
-    documents: list[Document] = []
-    for document in read(path, template):
-        if limit is not None and len(documents) >= limit:
-            break
-        documents.append(document)
+    documents = list(islice(read(path, template, token_ids), limit))
     if not documents:
         raise CorpusError(f"{path} holds no documents")
     return documents
 
 
-def read(path: str | Path, template: str | None = None) -> Iterator[Document]:
+def read(path: str | Path, template: str | None = None, token_ids: bool = False) -> Iterator[Document]:
     """Documents of a JSON Lines file, a text file, or a folder of such files, as they are read.
 
     template: fields in braces, "{{" for a brace. Unless given, JSON Lines use "{title}\\n{text}\\n" and text files their
     text; text files have the fields `title` (the file's name without its ending) and `text`.
-    Raises CorpusError, naming file and line: nothing there, no UTF-8, bad JSON, fields that the template needs missing.
+    token_ids: a field may also be a list of integers, for documents that are token ids written out.
+    Raises CorpusError, naming file and line: nothing there, no UTF-8, bad JSON, fields that the template needs missing
+    or neither texts nor numbers; and for a template without any field.
     """
     root = Path(path)
     if not root.exists():
         raise CorpusError(f"there is no file or folder {root}")
     if not root.is_dir():
-        yield from _file(root, root.name, template)
+        yield from _file(root, root.name, template, token_ids)
         return
     for file in sorted(root.rglob("*")):
         inside = file.relative_to(root)
         if file.is_file() and not any(part.startswith(".") for part in inside.parts):
-            yield from _file(file, inside.as_posix(), template)
+            yield from _file(file, inside.as_posix(), template, token_ids)
 
 
 def pick(documents: Sequence[Document], wanted: Iterable[str]) -> list[Document]:
     """The wanted documents in the order asked for. Each is a document's id, or else its number counted from 0.
 
-    Raises CorpusError for one that is neither, or asked for twice.
+    Raises CorpusError for one that is neither, or asked for twice, or for an id that several documents have.
     """
-    by_name = {d.name: i for i, d in enumerate(documents) if d.name}
+    by_name: dict[str, list[int]] = {}
+    for i, document in enumerate(documents):
+        if document.name:
+            by_name.setdefault(document.name, []).append(i)
     chosen: dict[int, str] = {}
     for ref in wanted:
-        index = by_name.get(ref, int(ref) if ref.isascii() and ref.isdigit() else -1)
+        index, *others = by_name.get(ref) or [_number(ref)]
+        if others:
+            first, second = documents[index].where, documents[others[0]].where
+            raise CorpusError(
+                f"the id {ref!r} is both {first}'s and {second}'s; give one of them another, or pick by number"
+            )
         if not 0 <= index < len(documents):
             known = f"numbers 0 to {len(documents) - 1}" + (" or their ids" if by_name else "")
-            raise CorpusError(f"there is no document {ref!r} to pick; documents have {known}")
+            raise CorpusError(f"there is no document {ref[:40]!r} to pick; documents have {known}")
         if index in chosen:
             raise CorpusError(f"document {ref!r} is picked twice; pick it once")
         chosen[index] = ref
     return [documents[i] for i in chosen]
 
 
-def _file(path: Path, name: str, template: str | None) -> Iterator[Document]:
+def _number(ref: str) -> int:
+    """The number that a text is, or -1: no corpus needs more than 18 digits, and Python refuses thousands of them."""
+    return int(ref) if ref.isascii() and ref.isdigit() and len(ref) <= 18 else -1
+
+
+def _file(path: Path, name: str, template: str | None, token_ids: bool) -> Iterator[Document]:
     gz = path.suffix == ".gz"
     try:
         with gzip.open(path) if gz else open(path, "rb") as file:
             if Path(path.stem if gz else path.name).suffix in JSONL_SUFFIXES:
-                yield from _json_lines(file, str(path), template or JSONL_TEMPLATE)
+                yield from _json_lines(file, str(path), JSONL_TEMPLATE if template is None else template, token_ids)
             else:
                 text = _decoded(file.read(), str(path))
                 fields = {"title": Path(name).stem, "text": text}
-                yield Document(_filled(template or TEXT_TEMPLATE, fields, str(path)), name, str(path))
+                filled = _filled(TEXT_TEMPLATE if template is None else template, fields, str(path), token_ids)
+                yield Document(filled, name, str(path))
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or "damaged"
         raise CorpusError(f"can't read {path}: {reason}") from None
 
 
-def _json_lines(file: IO[bytes] | gzip.GzipFile, path: str, template: str) -> Iterator[Document]:
+def _json_lines(file: IO[bytes] | gzip.GzipFile, path: str, template: str, token_ids: bool) -> Iterator[Document]:
     for number, raw in enumerate(file, 1):  # binary files split on b"\n" alone
         where = f"{path}:{number}"
         line = _decoded(raw, where)
@@ -117,7 +132,7 @@ def _json_lines(file: IO[bytes] | gzip.GzipFile, path: str, template: str) -> It
         if not isinstance(row, dict):
             raise CorpusError(f"{where} holds a {type(row).__name__}; every line must be a JSON object")
         name = next((str(row[f]) for f in ID_FIELDS if isinstance(row.get(f), str | int)), "")
-        yield Document(_filled(template, row, where), name, where)
+        yield Document(_filled(template, row, where, token_ids), name, where)
 
 
 def _decoded(raw: bytes, where: str) -> str:
@@ -127,8 +142,8 @@ def _decoded(raw: bytes, where: str) -> str:
         raise CorpusError(f"{where} is not UTF-8 text") from None
 
 
-def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
-    """The template with its fields filled in; values are texts, numbers, or lists of token ids."""
+def _filled(template: str, fields: Mapping[str, Any], where: str, token_ids: bool) -> str:
+    """The template with its fields filled in; values are texts, numbers, or (with token_ids) lists of integers."""
     out = []
     for literal, field in _parts(template):
         out.append(literal)
@@ -139,8 +154,10 @@ def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
                 f"{where} has no field {field!r}; it has {', '.join(fields) or 'none'}; change the template"
             )
         value = fields[field]
-        if value is None or isinstance(value, bool | dict):
-            raise CorpusError(f"{where}: field {field!r} is {json.dumps(value)[:40]}, not text")
+        ids = token_ids and isinstance(value, list) and all(type(item) is int for item in value)
+        if not (isinstance(value, str | int | float) or ids) or isinstance(value, bool):
+            shown = json.dumps(value, ensure_ascii=False)[:40]
+            raise CorpusError(f"{where}: field {field!r} is {shown}, not text; change the template or the corpus")
         out.append(str(value))
     return "".join(out)
 
@@ -154,4 +171,8 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
     for _, field, spec, how in parts:
         if field is not None and (not field or spec or how):
             raise CorpusError(f"the template {template!r} is wrong: braces hold the plain name of a field")
+    if all(field is None for _, field, _, _ in parts):
+        raise CorpusError(
+            f"the template {template!r} names no field, so all documents would be the same; write {{text}}"
+        )
     return [(literal, field) for literal, field, _, _ in parts]

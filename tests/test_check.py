@@ -98,9 +98,44 @@ def test_items_are_read_or_refused_with_their_line(tmp_path):
     good = {"question": "q?", "answer": "a", "documents": ["one", {"title": "t", "text": "two"}], "edges": [[0, 1]]}
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps(good) + "\n\n" + json.dumps({"question": "q"}) + "\n")
-    with pytest.raises(GraphError, match=r"items.jsonl:3: needs question, answer and documents"):
+    with pytest.raises(GraphError, match=r'items.jsonl:3: needs "answer", which must be text'):
         check.read_items(path)
     ((graph, answer),) = check.read_items(path, limit=1)
     assert answer == "a" and graph.segments == ("one", "t\ntwo\n") and graph.edges == ((0, 1),)
     with pytest.raises(GraphError, match="can't read"):
         check.read_items(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"documents": "abc"}, 'needs "documents", a list .*; it is "abc"'),
+        ({"documents": ["one", 2]}, "document 1 must be text"),
+        ({"documents": [{"title": "t"}]}, "document 0 must be text"),
+        ({"documents": None}, 'needs "documents".*; it is null'),
+        ({"answer": None}, 'needs "answer".*; it is null'),
+        ({"answer": " "}, 'needs "answer"'),
+        ({"question": ""}, 'needs "question"'),
+        ({"question": ["q"]}, 'needs "question"'),
+        ({"prefix": 5}, '"prefix" must be text; it is 5'),
+        ({"edges": [[0, 1, 1]]}, '"edges" must be a list of pairs'),
+        ({"edges": "01"}, '"edges" must be a list of pairs'),
+        ({"edges": [[0, 7]]}, "7"),
+        ({"edges": [[0, True]]}, "True"),
+    ],
+)
+def test_an_item_with_a_wrong_type_is_refused_with_its_line(tmp_path, change, says):
+    item = {"question": "q?", "answer": "a", "documents": ["one", "two"], "edges": [[0, 1]]}
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps(item) + "\n" + json.dumps(item | change) + "\n")
+    with pytest.raises(GraphError, match=rf"items.jsonl:2: .*{says}"):
+        check.read_items(path)
+
+
+@pytest.mark.parametrize(("line", "says"), [("[1]", ":1: every line must be an object"), ('{"a"', ":1 is not JSON")])
+def test_a_line_that_is_no_item_is_refused(tmp_path, line, says):
+    path = tmp_path / "items.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(GraphError, match=says) as error:
+        check.read_items(path)
+    assert "Error" not in str(error.value)

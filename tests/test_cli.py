@@ -17,7 +17,7 @@ import pytest
 import transformers
 import typer
 
-from kvgraph import corpus, demo
+from kvgraph import Engine, __version__, corpus, demo, methods
 from kvgraph.cli import app, common, main
 
 ROOT = Path(__file__).parent.parent
@@ -310,13 +310,16 @@ def test_removing_all_records_asks_first(run, model, documents, tmp_path, monkey
 
 def test_bench_measures_cold_and_warm(run, model):
     sizes = ["--documents", 2, "--length", 20, "--query", 4, "--new-tokens", 2, "--repeats", 1, "--no-check"]
-    code, out, err = run("bench", model, *sizes, "--method", "full,graph-kv", "--edges", "all", "--json")
+    code, out, err = run("bench", model, *sizes, "--method", "full", "--method", "graph-kv", "--edges", "all", "--json")
     assert code == 0, err
     full, graph = json.loads(out)["rows"]
     assert (full["cold_computed"], full["warm_computed"], full["warm_reused"]) == (44, 4, 40)
     assert (graph["cold_computed"], graph["warm_computed"], graph["warm_reused"]) == (84, 4, 80)
     code, out, err = run("bench", model, *sizes[:-1], "--method", "block", "--threads", 1)  # with the gate
     assert code == 0 and re.search(r"^block +44 .* 4 +40 ", out, re.M), err
+    code, out, err = run("bench", model, *sizes, "--method", "kvlink:links=1,link_start=259", "--json")
+    (row,) = json.loads(out)["rows"]
+    assert row["method"] == "kvlink:links=1,link_start=259" and row["warm_computed"] == 6, err  # a link a document
 
 
 def test_demo_runs_to_the_end(run, monkeypatch):
@@ -325,8 +328,16 @@ def test_demo_runs_to_the_end(run, monkeypatch):
     names = {d.name for d in few}
     kept = [edge for edge in demo.citations() if set(edge) <= names]
     monkeypatch.setattr(demo, "citations", lambda: kept)
+    peaks, generate = [], Engine.generate
+
+    def noting_peak(engine, *args, **options):
+        peaks.append(engine.scheduler.peak_bytes)
+        return generate(engine, *args, **options)
+
+    monkeypatch.setattr(Engine, "generate", noting_peak)
     code, out, err = run("demo")
     assert code == 0 and err == ""
+    assert peaks == [0] * (1 + 4 * 3)  # every question's peak is its own, not the one before's
     assert out.count("✓") == 6 and "✗" not in out
     assert max(map(len, out.splitlines())) <= 100
     assert len(re.findall(r"^(?:full|block|kvlink|graph-kv) +restart +\d+ +0 ", out, re.M)) == 4
@@ -389,8 +400,26 @@ MISTAKES = [
     (1, "there is no store", ["store", "ls", "--store", "{tmp}/none"]),
     (1, "is no store", ["store", "verify", "--store", "{tmp}"]),
     (1, "can't read", ["check", "{model}", "--method", "block", "--data", "{tmp}/none.jsonl"]),
-    (1, "needs question, answer and documents", ["check", "{model}", "--method", "block", "--data", "{documents}"]),
+    (1, 'needs "question"', ["check", "{model}", "--method", "block", "--data", "{documents}"]),
     (1, "token ids", ["explain", "--ids", "--documents", "{documents}"]),
+    (1, "token ids", ["explain", "--ids", "--documents", "{tmp}/ids.txt", "--question", "9" * 5000]),
+    (1, "no vocabulary", ["explain", "--ids", "--documents", "{tmp}/ids.txt", "--question", "99999999999"]),
+    (1, "query is empty", ["explain", "--ids", "--documents", "{tmp}/ids.txt", "--question", ""]),
+    (1, "query is empty", ["explain", "{model}", "--documents", "{documents}", "--question", ""]),
+    (2, "give one of", ["explain", "--ids", "--documents", "{tmp}/ids.txt", "--tokenizer", ""]),
+    (1, "there is no folder ./nomodel", ["explain", "./nomodel", "--documents", "{documents}"]),
+    (1, "names no field", ["ask", "{model}", "q", "--documents", "{documents}", "--template", ""]),
+    (1, "ids.jsonl:1: field 't' is [5], not text", ["encode", "{model}", "{tmp}/ids.jsonl", "--dry-run", "--template", "{{t}}"]),
+    (1, "segment 0 ({documents}:1)", ["encode", "{model}", "{documents}", "--dry-run", "--method", "graph-kv:band=5"]),
+    (1, "no document '99999", ["ask", "{model}", "q", "--documents", "{documents}", "--pick", "9" * 5000]),
+    (1, "--edges 'top-k:999", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "top-k:" + "9" * 5000]),
+    (1, "named '99999", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "9" * 5000 + ">0"]),
+    (1, "rounds must be", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "graph-kv:rounds=" + "9" * 5000]),
+    (2, "is no size", ["store", "prune", "--store", "{tmp}", "--max-size", "9" * 400]),
+    (2, "is no size", ["store", "prune", "--store", "{tmp}", "--max-size", "9" * 18 + "TiB"]),
+    (2, "is no duration", ["store", "prune", "--store", "{tmp}", "--older-than", "9" * 400 + "d"]),
+    (1, "no method ''", ["check", "{model}", "--method", "", "--data", "{documents}"]),
+    (1, "no method 'full,block'", ["bench", "{model}", "--method", "full,block"]),
 ]  # fmt: skip
 
 
@@ -399,12 +428,15 @@ def test_a_mistake_is_one_clear_line(run, model, documents, tmp_path, code, says
     (tmp_path / "bad.jsonl").write_text('{"a": "x"}\n{"a": \n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "ids.txt").write_text("5 6")
+    (tmp_path / "ids.jsonl").write_text('{"t": [5]}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-12])
-    found, out, err = run(*(word.format(model=model, documents=documents, tmp=tmp_path) for word in words))
+    names = {"model": model, "documents": documents, "tmp": tmp_path}
+    found, out, err = run(*(word.format(**names) for word in words))
     lines = [line for line in err.splitlines() if "warning: this model doesn't declare tuning" not in line]
     assert found == code
-    assert len(lines) == 1 and lines[0].startswith("kvgraph: ") and says in lines[0], err
+    assert len(lines) == 1 and lines[0].startswith("kvgraph: ") and says.format(**names) in lines[0], err
     assert "Traceback" not in out + err and "unexpected" not in err
 
 
@@ -436,6 +468,29 @@ def test_a_store_that_cannot_keep_records_ends_encode_and_not_ask(run, model, do
 def test_debug_shows_the_traceback(model, documents):
     with pytest.raises(corpus.CorpusError):
         main(["--debug", "ask", model, "q", "--documents", "nowhere.jsonl"])
+
+
+def test_a_template_field_may_be_token_ids_only_where_ids_are_read(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"t": [1, 2]}\n{"t": ["x"]}\n')
+    assert corpus.load(path, "{t}", limit=1, token_ids=True)[0].text == "[1, 2]"
+    with pytest.raises(corpus.CorpusError, match=r"c.jsonl:1: field 't' is \[1, 2\], not text"):
+        corpus.load(path, "{t}")
+    with pytest.raises(corpus.CorpusError, match=r"c.jsonl:2: field 't' is \[\"x\"\], not text"):
+        corpus.load(path, "{t}", token_ids=True)
+
+
+def test_an_id_of_several_documents_cannot_be_picked_but_others_can(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"id": name, "text": "x"}) + "\n" for name in ("a", "b", "a")))
+    documents = corpus.load(path, "{text}")
+    with pytest.raises(corpus.CorpusError, match=r"'a' is both .*c.jsonl:1's and .*c.jsonl:3's"):
+        corpus.pick(documents, ["a"])
+    assert [d.where for d in corpus.pick(documents, ["b", "2"])] == [f"{path}:2", f"{path}:3"]
+
+
+def test_the_version_is_printed_without_a_command(run):
+    assert run("--version") == (0, f"kvgraph {__version__}\n", "")
 
 
 # -- help and documentation -------------------------------------------------------------------------------------------
@@ -491,3 +546,12 @@ def test_the_documentation_names_every_command_and_flag_and_no_others():
     for name, command in commands().items():
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", documented[name]))
         assert named == flags(command), name
+
+
+def test_the_documentation_lists_every_preset_as_it_is():
+    text = (ROOT / "docs" / "cli.md").read_text()
+    rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \|", text.split("### Presets")[1].split("\n## ")[0], re.M))
+    assert list(rows) == list(methods.PRESETS)
+    rows["graph-kv-rag-top-k"] = rows["graph-kv-rag"]  # "the same"
+    for name, spec in rows.items():
+        assert common.parse_method(spec.strip("`")) == methods.get(name), name

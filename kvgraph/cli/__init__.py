@@ -32,9 +32,17 @@ app.command()(demo.demo)
 app.add_typer(store.app, name="store")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvgraph {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def kvgraph(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Compute the KV cache of every document once, and answer questions from the stored caches.
@@ -48,9 +56,6 @@ def kvgraph(
     Start with `kvgraph demo`. Before using a method other than `full` with a model that isn't tuned for it, see what it
     costs: `kvgraph check MODEL --method block --data questions.jsonl`.
     """
-    if version:
-        typer.echo(f"kvgraph {__version__}")
-        raise typer.Exit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import typer
 from kvgraph.cli import common
 from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName, NoCheck
 from kvgraph.graph import ContextGraph, Edge
+from kvgraph.methods import METHODS
 
 if TYPE_CHECKING:
     from kvgraph.engine.result import Usage
@@ -39,7 +40,10 @@ def bench(
     query: Annotated[int, typer.Option(min=1, help="Tokens of the query.")] = 30,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 3,
-    method: Annotated[str, typer.Option(help="Methods to measure, with commas.")] = "full,block,kvlink,graph-kv",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Method to measure, with its fields; may be repeated [default: {', '.join(METHODS)}]."),
+    ] = None,
     edges: Annotated[str, typer.Option(help="Edges for graph-kv, as in `kvgraph ask`.")] = "top-k:1",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's choice].")] = None,
     as_json: Json = False,
@@ -57,7 +61,7 @@ def bench(
     \b
       kvgraph bench ./llama --documents 10 --length 400
     """
-    names = [name.strip() for name in method.split(",")]
+    names = method or list(METHODS)
     chosen = [common.parse_method(name) for name in names]
     pairs = common.parse_edges(edges, [""] * documents)
     loaded = common.load_model(model, dtype, device, allow_untested)

@@ -22,7 +22,7 @@ CLOSE = 0.01  # nats a token: a difference that no reader of the answers would n
 
 def check(
     model: ModelName,
-    method: Annotated[str, typer.Option(help="With --data: the method to compare with full.")] = "",
+    method: Annotated[str | None, typer.Option(help="With --data: the method to compare with full.")] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -46,11 +46,11 @@ def check(
       kvgraph check ./llama
       kvgraph check ./llama --method block --data questions.jsonl
     """
-    if bool(method) != (data is not None):
+    if (method is None) != (data is None):
         raise typer.BadParameter("--method and --data belong together")
     from kvgraph.engine import check as checks
 
-    chosen = common.parse_method(method) if method else None
+    chosen = None if method is None else common.parse_method(method)
     items = checks.read_items(data, limit) if data else []
     engine = common.open_engine(
         model, dtype=dtype, device=device, allow_untested=allow_untested, check=False, kv_budget=kv_budget, store=None

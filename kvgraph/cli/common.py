@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvgraph.engine.engine import Engine
     from kvgraph.models import Model
 
+DIGITS = re.compile(r"[0-9]{1,18}")  # a number; nothing here needs longer ones, and Python refuses thousands of digits
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SIZES = {"": 1, "B": 1} | {f"{p}{s}": 1024**i for i, p in enumerate("KMGT", 1) for s in ("", "iB")}
 SIZES |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
@@ -29,18 +30,18 @@ DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 def parse_size(text: str) -> int:
     """Bytes of "4GiB" (= "4G", 1024³ each), "500MB" (1000² each) or "1000"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
     unit = next((size for name, size in SIZES.items() if match and name.lower() == match[2].lower()), None)
-    if match is None or unit is None or (size := int(float(match[1]) * unit)) <= 0:
-        raise typer.BadParameter(f"{text!r} is no size; write for example 4GiB or 500MB")
+    if match is None or unit is None or not 0 < (size := int(float(match[1]) * unit)) < 1 << 63:
+        raise typer.BadParameter(f"{text[:40]!r} is no size; write for example 4GiB or 500MB")
     return size
 
 
 def parse_duration(text: str) -> float:
     """Seconds of "7d", "12h", "30m", "90s" or "2w"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip())
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,18})?)\s*([smhdw])", text.strip())
     if match is None:
-        raise typer.BadParameter(f"{text!r} is no duration; write for example 7d, 12h or 30m")
+        raise typer.BadParameter(f"{text[:40]!r} is no duration; write for example 7d, 12h or 30m")
     return float(match[1]) * DURATIONS[match[2]]
 
 
@@ -115,11 +116,11 @@ def parse_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
         return chain(count)
     if shape == "all" and not k:
         return all_pairs(count, self_edges=bool(plus))
-    if shape in ("top-k", "last-k") and k.isdecimal():
+    if shape in ("top-k", "last-k") and DIGITS.fullmatch(k):
         return top_k(count, int(k), self_edges=bool(plus), last=shape == "last-k")
     pairs = [pair.split(">") for pair in spec.split(",")]
     if any(len(pair) != 2 for pair in pairs):
-        raise GraphError(f"--edges {spec!r} is none of all, chain, top-k:N, last-k:N, or pairs like 0>2,1>2")
+        raise GraphError(f"--edges {spec[:80]!r} is none of all, chain, top-k:N, last-k:N, or pairs like 0>2,1>2")
     return tuple((_ref(source, names), _ref(reader, names)) for source, reader in pairs)
 
 
@@ -137,9 +138,9 @@ def graph_of(
     return ContextGraph(pieces, query, prefix, parse_edges(edges, names or [""] * len(pieces)), names)
 
 
-def chosen(path: Path, template: str | None, pick: list[str] | None) -> list[corpus.Document]:
-    """Documents of a corpus, all or the picked ones."""
-    documents = corpus.load(path, None if template is None else unescaped(template))
+def chosen(path: Path, template: str | None, pick: list[str] | None, token_ids: bool = False) -> list[corpus.Document]:
+    """Documents of a corpus, all or the picked ones. token_ids: they are token ids written out, maybe as lists."""
+    documents = corpus.load(path, None if template is None else unescaped(template), token_ids=token_ids)
     wanted = [ref.strip() for item in pick or () for ref in item.split(",") if ref.strip()]
     if pick and not wanted:
         raise typer.BadParameter("--pick names no document; leave it out to use all of them")
@@ -226,7 +227,7 @@ def show(made: Table) -> None:
 
 
 def _value(text: str) -> Any:
-    if re.fullmatch(r"-?\d+", text):
+    if DIGITS.fullmatch(text.removeprefix("-")):
         return int(text)
     return None if text.lower() == "none" else text
 
@@ -234,4 +235,4 @@ def _value(text: str) -> Any:
 def _ref(text: str, names: Sequence[str]) -> int | str:
     """A document by its id, else by number, as --pick has it."""
     text = text.strip()
-    return int(text) if text not in names and text.isdecimal() else text
+    return int(text) if text not in names and DIGITS.fullmatch(text) else text

@@ -106,6 +106,7 @@ def _ask_three_times(table: Table, model: Model, graph: ContextGraph, name: str,
     for labels in (("cold", "warm"), ("restart",)):
         with Engine(model, store=folder) as engine:
             for label in labels:
+                engine.scheduler.peak_bytes = 0  # of this question alone
                 result = engine.generate(graph, method, max_tokens=NEW_TOKENS, ignore_eos=True)
                 engine.flush()
                 runs.append(result)

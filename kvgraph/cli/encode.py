@@ -154,7 +154,8 @@ def _planned(
     """Tokenized graphs and plans, one a document; documents that are empty or too big go to totals.skipped."""
     planned = []
     for document in documents:
-        graph = ContextGraph([document.text], [0], prefix).tokenized(engine.encode)  # the query changes no document
+        # The query changes no document. The name is for errors: every document is the only one of its graph.
+        graph = ContextGraph([document.text], [0], prefix, names=[document.where]).tokenized(engine.encode)
         if not graph.segments[0]:
             totals.skipped.append(f"{document.where}: no tokens")
             continue

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvgraph.cli import common
 from kvgraph.cli.common import Documents, Edges, MethodName, Pick, Prefix, Template
-from kvgraph.errors import GraphError
+from kvgraph.errors import GraphError, ModelError
 
 
 def explain(
@@ -38,25 +39,25 @@ def explain(
       kvgraph explain ./llama --documents corpus.jsonl --pick 0,3,7 --method graph-kv --edges all
       kvgraph explain --ids --documents ids.txt --method kvlink:links=2,link_start=100
     """
-    source = tokenizer or model
-    if ids == (source is not None) or (tokenizer and model):
+    sources = [source for source in (model, tokenizer) if source is not None]
+    if len(sources) + ids != 1:
         raise typer.BadParameter("give one of MODEL, --tokenizer DIR or --ids, so that it is clear how to count tokens")
     chosen = common.parse_method(method)
-    found = common.chosen(documents, template, pick)
+    found = common.chosen(documents, template, pick, token_ids=ids)
+    if question is None:
+        question = "0" if ids else "?"
     if ids:
-        graph = common.graph_of(found, _ids(question or "0"), _ids(prefix), edges, piece=_ids)
+        graph = common.graph_of(found, _ids(question), _ids(prefix), edges, piece=_ids)
     else:
-        encode = _encoder(str(source))
-        graph = common.graph_of(found, common.unescaped(question or "?"), common.unescaped(prefix), edges).tokenized(
-            encode
-        )
+        encode = _encoder(sources[0])
+        graph = common.graph_of(found, common.unescaped(question), common.unescaped(prefix), edges).tokenized(encode)
     typer.echo(str(chosen.plan(graph)))
 
 
 def _ids(text: str) -> list[int]:
     """Token ids written with spaces, commas or as a JSON list."""
     words = re.findall(r"[^\s,\[\]]+", text)
-    bad = next((w for w in words if not w.isdecimal()), None)
+    bad = next((w for w in words if not common.DIGITS.fullmatch(w)), None)
     if bad is not None:
         raise GraphError(f"with --ids everything is token ids, but there is {bad[:40]!r}")
     return [int(w) for w in words]
@@ -65,5 +66,8 @@ def _ids(text: str) -> list[int]:
 def _encoder(source: str) -> Callable[[str], list[int]]:
     from kvgraph import models
 
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1  # no hub name does, as for `ask`
+    if looks_local and not Path(source).expanduser().is_dir():
+        raise ModelError(f"there is no folder {source}")
     tokenizer = models.load_tokenizer(source)
     return lambda text: tokenizer.encode(text, add_special_tokens=False)

@@ -50,12 +50,11 @@ def ls(
       kvgraph store ls --store kv --limit 10
     """
     entries = _opened(folder).ls()
-    table = common.table("key", "tokens", "size", "last used", "model", "label")
+    table = common.table("key", "tokens", "size", "last used", "model", "pinned")
     now = time.time()
     for e in entries[:limit]:
-        label = f"{e.label} (pinned)".strip() if e.pinned else e.label
         size, used = common.human_size(e.size), f"{common.human_time(max(0.0, now - e.used))} ago"
-        table.add_row(e.key[:16], f"{e.tokens:,}", size, used, e.fingerprint[:8], label)
+        table.add_row(e.key[:16], f"{e.tokens:,}", size, used, e.fingerprint[:8], "yes" if e.pinned else "")
     common.show(table)
     if len(entries) > limit:
         typer.echo(f"... and {len(entries) - limit:,} more; see --limit")
