@@ -500,6 +500,16 @@ class TestThreads:
             assert_right(llama, request)
         engine.close()
 
+    def test_a_request_finished_by_others_while_a_chunk_is_read_loses_nothing(self, llama):
+        engine = Engine(llama, kv_budget=1 << 26)
+        request = engine.submit(block(1), GREEDY, first_logits=True)
+        stream = engine.chunks(request)
+        chunks = [next(stream)]
+        engine.wait(request)  # as another thread would
+        chunks += stream
+        assert [t for c in chunks for t in c.token_ids] == request.result.token_ids
+        assert [c.result for c in chunks] == [None, request.result]
+
     def test_closing_while_others_generate_breaks_nobody(self, llama, tmp_path):
         engine = Engine(llama, store=tmp_path, kv_budget=1 << 26)
         results: list = []

@@ -283,14 +283,14 @@ class Engine:
         try:
             while True:
                 self._advance(request)
-                with self._lock:
+                with self._lock:  # one look: while a chunk is being read, other threads may drive the request on
                     fresh, request.fresh = request.fresh, []
-                if request.error is not None:
-                    raise request.error
-                tokens = [t for _, t in fresh if t >= 0]
-                if fresh or request.finished:
-                    yield Chunk("".join(t for t, _ in fresh), tokens, request.result)
-                if request.finished:
+                    finished, result, error = request.finished, request.result, request.error
+                if error is not None:
+                    raise error
+                if fresh or finished:
+                    yield Chunk("".join(t for t, _ in fresh), [t for _, t in fresh if t >= 0], result)
+                if finished:
                     return
         finally:
             self.cancel(request)
