@@ -265,7 +265,8 @@ def step(world: World, chosen: list[tuple[Request, RowKV, int]], backend: Backen
         )
         out = run(layer, q, k, v, DIM**-0.5, world.softcap, world.sinks)
         results.append(list(out.split([count for *_, count in chosen], 1)))
-    run.commit()
+    for row in run.rows:
+        row.commit()
     return results
 
 

@@ -122,11 +122,6 @@ class Step:
     def positions(self) -> Tensor:
         return torch.from_numpy(np.concatenate([row.positions for row in self.rows])).to(self.device)
 
-    def commit(self) -> None:
-        """Commit every row."""
-        for row in self.rows:
-            row.commit()
-
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:

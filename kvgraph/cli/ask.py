@@ -70,6 +70,7 @@ def ask(
     graph = common.graph_of(
         common.chosen(documents, template, pick), common.unescaped(question), common.unescaped(prefix), edges
     )
+    from kvgraph.engine.engine import Engine
     from kvgraph.engine.sampling import SamplingParams
 
     params = SamplingParams(
@@ -81,7 +82,7 @@ def ask(
         seed=seed,
         stop=tuple(map(common.unescaped, stop or ())),
     )
-    engine = common.open_engine(
+    engine = Engine.load(
         model,
         dtype=dtype,
         device=device,

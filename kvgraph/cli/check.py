@@ -49,10 +49,11 @@ def check(
     if (method is None) != (data is None):
         raise typer.BadParameter("--method and --data belong together")
     from kvgraph.engine import check as checks
+    from kvgraph.engine.engine import Engine
 
     chosen = None if method is None else common.parse_method(method)
     items = checks.read_items(data, limit) if data else []
-    engine = common.open_engine(
+    engine = Engine.load(
         model, dtype=dtype, device=device, allow_untested=allow_untested, check=False, kv_budget=kv_budget, store=None
     )
     cases = checks.gate(engine.model)

@@ -18,7 +18,6 @@ from kvgraph.methods import Method
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvgraph.engine.engine import Engine
     from kvgraph.models import Model
 
 DIGITS = re.compile(r"[0-9]{1,18}")  # a number; nothing here needs longer ones, and Python refuses thousands of digits
@@ -152,30 +151,6 @@ def load_model(model: str, dtype: str, device: str, allow_untested: bool) -> Mod
     from kvgraph import models
 
     return models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
-
-
-def open_engine(
-    model: str,
-    *,
-    dtype: str,
-    device: str,
-    allow_untested: bool,
-    check: bool,
-    kv_budget: int | None,
-    store: Path | None,
-) -> Engine:
-    """An engine on a model, with a disk store if a folder is given. Raises ModelError, StoreError."""
-    from kvgraph.engine.engine import Engine
-
-    return Engine.load(
-        model,
-        dtype=dtype,
-        device=device,
-        allow_untested=allow_untested,
-        check=check,
-        store=store,
-        kv_budget=kv_budget,
-    )
 
 
 def human_size(size: float) -> str:

@@ -82,7 +82,9 @@ def encode(
     chosen = common.parse_method(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
     where = None if dry_run else store
-    engine = common.open_engine(
+    from kvgraph.engine.engine import Engine
+
+    engine = Engine.load(
         model,
         dtype=dtype,
         device=device,

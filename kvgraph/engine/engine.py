@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -183,27 +183,24 @@ class Engine:
         """
         graphs = list(graph) if isinstance(graph, Sequence) else [graph]
         started, total = time.perf_counter(), Warmed(graphs=len(graphs))
-        pending: list[tuple[int, Request]] = []
-        requests: list[Request] = []
+        pending: dict[Request, int] = {}  # -> the graph's number, in order of submission
 
         def finish(most: int) -> None:
             """Run steps until at most `most` graphs are pending."""
             while len(pending) > most:
-                self._advance(pending[0][1])
-                for i, request in [p for p in pending if p[1].finished]:
-                    pending.remove((i, request))
-                    requests.remove(request)
+                self._advance(next(iter(pending)))
+                for request in [r for r in pending if r.finished]:
+                    i = pending.pop(request)
                     usage = self.wait(request).usage
                     total.add(usage)
                     bar.advance(1, tokens=total.computed_tokens)
                     if on_done:
                         on_done(i, usage)
 
-        with Progress("encoding", len(graphs), enabled=progress) as bar, self._all_or_none(requests):
+        with Progress("encoding", len(graphs), enabled=progress) as bar, self._all_or_none(pending):
             for i, g in enumerate(graphs):
                 plan = self.plan(g if g.has_query else g.with_query([0]), method)  # the query changes no document
-                pending.append((i, self.submit(plan, SamplingParams(max_tokens=1), encode_only=True)))
-                requests.append(pending[-1][1])
+                pending[self.submit(plan, SamplingParams(max_tokens=1), encode_only=True)] = i
                 finish(most=2 * WRITES)
             finish(most=0)
         self.flush()
@@ -349,7 +346,7 @@ class Engine:
                 self.scheduler.step()
 
     @contextmanager
-    def _all_or_none(self, requests: list[Request]) -> Iterator[None]:
+    def _all_or_none(self, requests: Iterable[Request]) -> Iterator[None]:
         """Whatever goes wrong inside, Ctrl-C among it, none of the requests is left running."""
         try:
             yield
