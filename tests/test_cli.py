@@ -389,7 +389,7 @@ MISTAKES = [
     (1, "no field 'bond'", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "graph-kv:bond=3"]),
     (1, "isn't FIELD=VALUE", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "graph-kv:rounds"]),
     (1, "ignores edges", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "all"]),
-    (1, "--edges 'ring'", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "graph-kv", "--edges", "ring"]),
+    (1, "edges 'ring'", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "graph-kv", "--edges", "ring"]),
     (1, "no segment named 'd7'", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "d0>d7"]),
     (1, "query is empty", ["ask", "{model}", "", "--documents", "{documents}"]),
     (1, "temperature", ["ask", "{model}", "q", "--documents", "{documents}", "--temperature", "-1"]),
@@ -412,7 +412,7 @@ MISTAKES = [
     (1, "ids.jsonl:1: field 't' is [5], not text", ["encode", "{model}", "{tmp}/ids.jsonl", "--dry-run", "--template", "{{t}}"]),
     (1, "segment 0 ({documents}:1)", ["encode", "{model}", "{documents}", "--dry-run", "--method", "graph-kv:band=5"]),
     (1, "no document '99999", ["ask", "{model}", "q", "--documents", "{documents}", "--pick", "9" * 5000]),
-    (1, "--edges 'top-k:999", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "top-k:" + "9" * 5000]),
+    (1, "edges 'top-k:999", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "top-k:" + "9" * 5000]),
     (1, "named '99999", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "9" * 5000 + ">0"]),
     (1, "rounds must be", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "graph-kv:rounds=" + "9" * 5000]),
     (2, "is no size", ["store", "prune", "--store", "{tmp}", "--max-size", "9" * 400]),
@@ -554,4 +554,4 @@ def test_the_documentation_lists_every_preset_as_it_is():
     assert list(rows) == list(methods.PRESETS)
     rows["graph-kv-rag-top-k"] = rows["graph-kv-rag"]  # "the same"
     for name, spec in rows.items():
-        assert common.parse_method(spec.strip("`")) == methods.get(name), name
+        assert methods.parse(spec.strip("`")) == methods.get(name), name

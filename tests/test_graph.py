@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvgraph.errors import GraphError
-from kvgraph.graph import ContextGraph, all_pairs, chain, ego, layered, star, top_k
+from kvgraph.graph import ContextGraph, all_pairs, chain, ego, layered, named_edges, star, top_k
 
 
 def bytes_of(text: str) -> list[int]:
@@ -156,3 +156,33 @@ def test_star_ego_chain_layered():
 
 def test_self_edges_are_legal():
     assert ContextGraph([[1]], edges=[(0, 0)]).edges == ((0, 0),)
+
+
+@pytest.mark.parametrize(
+    ("spec", "edges"),
+    [
+        ("", ()),
+        ("none", ()),
+        ("all", all_pairs(5)),
+        ("all+self", all_pairs(5, self_edges=True)),
+        ("chain", chain(5)),
+        ("top-k:2", top_k(5, 2)),
+        ("last-k:2+self", top_k(5, 2, self_edges=True, last=True)),
+        ("star:3", star(3, [0, 1, 2, 4])),
+        ("layers:1-3", layered([[0], [1, 2, 3], [4]])),
+        ("layers:1-2-2", layered([[0], [1, 2], [3, 4]])),
+        ("layers:4-4-4", layered([[0, 1, 2, 3], [4]])),
+        ("0>2, b>0", ((0, 2), ("b", 0))),
+    ],
+)
+def test_edges_by_name(spec, edges):
+    assert named_edges(spec, ["a", "b", "c", "d", "e"]) == edges
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["al", "top-k", "top-k:x", "chain+self", "layers:", "layers:1-0", "star:", "0>1>2", "all:3", "+self", "none:1"],
+)
+def test_edges_with_an_unknown_name_are_refused(spec):
+    with pytest.raises(GraphError, match="edges|layer"):
+        named_edges(spec, ["a", "b", "c"])

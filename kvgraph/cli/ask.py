@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import (
     AllowUntested,
@@ -66,7 +67,7 @@ def ask(
       kvgraph ask ./llama "\\nWho dug the harbour?\\n" --documents corpus.jsonl --pick 0,3,7 --store kv
       kvgraph ask ./llama "..." --documents corpus.jsonl --method graph-kv --edges top-k:3
     """
-    chosen = common.parse_method(method)
+    chosen = methods.parse(method)
     graph = common.graph_of(
         common.chosen(documents, template, pick), common.unescaped(question), common.unescaped(prefix), edges
     )

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName, NoCheck
-from kvgraph.graph import ContextGraph, Edge
+from kvgraph.graph import ContextGraph, Edge, named_edges
 from kvgraph.methods import METHODS
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def bench(
       kvgraph bench ./llama --documents 10 --length 400
     """
     names = method or list(METHODS)
-    chosen = [common.parse_method(name) for name in names]
-    pairs = common.parse_edges(edges, [""] * documents)
+    chosen = [methods.parse(name) for name in names]
+    pairs = named_edges(edges, [""] * documents)
     loaded = common.load_model(model, dtype, device, allow_untested)
     import torch
 

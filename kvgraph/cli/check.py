@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName
 
@@ -51,7 +52,7 @@ def check(
     from kvgraph.engine import check as checks
     from kvgraph.engine.engine import Engine
 
-    chosen = None if method is None else common.parse_method(method)
+    chosen = None if method is None else methods.parse(method)
     items = checks.read_items(data, limit) if data else []
     engine = Engine.load(
         model, dtype=dtype, device=device, allow_untested=allow_untested, check=False, kv_budget=kv_budget, store=None

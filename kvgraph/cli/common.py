@@ -6,14 +6,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvgraph import corpus, methods
-from kvgraph.errors import GraphError
-from kvgraph.graph import ContextGraph, Edge, Text, all_pairs, chain, top_k
-from kvgraph.methods import Method
+from kvgraph import corpus
+from kvgraph.graph import ContextGraph, Text, named_edges
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,8 +64,8 @@ MethodName = Annotated[
 Edges = Annotated[
     str,
     typer.Option(
-        help="Who reads whom (graph-kv): all, chain, top-k:3, last-k:3 (each but chain also with +self), or source>reader "
-        "pairs by number or id: '0>2,1>2'."
+        help="Who reads whom (graph-kv): all, top-k:3, last-k:3 (each also with +self), chain, layers:1-3, star:0, or "
+        "source>reader pairs by number or id: '0>2,1>2'."
     ),
 ]
 Template = Annotated[
@@ -92,37 +90,6 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t", "\\": "\\"}[m[1]], text)
 
 
-def parse_method(spec: str) -> Method:
-    """The method of "name" or "name:field=value,field=value". Raises GraphError listing what there is."""
-    name, _, rest = spec.partition(":")
-    fields: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        field, equals, value = item.partition("=")
-        if not equals:
-            raise GraphError(f"--method {spec!r}: {item!r} isn't FIELD=VALUE")
-        fields[field.strip()] = _value(value.strip())
-    return methods.get(name, **fields)
-
-
-def parse_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
-    """Edges among documents from the --edges option; names: their ids. Raises GraphError when it can't be read."""
-    count = len(names)
-    shape, plus, _ = spec.partition("+self")
-    shape, _, k = shape.partition(":")
-    if not spec:
-        return ()
-    if shape == "chain" and not plus:
-        return chain(count)
-    if shape == "all" and not k:
-        return all_pairs(count, self_edges=bool(plus))
-    if shape in ("top-k", "last-k") and DIGITS.fullmatch(k):
-        return top_k(count, int(k), self_edges=bool(plus), last=shape == "last-k")
-    pairs = [pair.split(">") for pair in spec.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise GraphError(f"--edges {spec[:80]!r} is none of all, chain, top-k:N, last-k:N, or pairs like 0>2,1>2")
-    return tuple((_ref(source, names), _ref(reader, names)) for source, reader in pairs)
-
-
 def graph_of(
     documents: Sequence[corpus.Document],
     query: Text = "",
@@ -134,7 +101,7 @@ def graph_of(
     ids = [d.name for d in documents]
     names = ids if all(ids) and len(set(ids)) == len(ids) else None
     pieces = [piece(d.text) for d in documents]
-    return ContextGraph(pieces, query, prefix, parse_edges(edges, names or [""] * len(pieces)), names)
+    return ContextGraph(pieces, query, prefix, named_edges(edges, names or [""] * len(pieces)), names)
 
 
 def chosen(path: Path, template: str | None, pick: list[str] | None, token_ids: bool = False) -> list[corpus.Document]:
@@ -199,15 +166,3 @@ def show(made: Table) -> None:
     with console.capture() as capture:
         console.print(made)
     sys.stdout.write("\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n")
-
-
-def _value(text: str) -> Any:
-    if DIGITS.fullmatch(text.removeprefix("-")):
-        return int(text)
-    return None if text.lower() == "none" else text
-
-
-def _ref(text: str, names: Sequence[str]) -> int | str:
-    """A document by its id, else by number, as --pick has it."""
-    text = text.strip()
-    return int(text) if text not in names and DIGITS.fullmatch(text) else text

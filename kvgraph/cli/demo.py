@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
@@ -51,9 +52,9 @@ def _run(folder: Path) -> None:
     cited = ContextGraph(graph.segments, graph.query, graph.prefix, content.citations(), graph.names)
     start = content.token_id("<|link_0|>")
     kvlink = f"kvlink:links={content.LINKS},link_start={start},slots={content.LINK_SLOTS}"
-    cases = {name: (common.parse_method(name), graph) for name in ("full", "block")}
-    cases["kvlink"] = common.parse_method(kvlink), graph
-    cases["graph-kv"] = common.parse_method("graph-kv"), cited
+    cases = {name: (methods.parse(name), graph) for name in ("full", "block")}
+    cases["kvlink"] = methods.parse(kvlink), graph
+    cases["graph-kv"] = methods.parse("graph-kv"), cited
 
     _encode_once(model, graph, folder / "corpus")
     typer.echo(

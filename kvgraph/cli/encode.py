@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvgraph import corpus
+from kvgraph import corpus, methods
 from kvgraph.cli import common
 from kvgraph.cli.common import (
     AllowUntested,
@@ -79,7 +79,7 @@ def encode(
     """
     if store is None and not dry_run:
         raise typer.BadParameter("encode needs --store FOLDER (or --dry-run)")
-    chosen = common.parse_method(method)
+    chosen = methods.parse(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
     where = None if dry_run else store
     from kvgraph.engine.engine import Engine

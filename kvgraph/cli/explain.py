@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import Documents, Edges, MethodName, Pick, Prefix, Template
 from kvgraph.errors import GraphError, ModelError
@@ -42,7 +43,7 @@ def explain(
     sources = [source for source in (model, tokenizer) if source is not None]
     if len(sources) + ids != 1:
         raise typer.BadParameter("give one of MODEL, --tokenizer DIR or --ids, so that it is clear how to count tokens")
-    chosen = common.parse_method(method)
+    chosen = methods.parse(method)
     found = common.chosen(documents, template, pick, token_ids=ids)
     if question is None:
         question = "0" if ids else "?"

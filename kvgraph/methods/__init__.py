@@ -15,7 +15,7 @@ from kvgraph.methods.full import Full
 from kvgraph.methods.graph_kv import GraphKV
 from kvgraph.methods.kvlink import KVLink
 
-__all__ = ["METHODS", "PRESETS", "Block", "Full", "GraphKV", "KVLink", "Method", "get"]
+__all__ = ["METHODS", "PRESETS", "Block", "Full", "GraphKV", "KVLink", "Method", "get", "parse"]
 
 
 def graph_kv_rag(drop_token: int | None = None) -> GraphKV:
@@ -80,3 +80,29 @@ def get(spec: str, **fields: Any) -> Method:
         if field not in known:
             raise GraphError(f"{spec} has no field {field!r}; it has {', '.join(known) or 'no fields'}")
     return replace(method, **fields)
+
+
+def parse(spec: str) -> Method:
+    """The method of "name" or "name:field=value,field=value", as commands and requests write it.
+
+    Raises GraphError listing what there is.
+    """
+    name, _, rest = spec.partition(":")
+    fields: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        field, equals, value = item.partition("=")
+        if not equals:
+            raise GraphError(f"method {spec[:80]!r}: {item!r} isn't FIELD=VALUE")
+        fields[field.strip()] = _value(value.strip())
+    return get(name, **fields)
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text) if len(text) <= 18 else text
+        except ValueError:
+            continue
+    return text
