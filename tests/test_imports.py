@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "kvgraph"
 TEXT = {"errors", "graph", "plan", "explain", "methods"}
 TENSORS = {"memo", "rope", "store", "attention", "models"}
 ENGINE = {"engine"} | TEXT | TENSORS
-DATA = {"corpus", "data", "demo"}
+DATA = {"corpus", "chat", "data", "demo"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "graph": {"errors"},
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "memo", "rope", "store", "attention"},
     "engine": TEXT | TENSORS,
     "corpus": {"errors", "graph"},
+    "chat": {"errors", "graph"},
     "data": {"errors", "graph", "corpus"},
     "demo": ENGINE | {"corpus"},
     "__init__": ENGINE,
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Libraries that only these may import; whatever else imports them would drag a model library into text-only work.
 ONLY_IN = {
     "transformers": {"models"},
-    "torch": set(MAY_IMPORT) - TEXT - {"corpus", "__init__"},
+    "torch": set(MAY_IMPORT) - TEXT - {"corpus", "chat", "__init__"},
 }
 
 

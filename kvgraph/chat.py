@@ -1,0 +1,178 @@
+"""Chat messages and documents as the pieces of a context graph, cut out of what the model's own template renders.
+
+Whatever is cut, the pieces joined are the template's text, so a plain prefill of them is what the model was tuned on.
+Pieces are cut where nothing later can change them: turn k of a conversation is the same piece in turn k + 1, and its KV
+is found again. Pure Python: a tokenizer is only asked for `chat_template`, `apply_chat_template` and its ids.
+"""
+
+from __future__ import annotations
+
+import os
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvgraph.errors import GraphError
+from kvgraph.graph import ContextGraph, Edge, Text
+
+DOCUMENT = "{title}\n{text}\n\n"
+MARK = "\u2063kvgraph-{}\u2063"  # stands for a text while a template renders; invisible separators keep it unique
+
+
+class ChatError(GraphError):
+    """Messages can't be laid out: no chat template, a template that refuses them, or no user message for documents."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document to read: its text, and its title if it has one. `tokens` replaces both by token ids."""
+
+    text: str = ""
+    title: str = ""
+    tokens: tuple[int, ...] | None = None
+
+    def filled(self, template: str) -> Text:
+        """The segment: the template with {title} and {text} filled in; lines that only hold a missing title vanish."""
+        if self.tokens is not None:
+            return self.tokens
+        if not (self.text or self.title):
+            return ""
+        if not self.title:
+            template = template.replace("{title}\n", "").replace("{title}", "")
+        return template.format(title=self.title, text=self.text)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text in the order of a plain prompt: pieces of the prefix, documents, and what the model answers."""
+
+    prefix: tuple[str, ...]
+    segments: tuple[Text, ...]
+    query: str
+
+    def graph(self, edges: Sequence[Edge] = (), names: Sequence[str] | None = None) -> ContextGraph:
+        """The context graph of these pieces."""
+        return ContextGraph(self.segments, self.query, list(self.prefix), edges, names)
+
+
+def check_template(template: str) -> str:
+    """The document template itself, if it says where the text goes; else ChatError."""
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError:
+        fields = []
+    if "text" not in fields or set(fields) - {"text", "title"}:
+        raise ChatError(
+            f"the document template {template[:60]!r} must hold {{text}}, may hold {{title}}, and no other field"
+        )
+    return template
+
+
+def opening(tokenizer: Any) -> tuple[int, ...]:
+    """What this tokenizer puts before a plain text: its BOS token, or nothing."""
+    ids = list(tokenizer("").input_ids)
+    return tuple(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else ()
+
+
+def chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    documents: Sequence[Document] = (),
+    *,
+    template: str | None = None,
+    **variables: Any,
+) -> Prompt:
+    """Messages ({"role", "content"}), and the documents the last user message is about, as a prompt.
+
+    Documents stand where the model's template has a place for them, as it writes them. Where it has none, and whenever
+    `template` (see `DOCUMENT`) is given, they stand filled into that template at the start of the last user message, so
+    that earlier turns stay a prefix. variables: further variables of the template. Raises ChatError.
+    """
+    render = _Renderer(tokenizer, variables)
+    if not documents:
+        whole = render(messages, answer=True)
+        cuts = render.cuts(whole, messages)
+        return Prompt(_pieces(whole, cuts), (), whole[cuts[-1] if cuts else 0 :])
+    if template is None and (prompt := render.native(messages, documents)) is not None:
+        return prompt
+    last = next((i for i in reversed(range(len(messages))) if messages[i].get("role") == "user"), None)
+    if last is None:
+        raise ChatError("documents need a user message to stand in; add one")
+    mark = MARK.format(f"documents-{os.urandom(8).hex()}")
+    marked = [
+        *messages[:last],
+        {**messages[last], "content": mark + str(messages[last]["content"])},
+        *messages[last + 1 :],
+    ]
+    before, *after = render(marked, answer=True).split(mark)
+    if len(after) != 1:
+        raise ChatError("the chat template doesn't render the last user message exactly once; documents need that")
+    cuts = [*render.cuts(before, messages[:last]), len(before)]
+    filled = tuple(d.filled(check_template(DOCUMENT if template is None else template)) for d in documents)
+    return Prompt(_pieces(before, cuts), filled, after[0])
+
+
+def plain(
+    tokenizer: Any, instruction: str, documents: Sequence[Document], question: str, template: str = DOCUMENT
+) -> Prompt:
+    """The prompt for a model without a chat template: instruction, documents, question, with BOS where it belongs."""
+    bos = tokenizer.bos_token if opening(tokenizer) else ""
+    return Prompt((bos + instruction,), tuple(d.filled(check_template(template)) for d in documents), question)
+
+
+class _Renderer:
+    def __init__(self, tokenizer: Any, variables: Mapping[str, Any]):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ChatError("this model has no chat template; send a plain prompt, or give a template")
+        self.tokenizer, self.variables = tokenizer, variables
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]], *, answer: bool, **more: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=answer, **self.variables, **more
+            )
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise ChatError(f"the model's chat template refuses these messages: {error}") from None
+
+    def cuts(self, whole: str, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Where the first 1, 2, ... messages end in `whole`, as far as rendering them alone gives its beginning."""
+        ends: list[int] = []
+        for i in range(1, len(messages) + 1):
+            try:
+                part = self(messages[:i], answer=False)
+            except ChatError:  # some templates refuse a system message alone
+                continue
+            if whole.startswith(part) and (ends[-1] if ends else 0) < len(part) < len(whole):
+                ends.append(len(part))
+        return ends
+
+    def native(self, messages: Sequence[Mapping[str, Any]], documents: Sequence[Document]) -> Prompt | None:
+        """The prompt as a template with a place for documents renders it; None when this one has no such place."""
+        if "documents" not in str(self.tokenizer.chat_template) or any(d.tokens is not None for d in documents):
+            return None
+        key = os.urandom(8).hex()
+        twice = [{"title": MARK.format("t" + key), "text": MARK.format("x" + key)}] * 2
+        parts = self(messages, answer=True, documents=twice).split(twice[0]["text"])
+        marks = [MARK.format(f"{i}-{key}") for i in range(len(documents))]
+        listed = [{"title": d.title, "text": mark} for d, mark in zip(documents, marks, strict=True)]
+        whole = self(messages, answer=True, documents=listed)
+        if len(parts) != 3 or any(whole.count(mark) != 1 for mark in marks):
+            return None
+        footer = os.path.commonprefix(parts[1:])  # what follows a document, whether or not another comes
+        between: list[str] = []
+        for mark in marks:
+            head, whole = whole.split(mark)
+            between.append(head)
+        header = parts[1][len(footer) :].replace(twice[0]["title"], documents[0].title)
+        start = len(between[0]) - len(header) if between[0].endswith(header) else len(between[0])
+        heads = [between[0][start:], *(text.removeprefix(footer) for text in between[1:])]
+        segments = tuple(h + d.text + footer for h, d in zip(heads, documents, strict=True))
+        before = between[0][:start]
+        return Prompt(
+            _pieces(before, [*self.cuts(before, messages), len(before)]), segments, whole.removeprefix(footer)
+        )
+
+
+def _pieces(text: str, cuts: Sequence[int]) -> tuple[str, ...]:
+    return tuple(text[a:b] for a, b in zip([0, *cuts], cuts, strict=False) if a < b)
