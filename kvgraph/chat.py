@@ -26,10 +26,14 @@ class ChatError(GraphError):
 
 @dataclass(frozen=True)
 class Document:
-    """A document to read: its text, and its title if it has one. `tokens` replaces both by token ids."""
+    """A document to read: its text, and its title if it has one. `tokens` replaces both by token ids.
+
+    id: for people and records; it is not read.
+    """
 
     text: str = ""
     title: str = ""
+    id: str = ""
     tokens: tuple[int, ...] | None = None
 
     def filled(self, template: str) -> Text:

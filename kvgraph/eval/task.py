@@ -28,7 +28,7 @@ class Item:
     id: unique in the task and stable between runs. golds: every acceptable answer (for a summary: the reference).
     kind: the question's type, for breakdowns ("bridge", "comparison", ...). facts: further things to break down by
     (gold_position, hops, distractors, ...), plain numbers or texts. links: edges (source, reader) that the data itself
-    has, by index. order: documents reading order is `documents`; `question` holds choices too where there are any.
+    has, by index. `question` holds the choices too, where there are any.
     """
 
     id: str
