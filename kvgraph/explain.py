@@ -15,8 +15,8 @@ def explain(plan: Plan) -> str:
     """A text table of the plan: every span's number, name, tokens, positions, state, and whom it sees where.
 
     "doc 1 @ 17" reads: token 0 of doc 1 stands at position 17 for this reader; "doc 1[3:9] @ 16" shows only tokens 3 to
-    8, at positions 19 to 24; "doc 0 … doc 4 @ 17" are neighbouring spans that share position 17. A last line sums up.
-    Positions are as the method counts them.
+    8, at positions 19 to 24; "doc 0 … doc 4 @ 17" are neighbouring spans that share position 17; "doc 1 @ 17 in group 1"
+    is weighed as a line below the table says. A last line sums up. Positions are as the method counts them.
     """
     header = ("#", "span", "tokens", "positions", "state", "sees")
     rows = [header]
@@ -33,7 +33,16 @@ def explain(plan: Plan) -> str:
     )
     table = [line.rstrip() for line in lines]
     rule = "  ".join("─" * w for w in widths[:-1]) + "  ────"
-    return "\n".join([table[0], rule, *table[1:], "", _summary(plan)])
+    return "\n".join([table[0], rule, *table[1:], "", *_groups(plan), _summary(plan)])
+
+
+def _groups(plan: Plan) -> list[str]:
+    """A line for each group of each span."""
+    return [
+        f"{span.name or f'#{i}'}: group {g} has temperature {group.temperature:g} and scale {group.scale:g}"
+        for i, span in enumerate(plan.spans)
+        for g, group in enumerate(span.groups, 1)
+    ]
 
 
 def _summary(plan: Plan) -> str:
@@ -71,14 +80,15 @@ def _views(plan: Plan, places: Sequence[Place]) -> str:
     for _, group in groupby(enumerate(places), key=lambda item: _sharing(plan, *item)):
         run = [place for _, place in group]
         names = _view(plan, run[0]) if len(run) == 1 else f"{_view(plan, run[0])} … {_view(plan, run[-1])}"
-        entries.append(f"{names} @ {run[0].at}")
+        entries.append(f"{names} @ {run[0].at}" + (f" in group {run[0].group}" if run[0].group else ""))
     return _abbreviated(entries, MOST_VIEWS)
 
 
 def _sharing(plan: Plan, index: int, place: Place) -> tuple[int, ...]:
     """Equal for neighbouring places of whole, consecutive spans at one position; otherwise unique to the place."""
     whole = (place.lo, place.hi) == (0, len(plan.spans[place.span]))
-    return (place.at, place.span - index) if whole else (place.at, place.span - index, place.lo, index)
+    shared = (place.at, place.group, place.span - index)
+    return shared if whole else (*shared, place.lo, index)
 
 
 def _view(plan: Plan, place: Place) -> str:

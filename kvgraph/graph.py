@@ -32,9 +32,12 @@ class ContextGraph:
     is one piece of token ids. Empty pieces are left out.
     edges: pairs (source, reader), each segment given by index or by name; kept as indices, in the order given.
     names: one unique name a segment, for edges and for `explain`; "doc 0", "doc 1", ... unless given.
+    chosen: the segments that the query reads, in this order, each given by index or by name; kept as indices. None: all.
+    The others are read by segments alone, along edges, so a query about a few documents of a corpus finds them as they
+    were encoded for the whole corpus.
 
     Raises GraphError, naming the segment or edge: wrong types, token ids that are negative or no integers, names that
-    are not unique, unknown segments, duplicate edges. Self-edges are legal here.
+    are not unique, unknown segments, duplicate edges, segments chosen twice. Self-edges are legal here.
     """
 
     segments: tuple[Piece, ...]
@@ -42,6 +45,7 @@ class ContextGraph:
     prefix: tuple[Piece, ...]
     edges: tuple[tuple[int, int], ...]
     names: tuple[str, ...]
+    chosen: tuple[int, ...] | None
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class ContextGraph:
         prefix: Text | Sequence[Text] = "",
         edges: Iterable[Edge] = (),
         names: Sequence[str] | None = None,
+        chosen: Iterable[Ref] | None = None,
     ) -> None:
         if isinstance(segments, Mapping):
             if names is not None:
@@ -64,6 +69,7 @@ class ContextGraph:
             "prefix": _prefix(prefix),
             "edges": _edges(edges, labels),
             "names": labels,
+            "chosen": None if chosen is None else _chosen(chosen, labels),
         }
         for field, value in fields.items():
             object.__setattr__(self, field, value)
@@ -90,13 +96,27 @@ class ContextGraph:
             return encode(piece) if piece else ()
 
         segments, prefix = [ids(s) for s in self.segments], [ids(p) for p in self.prefix]
-        return ContextGraph(segments, ids(self.query), prefix, self.edges, self.names)
+        return ContextGraph(segments, ids(self.query), prefix, self.edges, self.names, self.chosen)
 
     def with_query(self, query: Text) -> ContextGraph:
         """The same graph with another query; the segments are shared, not checked again."""
         new = copy.copy(self)
         object.__setattr__(new, "query", _piece(query, "the query"))
         return new
+
+    @property
+    def read(self) -> Sequence[int]:
+        """The segments that the query reads: the chosen ones, or all."""
+        return range(len(self.segments)) if self.chosen is None else self.chosen
+
+    def restricted(self) -> ContextGraph:
+        """The graph as if there were only the chosen segments, in the order chosen; the edges among them stay."""
+        if self.chosen is None:
+            return self
+        new = {old: i for i, old in enumerate(self.chosen)}
+        edges = [(new[s], new[r]) for s, r in self.edges if s in new and r in new]
+        segments, names = [self.segments[i] for i in self.chosen], [self.names[i] for i in self.chosen]
+        return ContextGraph(segments, self.query, list(self.prefix), edges, names)
 
 
 def all_pairs(n: int, self_edges: bool = False) -> tuple[Edge, ...]:
@@ -275,30 +295,43 @@ def _names(names: Any, count: int) -> tuple[str, ...]:
 
 def _edges(edges: Any, names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     index = {name: i for i, name in enumerate(names)}
-
-    def segment(ref: Any, edge: Any) -> int:
-        if isinstance(ref, str):
-            if ref not in index:
-                raise GraphError(f"edge {edge!r}: there is no segment named {ref!r}; there are {_listed(names)}")
-            return index[ref]
-        if not _is_int(ref):
-            raise GraphError(f"edge {edge!r}: {ref!r} is neither the index nor the name of a segment")
-        i = operator.index(ref)
-        if not 0 <= i < len(names):
-            known = f"there are segments 0 to {len(names) - 1}" if names else "the graph has no segments"
-            raise GraphError(f"edge {edge!r}: there is no segment {i}; {known}")
-        return i
-
     kept: dict[tuple[int, int], None] = {}
     for edge in _items(edges, "edges", "a list of (source, reader) pairs"):
-        pair = _items(edge, f"edge {edge!r}", "a pair (source, reader)")
+        what = f"edge {edge!r}"
+        pair = _items(edge, what, "a pair (source, reader)")
         if len(pair) != 2:
-            raise GraphError(f"edge {edge!r} must be a pair (source, reader)")
-        source, reader = segment(pair[0], edge), segment(pair[1], edge)
+            raise GraphError(f"{what} must be a pair (source, reader)")
+        source, reader = _segment(pair[0], index, what), _segment(pair[1], index, what)
         if (source, reader) in kept:
-            raise GraphError(f"edge {edge!r} is given twice (segment {reader} reads segment {source}); give it once")
+            raise GraphError(f"{what} is given twice (segment {reader} reads segment {source}); give it once")
         kept[source, reader] = None
     return tuple(kept)
+
+
+def _chosen(chosen: Any, names: tuple[str, ...]) -> tuple[int, ...]:
+    index = {name: i for i, name in enumerate(names)}
+    kept: dict[int, None] = {}
+    for ref in _items(chosen, "the chosen segments", "a list of their indices or names"):
+        i = _segment(ref, index, "chosen")
+        if i in kept:
+            raise GraphError(f"{_who(i, names)} is chosen twice; choose it once")
+        kept[i] = None
+    return tuple(kept)
+
+
+def _segment(ref: Any, index: Mapping[str, int], what: str) -> int:
+    """The index of a segment given by index or name. `what` names where it was given."""
+    if isinstance(ref, str):
+        if ref not in index:
+            raise GraphError(f"{what}: there is no segment named {ref!r}; there are {_listed(list(index))}")
+        return index[ref]
+    if not _is_int(ref):
+        raise GraphError(f"{what}: {ref!r} is neither the index nor the name of a segment")
+    i = operator.index(ref)
+    if not 0 <= i < len(index):
+        known = f"there are segments 0 to {len(index) - 1}" if index else "the graph has no segments"
+        raise GraphError(f"{what}: there is no segment {i}; {known}")
+    return i
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

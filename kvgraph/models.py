@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,24 +116,37 @@ class Model:
 
         return _run(self.hf, tokens, positions, layer, want)
 
-    def dense(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+    def dense(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        *,
+        group: Tensor | None = None,
+        groups: Sequence[tuple[float, float]] = (),
+    ) -> Tensor:
         """The slow reference: logits [T, V] float32 of one forward with transformers' own eager attention.
 
         tokens [T], positions [T] int64 (may be negative); visible [T, T] bool, row attends to column. Sliding windows
-        apply on top, by distance of positions. None of kvgraph's attention is in it.
+        apply on top, by distance of positions. None of kvgraph's attention is in it. group [T, T], groups: columns that
+        a row weighs together, with (temperature, scale) of each group, as in `kvgraph.plan.Dense`; transformers has
+        nothing like that, so attention is then spelled out.
         """
         tokens, positions, visible = (t.to(self.device) for t in (tokens, positions, visible))
         distance = positions[:, None] - positions[None]
-        masks: dict[int | None, Tensor] = {}
-        for window in {layer.window for layer in self.layers}:
-            seen = visible if window is None else visible & (distance < window)
-            # A float mask on purpose: eager attention would add a bool one to the scores.
-            zeros = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-            masks[window] = zeros.masked_fill(~seen, -math.inf)[None, None]
+        windows = {layer.window for layer in self.layers}
+        seen = {w: visible if w is None else visible & (distance < w) for w in windows}
+        # Float masks on purpose: eager attention would add a bool one to the scores.
+        zeros = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        masks = {window: zeros.masked_fill(~mask, -math.inf)[None, None] for window, mask in seen.items()}
+        members = [] if group is None else [group.to(self.device) == i for i in range(1, len(groups) + 1)]
 
         def layer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+            window = self.layers[_index(module)].window
+            if members:
+                return _grouped_attention(q, k, v, seen[window], list(zip(members, groups, strict=True)), **kwargs)
             eager = sys.modules[type(module).__module__].eager_attention_forward
-            return eager(module, q, k, v, masks[self.layers[_index(module)].window], **kwargs)[0]
+            return eager(module, q, k, v, masks[window], **kwargs)[0]
 
         return _run(self.hf, tokens, positions, layer, torch.arange(len(tokens), device=self.device))
 
@@ -268,6 +281,46 @@ def _run(hf: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: _LayerC
             attend=attend,
         )
     return result.logits[0].float()
+
+
+def _grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    groups: Sequence[tuple[Tensor, tuple[float, float]]],
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention where each group of columns competes as one, by the definition in `kvgraph.plan.Group`.
+
+    q [1, H, T, D], k [1, G, T, D], v [1, G, T, Dv]; seen [T, T] bool; groups: (columns [T, T] bool, (temperature,
+    scale)); s_aux: sinks [H]. Returns [1, T, H, Dv], computed in float32.
+    """
+    dtype, heads = q.dtype, q.shape[1]
+    q, k, v = (t[0].float().repeat_interleave(heads // t.shape[1], 0) for t in (q, k, v))
+
+    def scores(columns: Tensor, temperature: float = 1.0) -> Tensor:
+        s = q @ k.mT * scaling / temperature
+        s = s if softcap is None else torch.tanh(s / softcap) * softcap
+        return s.masked_fill(~(seen & columns), -math.inf)
+
+    alone = ~torch.stack([columns for columns, _ in groups]).any(0)
+    competing, outputs = [scores(alone)], []  # competing: [H, T, T], then [H, T, 1] a group and for the sinks
+    for columns, (temperature, scale) in groups:
+        inside = scores(columns, temperature)
+        outputs.append(torch.softmax(inside, -1).nan_to_num(0) @ v)  # NaN where a row sees nothing of the group
+        competing.append(torch.logsumexp(inside, -1, keepdim=True) * scale)
+    if s_aux is not None:
+        competing.append(s_aux.float()[:, None, None].expand(-1, q.shape[1], 1))
+    weights = torch.softmax(torch.cat(competing, -1), -1)
+    width = seen.shape[-1]
+    out = weights[..., :width] @ v
+    for i, output in enumerate(outputs, width):
+        out = out + weights[..., i : i + 1] * output
+    return out.transpose(0, 1)[None].to(dtype)
 
 
 def _index(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ Rules, in full:
 - RoPE is relative, so every span lives in its own frame: only differences of positions matter, and a span's key is the
   same wherever it is placed.
 - Cached spans see only cached spans. The last span is live: decoding continues from it.
+- All a token attends to enters one softmax, except that places may form groups whose joint weight is changed: see Group.
 """
 
 from __future__ import annotations
@@ -26,12 +27,28 @@ KEY_FORMAT = b"kvgraph-key-1"
 
 
 class Place(NamedTuple):
-    """A view of an earlier span: tokens lo..hi of span `span`, its token 0 standing at position `at` for the reader."""
+    """A view of an earlier span: tokens lo..hi of span `span`, its token 0 standing at position `at` for the reader.
+
+    group: the reader's group it belongs to, counted from 1; 0: none, an ordinary place.
+    """
 
     span: int
     at: int
     lo: int = 0
     hi: int | None = None  # None only before a Plan normalises it to the span's length
+    group: int = 0
+
+
+class Group(NamedTuple):
+    """How a span weighs a group of its places: their keys are one softmax, which competes with all else as one key.
+
+    temperature divides the scores of the group's keys (inside a softcap). scale multiplies the log-sum-exp of these
+    scores, over all keys of the group that a token sees, and the product is the score of the one key.
+    Source: APE (arXiv 2502.05431), section 4, where the group is the context.
+    """
+
+    temperature: float = 1.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,7 @@ class Span:
 
     tokens: token ids. positions: strictly ascending, one a token; contiguous for documents, with gaps for live spans
     that hold link tokens. sees: views of earlier spans. cached: False for what is recomputed each time.
-    name: for people only; it is in no key and no comparison.
+    name: for people only; it is in no key and no comparison. groups: what the groups of its places mean.
     """
 
     tokens: tuple[int, ...]
@@ -48,6 +65,7 @@ class Span:
     sees: tuple[Place, ...] = ()
     cached: bool = True
     name: str = field(default="", compare=False)
+    groups: tuple[Group, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,7 +80,8 @@ class Span:
 class Dense:
     """A plan as one problem. tokens [T], positions [T] (may be negative), visible [T, T] bool (row attends to column).
 
-    The live span is the last `live` rows; `span` [T] is the index of the span each row copies.
+    The live span is the last `live` rows; `span` [T] is the index of the span each row copies. group [T, T]: where a row
+    attends to a column as part of groups[i], the number i + 1, elsewhere 0; None for a plan without groups.
     """
 
     tokens: np.ndarray
@@ -70,6 +89,8 @@ class Dense:
     visible: np.ndarray
     span: np.ndarray
     live: int
+    group: np.ndarray | None = None
+    groups: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,7 @@ class Plan:
         """Merkle key (64 hex digits) of every cached span, None for the others.
 
         A key covers everything that can change a span's KV: the model fingerprint, the tenant's salt, the tokens, the
-        positions relative to the span's first, and its places with their own keys, as a multiset.
+        positions relative to the span's first, its places with their own keys, as a multiset, and its groups.
         """
         keys: list[str | None] = []
         for span in self.spans:
@@ -147,6 +168,7 @@ def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
         ascending = all(a < b for a, b in zip(span.positions, span.positions[1:], strict=False))
     if not ascending:
         raise PlanError(f"{who}: positions must be strictly ascending")
+    groups = tuple(_group(group, f"{who}: group {i}") for i, group in enumerate(span.groups, 1))
     places = []
     for place in map(_place, span.sees):
         _integers(tuple(x for x in place if x is not None), f"{who}: a place's numbers")
@@ -158,15 +180,29 @@ def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
             raise PlanError(f"{who} sees tokens {place.lo}..{hi} of span {place.span}, which has {len(child)}")
         if span.cached and not child.cached:
             raise PlanError(f"{who} is cached but sees span {place.span}, which is not")
-        places.append(Place(place.span, place.at, place.lo, hi))
-    return replace(span, sees=tuple(places))
+        if not 0 <= place.group <= len(groups):
+            raise PlanError(f"{who} has a place in group {place.group}, but {len(groups)} groups")
+        places.append(place._replace(hi=hi))
+    return replace(span, sees=tuple(places), groups=groups)
 
 
 def _place(place: Place | tuple) -> Place:
     try:
         return Place(*place)
     except TypeError:
-        raise PlanError(f"{place!r} is no Place(span, at, lo, hi)") from None
+        raise PlanError(f"{place!r} is no Place(span, at, lo, hi, group)") from None
+
+
+def _group(group: Group | tuple, what: str) -> Group:
+    """The group as floats; PlanError unless both lie where float32 scores stay finite, with room to spare."""
+    try:
+        checked = Group(*map(float, group))
+    except (TypeError, ValueError):
+        raise PlanError(f"{what} must be Group(temperature, scale), not {group!r}") from None
+    for name, value in checked._asdict().items():
+        if not 1e-3 <= value <= 1e3:  # false for NaN
+            raise PlanError(f"{what} has the {name} {value:g}; it must be from 0.001 to 1000")
+    return checked
 
 
 def _integers(values: Sequence[int], what: str) -> Any:
@@ -198,8 +234,12 @@ def _key(span: Span, keys: Sequence[str | None], fingerprint: str, salt: str) ->
     else:
         relative = np.asarray(span.positions, dtype="<i8") - start
         add(b"range" if relative[-1] == len(span) - 1 else relative.tobytes())
-    for child, at, lo, hi in sorted((keys[p.span] or "", p.at - start, p.lo, p.hi or 0) for p in span.sees):
-        add(f"{child} {at} {lo} {hi}".encode())
+    for child, at, lo, hi, group in sorted(
+        (keys[p.span] or "", p.at - start, p.lo, p.hi or 0, p.group) for p in span.sees
+    ):
+        add((f"{child} {at} {lo} {hi}" + (f" {group}" if group else "")).encode())
+    for weights in span.groups:  # 16 bytes, so it can't be taken for a place
+        add(np.array(weights, dtype="<f8").tobytes())
     return h.hexdigest()
 
 
@@ -209,7 +249,7 @@ def _dense(plan: Plan) -> Dense:
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     owner: list[int] = []
-    seen: list[list[tuple[range, int, int]]] = []  # per laid-out span: (columns of a child, lo, hi)
+    seen: list[list[tuple[range, Place]]] = []  # per laid-out span: (columns of a child, the view of it)
     laid: list[range] = []
     total = 0
 
@@ -231,7 +271,7 @@ def _dense(plan: Plan) -> Dense:
             if n == len(slices):
                 slices.append([])
             slices[n].append((p.lo, hi))
-            views.append((lay(p.span, at, n), p.lo, hi))
+            views.append((lay(p.span, at, n), p))
         here = range(total, total + len(span))
         total += len(span)
         columns[index, start, copy] = here
@@ -244,15 +284,20 @@ def _dense(plan: Plan) -> Dense:
 
     _deep(lay, len(spans) - 1, spans[-1].start)
     pos = np.concatenate(positions)
+    groups = tuple(group for span in spans for group in span.groups)
+    before = np.cumsum([0, *(len(span.groups) for span in spans)])  # groups of the spans before each
     visible = np.zeros((total, total), dtype=bool)
-    for here, views in zip(laid, seen, strict=True):
+    grouped = np.zeros((total, total), dtype=np.int64) if groups else None
+    for here, index, views in zip(laid, owner, seen, strict=True):
         rows = slice(here.start, here.stop)
         visible[rows, rows] = np.tri(len(here), dtype=bool)
-        for cols, lo, hi in views:
-            c = slice(cols.start + lo, cols.start + hi)
+        for cols, p in views:
+            c = slice(cols.start + p.lo, cols.start + (p.hi or 0))
             visible[rows, c] = pos[rows, None] > pos[None, c]
+            if grouped is not None and p.group:
+                grouped[rows, c] = np.where(visible[rows, c], before[index] + p.group, 0)
     span_of = np.concatenate([np.full(len(r), i) for i, r in zip(owner, laid, strict=True)])
-    return Dense(np.concatenate(tokens), pos, visible, span_of, len(spans[-1]))
+    return Dense(np.concatenate(tokens), pos, visible, span_of, len(spans[-1]), grouped, groups)
 
 
 def _deep(lay, index: int, start: int) -> None:
@@ -268,8 +313,14 @@ def _deep(lay, index: int, start: int) -> None:
 
 
 def contiguous(
-    tokens: Iterable[int], start: int, sees: Sequence[Place] = (), *, cached: bool = True, name: str = ""
+    tokens: Iterable[int],
+    start: int,
+    sees: Sequence[Place] = (),
+    *,
+    cached: bool = True,
+    name: str = "",
+    groups: Sequence[Group] = (),
 ) -> Span:
     """A span of `tokens` at positions start, start+1, ..."""
     ids = tuple(tokens)
-    return Span(ids, range(start, start + len(ids)), tuple(sees), cached, name)
+    return Span(ids, range(start, start + len(ids)), tuple(sees), cached, name, tuple(groups))

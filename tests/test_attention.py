@@ -165,7 +165,7 @@ class Request:
 
     positions: np.ndarray
     past: int
-    places: list[tuple[int, int, int, int]]  # record, at, lo, hi
+    places: list[tuple[int, int, int, int, int, float, float]]  # record, at, lo, hi, group, temperature, scale
     q: list[Tensor]
     k: list[Tensor]
     v: list[Tensor]
@@ -203,12 +203,18 @@ def worlds(draw: st.DrawFn) -> World:
         n = draw(st.integers(1, 8))
         past = draw(st.sampled_from([0, n - 1, n // 2]))  # a prefill, a decoding row, a later chunk of a prefill
         places = []
+        factors = st.sampled_from([0.5, 1.0, 1.7])
+        weights = [(1.0, 1.0), *draw(st.just([]) | st.lists(st.tuples(factors, factors), max_size=2))]
         for _ in range(draw(st.integers(0, 4))):
             which = draw(st.integers(0, len(records) - 1))
             lo = draw(st.integers(0, len(records[which]) - 1))
             hi = draw(st.integers(lo + 1, len(records[which])))
             lo, hi = draw(st.sampled_from([(lo, hi), (0, len(records[which]))]))
-            places.append((which, draw(st.integers(-60, 20) | st.sampled_from([-12, -9, -5])), lo, hi))
+            at, group = (
+                draw(st.integers(-60, 20) | st.sampled_from([-12, -9, -5])),
+                draw(st.sampled_from(range(len(weights)))),
+            )
+            places.append((which, at, lo, hi, group, *weights[group]))
         q = [t.float() for t in tensors(HEADS, n, DIM)]
         requests.append(Request(ascending(n), past, places, q, tensors(GROUPS, n, DIM), tensors(GROUPS, n, VALUE_DIM)))
     sinks = torch.randn(HEADS) if draw(st.booleans()) else None
@@ -221,8 +227,12 @@ def dense(world: World, layer: int) -> list[Tensor]:
     results = []
     for one in world.requests:
         keys, values, at, own = [one.k[layer].double()], [one.v[layer].double()], [one.positions], len(one.positions)
-        for which, start, lo, hi in one.places:
+        groups = {0: (1.0, 1.0)}
+        of = [np.zeros(own)]
+        for which, start, lo, hi, group, *weights in one.places:
             record = world.records[which]
+            groups[group] = weights
+            of.append(np.full(hi - lo, group))
             keys.append(moved(record.keys[layer][:, lo:hi], start, rotary))
             values.append(record.values[layer][:, lo:hi].double())
             at.append(record.positions.numpy()[lo:hi] + start)
@@ -233,8 +243,23 @@ def dense(world: World, layer: int) -> list[Tensor]:
             visible &= distance < window
         k, v = (torch.cat(t, 1).repeat_interleave(HEADS // GROUPS, 0) for t in (keys, values))
         scores = one.q[layer][:, one.past :].double() @ k.transpose(1, 2) * DIM**-0.5
-        results.append(softmax_of(scores, visible, v, world.softcap, world.sinks)[0])
+        results.append(grouped_softmax(scores, visible, v, world, torch.from_numpy(np.concatenate(of)), groups))
     return results
+
+
+def grouped_softmax(scores, visible, values, world: World, group: Tensor, groups) -> Tensor:
+    """softmax_of, with each key's group [N], and {group: (temperature, scale)}: a group competes as one key."""
+    outs, lses = [], []
+    for number, (temperature, scale) in groups.items():
+        inside = visible & (group == number)
+        out, lse = softmax_of(scores / temperature, inside, values, world.softcap)
+        outs.append(out.nan_to_num(0))  # a token that sees nothing of the group
+        lses.append(lse * scale)
+    if world.sinks is not None:
+        outs.append(torch.zeros_like(outs[0]))
+        lses.append(world.sinks.double()[:, None].expand_as(lses[0]))
+    weights = torch.softmax(torch.stack(lses), 0)
+    return (weights[..., None] * torch.stack(outs)).sum(0)
 
 
 def own_kv(world: World, one: Request) -> RowKV:
@@ -253,7 +278,7 @@ def step(world: World, chosen: list[tuple[Request, RowKV, int]], backend: Backen
     cuts = [slice(kv.length, kv.length + count) for _, kv, count in chosen]
     rows = []
     for (one, kv, count), cut in zip(chosen, cuts, strict=True):
-        views = [View(world.records[which], at, lo, hi) for which, at, lo, hi in one.places]
+        views = [View(world.records[which], *view) for which, *view in one.places]
         rows.append(Row([0] * count, one.positions[cut], views, kv))
     run = Step(rows, LAYERS, ROTARIES, torch.device("cpu"))
     run.backend = backend
@@ -274,7 +299,7 @@ def together(world: World, backend: Backend) -> list[list[Tensor]]:
     return step(world, [(one, own_kv(world, one), len(one.positions) - one.past) for one in world.requests], backend)
 
 
-def a_world(seed: int, places: list[tuple[int, int, int, int]], past: int, new: int) -> World:
+def a_world(seed: int, places: list[tuple], past: int, new: int) -> World:
     """One request over one record of 6 tokens, the float32 plain case."""
     torch.manual_seed(seed)
 
@@ -283,6 +308,7 @@ def a_world(seed: int, places: list[tuple[int, int, int, int]], past: int, new: 
 
     record = Record("0" * 64, tuple(tensors(GROUPS, 6)), tuple(tensors(GROUPS, 6)), torch.arange(6))
     n = past + new
+    places = [(*place, 0, 1.0, 1.0) if len(place) == 4 else place for place in places]
     one = Request(np.arange(n), past, places, tensors(HEADS, n), tensors(GROUPS, n), tensors(GROUPS, n))
     return World([record], [one], torch.float32, None, None)
 
@@ -294,6 +320,8 @@ def a_world(seed: int, places: list[tuple[int, int, int, int]], past: int, new: 
 @example(world=a_world(2, [(0, 2, 1, 6)], 0, 5))  # partly above the reader
 @example(world=a_world(3, [(0, 50, 0, 6)], 0, 5))  # wholly above it
 @example(world=a_world(4, [(0, -6, 0, 6)], 4, 1))  # decoding
+@example(world=a_world(5, [(0, -6, 0, 6, 1, 0.5, 0.8), (0, -9, 0, 6, 1, 0.5, 0.8), (0, -6, 0, 6)], 2, 3))  # a group
+@example(world=a_world(6, [(0, -6, 0, 6, 1, 0.5, 0.8), (0, 50, 0, 6, 2, 2.0, 1.5)], 0, 5))  # one that nobody sees
 @settings(max_examples=60, deadline=None)
 def test_step_equals_dense(backend: Backend, world: World):
     results = together(world, backend)
@@ -347,7 +375,8 @@ def test_nothing_stored_is_copied_or_modified(world: World):
 def test_rows_that_read_one_record_share_a_part():
     world = a_world(0, [(0, -6, 0, 6)], 2, 1)
     first = world.requests[0]
-    world.requests += [Request(first.positions, 2, [(0, at, 0, 6)], first.q, first.k, first.v) for at in (-9, -100)]
+    others = [[(0, -9, 0, 6, 0, 1.0, 1.0)], [(0, -100, 0, 6, 1, 0.9, 0.8)]]
+    world.requests += [Request(first.positions, 2, places, first.q, first.k, first.v) for places in others]
     sizes: list[int] = []
 
     def spy(q: Tensor, parts: list[Part], scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -356,7 +385,7 @@ def test_rows_that_read_one_record_share_a_part():
 
     record = world.records[0]
     together(world, spy)
-    assert sizes == [3]  # one matmul for three rows that place the record at three positions
+    assert sizes == [3]  # one matmul for three rows that place the record at three positions, one in a group
 
 
 def test_far_positions_keep_their_precision():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from kvgraph import (
 from kvgraph.attention import rows
 from kvgraph.engine.sampling import SamplingError
 from kvgraph.graph import all_pairs
-from kvgraph.plan import Plan, Span, contiguous
+from kvgraph.plan import Plan, contiguous
 from kvgraph.store.disk import DiskStore
 
 VOCAB = 128
@@ -43,7 +44,9 @@ def llama():
 
 def dense_logits(model: models.Model, plan: Plan) -> torch.Tensor:
     d = plan.dense()
-    return model.dense(torch.from_numpy(d.tokens), torch.from_numpy(d.positions), torch.from_numpy(d.visible))[-1]
+    group = None if d.group is None else torch.from_numpy(d.group)
+    arrays = (torch.from_numpy(a) for a in (d.tokens, d.positions, d.visible))
+    return model.dense(*arrays, group=group, groups=d.groups)[-1]
 
 
 def dense_greedy(model: models.Model, plan: Plan, n: int) -> list[int]:
@@ -53,7 +56,7 @@ def dense_greedy(model: models.Model, plan: Plan, n: int) -> list[int]:
         out.append(int(dense_logits(model, plan).argmax()))
         live = plan.live
         positions = (*live.positions, live.positions[-1] + 1)
-        plan = Plan((*plan.spans[:-1], Span((*live.tokens, out[-1]), positions, live.sees, cached=False)))
+        plan = Plan((*plan.spans[:-1], replace(live, tokens=(*live.tokens, out[-1]), positions=positions)))
     return out
 
 
@@ -248,12 +251,16 @@ class TestRequests:
     def test_score_gives_the_log_probabilities_of_an_answer(self, llama):
         engine = Engine(llama, kv_budget=1 << 26, max_step_tokens=3)
         graph, answer = random_graph(50), [5, 6, 7]
-        scores = engine.score(graph, answer, "block").scores
-        expected = []
+        result, expected = engine.score(graph, answer, "block"), []
         for i, token in enumerate(answer):
             plan = engine.plan(graph.with_query([*graph.query, *answer[:i]]), "block")
             expected.append(float(torch.log_softmax(dense_logits(llama, plan), -1)[token]))
-        assert scores.tolist() == pytest.approx(expected, abs=1e-4)
+        assert result.scores.tolist() == pytest.approx(expected, abs=1e-4) and not result.greedy
+        best = engine.generate(graph, "block", GREEDY).token_ids
+        assert (
+            engine.score(graph, best, "block").greedy
+            and not engine.score(graph, [*best[:-1], best[-1] ^ 1], "block").greedy
+        )
 
     def test_positions_end_at_the_models_limit(self, llama):
         limit = llama.limit

@@ -10,8 +10,23 @@ from hypothesis import assume, given, settings
 import strategies
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph, all_pairs, chain, ego, layered, top_k
-from kvgraph.methods import METHODS, PRESETS, Block, Full, GraphKV, KVLink, get
-from kvgraph.plan import Plan, Span
+from kvgraph.methods import (
+    APE,
+    METHODS,
+    PCW,
+    PRESETS,
+    Block,
+    CacheBlend,
+    Epic,
+    Full,
+    GraphKV,
+    KVLink,
+    Method,
+    PromptCache,
+    get,
+)
+from kvgraph.methods.base import Probing
+from kvgraph.plan import Group, Place, Plan, Span, contiguous
 
 VOCAB = 32
 PREFIX, A, B, C, QUERY = [1, 2], [10, 11, 12], [20, 21], [30, 31, 32, 33], [90, 91]
@@ -323,12 +338,75 @@ def test_packed_keeps_dropped_tokens_in_prefix_and_query():
     assert sees(plan, "query")[0] == ("prefix", 0)
 
 
+# pcw
+
+
+def test_pcw_reuses_positions():
+    plan = PCW().plan(graph())  # P = 2, the longest document has 4
+    assert computed(plan) == {"prefix": 0, "doc 0": 2, "doc 1": 2, "doc 2": 2, "query": 6}
+    assert [sees(plan, f"doc {i}") for i in range(3)] == [[], [], []]
+    assert sees(plan, "query") == [("prefix", 0), ("doc 0", 2), ("doc 1", 2), ("doc 2", 2)]
+
+
+def test_pcw_with_a_shared_prefix_encodes_documents_after_it():
+    plan = PCW(shared_prefix=True).plan(graph(prefix=[[1], [2]]))
+    assert computed(plan) == {"prefix 0": 0, "prefix 1": 1, "doc 0": 2, "doc 1": 2, "doc 2": 2, "query": 6}
+    assert sees(plan, "doc 2") == [("prefix 0", 0), ("prefix 1", 1)]
+    assert plan.live.sees == PCW().plan(graph(prefix=[[1], [2]])).live.sees
+    assert PCW(shared_prefix=True).plan(graph(prefix=[])) == PCW().plan(graph(prefix=[]))
+
+
+# ape
+
+
+def test_ape_weighs_the_documents_together():
+    plan = APE(temperature=0.8, scale=0.5).plan(graph(prefix=[[1], [2]]))
+    windows = PCW(shared_prefix=True).plan(graph(prefix=[[1], [2]]))
+    assert plan.spans[:-1] == windows.spans[:-1]
+    assert plan.live.positions == windows.live.positions == range(6, 8)
+    assert sees(plan, "query") == [("prefix 0", 0), ("prefix 1", 1), ("doc 0", 2), ("doc 1", 2), ("doc 2", 2)]
+    assert [place.group for place in plan.live.sees] == [0, 0, 1, 1, 1]
+    assert plan.live.groups == (Group(0.8, 0.8 * 0.5),)
+    assert get("ape").plan(graph()).live.groups == (Group(0.9, 0.81),)
+
+
+def test_ape_documents_have_one_key_in_every_graph_with_the_prefix():
+    """What `encode` stores, each document in a graph of its own, is what a question over several finds."""
+    several = keys(APE().plan(graph()))
+    alone = keys(APE(0.5, 0.5).plan(graph([C], query=[7])))
+    assert alone["doc 0"] == several["doc 2"] == keys(PCW(shared_prefix=True).plan(graph()))["doc 2"]
+    assert keys(APE().plan(graph(prefix=[3])))["doc 2"] != several["doc 2"]
+
+
+# prompt-cache
+
+
+def test_prompt_cache_has_a_slot_a_document():
+    plan = PromptCache(slot=6).plan(graph())
+    assert computed(plan) == {"prefix": 0, "doc 0": 2, "doc 1": 8, "doc 2": 14, "query": 20}
+    assert [sees(plan, f"doc {i}") for i in range(3)] == [[], [], []]
+    assert sees(plan, "query") == [("prefix", 0), ("doc 0", 2), ("doc 1", 8), ("doc 2", 14)]
+    assert computed(PromptCache().plan(graph())) == {"prefix": 0, "doc 0": 2, "doc 1": 6, "doc 2": 10, "query": 14}
+    assert computed(PromptCache().plan(graph([A, [], B]))) == {"prefix": 0, "doc 0": 2, "doc 2": 8, "query": 11}
+
+
+def test_prompt_cache_refuses_a_document_longer_than_its_slot():
+    with pytest.raises(GraphError, match=r"segment 2 \(doc 2\) has 4 tokens, more than the slot of 3"):
+        PromptCache(slot=3).plan(graph())
+
+
 # every method
+
+
+def without_a_model(name: str) -> Method:
+    """The method or preset, ready to plan: one that asks a model which tokens to recompute is told none."""
+    method = get(name)
+    return method.selecting([]) if isinstance(method, Probing) else method
 
 
 @pytest.mark.parametrize("name", [*METHODS, *PRESETS])
 def test_edges_of_the_world(name):
-    method = get(name)
+    method = without_a_model(name)
     with pytest.raises(GraphError, match="the query is empty"):
         method.plan(graph(query=[]))
     with pytest.raises(GraphError, match=r"holds text; call graph\.tokenized"):
@@ -344,12 +422,16 @@ def test_edges_of_the_world(name):
 
 @pytest.mark.parametrize("name", [*METHODS, *PRESETS])
 def test_a_prefix_of_several_pieces_is_a_causal_chain(name):
-    plan = get(name).plan(graph(prefix=[[1, 2], [], [3], [4]]))
+    plan = without_a_model(name).plan(graph(prefix=[[1, 2], [], [3], [4]]))
     assert sees(plan, "prefix 2") == [("prefix 0", 0), ("prefix 1", 2)]
     assert sees(plan, plan.live.name)[:3] == [("prefix 0", 0), ("prefix 1", 2), ("prefix 2", 3)]
 
 
-@pytest.mark.parametrize("method", [Full(), Block(), KVLink(), GraphKV(rounds=0)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [Full(), Block(), KVLink(), GraphKV(rounds=0), PCW(), APE(), PromptCache(), Epic(), CacheBlend()],
+    ids=lambda m: m.name,
+)
 def test_edges_a_method_ignores_are_refused(method):
     with pytest.raises(GraphError, match=f"{method.name}.* ignores edges, but the graph has 1"):
         method.plan(graph(edges=[(0, 0)]))
@@ -378,7 +460,8 @@ def test_plans_of_all_methods(problem):
 @settings(deadline=None, max_examples=100)
 @given(strategies.graphs(VOCAB, edges=False))
 def test_a_document_encoded_alone_has_one_key_in_every_method(g):
-    methods = [Block(), KVLink(), KVLink(2, 24, 4), GraphKV(), GraphKV(layout="tight"), get("graph-kv-rag")]
+    methods = [Block(), KVLink(), KVLink(2, 24, 4), GraphKV(), GraphKV(layout="tight"), get("graph-kv-rag"), Epic(0)]
+    methods += [PCW(), PromptCache()]
     first, *others = (keys(method.plan(g)) for method in methods)
     for other in others:
         assert {k: v for k, v in other.items() if v} == {k: v for k, v in first.items() if v}
@@ -386,10 +469,11 @@ def test_a_document_encoded_alone_has_one_key_in_every_method(g):
 
 @settings(deadline=None, max_examples=100)
 @given(strategies.problems(VOCAB))
-def test_keys_do_not_depend_on_prefix_or_query_outside_full(problem):
+def test_keys_depend_on_the_prefix_only_where_documents_see_it(problem):
     method, g = problem
-    assume(method.name != "full")
-    other = ContextGraph(g.segments, [3], [1, 2, 3], g.edges)
+    assume(method.name not in ("full", "ape") and method != PCW(shared_prefix=True))
+    assume(method.name != "epic" or g.prefix)  # without one it leaves what opens the prompt as it is
+    other = ContextGraph(g.segments, [3], [1, 2, 3], g.edges, chosen=g.chosen)
     one, two = keys(method.plan(g)), keys(method.plan(other))
     assert {k: v for k, v in one.items() if k.startswith("doc")} == {
         k: v for k, v in two.items() if k.startswith("doc")
@@ -415,7 +499,17 @@ def test_keys_do_not_depend_on_prefix_or_query_outside_full(problem):
         (lambda: GraphKV(band=0), "graph-kv: band must be an integer of at least 1"),
         (lambda: GraphKV(layout="tight", band=4), 'band belongs to layout "aligned", not "tight"'),
         (lambda: GraphKV(drop_token=1), 'drop_token belongs to layout "packed", not "aligned"'),
-        (lambda: get("grph"), "there is no method 'grph'; there are full, block, kvlink, graph-kv, graph-kv-rag"),
+        (lambda: Epic(k=-1), "epic: k must be an integer of at least 0, not -1"),
+        (lambda: CacheBlend(ratio=1.5), "cacheblend: ratio must be a number from 0 to 1, not 1.5"),
+        (lambda: CacheBlend(ratio=True), "cacheblend: ratio must be a number"),
+        (lambda: get("cacheblend", selected=3), "cacheblend: selected must be token indices, one list a segment"),
+        (lambda: PCW(shared_prefix=1), "pcw: shared_prefix must be true or false, not 1"),
+        (lambda: APE(temperature=0), "ape: temperature must be a number from 0.1 to 10, not 0"),
+        (lambda: APE(scale=float("nan")), "ape: scale must be a number from 0.1 to 10, not nan"),
+        (lambda: APE(scale=True), "ape: scale must be a number"),
+        (lambda: APE(temperature="0.9"), "ape: temperature must be a number"),
+        (lambda: PromptCache(slot=0), "prompt-cache: slot must be an integer of at least 1, not 0"),
+        (lambda: get("grph"), "there is no method 'grph'; there are full, block, kvlink, graph-kv, .*graph-kv-rag"),
         (
             lambda: get("graph-kv", hops=2),
             "graph-kv has no field 'hops'; it has rounds, keep, layout, band, drop_token",
@@ -450,6 +544,15 @@ def test_explain_lists_who_sees_whom():
     assert rows[-1] == [
         "graph-kv: 6 spans; 12 tokens cached in 5 spans (4 distinct: 9 tokens), 2 live; highest position 11"
     ]
+
+
+def test_explain_shows_groups():
+    lines = str(APE(0.5, 0.8).plan(graph())).splitlines()
+    assert lines[6].endswith("prefix @ 0, doc 0 … doc 2 @ 2 in group 1")
+    assert lines[-2] == "query: group 1 has temperature 0.5 and scale 0.4"
+    spans = [contiguous([1], 0, name=name) for name in "abc"]
+    apart = contiguous([2], 1, [Place(i, 0, group=i) for i in range(3)], cached=False, groups=[Group(), Group()])
+    assert "a @ 0, b @ 0 in group 1, c @ 0 in group 2" in str(Plan((*spans, apart)))
 
 
 def test_explain_abbreviates():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 
 import strategies
 from kvgraph.errors import PlanError
-from kvgraph.plan import Place, Plan, Span, contiguous, pruned
+from kvgraph.plan import Group, Place, Plan, Span, contiguous, pruned
 
 VOCAB = 16
 
@@ -67,6 +68,7 @@ def key(span: Span, earlier: Sequence[Span] = (DOC,), fingerprint: str = "model"
 
 
 READER = contiguous([4, 5], 10, [Place(0, 2), Place(0, 7, 1, 2)])
+GROUPED = replace(READER, sees=(Place(0, 2, group=1), Place(0, 7, 1, 2)), groups=(Group(0.9, 0.8), Group(0.9, 0.8)))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,51 @@ READER = contiguous([4, 5], 10, [Place(0, 2), Place(0, 7, 1, 2)])
 )
 def test_a_key_changes_with(other):
     assert key(other) != key(READER)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        READER,
+        replace(READER, groups=GROUPED.groups),
+        replace(GROUPED, sees=(Place(0, 2), Place(0, 7, 1, 2, group=1))),
+        replace(GROUPED, sees=(Place(0, 2, group=1), Place(0, 7, 1, 2, group=1))),  # joint
+        replace(GROUPED, sees=(Place(0, 2, group=1), Place(0, 7, 1, 2, group=2))),  # apart
+        replace(GROUPED, groups=(Group(0.8, 0.8), Group(0.9, 0.8))),
+        replace(GROUPED, groups=(Group(0.9, 0.9), Group(0.9, 0.8))),
+        replace(GROUPED, groups=(Group(0.8, 0.9), Group(0.9, 0.8))),
+    ],
+)
+def test_a_key_changes_with_groups(other):
+    assert key(other) != key(GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("groups", "group", "message"),
+    [
+        ([], 1, r"span 1 \(query\) has a place in group 1, but 0 groups"),
+        ([Group()], 2, "a place in group 2, but 1 groups"),
+        ([Group()], -1, "a place in group -1"),
+        ([Group()], 0.5, "numbers must be integers"),
+        ([Group(temperature=0)], 1, "group 1 has the temperature 0; it must be from 0.001 to 1000"),
+        ([Group(), Group(scale=float("nan"))], 1, "group 2 has the scale nan"),
+        ([Group(scale=-1)], 1, "group 1 has the scale -1"),
+        ([Group(temperature=float("inf"))], 1, "group 1 has the temperature inf"),
+        ([Group("warm")], 1, r"group 1 must be Group\(temperature, scale\)"),
+        ([(1, 1, 1)], 1, "group 1 must be Group"),
+        ([0.9], 1, "group 1 must be Group"),
+    ],
+)
+def test_groups_that_make_no_sense(groups, group, message):
+    with pytest.raises(PlanError, match=message):
+        Plan((DOC, replace(live(3, [Place(0, 0, group=group)]), groups=tuple(groups))))
+
+
+def test_groups_are_floats_and_survive_pruning():
+    reader = replace(live(4, [Place(1, 3), Place(0, 0, group=1)]), groups=((1, 2),))
+    plan = pruned([DOC, contiguous([4], 3), contiguous([5], 3), reader])
+    assert plan.live.groups == (Group(1.0, 2.0),) and type(plan.live.groups[0].scale) is float
+    assert plan.live.sees == (Place(1, 3, 0, 1), Place(0, 0, 0, 3, 1))
 
 
 def test_a_key_changes_with_model_salt_and_what_is_read():
@@ -133,6 +180,9 @@ def test_the_bytes_of_a_key():
         digest(*head, ids(4, 5), b"range", *views),
         None,
     ]
+    floats = struct.pack("<2d", 0.9, 0.8)
+    grouped = digest(*head, ids(4, 5), b"range", views[0] + b" 1", views[1], floats, floats)
+    assert Plan((DOC, GROUPED, live(50))).keys("model", "salt")[1] == grouped
 
 
 def test_dense_by_hand():
@@ -166,6 +216,20 @@ def test_dense_gives_overlapping_views_columns_of_their_own():
     assert sorted(dense.tokens[dense.visible[-1]].tolist()) == [0, 1, 1, 2, 3, 3, 4, 5, 99]
 
 
+def test_dense_names_the_group_of_every_pair():
+    reader = replace(contiguous([4, 5], 3, [Place(0, 0, 0, 2, 1), Place(0, 0, 2)]), groups=(Group(0.5),))
+    asking = replace(live(9, [Place(0, 1, 0, 2), Place(1, 6, group=2)]), groups=(Group(), Group(2.0)))
+    dense = Plan((DOC, reader, asking)).dense()
+    assert dense.groups == (Group(0.5), Group(), Group(2.0))
+    found = {
+        (token, int(dense.tokens[column]), int(dense.group[row, column]))
+        for row, token in enumerate(dense.tokens.tolist())
+        for column in np.flatnonzero(dense.group[row])
+    }
+    assert found == {(4, 1, 1), (4, 2, 1), (5, 1, 1), (5, 2, 1), (99, 4, 3), (99, 5, 3)}
+    assert Plan((DOC, live(3, [Place(0, 0)]))).dense().group is None
+
+
 def test_dense_of_a_long_chain():
     spans = [contiguous([0], 0)]
     for i in range(1, 1500):
@@ -180,14 +244,14 @@ def meaning_of_plan(plan: Plan) -> list[list[str]]:
     for span in plan.spans:
         mine: list[str] = []
         for i, at in enumerate(span.positions):
-            seen = [(span.positions[j] - at, mine[j]) for j in range(i)]
+            seen = [(0, span.positions[j] - at, mine[j]) for j in range(i)]
             for place in span.sees:
                 child = plan.spans[place.span]
                 for j in range(place.lo, place.hi):
                     position = place.at + child.positions[j] - child.start
                     if position < at:
-                        seen.append((position - at, meanings[place.span][j]))
-            mine.append(_meaning(span.tokens[i], seen))
+                        seen.append((place.group, position - at, meanings[place.span][j]))
+            mine.append(_meaning(span.tokens[i], seen, span.groups))
         meanings.append(mine)
     return meanings
 
@@ -198,13 +262,21 @@ def meaning_of_dense(plan: Plan) -> list[str]:
     meanings: list[str] = []
     for i in range(len(d.tokens)):
         assert not d.visible[i, i + 1 :].any() and d.visible[i, i]
-        seen = [(int(d.positions[j] - d.positions[i]), meanings[j]) for j in np.flatnonzero(d.visible[i, :i])]
-        meanings.append(_meaning(int(d.tokens[i]), seen))
+        columns = np.flatnonzero(d.visible[i, :i])
+        group = np.zeros_like(d.visible, int) if d.group is None else d.group
+        seen = [(int(group[i, j]), int(d.positions[j] - d.positions[i]), meanings[j]) for j in columns]
+        meanings.append(_meaning(int(d.tokens[i]), seen, d.groups))
     return meanings[-d.live :]
 
 
-def _meaning(token: int, seen: list[tuple[int, str]]) -> str:
-    return hashlib.sha256(repr((token, sorted(seen))).encode()).hexdigest()
+def _meaning(token: int, seen: list[tuple[int, int, str]], groups: Sequence[Group]) -> str:
+    """seen: (group, distance, meaning). What matters of a group is its weights and members, not its number."""
+    members: dict[int, list[tuple[int, str]]] = {}
+    for group, distance, meaning in seen:
+        members.setdefault(group, []).append((distance, meaning))
+    alone = sorted(members.pop(0, []))
+    together = sorted((groups[g - 1], sorted(found)) for g, found in members.items())
+    return hashlib.sha256(repr((token, alone, together)).encode()).hexdigest()
 
 
 @settings(deadline=None, max_examples=200)

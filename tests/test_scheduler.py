@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,11 @@ def reference(model: models.Model, plan: Plan, answer: list[int]) -> torch.Tenso
     """Logits [n, V] each token of an answer is chosen from, by the dense reference."""
     live = plan.live
     more = range(live.positions[-1] + 1, live.positions[-1] + len(answer))
-    grown = Span((*live.tokens, *answer[:-1]), (*live.positions, *more), live.sees, cached=False)
+    grown = replace(live, tokens=(*live.tokens, *answer[:-1]), positions=(*live.positions, *more))
     d = Plan((*plan.spans[:-1], grown)).dense()
-    logits = model.dense(torch.from_numpy(d.tokens), torch.from_numpy(d.positions), torch.from_numpy(d.visible))
-    return logits[-len(answer) :]
+    group = None if d.group is None else torch.from_numpy(d.group)
+    arrays = (torch.from_numpy(a) for a in (d.tokens, d.positions, d.visible))
+    return model.dense(*arrays, group=group, groups=d.groups)[-len(answer) :]
 
 
 def assert_right(model: models.Model, request: Request) -> None:
@@ -92,7 +94,7 @@ def with_uncached(plan: Plan, chosen: set[int]) -> Plan:
     spans: list[Span] = []
     for i, s in enumerate(plan.spans):
         cached = s.cached and i not in chosen and all(spans[p.span].cached for p in s.sees)
-        spans.append(Span(s.tokens, s.positions, s.sees, cached))
+        spans.append(replace(s, cached=cached))
     return Plan(tuple(spans), plan.method)
 
 
@@ -561,15 +563,15 @@ def test_a_token_that_sees_many_places_does_not_widen_its_neighbours(llama, monk
     while not wide.token_ids:
         engine.step()
     other = engine.submit(long, GREEDY, first_logits=True)
-    ratios, original = [], rows.Step._groups
+    ratios, original = [], rows.Step._buckets
 
-    def groups(step, tokens):
-        made = list(original(step, tokens))
-        padded = sum(len(tokens) if g.gather is None else g.gather.numel() for g in made)
+    def buckets(step, tokens, groups):
+        made = list(original(step, tokens, groups))
+        padded = sum(len(tokens) if b.gather is None else b.gather.numel() for b in made)
         ratios.append(padded / len(tokens))
         return made
 
-    monkeypatch.setattr(rows.Step, "_groups", groups)
+    monkeypatch.setattr(rows.Step, "_buckets", buckets)
     run(engine)
     assert max(ratios) <= 2
     assert_right(llama, wide)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgraph.errors import StoreError
-from kvgraph.plan import Place, Plan, Span
+from kvgraph.plan import Group, Place, Plan, Span
 from kvgraph.store import Record
 from kvgraph.store import format as codec
 from kvgraph.store.format import BadRecord, UnsupportedRecord
@@ -253,12 +253,15 @@ def test_documented_key():
     span_key = scope["span_key"]
     first = Span((5, 6, 7), range(10, 13))
     gaps = Span((8, 9), (20, 25), (Place(0, 10), Place(0, 15, 1, 3), Place(0, 10)))
-    plan = Plan((first, gaps, Span((1,), range(30, 31), cached=False)))
+    grouped = Span((4,), (12,), (Place(0, 0, group=2), Place(0, 0)), groups=(Group(0.9, 0.8), Group(1.0, 2.0)))
+    plan = Plan((first, gaps, grouped, Span((1,), range(30, 31), cached=False)))
     keys = plan.keys("model", "tenant")
     a = span_key("model", "tenant", [5, 6, 7], [10, 11, 12], [])
     assert keys[0] == a
-    places = [(a, 10, 0, 3), (a, 15, 1, 3), (a, 10, 0, 3)]
+    places = [(a, 10, 0, 3, 0), (a, 15, 1, 3, 0), (a, 10, 0, 3, 0)]
     assert keys[1] == span_key("model", "tenant", [8, 9], [20, 25], places)
+    places = [(a, 0, 0, 3, 2), (a, 0, 0, 3, 0)]
+    assert keys[2] == span_key("model", "tenant", [4], [12], places, [(0.9, 0.8), (1.0, 2.0)])
 
 
 def test_document_names_the_constants():

@@ -25,12 +25,26 @@ from kvgraph.store.record import Record
 
 
 class View:
-    """Tokens lo..hi of a record as one row sees them: its token 0 stands at position `at` of the row's frame."""
+    """Tokens lo..hi of a record as one row sees them: its token 0 stands at position `at` of the row's frame.
 
-    __slots__ = ("record", "at", "lo", "hi", "positions", "first", "last")
+    group: views of a row with the same group (counted from 1; 0: none) share temperature and scale. Their scores are
+    divided by temperature, and their joint log-sum-exp is multiplied by scale before all parts are merged.
+    """
 
-    def __init__(self, record: Record, at: int, lo: int, hi: int):
+    __slots__ = ("record", "at", "lo", "hi", "weights", "positions", "first", "last")
+
+    def __init__(
+        self,
+        record: Record,
+        at: int,
+        lo: int,
+        hi: int,
+        group: int = 0,
+        temperature: float = 1.0,
+        scale: float = 1.0,
+    ):
         self.record, self.at, self.lo, self.hi = record, at, lo, hi
+        self.weights = (group, temperature, scale) if group else None
         self.positions = record.positions.numpy()[lo:hi]  # relative to the record's first token
         self.first = at + int(self.positions[0])
         self.last = at + int(self.positions[-1])
@@ -74,13 +88,14 @@ class Row:
 
 
 @dataclass
-class _Group:
+class _Bucket:
     """Tokens whose extra parts are merged at once: they have about equally many, P at most."""
 
     tokens: Tensor | slice  # packed tokens, [n]
     count: int  # n
     gather: Tensor | None = None  # [P, n] columns into the extra pairs; None: the pairs lie as [P, n] already
     padding: Tensor | None = None  # [P, n] bool, True where a token has fewer than P
+    joints: Sequence[tuple[Tensor, Tensor]] = ()  # a group: its pairs [P, n] bool, and scale - 1 [n] float32
 
 
 @dataclass
@@ -92,7 +107,8 @@ class _Parts:
     token: Tensor  # [E] the packed token of every extra pair
     shifts: np.ndarray  # [S] distinct rotations, position of the seen span's token 0
     shift: Tensor  # [E] index into shifts
-    groups: list[_Group]  # of the packed tokens that have extra pairs
+    buckets: list[_Bucket]  # of the packed tokens that have extra pairs
+    sharpness: Tensor | None = None  # [E, 1] float32, 1 / temperature; None: no view is in a group
 
 
 class Step:
@@ -136,16 +152,21 @@ class Step:
         ]
         out, lse = self.backend(q.float(), own, scale, softcap)
         if parts.extra:
-            moved = self._rotated(layer, q, parts)
+            moved = self._moved(layer, q, parts)
             seen = [Part(c, r.keys[layer][:, lo:hi], r.values[layer][:, lo:hi], m) for c, r, lo, hi, m in parts.extra]
             _merge(out, lse, *self.backend(moved, seen, scale, softcap), parts, sinks)
         if sinks is not None:
             _sink_single_parts(out, lse, parts, sinks)
         return out.to(q.dtype)
 
-    def _rotated(self, layer: int, q: Tensor, parts: _Parts) -> Tensor:
-        """The queries of the extra pairs [H, E, D] float32, each rotated by minus the position its span stands at."""
+    def _moved(self, layer: int, q: Tensor, parts: _Parts) -> Tensor:
+        """The queries of the extra pairs [H, E, D] float32, each rotated by minus the position its span stands at.
+
+        Dividing the query by its group's temperature divides the scores, whatever the backend does with them next.
+        """
         chosen = q.index_select(1, parts.token).float()
+        if parts.sharpness is not None:
+            chosen *= parts.sharpness
         index = self.layers[layer].rotary
         if index is None:
             return chosen
@@ -159,22 +180,22 @@ class Step:
         primary: list[tuple[slice, RowKV, int, int, Tensor | None, bool]] = []
         extra: list[tuple[slice, Record | RowKV, int, int, Tensor | None]] = []
         token: list[np.ndarray] = []  # packed tokens of the extra pairs
-        at: list[tuple[int, int]] = []  # (rotation, pairs) in the same order
-        shared: dict[tuple[int, int, int], tuple[Record, list[np.ndarray], list[tuple[int, int]]]] = {}
+        runs: list[Run] = []  # in the same order
+        shared: dict[tuple[int, int, int], tuple[Record, list[np.ndarray], list[Run]]] = {}
         columns = 0
 
-        def add(record, lo: int, hi: int, tokens: np.ndarray, moved: Sequence[tuple[int, int]], mask=None) -> None:
+        def add(record, lo: int, hi: int, tokens: np.ndarray, of: Sequence[Run], mask=None) -> None:
             nonlocal columns
             extra.append((slice(columns, columns + len(tokens)), record, lo, hi, self._mask(mask)))
             columns += len(tokens)
             token.append(tokens)
-            at.extend(moved)
+            runs.extend(of)
 
         for row, here in zip(self.rows, self.spans, strict=True):
             past, total, p = row.kv.length, row.kv.length + len(row.tokens), row.positions
             index = np.arange(here.start, here.stop)
             for a, b, lo, hi, mask in _blocks(p, row.kv.positions[:past], window):
-                add(row.kv, lo, hi, index[a:b], [(0, b - a)], mask)
+                add(row.kv, lo, hi, index[a:b], [(0, b - a, None)], mask)
             fits = window is None or p[-1] - p[0] < window
             mask = None if fits else np.tri(len(p), dtype=bool) & (p[:, None] - p[None] < window)
             primary.append((here, row.kv, past, total, self._mask(mask), fits and len(p) > 1))
@@ -186,29 +207,35 @@ class Step:
                 for a, b, lo, hi, mask in blocks:
                     lo, hi = view.lo + lo, view.lo + hi
                     if mask is not None:
-                        add(view.record, lo, hi, index[a:b], [(view.at, b - a)], mask)
+                        add(view.record, lo, hi, index[a:b], [(view.at, b - a, view.weights)], mask)
                         continue
                     # Rows that see the same tokens of the same record share one matmul, wherever each places it.
-                    _, tokens, moved = shared.setdefault((id(view.record), lo, hi), (view.record, [], []))
+                    _, tokens, of = shared.setdefault((id(view.record), lo, hi), (view.record, [], []))
                     tokens.append(index[a:b])
-                    moved.append((view.at, b - a))
-        for (_, lo, hi), (record, tokens, moved) in shared.items():
-            add(record, lo, hi, np.concatenate(tokens), moved)
-        return self._parts_of(primary, extra, token, at)
+                    of.append((view.at, b - a, view.weights))
+        for (_, lo, hi), (record, tokens, of) in shared.items():
+            add(record, lo, hi, np.concatenate(tokens), of)
+        return self._parts_of(primary, extra, token, runs)
 
-    def _parts_of(self, primary, extra, token, at) -> _Parts:
+    def _parts_of(self, primary, extra, token, runs: Sequence[Run]) -> _Parts:
         if not extra:
             none = torch.empty(0, dtype=torch.int64)
             return _Parts(primary, [], none, np.empty(0, np.int64), none, [])
         tokens = np.concatenate(token)
-        shifts, segment = np.unique(np.array([a for a, _ in at], dtype=np.int64), return_inverse=True)
-        shift = np.repeat(segment, [n for _, n in at])
-        return _Parts(primary, extra, self._tensor(tokens), shifts, self._tensor(shift), list(self._groups(tokens)))
+        at, counts, weights = zip(*runs, strict=True)
+        shifts, segment = np.unique(np.array(at, dtype=np.int64), return_inverse=True)
+        shift = self._tensor(np.repeat(segment, counts))
+        groups = sharpness = None
+        if any(weights):
+            groups = np.repeat([w or (0.0, 1.0, 1.0) for w in weights], counts, axis=0)
+            sharpness = self._tensor((1 / groups[:, 1:2]).astype(np.float32))
+        buckets = list(self._buckets(tokens, groups))
+        return _Parts(primary, extra, self._tensor(tokens), shifts, shift, buckets, sharpness)
 
-    def _groups(self, tokens: np.ndarray) -> Iterator[_Group]:
-        """Groups of tokens, given the token of every extra pair.
+    def _buckets(self, tokens: np.ndarray, groups: np.ndarray | None) -> Iterator[_Bucket]:
+        """Buckets of tokens, given the token of every extra pair, and its group, temperature and scale if there are any.
 
-        A token that sees 1,000 places must not make its neighbours 1,000 wide: a group's counts are within a factor of
+        A token that sees 1,000 places must not make its neighbours 1,000 wide: a bucket's counts are within a factor of
         two, so padding at most doubles the pairs.
         """
         counts = np.bincount(tokens, minlength=self.size)
@@ -223,10 +250,19 @@ class Step:
             where: Tensor | slice = self._tensor(members)
             if members[-1] - members[0] + 1 == len(members):
                 where = slice(int(members[0]), int(members[-1]) + 1)
+            joints = () if groups is None else list(self._joints(groups[gather], padding))
             if gather.size == len(tokens) and np.array_equal(gather.reshape(-1), np.arange(len(tokens))):
-                yield _Group(where, len(members))
+                yield _Bucket(where, len(members), joints=joints)
             else:
-                yield _Group(where, len(members), self._tensor(gather), self._tensor(padding))
+                yield _Bucket(where, len(members), self._tensor(gather), self._tensor(padding), joints)
+
+    def _joints(self, groups: np.ndarray, padding: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """The groups of a bucket, given group, temperature and scale of its pairs [P, n, 3]: see _Bucket.joints."""
+        number = np.where(padding, 0, groups[..., 0])
+        for group in np.unique(number[number > 0]):
+            pairs = number == group
+            scale = np.where(pairs, groups[..., 2], 0).max(0)  # a token's pairs of one group have one scale
+            yield self._tensor(pairs), self._tensor((scale - 1).astype(np.float32))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -235,6 +271,7 @@ class Step:
         return None if array is None else self._tensor(array)
 
 
+Run = tuple[int, int, tuple[int, float, float] | None]  # extra pairs of one view: rotation, how many, its weights
 Block = tuple[int, int, int, int, np.ndarray | None]  # tokens a..b see keys lo..hi, all or by a mask [b - a, hi - lo]
 
 
@@ -267,28 +304,34 @@ def _blocks(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[Block]:
 
 
 def _merge(out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, parts: _Parts, sinks: Tensor | None) -> None:
-    """Merge the extra parts into out [H, T, Dv], in place: every part weighs exp(its lse - the joint lse)."""
+    """Merge the extra parts into out [H, T, Dv], in place: every part weighs exp(its lse - the joint lse).
+
+    Multiplying the joint lse of a group by its scale adds (scale - 1) of it to the lse of each of its parts.
+    """
     heads = out.shape[0]
-    for group in parts.groups:
-        if group.gather is None or group.padding is None:
-            others = seen.view(heads, -1, group.count, seen.shape[-1])
-            lses = seen_lse.view(heads, -1, group.count)
+    for bucket in parts.buckets:
+        if bucket.gather is None or bucket.padding is None:
+            others = seen.view(heads, -1, bucket.count, seen.shape[-1])
+            lses = seen_lse.view(heads, -1, bucket.count)
         else:
-            others = seen[:, group.gather]
-            lses = seen_lse[:, group.gather].masked_fill(group.padding, -torch.inf)
-        mine = lse[:, group.tokens]
+            others = seen[:, bucket.gather]
+            lses = seen_lse[:, bucket.gather].masked_fill(bucket.padding, -torch.inf)
+        for pairs, more in bucket.joints:
+            joint = torch.logsumexp(lses.masked_fill(~pairs, -torch.inf), 1, keepdim=True)
+            lses = torch.where(pairs, lses + more * joint, lses)
+        mine = lse[:, bucket.tokens]
         total = torch.logaddexp(mine, torch.logsumexp(lses, 1))
         if sinks is not None:
             total = torch.logaddexp(total, sinks.float()[:, None])
         weights = torch.exp(lses - total[:, None])
         merged = torch.einsum("hpt,hptd->htd", weights, others)
-        merged.addcmul_(out[:, group.tokens], torch.exp(mine - total)[..., None])
-        out[:, group.tokens] = merged
+        merged.addcmul_(out[:, bucket.tokens], torch.exp(mine - total)[..., None])
+        out[:, bucket.tokens] = merged
 
 
 def _sink_single_parts(out: Tensor, lse: Tensor, parts: _Parts, sinks: Tensor) -> None:
     """Let the attention sink [H] take its share of tokens that have only a primary part (others got it in the merge)."""
     share = torch.sigmoid(lse - sinks.float()[:, None])  # exp(lse) / (exp(lse) + exp(sink))
-    for group in parts.groups:
-        share[:, group.tokens] = 1.0
+    for bucket in parts.buckets:
+        share[:, bucket.tokens] = 1.0
     out.mul_(share[..., None])

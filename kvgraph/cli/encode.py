@@ -161,7 +161,7 @@ def _planned(
         if not graph.segments[0]:
             totals.skipped.append(f"{document.where}: no tokens")
             continue
-        plan = engine.plan(graph, method)
+        plan = engine.plan(graph, method, probe=False)
         size = _tokens(plan) * engine.model.kv_bytes_per_token
         if plan.highest_position >= engine.model.limit or size > engine.scheduler.budget:
             totals.too_long += 1

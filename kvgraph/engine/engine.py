@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
+from kvgraph.engine.probe import cost, probed
 from kvgraph.engine.progress import Progress
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams, TextStream
@@ -30,6 +31,7 @@ from kvgraph.engine.scheduler import UNCACHED, Request, Scheduler, sequence_of
 from kvgraph.errors import CapacityError, GraphError, KVGraphError, StoreError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
+from kvgraph.methods.base import Probing
 from kvgraph.plan import Plan
 from kvgraph.store.base import Store
 from kvgraph.store.disk import DiskStore
@@ -125,8 +127,12 @@ class Engine:
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
-    def plan(self, graph: ContextGraph, method: str | Method = "full") -> Plan:
-        """The plan of a graph: text is tokenized piece by piece with the model's tokenizer, then the method decides."""
+    def plan(self, graph: ContextGraph, method: str | Method = "full", *, probe: bool = True) -> Plan:
+        """The plan of a graph: text is tokenized piece by piece with the model's tokenizer, then the method decides.
+
+        A method that asks what the model makes of the documents (cacheblend) is told, by running its first layer here.
+        probe=False doesn't look: such a method then recomputes nothing, which is what `warm` encodes documents for.
+        """
         if not isinstance(graph, ContextGraph):
             raise GraphError(f"give a ContextGraph (or a list of them), not {type(graph).__name__}")
         if isinstance(method, type):
@@ -135,6 +141,10 @@ class Engine:
         if not graph.is_tokenized:
             graph = graph.tokenized(self.encode)
         self._warn_untuned(method)
+        if isinstance(method, Probing) and method.needs_probe:
+            if probe:
+                return probed(self.model, graph, method, self.scheduler.max_step_tokens)
+            method = method.selecting([])
         return method.plan(graph)
 
     def generate(
@@ -199,7 +209,8 @@ class Engine:
 
         with Progress("encoding", len(graphs), enabled=progress) as bar, self._all_or_none(pending):
             for i, g in enumerate(graphs):
-                plan = self.plan(g if g.has_query else g.with_query([0]), method)  # the query changes no document
+                g = g if g.has_query else g.with_query([0])  # the query changes no document
+                plan = self.plan(g, method, probe=False)
                 pending[self.submit(plan, SamplingParams(max_tokens=1), encode_only=True)] = i
                 finish(most=2 * WRITES)
             finish(most=0)
@@ -209,37 +220,49 @@ class Engine:
 
     def score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method = "full") -> Result:
         """Log-probabilities of a given answer after the graph's query: Result.scores, one a token of the answer."""
+        return self.wait(self.submit_score(graph, answer, method))
+
+    def submit_score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method = "full") -> Request:
+        """Queue what `score` does; `wait` gives the result."""
         if not graph.is_tokenized:
             graph = graph.tokenized(self.encode)
         ids = self.encode(answer) if isinstance(answer, str) else list(answer)
-        if not ids:
-            raise GraphError("the answer to score is empty")
-        plan = self.plan(graph.with_query([*graph.query, *ids]), method)
-        request = self.submit(plan, SamplingParams(max_tokens=1), want_from=len(plan.live) - len(ids) - 1)
-        return self.wait(request)
+        if not ids or not graph.has_query:
+            raise GraphError("scoring needs a query and an answer of at least one token each")
+        plan = self.plan(graph.with_query([*graph.query, *ids[:-1]]), method)
+        return self.submit(plan, SamplingParams(max_tokens=1), answer=ids)
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
-    def submit(
+    def submit(self, plan: Plan, params: SamplingParams | None = None, **options: Any) -> Request:
+        """Queue a plan; drive it with `wait`, `chunks` or `step`. Arguments and errors: see `prepare`."""
+        request = self.prepare(plan, params, **options)
+        self.enqueue(request)
+        return request
+
+    def prepare(
         self,
         plan: Plan,
         params: SamplingParams | None = None,
         *,
         first_logits: bool = False,
         encode_only: bool = False,
-        want_from: int | None = None,
+        answer: Sequence[int] = (),
+        salt: str | None = None,
     ) -> Request:
-        """Queue a plan; drive it with `wait`, `chunks` or `step`. Raises PlanError or CapacityError at once.
+        """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
 
-        encode_only: stop when every cached span is encoded. want_from: score the live tokens after this index.
+        encode_only: stop when every cached span is encoded. answer: score these tokens instead of decoding; all but the
+        last of them end the plan's live span. salt: another tenant's than the engine's. Raises PlanError or CapacityError if the request could never run.
         """
         params = params or SamplingParams()
-        keys = plan.keys(self.model.fingerprint, self.salt)
+        keys = plan.keys(self.model.fingerprint, self.salt if salt is None else salt)
         pool_keys = [k if k is not None else f"{UNCACHED}{next(self._uncached)}" for k in keys[:-1]]
         live = plan.live
         new = min(params.max_tokens, self.model.limit - live.positions[-1])
         own = 0 if encode_only else len(live)
         usage = Usage(sum((p.hi or 0) - p.lo for p in live.sees) + own, computed_tokens=own, live_tokens=own)
+        usage.probe_tokens, probe_seconds = cost(plan)
         request = Request(
             plan=plan,
             keys=pool_keys,
@@ -248,14 +271,18 @@ class Engine:
             stream=TextStream(self.decode, params.stop),
             sequence=sequence_of(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
-            want_from=len(live) - 1 if want_from is None else want_from,
+            answer=tuple(answer),
             keep_logits=first_logits,
-            submitted=time.perf_counter(),
+            submitted=time.perf_counter() - probe_seconds,
             usage=usage,
         )
+        self.scheduler.check(request)
+        return request
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a prepared request, once."""
         with self._lock:
             self.scheduler.submit(request)
-        return request
 
     def step(self) -> bool:
         """Run one packed forward for whoever is waiting. False when there was nothing to do."""
@@ -317,8 +344,29 @@ class Engine:
 
     # -- store --------------------------------------------------------------------------------------------------------
 
+    def tier(self, key: str) -> str | None:
+        """Where a span's KV is now: "memory" or the store's first tier that has it; None: nowhere. Changes nothing."""
+        if self.scheduler.pool.contains(key):
+            return self.scheduler.pool.name
+        tiers = self.store.tiers if isinstance(self.store, TieredStore) else [self.store] if self.store else []
+        return next((tier.name for tier in tiers if tier.contains(key)), None)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Drop records from memory and, once what is pending has been written, from the store.
+
+        What a request needs right now stays in memory, and leaves it like any other record. Nobody waits for the store:
+        what it can't remove is logged.
+        """
+        with self._lock:
+            keys = list(keys)
+            for key in keys:
+                if key not in self.scheduler.holds:
+                    self.scheduler.pool.delete(key)
+            if self._writer is not None:
+                self._writes.append(self._writer.submit(self._erase, keys))
+
     def flush(self) -> None:
-        """Wait until every encoded record has been offered to the store."""
+        """Wait until every encoded record has been offered to the store, and every forgotten one removed."""
         with self._lock:
             writes = list(self._writes)
         for write in writes:
@@ -382,6 +430,14 @@ class Engine:
             if self.store_errors == 1:
                 self.store_error = error if isinstance(error, StoreError) else StoreError(repr(error))
                 log.warning("the store can't keep records, going on without it: %s", error)
+
+    def _erase(self, keys: Iterable[str]) -> None:
+        assert self.store is not None
+        try:
+            for key in keys:
+                self.store.delete(key)
+        except StoreError as error:
+            log.warning("the store can't remove records: %s", error)
 
     def _warn_untuned(self, method: Method) -> None:
         if method.name != "full" and method.name not in self.model.tuned_for and method.name not in self._warned:

@@ -29,11 +29,11 @@ class Progress:
             )
             self.task = self.bar.add_task(label, total=total, rate="")
 
-    def advance(self, n: int, tokens: int = 0) -> None:
-        """Count n more items done; `tokens` so far give the rate."""
+    def advance(self, n: int, tokens: int = 0, label: str | None = None) -> None:
+        """Count n more items done; `tokens` so far give the rate; `label` replaces the text before the bar."""
         if self.bar is not None:
             rate = f"{tokens / max(1e-9, time.perf_counter() - self.started):,.0f} tokens/s" if tokens else ""
-            self.bar.update(self.task, advance=n, rate=rate)
+            self.bar.update(self.task, advance=n, rate=rate, description=label)
 
     def __enter__(self) -> Progress:
         if self.bar is not None:

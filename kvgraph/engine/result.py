@@ -18,7 +18,10 @@ class Usage:
     live span itself. computed_tokens: tokens this request ran through the model before its first output token (spans
     it was first to need, and its live span). reused_tokens: span tokens it did not compute, by where they came from:
     "memory", "disk" (or another tier's name), "shared" (another running request was already encoding them).
-    kv_bytes: stored KV its live span reads plus its own. ttft: submission to first token. decode: first to last token.
+    probe_tokens: tokens run through the model's first layer alone before the plan was made (cacheblend); they are in no
+    other number, but ttft counts their time.
+    kv_bytes: stored KV its live span reads plus its own. From submission: queued, until it was admitted; encoded, until
+    everything it reads was at hand; ttft, until its first token. decode: first to last token.
     """
 
     prompt_tokens: int = 0
@@ -26,8 +29,10 @@ class Usage:
     reused_tokens: dict[str, int] = field(default_factory=dict)
     completion_tokens: int = 0
     live_tokens: int = 0
+    probe_tokens: int = 0
     kv_bytes: int = 0
     queued: float = 0.0
+    encoded: float = 0.0
     ttft: float = 0.0
     decode: float = 0.0
 
@@ -43,7 +48,8 @@ class Result:
 
     token_ids include the token that ended the answer; text has neither it nor a stop string. sampled: one entry a
     token, with log-probabilities when asked for. first_logits [V] float32: what the first token was chosen from, kept
-    when asked for. scores [n] float32: log-probabilities of given answer tokens (`Engine.score`).
+    when asked for. scores [n] float32: log-probabilities of given answer tokens (`Engine.score`); greedy: whether each of
+    them was the likeliest.
     """
 
     text: str
@@ -53,6 +59,7 @@ class Result:
     sampled: list[Sampled] = field(default_factory=list)
     first_logits: Tensor | None = None
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    greedy: bool = True
 
 
 @dataclass

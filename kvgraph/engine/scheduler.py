@@ -25,7 +25,7 @@ from kvgraph.engine.result import Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingParams, TextStream
 from kvgraph.errors import CapacityError, PlanError
 from kvgraph.models import Model
-from kvgraph.plan import Plan, Span
+from kvgraph.plan import Group, Plan, Span
 from kvgraph.store.memory import MemoryStore
 from kvgraph.store.record import Record
 
@@ -38,7 +38,7 @@ class Sequence:
 
     tokens: list[int]
     positions: np.ndarray  # [len(tokens)], the frame's own
-    places: list[tuple[str, int, int, int]]  # (key, at in this frame, lo, hi)
+    places: list[tuple[str, tuple[int, int, int, int, float, float]]]  # (key, how a View sees it, in this frame)
     capacity: int  # tokens its KV has room for
     kv: RowKV | None = None  # made when its first row runs
     views: list[View] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Request:
     stream: TextStream
     sequence: Sequence  # the live span, and the answer as it grows
     encode_only: bool  # finished as soon as everything its live span reads is encoded
-    want_from: int  # logits are needed from this index of the live span on
+    answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the live span
     keep_logits: bool
     submitted: float
     usage: Usage
@@ -82,6 +82,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     sampled: list = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    greedy: bool = True  # whether every scored token was the likeliest
     first_logits: Tensor | None = None
     first_token_at: float = 0.0
     fresh: list[tuple[str, int]] = field(default_factory=list)  # (text, token) not yet handed to a stream
@@ -125,8 +126,8 @@ class Scheduler:
 
     # -- submitting ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises PlanError or CapacityError if it can never run."""
+    def check(self, request: Request) -> None:
+        """Raise PlanError or CapacityError if a request can never run. Needs no lock: it looks at nothing that changes."""
         plan, limit = request.plan, self.model.limit
         if plan.highest_position >= limit:
             raise PlanError(f"the plan reaches position {plan.highest_position}, but the model's limit is {limit}")
@@ -140,6 +141,9 @@ class Scheduler:
                 f"the request needs {need:,} bytes of KV at once, but the engine's budget is {self.budget:,}; "
                 "raise kv_budget, or use fewer documents or a smaller max_tokens"
             )
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that passed `check`."""
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -221,7 +225,7 @@ class Scheduler:
         """The next `count` tokens of a sequence; its KV is allocated with its first row."""
         if sequence.kv is None:
             sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
-            sequence.views = [View(self._pooled(key), at, lo, hi) for key, at, lo, hi in sequence.places]
+            sequence.views = [View(self._pooled(key), *how) for key, how in sequence.places]
         here = slice(sequence.done, sequence.done + count)
         return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
 
@@ -232,7 +236,8 @@ class Scheduler:
         for (owner, count), here in zip(work, step.spans, strict=True):
             before = len(want)
             if isinstance(owner, Request):
-                skipped = max(0, owner.want_from - owner.sequence.done)
+                first = len(owner.plan.live.tokens) - max(1, len(owner.answer))
+                skipped = max(0, first - owner.sequence.done)
                 want.extend(range(here.start + skipped, here.start + count))
             counts.append(len(want) - before)
         return torch.tensor(want, dtype=torch.int64, device=self.model.device), counts
@@ -256,10 +261,12 @@ class Scheduler:
 
     def _decoded(self, request: Request, logits: Tensor) -> None:
         sequence = request.sequence
-        if len(request.scores) < len(request.plan.live.tokens) - 1 - request.want_from:
+        if request.answer:
             self._score(request, logits)
         if sequence.left:
             return
+        if request.answer:
+            return self._finish(request, "length")
         if not request.token_ids:
             self._first(request, logits)
         choice = request.sampler(logits[-1])
@@ -283,13 +290,11 @@ class Scheduler:
             request.first_logits = logits[-1].cpu().clone()
 
     def _score(self, request: Request, logits: Tensor) -> None:
-        """Log-probabilities of the live span's own tokens, from the logits of those before them."""
-        targets = request.sequence.tokens
-        at = request.want_from + len(request.scores)
+        """Log-probabilities of the answer's next tokens, from the logits of those before them."""
         for row in logits:
-            if at + 1 < len(targets):
-                request.scores.append(torch.log_softmax(row.float(), -1)[targets[at + 1]].clone())
-                at += 1
+            target = request.answer[len(request.scores)]
+            request.scores.append(torch.log_softmax(row.float(), -1)[target].clone())
+            request.greedy = request.greedy and int(row.argmax()) == target
 
     @contextmanager
     def _blaming(self, owner: Request | Encoding) -> Iterator[None]:
@@ -345,6 +350,7 @@ class Scheduler:
             request.sampled,
             request.first_logits,
             torch.stack(request.scores).cpu() if request.scores else torch.empty(0),
+            request.greedy,
         )
 
     # -- admission and memory -----------------------------------------------------------------------------------------
@@ -414,6 +420,7 @@ class Scheduler:
 
     def _ready(self, request: Request) -> None:
         """Everything the live span reads is in the pool: intermediate versions are no longer needed."""
+        request.usage.encoded = time.perf_counter() - request.submitted
         wanted = {request.keys[p.span] for p in request.plan.live.sees}
         for key in [k for k in request.held if k not in wanted]:
             self._release(request, key)
@@ -467,5 +474,6 @@ class Scheduler:
 def sequence_of(span: Span, keys: list[str], room: int = 0) -> Sequence:
     """A span in its own frame (first position 0), with its places' keys and `room` for tokens to come."""
     positions = np.asarray(span.positions, dtype=np.int64) - span.start
-    places = [(keys[p.span], p.at - span.start, p.lo, p.hi or 0) for p in span.sees]
+    groups = (Group(), *span.groups)
+    places = [(keys[p.span], (p.at - span.start, p.lo, p.hi or 0, p.group, *groups[p.group])) for p in span.sees]
     return Sequence(list(span.tokens), positions, places, len(span) + room)

@@ -9,13 +9,33 @@ from types import MappingProxyType
 from typing import Any
 
 from kvgraph.errors import GraphError
+from kvgraph.methods.ape import APE
 from kvgraph.methods.base import Method
 from kvgraph.methods.block import Block
+from kvgraph.methods.cacheblend import CacheBlend
+from kvgraph.methods.epic import Epic
 from kvgraph.methods.full import Full
 from kvgraph.methods.graph_kv import GraphKV
 from kvgraph.methods.kvlink import KVLink
+from kvgraph.methods.pcw import PCW
+from kvgraph.methods.prompt_cache import PromptCache
 
-__all__ = ["METHODS", "PRESETS", "Block", "Full", "GraphKV", "KVLink", "Method", "get", "parse"]
+__all__ = [
+    "APE",
+    "METHODS",
+    "PCW",
+    "PRESETS",
+    "Block",
+    "CacheBlend",
+    "Epic",
+    "Full",
+    "GraphKV",
+    "KVLink",
+    "Method",
+    "PromptCache",
+    "get",
+    "parse",
+]
 
 
 def graph_kv_rag(drop_token: int | None = None) -> GraphKV:
@@ -48,8 +68,8 @@ def kvlink_llama3_5() -> KVLink:
     return KVLink(links=5, link_start=128011, slots=40, mem_start=128254, mem_end=128255)
 
 
-METHODS: Mapping[str, type[Full | Block | KVLink | GraphKV]] = MappingProxyType(
-    {cls.name: cls for cls in (Full, Block, KVLink, GraphKV)}
+METHODS: Mapping[str, type[Full | Block | KVLink | GraphKV | PCW | APE | PromptCache | Epic | CacheBlend]] = (
+    MappingProxyType({cls.name: cls for cls in (Full, Block, KVLink, GraphKV, PCW, APE, PromptCache, Epic, CacheBlend)})
 )
 """Method classes by name."""
 

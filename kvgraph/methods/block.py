@@ -23,7 +23,7 @@ class Block:
 
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
-        check(graph, self.name)
+        graph = check(graph, self.name)
         spans = chain(prefix_parts(graph))
         for name, tokens in segment_parts(graph):
             spans.append(contiguous(tokens, end(spans[-1:]), name=name))

@@ -23,7 +23,7 @@ class Full:
 
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
-        check(graph, self.name)
+        graph = check(graph, self.name)
         spans = chain([*prefix_parts(graph), *segment_parts(graph)])
         query = contiguous(ids(graph.query), end(spans), where_computed(spans), cached=False, name="query")
         return Plan((*spans, query), self.name)

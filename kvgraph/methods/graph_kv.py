@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import ClassVar, Literal
 
 from kvgraph.errors import GraphError
@@ -12,6 +12,7 @@ from kvgraph.graph import ContextGraph
 from kvgraph.methods.base import chain, check, end, ids, prefix_parts, require_int, require_one_of, where_computed
 from kvgraph.plan import Place, Plan, Span, contiguous, pruned
 
+LAYOUTS = ("aligned", "tight", "packed", "sequential")
 MOST_ROUNDS = 1000  # on a cycle every round makes new versions, without end
 
 
@@ -23,6 +24,12 @@ class GraphKV:
     versions (as of round r - 1) of its sources; its own only if it is its own source; never the prefix. The query sees
     the prefix, the newest version of every segment, and every version that a visible version read.
 
+    A graph with chosen segments is encoded as a whole: rounds, bands and positions are those of the whole graph, so every
+    segment has the KV that it has without a choice. Only the query sees less: the prefix and versions of chosen segments,
+    and what a visible version read of segments that weren't chosen stays hidden. It stands after what it sees, by the
+    rule of the layout: in "aligned" and "sequential" after the last band that holds something it sees; in "packed", where
+    it sees the chosen segments alone end to end, in the order chosen, after these.
+
     rounds: how often caches travel along an edge; without edges 0.
     keep: "all" shows the query every round-0 version too; "read" only those that a visible version read.
     layout, with P the prefix's length and L the band:
@@ -32,6 +39,9 @@ class GraphKV:
     - "packed" (keep "all", one round, every segment a reader): a reader sees its sources' round-0 versions, in segment
       order, end to end from 0 and is computed right after them; the query sees all round-0 versions end to end from P,
       then all round-1 versions, and stands after these. Caches are moved between being computed and being read.
+    - "sequential": no position is shared. Round 0 stands end to end from P as in `block`, every further round end to
+      end after the one before, the query after the last. This is the control that keeps the attention mask of "aligned"
+      without its positions; without edges it is `block`.
     band: L for "aligned"; the longest segment unless given. Fixing it for a corpus keeps the keys of re-encoded
     segments when a longer document joins.
     drop_token: "packed" only. Tokens with this id are computed in their segment but hidden from whatever reads it, and
@@ -47,7 +57,7 @@ class GraphKV:
 
     rounds: int = 1
     keep: Literal["read", "all"] = "read"
-    layout: Literal["aligned", "tight", "packed"] = "aligned"
+    layout: Literal["aligned", "tight", "packed", "sequential"] = "aligned"
     band: int | None = None
     drop_token: int | None = None
 
@@ -58,7 +68,7 @@ class GraphKV:
                 f"graph-kv with rounds={self.rounds}: at most {MOST_ROUNDS}, each encodes every reader again"
             )
         require_one_of(self.name, "keep", self.keep, ("read", "all"))
-        require_one_of(self.name, "layout", self.layout, ("aligned", "tight", "packed"))
+        require_one_of(self.name, "layout", self.layout, LAYOUTS)
         if self.layout == "packed" and (self.keep, self.rounds) != ("all", 1):
             raise GraphError('graph-kv: layout "packed" is defined for keep="all" and rounds=1 only; set both')
         if self.band is not None:
@@ -86,38 +96,44 @@ class GraphKV:
     def _in_rounds(
         self, graph: ContextGraph, segments: dict[int, tuple[int, ...]], sources: dict[int, list[int]]
     ) -> tuple[list[Span], list[Place], int]:
-        """Layouts "aligned" and "tight": (spans, what the query sees, where it starts)."""
+        """Every layout but "packed": (spans, what the query sees, where it starts)."""
         spans = chain(prefix_parts(graph))
         prefix, origin, band = where_computed(spans), end(spans), self._band(graph)
+        offsets = dict.fromkeys(segments, 0)  # where a segment stands in its round's band
+        if self.layout == "sequential":
+            offsets = dict(zip(segments, accumulate(map(len, segments.values()), initial=0), strict=False))
         newest: dict[int, int] = {}  # segment -> its newest version, as an index into spans
         for i, tokens in segments.items():
             newest[i] = len(spans)
-            spans.append(contiguous(tokens, origin, name=graph.names[i]))
-        visible = set(newest.values()) if self.keep == "all" else set()
+            spans.append(contiguous(tokens, origin + offsets[i], name=graph.names[i]))
+        made = {v: (i, 0) for i, v in newest.items()}  # version -> its segment and round
+        read = {i for i in graph.read if i in segments}
+        visible = {newest[i] for i in read} if self.keep == "all" else set()
 
-        changed, last = set(segments), 0
+        changed = set(segments)
         for r in range(1, self.rounds + 1):
             readers = [i for i in segments if changed.intersection(sources[i])]
             if not readers:
                 break
-            before, last = dict(newest), r
+            before = dict(newest)
             for i in readers:
                 seen = [before[s] for s in sources[i]]
-                start = origin + r * band if self.layout == "aligned" else end(spans[v] for v in seen)
+                tight = self.layout == "tight"
+                start = end(spans[v] for v in seen) if tight else origin + r * band + offsets[i]
                 newest[i] = len(spans)
+                made[newest[i]] = i, r
                 places = [Place(v, spans[v].start) for v in seen]
                 spans.append(contiguous(segments[i], start, places, name=_version(graph.names[i], r)))
             changed = set(readers)
 
-        visible.update(newest.values())
+        visible.update(newest[i] for i in read)
         for v in reversed(range(len(spans))):  # versions see earlier ones only, so one pass reaches the fixpoint
             if v in visible:
-                visible.update(place.span for place in spans[v].sees)
-        visible.difference_update(range(len(prefix)))
-        if self.layout == "aligned":
-            start = origin + (last + 1) * band if segments else origin
-        else:
+                visible.update(place.span for place in spans[v].sees if made[place.span][0] in read)
+        if self.layout == "tight":
             start = max(origin, end(spans[v] for v in visible))
+        else:
+            start = origin + max((made[v][1] + 1 for v in visible), default=0) * band
         return spans, prefix + [Place(v, spans[v].start) for v in sorted(visible)], start
 
     def _packed(
@@ -130,12 +146,14 @@ class GraphKV:
         for i, tokens in segments.items():
             first[i] = len(spans)
             spans.append(contiguous(tokens, 0, name=graph.names[i]))
-        again: list[int] = []
+        again: dict[int, int] = {}
         for i, tokens in segments.items() if any(sources.values()) else ():
             places, start = self._end_to_end(spans, [first[s] for s in sources[i]], 0)
-            again.append(len(spans))
+            again[i] = len(spans)
             spans.append(contiguous(tokens, start, places, name=_version(graph.names[i], 1)))
-        places, start = self._end_to_end(spans, [*first.values(), *again], origin)
+        shown = [i for i in graph.read if i in segments]
+        versions = [first[i] for i in shown] + [again[i] for i in shown if i in again]
+        places, start = self._end_to_end(spans, versions, origin)
         return spans, prefix + places, start
 
     def _end_to_end(self, spans: Sequence[Span], versions: Sequence[int], at: int) -> tuple[list[Place], int]:
@@ -152,6 +170,9 @@ class GraphKV:
         return places, at
 
     def _band(self, graph: ContextGraph) -> int:
+        """Positions that a round takes up, in layouts where that is a constant."""
+        if self.layout == "sequential":
+            return sum(map(len, graph.segments))
         longest = max(map(len, graph.segments), default=0)
         if self.band is None:
             return longest

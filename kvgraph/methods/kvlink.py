@@ -55,7 +55,7 @@ class KVLink:
 
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or too many documents."""
-        check(graph, self.name)
+        graph = check(graph, self.name)
         if self.links and len(graph.segments) > self.slots:
             raise GraphError(
                 f"kvlink has link tokens for {self.slots} documents but the graph has {len(graph.segments)}"

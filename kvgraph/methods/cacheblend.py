@@ -1,0 +1,92 @@
+"""CacheBlend: documents encoded alone, the tokens that this changes most recomputed with the query."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from kvgraph.errors import GraphError
+from kvgraph.graph import ContextGraph
+from kvgraph.methods.base import check, recomputed
+from kvgraph.plan import Plan
+
+
+@dataclass(frozen=True)
+class CacheBlend:
+    """Every segment is encoded alone; the tokens whose KV this changes most are recomputed, seeing all before them.
+
+    The recomputed tokens are live and run in one pass with the query; what reads a segment sees them instead of the
+    stored ones. All positions are sequential, and the prefix is never recomputed.
+
+    Which tokens, only the model can tell: `Engine.plan` measures how far every token's KV is off (kvgraph.engine.probe)
+    and plans with `selecting(deviations)`. Once `selected` is given, the plan is a pure function of the graph.
+
+    ratio: share of all segments' tokens to recompute. 0 gives `block`, 1 what `full` computes; neither needs a probe.
+    selected: indices of the tokens to recompute, one tuple a segment that the query reads, in its order; segments
+    beyond its end have none. None: not measured yet.
+
+    Raises GraphError for a ratio outside 0..1, and from `plan` when the selection is missing or doesn't fit the graph.
+    Source: CacheBlend (arXiv 2405.16444), sections 4.2 and 4.3; 15 % is its default. Simplified: one selection, made on
+    the second layer as in the released code, serves all layers. The paper also describes gradual filtering, a larger
+    selection that shrinks from layer to layer.
+    """
+
+    name: ClassVar[str] = "cacheblend"
+
+    ratio: float = 0.15
+    selected: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
+        if not number or not 0 <= self.ratio <= 1:
+            raise GraphError(f"cacheblend: ratio must be a number from 0 to 1, not {self.ratio!r}")
+        if self.selected is None:
+            return
+        try:
+            selected = tuple(tuple(sorted({operator.index(i) for i in indices})) for indices in self.selected)
+        except TypeError:
+            raise GraphError("cacheblend: selected must be token indices, one list a segment") from None
+        object.__setattr__(self, "selected", selected)
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether `plan` has to know deviations first; then it is `selecting(deviations)` that plans."""
+        return self.selected is None and 0 < self.ratio < 1
+
+    def selecting(self, deviations: Sequence[Sequence[float]]) -> CacheBlend:
+        """The same method with the `ratio` of all tokens selected that deviate most; of equal ones the earlier.
+
+        deviations: one number a token, by segment. Without any ([]) nothing is selected.
+        """
+        tokens = [(-d, segment, i) for segment, row in enumerate(deviations) for i, d in enumerate(row)]
+        selected: list[list[int]] = [[] for _ in deviations]
+        for _, segment, i in sorted(tokens)[: round(self.ratio * len(tokens))]:
+            selected[segment].append(i)
+        return replace(self, selected=tuple(map(tuple, selected)))
+
+    def plan(self, graph: ContextGraph) -> Plan:
+        """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or without a selection."""
+        graph = check(graph, self.name)
+        return recomputed(graph, self._selection(graph), self.name)
+
+    def _selection(self, graph: ContextGraph) -> list[Sequence[int]]:
+        """The indices to recompute of every segment of the graph."""
+        if self.needs_probe:
+            raise GraphError(
+                f"cacheblend with ratio={self.ratio} picks tokens by what the model makes of them, so an engine plans it "
+                "(Engine.plan, kvgraph ask); without a model there is only ratio=0, ratio=1, or a given selection"
+            )
+        lengths = [len(segment) for segment in graph.segments]
+        if self.selected is None:
+            return [range(n) if self.ratio else () for n in lengths]
+        if len(self.selected) > len(lengths):
+            raise GraphError(
+                f"cacheblend selects from {len(self.selected)} segments but the graph has {len(lengths)}; measure again"
+            )
+        chosen: list[Sequence[int]] = [*self.selected, *[()] * (len(lengths) - len(self.selected))]
+        for name, indices, n in zip(graph.names, chosen, lengths, strict=True):
+            if indices and not 0 <= min(indices) <= max(indices) < n:
+                raise GraphError(f"cacheblend selects tokens {min(indices)}..{max(indices)} of {name}, which has {n}")
+        return chosen

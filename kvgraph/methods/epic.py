@@ -1,0 +1,42 @@
+"""EPIC: documents encoded alone, the first tokens of each recomputed with the query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvgraph.graph import ContextGraph
+from kvgraph.methods.base import check, recomputed, require_int
+from kvgraph.plan import Plan
+
+
+@dataclass(frozen=True)
+class Epic:
+    """Every segment is encoded alone; its first `k` tokens are recomputed, seeing everything before them.
+
+    The first tokens of a text that is encoded alone draw attention to themselves (attention sinks), and would do so
+    again in the middle of a prompt. Recomputed there they are ordinary tokens. They are live and run in one pass with
+    the query; what reads a segment sees them instead of the stored ones. All positions are sequential. What opens the
+    prompt needs no recomputing: the prefix or, without one, the first segment that isn't empty.
+
+    k: tokens recomputed a segment; 0 gives `block`, the longest segment's length or more gives what `full` computes.
+
+    Source: EPIC (arXiv 2410.15332), its LegoLink algorithm, which has k from 2 to 32; LegoLink-16 is the one its
+    evaluation sets against CacheBlend. Its LegoLink-0, which encodes chunks behind dummy tokens, isn't here.
+    """
+
+    name: ClassVar[str] = "epic"
+
+    k: int = 16
+
+    def __post_init__(self) -> None:
+        require_int(self.name, "k", self.k)
+
+    def plan(self, graph: ContextGraph) -> Plan:
+        """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
+        graph = check(graph, self.name)
+        heads = [range(min(self.k, len(segment))) for segment in graph.segments]
+        if not graph.prefix:
+            opening = next((i for i, segment in enumerate(graph.segments) if segment), None)
+            heads = [range(0) if i == opening else head for i, head in enumerate(heads)]
+        return recomputed(graph, heads, self.name)

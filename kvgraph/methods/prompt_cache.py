@@ -1,0 +1,60 @@
+"""Prompt Cache: documents alone, in slots of a fixed length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvgraph.errors import GraphError
+from kvgraph.graph import ContextGraph
+from kvgraph.methods.base import chain, check, end, ids, prefix_parts, require_int, where_computed
+from kvgraph.plan import Plan, contiguous
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """Every document is encoded alone and starts its slot: slot i is at P + i * slot, with P the prefix's length.
+
+    The query sees all and stands after the last slot. What a shorter document leaves of its slot is a gap in the
+    positions; an empty document is a slot that is all gap. In the paper's terms: the schema is the prefix and then a
+    union of all documents a slot, and a union is as long as its longest member.
+
+    slot: positions of a slot; the longest document of the graph unless given. Give it, as a schema would, to keep
+    positions equal between graphs of one corpus. The keys of documents don't depend on it.
+
+    Raises GraphError, from `plan`, for a document that is longer than its slot.
+    Source: Prompt Cache (arXiv 2311.04934), section 3, and the released code.
+    """
+
+    name: ClassVar[str] = "prompt-cache"
+
+    slot: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slot is not None:
+            require_int(self.name, "slot", self.slot, least=1)
+
+    def plan(self, graph: ContextGraph) -> Plan:
+        """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or a document too long."""
+        graph = check(graph, self.name)
+        spans = chain(prefix_parts(graph))
+        at, slot = end(spans), self._slot(graph)
+        for i, segment in enumerate(graph.segments):
+            if segment:
+                spans.append(contiguous(ids(segment), at + i * slot, name=graph.names[i]))
+        start = at + len(graph.segments) * slot
+        query = contiguous(ids(graph.query), start, where_computed(spans), cached=False, name="query")
+        return Plan((*spans, query), self.name)
+
+    def _slot(self, graph: ContextGraph) -> int:
+        lengths = [len(segment) for segment in graph.segments]
+        longest = max(lengths, default=0)
+        if self.slot is None:
+            return longest
+        if longest > self.slot:
+            i = lengths.index(longest)
+            raise GraphError(
+                f"segment {i} ({graph.names[i]}) has {longest} tokens, more than the slot of {self.slot}; "
+                f"shorten it or give a longer slot"
+            )
+        return self.slot
