@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from kvgraph import __version__
-from kvgraph.cli import ask, bench, check, demo, encode, explain, store
+from kvgraph.cli import ask, bench, check, demo, encode, explain, report, serve, store
+from kvgraph.cli import eval as evaluation
 from kvgraph.errors import KVGraphError
 
 USAGE, OTHER = 2, 1  # exit codes
@@ -28,6 +29,9 @@ app.command()(ask.ask)
 app.command()(explain.explain)
 app.command()(check.check)
 app.command()(bench.bench)
+app.command("eval")(evaluation.evaluate)
+app.command()(report.report)
+app.command()(serve.serve)
 app.command()(demo.demo)
 app.add_typer(store.app, name="store")
 
@@ -115,10 +119,15 @@ def _keep_libraries_quiet() -> None:
 
 
 def _warn_in_one_line() -> None:
-    """Warnings and log messages for people, one line each on stderr; those for developers of libraries stay away."""
+    """Warnings and log messages for people, one line each on stderr; those for developers of libraries stay away.
+
+    A command with several engines gets the same warning from each; it is told once.
+    """
+    told: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, UserWarning):
+        if issubclass(category, UserWarning) and str(message) not in told:
+            told.add(str(message))
             _say(f"warning: {message}")
 
     class Handler(logging.Handler):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvgraph.chat import Document
@@ -61,6 +62,7 @@ class Task:
     ("" = all of it, else a name in `metrics.EXTRACT`). edges: the default for methods that read edges: a name that
     `kvgraph.graph.named_edges` knows, or "links" for the items' own. breakdowns: "kind" and names of facts.
     fields: fields a record must have, checked before `items` sees it. source: paper and where the schema comes from.
+    read: the records of a local path, for layouts that aren't one record a line or list element; raises TaskError.
     """
 
     name: str
@@ -78,3 +80,4 @@ class Task:
     edges: str = "all"
     breakdowns: tuple[str, ...] = ("kind",)
     fields: tuple[str, ...] = ()
+    read: Callable[[Path], Iterable[Mapping[str, Any]]] | None = None

@@ -1,0 +1,178 @@
+"""`kvgraph eval`: one task, by one or several methods, on one model."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvgraph import methods
+from kvgraph.cli import common
+from kvgraph.cli.common import AllowUntested, Device, Dtype, KVBudget, NoCheck, StoreFolder
+
+if TYPE_CHECKING:
+    from kvgraph.eval.ablate import Table
+    from kvgraph.eval.run import Summary
+
+
+def evaluate(
+    task: Annotated[str, typer.Option("--task", help="Which task; --list shows them.")] = "",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="As in `kvgraph ask`; may be repeated, to compare methods on the same items."),
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help="Folder or hub name of a Hugging Face causal LM.")] = "",
+    data: Annotated[
+        str,
+        typer.Option(metavar="PATH|hub", help="File or folder in the data set's own schema, or the hub's full set."),
+    ] = "hub",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many items: the first, or with --shuffle any.")
+    ] = None,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="Draw the items by --seed instead of taking the first.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of --shuffle and of the confidence intervals.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A run goes to DIR/TASK/METHOD; an interrupted one goes on there."),
+    ] = None,
+    store: StoreFolder = None,
+    edges: Annotated[
+        str | None,
+        typer.Option(
+            help="As in `kvgraph ask`, or 'links' for the data's own, for methods that read edges [default: the task's]."
+        ),
+    ] = None,
+    ablate: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Instead: the run and its variants with one thing changed each: all, or some of mask-positions, random-edges, reversed-edges, "
+            "rounds, keep, order, distractors, with commas. They go to DIR/TASK/METHOD/ablations.",
+        ),
+    ] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer [default: the task's].")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    kv_budget: KVBudget = None,
+    allow_untested: AllowUntested = False,
+    no_check: NoCheck = False,
+    list_all: Annotated[bool, typer.Option("--list", help="Show tasks and methods, and exit.")] = False,
+) -> None:
+    """Evaluate methods on a task: same items, same prompt, same decoding.
+
+    Every item's answer, scores and costs go to results.jsonl, and their means with 95 % confidence intervals to
+    summary.json. Stop it whenever you like: run the same command again, it goes on where it was. With --store, documents
+    that one run encoded are read by the next.
+
+    \b
+      kvgraph eval --task hotpotqa --method full --method graph-kv --model ./llama --data hotpot.jsonl --out runs
+      kvgraph eval --task nq --method block --model ./llama --limit 200 --shuffle --store kv --out runs
+      kvgraph eval --task morehopqa --method graph-kv --ablate all --model ./llama --data morehopqa.json --out runs
+    """
+    if list_all:
+        _list()
+        return
+    specs = method or []
+    for name, given in (("--task", task), ("--method", specs), ("--model", model), ("--out", out)):
+        if not given:
+            raise typer.BadParameter(f"eval needs {name}; --list shows tasks and methods")
+    if len(set(specs)) < len(specs):
+        raise typer.BadParameter("the same --method is given twice")
+    parsed = list(map(methods.parse, specs))
+    from kvgraph.eval import ablate as ablations
+    from kvgraph.eval import prompt, records, tasks
+    from kvgraph.eval.run import evaluate, slug
+
+    names = ablations.parse(ablate)
+
+    chosen = tasks.get(task)
+    if edges is not None and not any(map(prompt.reads_edges, parsed)):
+        raise typer.BadParameter(f"none of these methods reads edges: {', '.join(specs)}; leave --edges out")
+    found = records.read(chosen, data, limit, shuffle=shuffle, seed=seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    from kvgraph.engine.check import require
+    from kvgraph.engine.engine import Engine
+
+    loaded = common.load_model(model, dtype, device, allow_untested)
+    if not no_check:
+        require(loaded)
+    assert out is not None
+    options: dict[str, Any] = {"data": found, "edges": edges, "max_tokens": max_tokens, "seed": seed}
+    summaries = []
+
+    def open_engine() -> Engine:
+        return Engine(loaded, store=store, kv_budget=kv_budget)
+
+    try:
+        for spec, parsed_method in zip(specs, parsed, strict=True):
+            folder = out / chosen.name / slug(spec)
+            if names:
+                table = ablations.run(
+                    open_engine, chosen, parsed_method, found.items, names, folder / "ablations", **options
+                )
+                _show_ablations(spec, table)
+                continue
+            # An engine each: what one method left in memory would make the next one's costs depend on their order.
+            with open_engine() as engine:
+                summaries.append(evaluate(engine, chosen, spec, found.items, folder, **options))
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished items are kept, run the same command again to go on", err=True)
+        raise
+    if summaries:
+        _show(summaries)
+
+
+def _list() -> None:
+    """Print the tasks and methods there are."""
+    from kvgraph.eval.tasks import TASKS
+
+    tasks = common.table("task", "metric", "what it is", left=3)
+    for task in TASKS.values():
+        tasks.add_row(task.name, task.metrics[0], task.about)
+    common.show(tasks)
+    made = common.table("method", "what it is", left=2)
+    for name, make in {**methods.METHODS, **methods.PRESETS}.items():
+        made.add_row(name, (make.__doc__ or "").strip().split("\n")[0])
+    common.show(made)
+
+
+def _show(summaries: list[Summary]) -> None:
+    """Print one line a run."""
+    made = common.table("task", "method", "metric", "score [95 % interval]", "n", "errors", "computed", "reused", "first token", left=3)  # fmt: skip
+    for summary in summaries:
+        score, timing = summary["scores"][summary["headline"]], summary["timing"]
+        made.add_row(
+            summary["task"],
+            summary["method"]["spec"],
+            summary["headline"],
+            f"{100 * score['mean']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]",
+            f"{score['n']:,}",
+            f"{summary['errors']:,}",
+            f"{timing['tokens']['computed']:,}",
+            f"{sum(timing['tokens']['reused'].values()):,}",
+            "" if timing["ttft"] is None else common.human_time(timing["ttft"]),
+        )
+    common.show(made)
+    for summary in summaries:
+        if summary["errors"]:
+            typer.echo(f"{summary['method']['spec']}: {_failed(summary)}", err=True)
+
+
+def _show_ablations(spec: str, found: Table) -> None:
+    """Print the base and its variants, one line each."""
+    metric = found.rows[0].run.headline
+    made = common.table("variant", "what changes", f"{metric} [95 % interval]", "difference", "p", left=2)
+    for cells in found.cells():
+        made.add_row(*cells)
+    typer.echo(f"{found.rows[0].run.task}, {spec}: paired tests on the same items, p after Holm's correction")
+    common.show(made)
+    for sentence in found.left_out:
+        typer.echo(f"left out: {sentence}", err=True)
+
+
+def _failed(summary: dict[str, Any]) -> str:
+    return f"{summary['errors']:,} items could not be run and score 0; the lines with an error in results.jsonl say why"

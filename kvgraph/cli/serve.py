@@ -1,0 +1,85 @@
+"""`kvgraph serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvgraph.cli.common import parse_size, unescaped
+from kvgraph.errors import KVGraphError
+
+
+def serve(
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of a Hugging Face causal LM.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one [default: 8771].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cpu].")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder that keeps KV records between runs.")] = None,
+    store_size: Annotated[
+        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="The store's limit [default: none].")
+    ] = None,
+    kv_budget: Annotated[
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory [default: half of what is free]."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="For requests that name none [default: the first the model declares tuning for, else full]."),
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="What clients call the model [default: its last name].")
+    ] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file that replaces the model's.")] = None,
+    document_template: Annotated[
+        str | None, typer.Option(help=r"How a document is written, such as '{title}\n{text}\n\n'.")
+    ] = None,
+    overflow: Annotated[
+        str | None, typer.Option(help="When documents don't fit: refuse, or drop the last ones [default: refuse].")
+    ] = None,
+    allow_untested: Annotated[
+        bool | None, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json [default: text].")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with these and all other settings.", envvar="KVGRAPH_CONFIG")
+    ] = None,
+) -> None:
+    """Serve a model through OpenAI's API, documents composed from their cached KV.
+
+    Every setting can also come from the environment (KVGRAPH_STORE=...) or a TOML file; flags win over the environment,
+    which wins over the file. docs/server.md lists all of them, API keys and limits among them.
+
+    \b
+      kvgraph serve --model ./llama --store kv
+      open http://127.0.0.1:8771/            # the playground
+      curl http://127.0.0.1:8771/v1/models
+    """
+    try:
+        from kvgraph.server.serve import run
+        from kvgraph.server.settings import Settings
+    except ModuleNotFoundError as error:
+        raise KVGraphError(f"the server needs {error.name}; install it with: pip install 'kvgraph[server]'") from None
+    settings = Settings.load(
+        config,
+        model=model,
+        host=host,
+        port=port,
+        dtype=dtype,
+        device=device,
+        store=store,
+        store_size=store_size,
+        kv_budget=kv_budget,
+        method=method,
+        served_name=served_name,
+        chat_template=chat_template,
+        document_template=None if document_template is None else unescaped(document_template),
+        overflow=overflow,
+        allow_untested=allow_untested,
+        log_format=log_format,
+    )
+    logging.getLogger("kvgraph").handlers = []  # the server's own take over
+    raise typer.Exit(run(settings))

@@ -1,0 +1,343 @@
+"""Ablations: the same run with one thing changed, and what that does to the score.
+
+An ablation is a function from a base variant to others that differ from it in one named thing. Each variant is then an
+ordinary run in a folder of its own, compared with the base item by item.
+
+Documents and edges: a named shape ("top-k:2", "chain") is about ranks, so after documents change places it applies to
+the new order; an item's own links are about documents, so they follow them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from kvgraph.errors import GraphError
+from kvgraph.eval import runs, stats
+from kvgraph.eval.prompt import LINKS, edges_of, reads_edges
+from kvgraph.eval.stats import Difference
+from kvgraph.eval.task import Item, Task
+from kvgraph.graph import ContextGraph
+from kvgraph.methods import GraphKV, Method
+
+if TYPE_CHECKING:
+    from kvgraph.engine.engine import Engine
+
+BASE = "base"
+DISTRACTORS = (0, 1, 2, 4, 8, 16)
+ROUNDS = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one run of an ablation takes. edges: a shape for `named_edges`, or "links" for the items' own."""
+
+    name: str
+    about: str
+    method: Method
+    items: Sequence[Item] = field(repr=False)
+    edges: str
+
+
+Ablation = Callable[[Variant, int], Iterable[Variant]]  # (base, seed) -> variants
+
+
+def mask_and_positions(base: Variant, seed: int) -> Iterator[Variant]:
+    """Who reads whom, and shared positions: each alone, and neither."""
+    method = base.method
+    if not isinstance(method, GraphKV) or method.layout not in ("aligned", "tight"):
+        return
+    plain = replace(method, layout="sequential", band=None)
+    yield replace(base, name="mask-only", about="the edges, at sequential positions", method=plain)
+    yield replace(base, name="positions-only", about="shared positions, without edges", edges="none")
+    yield replace(base, name="neither", about="sequential positions, without edges (block)", method=plain, edges="none")
+
+
+def random_edges(base: Variant, seed: int) -> Iterator[Variant]:
+    """The same graph with the documents at random nodes: as many edges, readers and rounds, other neighbours.
+
+    Drawn for every item by itself, by the seed and the item's id, and never the graph it had if there is another.
+    """
+    if reads_edges(base.method):
+        items = [replace(item, links=_relabelled(item, base.edges, seed)) for item in base.items]
+        yield replace(base, name="random-edges", about="as many edges, between random documents", items=items, edges=LINKS)  # fmt: skip
+
+
+def reversed_edges(base: Variant, seed: int) -> Iterator[Variant]:
+    """Every edge turned round: sources read their readers."""
+    if reads_edges(base.method):
+        items = [replace(item, links=tuple((r, s) for s, r in indexed_edges(item, base.edges))) for item in base.items]
+        yield replace(base, name="reversed-edges", about="every edge turned round", items=items, edges=LINKS)
+
+
+def rounds(base: Variant, seed: int) -> Iterator[Variant]:
+    """How often caches travel along the edges: 0, 1, 2 and 3 rounds."""
+    method = base.method
+    if not isinstance(method, GraphKV) or method.layout == "packed":
+        return
+    for n in ROUNDS:
+        if n != method.rounds:
+            yield replace(
+                base,
+                name=f"rounds-{n}",
+                about="1 round" if n == 1 else f"{n} rounds",
+                method=replace(method, rounds=n),
+                edges=base.edges if n else "none",
+            )
+
+
+def keep(base: Variant, seed: int) -> Iterator[Variant]:
+    """Whether the query still sees a reader's standalone version: dropped (`keep=read`) or kept (`keep=all`)."""
+    method = base.method
+    if not isinstance(method, GraphKV) or method.layout == "packed":
+        return
+    if method.keep == "read":
+        about, other = "standalone versions kept for the query", replace(method, keep="all")
+    else:
+        about, other = "standalone versions dropped unless read", replace(method, keep="read")
+    yield replace(base, name=f"keep-{other.keep}", about=about, method=other)
+
+
+def order(base: Variant, seed: int) -> Iterator[Variant]:
+    """The documents in reverse order, and in a random one (by the seed and the item's id)."""
+    backwards = [_taking(item, range(len(item.documents) - 1, -1, -1)) for item in base.items]
+    yield replace(base, name="order-reversed", about="documents in reverse order", items=backwards)
+    shuffled = [_taking(item, _shuffled(len(item.documents), _rng(seed, item, "order"))) for item in base.items]
+    yield replace(base, name="order-random", about="documents in random order", items=shuffled)
+
+
+def distractors(base: Variant, seed: int) -> Iterator[Variant]:
+    """At most so many documents besides those that hold the answer.
+
+    Distractors leave from the end. An item that doesn't say which documents are gold keeps its first: 1 + so many.
+    """
+    rest = "" if all(map(_knows_gold, base.items)) else ", or the first documents where gold isn't known"
+    most = max((len(item.documents) - len(_gold(item)) for item in base.items), default=0)
+    for n in DISTRACTORS:
+        if n < most:
+            items = [_taking(item, _without_distractors(item, n)) for item in base.items]
+            about = f"at most {n} distractor{'s' * (n != 1)}{rest}"
+            yield replace(base, name=f"distractors-{n}", about=about, items=items)
+
+
+ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
+    {
+        "mask-positions": mask_and_positions,
+        "random-edges": random_edges,
+        "reversed-edges": reversed_edges,
+        "rounds": rounds,
+        "keep": keep,
+        "order": order,
+        "distractors": distractors,
+    }
+)
+"""Ablations by name; the docstrings say what they change."""
+
+
+def parse(names: str) -> list[str]:
+    """Names of ablations from "all" or "rounds,order". Raises GraphError listing what there is."""
+    if names.strip() == "all":
+        return list(ABLATIONS)
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in ABLATIONS:
+            raise GraphError(f"there is no ablation {name[:40]!r}; there are all, {', '.join(ABLATIONS)}")
+    return list(dict.fromkeys(wanted))
+
+
+def variants(base: Variant, names: Iterable[str], seed: int = 0) -> tuple[list[Variant], list[str]]:
+    """(the variants of these ablations, a sentence for everything that was left out because it would change nothing)."""
+    made: list[Variant] = []
+    left_out: list[str] = []
+    for name in names:
+        found = list(ABLATIONS[name](base, seed))
+        if not found:
+            left_out.append(f"{name}: has nothing to change in {base.method.name} on these items")
+        for variant in found:
+            twin = next((other for other in [base, *made] if _is_same(other, variant)), None)
+            if twin is None:
+                made.append(variant)
+            else:
+                left_out.append(f"{variant.name}: gives the same plans as {twin.name}")
+    return made, left_out
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant's line: its run, and its difference to the base with Holm's correction over all lines."""
+
+    run: runs.Run
+    about: str
+    difference: Difference | None = None  # None for the base
+    p_corrected: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """An ablation's result, base first. `left_out` says what was not run, and why."""
+
+    rows: tuple[Row, ...]
+    left_out: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The table as JSON values."""
+        lines = []
+        for row in self.rows:
+            line: dict[str, Any] = {"variant": row.run.folder.name, "about": row.about, "metric": row.run.headline}
+            line |= {"score": row.run.score._asdict()}
+            if row.difference is not None:
+                line |= {"difference": row.difference._asdict(), "p_corrected": row.p_corrected}
+            lines.append(line)
+        return {"rows": lines, "left_out": list(self.left_out)}
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        metric = self.rows[0].run.headline
+        lines = [
+            f"| variant | what changes | {metric} | difference to the base | p |",
+            "|---|---|---|---|---|",
+            *("| " + " | ".join(cells) + " |" for cells in self.cells()),
+            "",
+            f"Scores and differences in points with 95 % intervals, {self.rows[0].run.score.n:,} items; paired tests on the same items, "
+            "p after Holm's correction for all lines.",
+            *(f"Left out: {sentence}." for sentence in self.left_out),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def cells(self) -> Iterator[tuple[str, str, str, str, str]]:
+        """The texts of every line: variant, what changes, score, difference, p."""
+        for row in self.rows:
+            yield (
+                row.run.folder.name,
+                row.about,
+                str(row.run.score),
+                "" if row.difference is None else str(row.difference),
+                "" if row.p_corrected is None else stats.p_text(row.p_corrected),
+            )
+
+
+def run(
+    open_engine: Callable[[], Engine],
+    task: Task,
+    method: Method,
+    items: Sequence[Item],
+    names: Sequence[str],
+    out: Path,
+    *,
+    edges: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Table:
+    """Evaluate the base and every variant of the named ablations, each in out/<variant>; write out/table.md and .json.
+
+    open_engine: makes an engine for each run, so that none finds in memory what another left. options: what else
+    `kvgraph.eval.run.evaluate` takes, the same for all. Like that, it goes on where it was interrupted.
+    """
+    from kvgraph.eval.run import evaluate
+
+    spec = task.edges if edges is None else edges
+    base = Variant(BASE, "", method, items, spec if reads_edges(method) else "none")
+    made, left_out = variants(base, names, seed)
+    for variant in [base, *made]:
+        with open_engine() as engine:
+            evaluate(
+                engine, task, variant.method, variant.items, out / variant.name,
+                edges=variant.edges, seed=seed, ablation=None if variant is base else variant.name, **options,
+            )  # fmt: skip
+    table = compare([base, *made], out, left_out, seed)
+    (out / "table.md").write_text(table.markdown(), encoding="utf-8")
+    (out / "table.json").write_text(json.dumps(table.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return table
+
+
+def compare(ran: Sequence[Variant], out: Path, left_out: Iterable[str] = (), seed: int = 0) -> Table:
+    """The table of finished runs in out/<variant>, the base being the first."""
+    base, *others = [runs.Run.load(out / variant.name) for variant in ran]
+    found = [runs.compared(base, other, seed=seed) for other in others]
+    corrected = stats.holm([difference.p for difference in found if difference])
+    rows = [Row(base, ran[0].about)]
+    rows += map(Row, others, (variant.about for variant in ran[1:]), found, corrected)
+    return Table(tuple(rows), tuple(left_out))
+
+
+def indexed_edges(item: Item, spec: str) -> tuple[tuple[int, int], ...]:
+    """The item's edges under this spec (see `Variant.edges`), by index. Raises GraphError for edges that aren't there."""
+    return ContextGraph([""] * len(item.documents), edges=edges_of(item, spec)).edges
+
+
+def _rng(seed: int, item: Item, what: str) -> random.Random:
+    return random.Random(f"{seed} {what} {item.id}")
+
+
+def _shuffled(count: int, rng: random.Random) -> list[int]:
+    return rng.sample(range(count), count)
+
+
+def _relabelled(item: Item, spec: str, seed: int) -> tuple[tuple[int, int], ...]:
+    """The item's edges after a random renaming of its documents. A graph that every renaming tried keeps is returned."""
+    edges, rng = indexed_edges(item, spec), _rng(seed, item, "edges")
+    for _ in range(20):
+        name = _shuffled(len(item.documents), rng)
+        drawn = tuple((name[s], name[r]) for s, r in edges)
+        if set(drawn) != set(edges):
+            return drawn
+    return edges
+
+
+def _knows_gold(item: Item) -> bool:
+    return "gold_positions" in item.facts or "gold_position" in item.facts
+
+
+def _gold(item: Item) -> list[int]:
+    """Which documents hold the answer, by index; the first where the item doesn't say."""
+    stated = item.facts.get("gold_positions", item.facts.get("gold_position", 0))
+    positions = [int(position) for position in str(stated).split(",") if position]
+    return [i for i in positions if i < len(item.documents)]
+
+
+def _without_distractors(item: Item, most: int) -> list[int]:
+    """The item's documents by index, in order, without the distractors after the first `most`."""
+    gold = set(_gold(item))
+    extra = [i for i in range(len(item.documents)) if i not in gold]
+    return sorted({*gold, *extra[:most]})
+
+
+def _taking(item: Item, order: Iterable[int]) -> Item:
+    """The item with these of its documents, in this order. Its links and the facts about gold documents follow them."""
+    kept = list(order)
+    new = {old: i for i, old in enumerate(kept)}
+    links = tuple((new[s], new[r]) for s, r in indexed_edges(item, LINKS) if s in new and r in new)
+    gold = sorted(new[i] for i in _gold(item))
+    now: dict[str, int | str] = {"gold_position": min(gold, default=0), "gold_positions": ",".join(map(str, gold))}
+    if item.facts.get("distractors") == len(item.documents) - len(gold):  # elsewhere it counts something else
+        now["distractors"] = len(kept) - len(gold)
+    facts = {name: now.get(name, value) for name, value in item.facts.items()}
+    return replace(item, documents=tuple(item.documents[i] for i in kept), links=links, facts=facts)
+
+
+def _is_same(one: Variant, other: Variant) -> bool:
+    """Whether two variants give every item the same plan, whatever its documents' lengths."""
+    pairs = list(zip(one.items, other.items, strict=True))
+    if any(before.documents != after.documents for before, after in pairs):
+        return False
+    return all(_shape(one, before) == _shape(other, after) for before, after in pairs)
+
+
+def _shape(variant: Variant, item: Item) -> Any:
+    """What a variant makes of an item's documents: of methods that read edges the plan, else the method alone decides.
+
+    In the plan the documents stand for 1, 2, 3, ... tokens, all different.
+    """
+    method = variant.method
+    if not isinstance(method, GraphKV):
+        return method
+    if method.band is not None:
+        method = replace(method, band=max(method.band, len(item.documents)))
+    ids = iter(range(1, (len(item.documents) + 1) ** 2))
+    segments = [[next(ids) for _ in range(i + 1)] for i in range(len(item.documents))]
+    return method.plan(ContextGraph(segments, query=[0], edges=indexed_edges(item, variant.edges)))

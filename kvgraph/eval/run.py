@@ -1,0 +1,529 @@
+"""One run: a task's items, by one method, on one model, through the real engine; resumable at any moment.
+
+A run is a folder: `config.json` (written first), `results.jsonl` (a line an item, as they finish) and, once every item
+has its line, `summary.json`. docs/eval.md says what is in them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import MISSING, asdict, fields
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import kvgraph
+from kvgraph import methods
+from kvgraph.engine.engine import Engine
+from kvgraph.engine.progress import Progress
+from kvgraph.engine.result import Result, Usage
+from kvgraph.engine.sampling import SamplingParams
+from kvgraph.engine.scheduler import Request
+from kvgraph.errors import KVGraphError
+from kvgraph.eval import prompt, stats
+from kvgraph.eval.metrics import EXTRACT, METRICS, SETS
+from kvgraph.eval.records import Data
+from kvgraph.eval.runs import FORMAT, RESULTS, SUMMARY, RunError, changes
+from kvgraph.eval.task import Item, Task, TaskError
+from kvgraph.graph import ContextGraph
+from kvgraph.methods import Method
+from kvgraph.plan import Plan
+
+CONFIG = "config.json"
+WINDOW = 32  # requests in the engine at once
+MAY_CHANGE = ("data.from", "model.name")  # where things lie; what they are is hashed
+
+Summary = dict[str, Any]
+"""What summary.json holds."""
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    method: str | Method,
+    items: Sequence[Item],
+    out: str | Path,
+    *,
+    data: Data | None = None,
+    edges: str | None = None,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    ablation: str | None = None,
+    window: int = WINDOW,
+    progress: bool | None = None,
+) -> Summary:
+    """Answer and score every item, leaving the run in folder `out`; what is there already is kept, not done again.
+
+    method: a spec as `kvgraph.methods.parse` reads it, or an instance. data: where the items come from, for the summary.
+    edges: for methods that read them; the task's unless given. max_tokens: of an answer; the task's unless given. seed:
+    of the intervals. ablation: names what was changed, if this is a variant. window: requests in the engine at once.
+    progress: a bar (default: on a terminal).
+
+    An item that can't be run (longer than the model's limit, larger than the KV budget, refused by the method) gets a line
+    with an "error", scores 0, and is counted in the summary; the run goes on. Raises RunError when `out` holds another
+    run or can't be written, and GraphError for a method or edges that don't exist. Interrupted, even killed, the same
+    call goes on where it was.
+    """
+    params = SamplingParams(max_tokens=task.max_tokens if max_tokens is None else max_tokens, stop=task.stop)
+    spec = method if isinstance(method, str) else spec_of(method)
+    method = methods.parse(method) if isinstance(method, str) else method
+    edges = (task.edges if edges is None else edges) if prompt.reads_edges(method) else "none"
+    _check(engine, task, items, edges)
+    config = _config(engine, task, spec, method, params, items, data, edges, seed, ablation)
+    folder = Path(out)
+    with _errors_named(folder), _locked(folder):
+        _begin(folder, config)
+        with closing(_Results(folder / RESULTS, items)) as results:
+            if results.complete and (folder / SUMMARY).is_file():
+                return _loaded(folder / SUMMARY)
+            session = _Session(datetime.now(UTC), time.perf_counter(), len(results.lines))
+            todo = [item for item in items if item.id not in results.lines]
+            label, headline = f"{task.name} {spec}", task.metrics[0]
+            total = sum(line["scores"][headline] for line in results.lines.values())
+            with (
+                closing(_answers(engine, task, method, todo, edges, params, window)) as answers,
+                Progress(label, len(items), enabled=progress) as bar,
+            ):
+                bar.advance(len(results.lines))
+                for asked, answer in answers:
+                    line = _line(task, asked, answer)
+                    results.append(line)
+                    total += line["scores"][headline]
+                    bar.advance(1, label=f"{label}  {headline} {total / len(results.lines):.3f}")
+            lines = results.finish()
+        summary = config | _scores(task, lines, seed) | _costs(engine, lines, session)
+        _write(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        return summary
+
+
+def spec_of(method: Method) -> str:
+    """The text that `kvgraph.methods.parse` reads as this method: its name, and the fields that aren't the default."""
+    changed = {}
+    for field in fields(method):  # type: ignore[arg-type]  # methods are dataclasses
+        value = getattr(method, field.name)
+        if field.default is MISSING or value != field.default:
+            changed[field.name] = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return method.name + (":" if changed else "") + ",".join(f"{name}={value}" for name, value in changed.items())
+
+
+def slug(spec: str) -> str:
+    """A folder's name for a method's spec: "graph-kv:rounds=2" -> "graph-kv_rounds=2"; other specs, other names."""
+    name = re.sub(r"[^A-Za-z0-9._=,+-]", "-", re.sub(r"\s", "", spec).replace(":", "_", 1))[:100]
+    plain = re.fullmatch(r"[A-Za-z0-9.,=+-]+(:[A-Za-z0-9._=,+-]*)?", spec)
+    return name if plain and len(spec) <= 100 else f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
+
+
+def _check(engine: Engine, task: Task, items: Sequence[Item], edges: str) -> None:
+    """Raise what would otherwise go wrong for every item."""
+    if engine.model.tokenizer is None:
+        raise RunError(f"{engine.model.name} has no tokenizer; tasks are text, so they need one")
+    unknown = [name for name in task.metrics if name not in METRICS] + [task.extract] * (task.extract not in EXTRACT)
+    if unknown:
+        raise TaskError(f"task {task.name} names {unknown[0]!r}, which isn't in kvgraph.eval.metrics")
+    if not items:
+        raise TaskError(f"there are no items of {task.name} to evaluate")
+    repeated = [id_ for id_, count in Counter(item.id for item in items).items() if count > 1]
+    if repeated:
+        raise TaskError(f"several items have the id {repeated[0]!r}; ids must be unique")
+    if edges != prompt.LINKS:
+        largest = max(items, key=lambda item: len(item.documents))
+        ContextGraph([""] * len(largest.documents), edges=prompt.edges_of(largest, edges))
+
+
+# -- asking -----------------------------------------------------------------------------------------------------------
+
+
+class _Asked(NamedTuple):
+    """An item on its way through the engine."""
+
+    item: Item
+    graph: ContextGraph
+    plan_tokens: int
+
+
+def _answers(
+    engine: Engine,
+    task: Task,
+    method: Method,
+    items: Iterable[Item],
+    edges: str,
+    params: SamplingParams,
+    window: int,
+) -> Generator[tuple[_Asked, Result | KVGraphError]]:
+    """Answers as they finish; a new item enters as soon as fewer than `window` are in the engine."""
+    pending: dict[Request, _Asked] = {}
+
+    def finished() -> Iterator[tuple[_Asked, Result | KVGraphError]]:
+        engine.step()
+        for request in [r for r in pending if r.finished]:
+            asked = pending.pop(request)
+            try:
+                yield asked, engine.wait(request)
+            except KVGraphError as error:
+                yield asked, error
+
+    try:
+        for item in items:
+            asked = _Asked(item, ContextGraph([]), 0)
+            try:
+                graph = prompt.build(task, item, engine.model.tokenizer).graph(prompt.edges_of(item, edges))
+                asked = asked._replace(graph=graph)
+                plan = engine.plan(graph, method)
+                asked = asked._replace(plan_tokens=_tokens(plan))
+                pending[engine.submit(plan, params)] = asked
+            except KVGraphError as error:
+                yield asked, error
+            while len(pending) >= window:
+                yield from finished()
+        while pending:
+            yield from finished()
+    finally:
+        for request in pending:
+            engine.cancel(request)
+
+
+def _tokens(plan: Plan) -> int:
+    return sum(len(span) for span in plan.spans)
+
+
+def _line(task: Task, asked: _Asked, answer: Result | KVGraphError) -> dict[str, Any]:
+    """An item's line in results.jsonl."""
+    item = asked.item
+    failed = isinstance(answer, KVGraphError)
+    result = Result("", [], "error", Usage()) if isinstance(answer, KVGraphError) else answer
+    usage, extracted = result.usage, EXTRACT[task.extract](result.text)
+    return {
+        "id": item.id,
+        "kind": item.kind,
+        "facts": dict(item.facts),
+        "documents": [document.id or document.title for document in item.documents],
+        "edges": [list(edge) for edge in asked.graph.edges],
+        "prediction": result.text,
+        "extracted": extracted,
+        "golds": list(item.golds),
+        "scores": {name: 0.0 if failed else METRICS[name](extracted, item.golds) for name in task.metrics},
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "plan_tokens": asked.plan_tokens,
+            "live_tokens": usage.live_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "kv_bytes": usage.kv_bytes,
+        },
+        "finish_reason": result.finish_reason,
+        **({"error": " ".join(str(answer).split())} if failed else {}),
+        "timing": {
+            "queued": usage.queued,
+            "ttft": usage.ttft,
+            "decode": usage.decode,
+            "computed_tokens": usage.computed_tokens,
+            "document_tokens_computed": usage.document_tokens_computed,
+            "probe_tokens": usage.probe_tokens,
+            "reused_tokens": usage.reused_tokens,
+        },
+    }
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+class _Results:
+    """results.jsonl: read, appended to, and put in order at the end. A torn last line is what a kill leaves; it goes."""
+
+    def __init__(self, path: Path, items: Sequence[Item]):
+        self.path, self.items = path, items
+        self.file = open(path, "ab", buffering=0)
+        self.lines: dict[str, dict[str, Any]] = {}
+        known = {item.id for item in items}
+        whole, end, torn = path.read_bytes().rpartition(b"\n")
+        for number, raw in enumerate(whole.split(b"\n") if end else (), 1):
+            line = self._parsed(raw, number)
+            if line["id"] not in known or line["id"] in self.lines:
+                why = "a second line for item" if line["id"] in self.lines else "a line for the unknown item"
+                raise RunError(f"{path}:{number} is {why} {line['id']!r}; delete that line, or give another folder")
+            self.lines[line["id"]] = line
+        if torn:
+            os.truncate(path, len(whole) + len(end))
+
+    def _parsed(self, raw: bytes, number: int) -> dict[str, Any]:
+        try:
+            line = json.loads(raw)
+            hash(line["id"]), line["scores"].keys(), line["timing"].keys()
+            return line
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise RunError(f"{self.path}:{number} is damaged; delete that line, and its item is done again") from None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every item has its line."""
+        return len(self.lines) == len(self.items)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a finished item's line; after an error (a full disk) the file is as it was."""
+        end = os.fstat(self.file.fileno()).st_size
+        left = memoryview(_encoded(line))
+        try:
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError:
+            os.truncate(self.path, end)
+            raise
+        self.lines[line["id"]] = line
+
+    def finish(self) -> list[dict[str, Any]]:
+        """All lines in the items' order, in the file too."""
+        ordered = [self.lines[item.id] for item in self.items]
+        os.fsync(self.file.fileno())
+        if list(self.lines) != [item.id for item in self.items]:
+            _write(self.path, b"".join(map(_encoded, ordered)).decode())
+        return ordered
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+@contextmanager
+def _errors_named(folder: Path) -> Iterator[None]:
+    """What the file system refuses, as one line that says where."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise RunError(f"{where}: {error.strerror or error}; put that right and run the same again to go on") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder, so that two processes can't both append to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder} is being written by another process; wait for it, or give another folder"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _begin(folder: Path, config: dict[str, Any]) -> None:
+    """Write the configuration of a new run, or check that it is the one that began here."""
+    path = folder / CONFIG
+    if not path.is_file():
+        if any((folder / name).exists() for name in (RESULTS, SUMMARY)):
+            raise RunError(f"{folder} has results but no {CONFIG} to say of what; give another folder")
+        _write(path, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+        return
+    for field, before, now in changes(_loaded(path), config):
+        if field not in MAY_CHANGE:
+            before, now = (json.dumps(value, ensure_ascii=False)[:80] for value in (before, now))
+            raise RunError(
+                f"{folder} holds a run with {field} = {before}, now it is {now}; give another folder, or delete it"
+            )
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise RunError(f"{path} is damaged; delete it if it is a {SUMMARY}, else give another folder") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole or not at all."""
+    part = path.with_suffix(".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+# -- the summary ------------------------------------------------------------------------------------------------------
+
+
+def _config(
+    engine: Engine,
+    task: Task,
+    spec: str,
+    method: Method,
+    params: SamplingParams,
+    items: Sequence[Item],
+    data: Data | None,
+    edges: str,
+    seed: int,
+    ablation: str | None,
+) -> dict[str, Any]:
+    """What makes the run what it is: the part of the summary that is known before it."""
+    digest = hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest()
+    data = data or Data(tuple(items), sha256=digest)
+    model = engine.model
+    config = {
+        "format": FORMAT,
+        "task": task.name,
+        "headline": task.metrics[0],
+        "metrics": task.metrics,
+        "method": {"spec": spec, "name": method.name, "fields": asdict(method)},  # type: ignore[call-overload]
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "seed": seed,
+        "limit": data.limit,
+        "data": {"from": data.source, "sha256": data.sha256, "shuffled": data.shuffled, "items": len(data.items)},
+        "items_sha256": digest,
+        "prompt": {
+            "instruction": task.instruction,
+            "question": task.question,
+            "document": task.document,
+            "chat_template": bool(getattr(model.tokenizer, "chat_template", None)),
+        },
+        "decode": asdict(params),
+        "extract": task.extract,
+        "edges": edges if edges != "none" else None,
+        "ablation": ablation,
+    }
+    return json.loads(json.dumps(config))  # as it will be read back: lists, no tuples
+
+
+def _scores(task: Task, lines: Sequence[Mapping[str, Any]], seed: int) -> Summary:
+    """Every metric over all items and by every breakdown; scores of whole sets; counts. The same for the same answers."""
+    groups = {name: _groups(lines, name) for name in task.breakdowns}
+    return {
+        "scores": _means(task, lines, seed),
+        "by": {
+            name: {str(value): _means(task, part, seed) for value, part in found.items()}
+            for name, found in groups.items()
+            if found
+        },
+        "sets": {
+            name: {
+                "overall": score(line["scores"][metric] for line in lines)._asdict(),
+                "by_kind": {
+                    kind: score(line["scores"][metric] for line in part)._asdict()
+                    for kind, part in _groups(lines, "kind").items()
+                },
+            }
+            for metric, (name, score) in SETS.items()
+            if metric in task.metrics
+        },
+        "errors": sum("error" in line for line in lines),
+        "finish": dict(sorted(Counter(line["finish_reason"] for line in lines).items())),
+        "tokens": {
+            short: sum(line["usage"][f"{short}_tokens"] for line in lines)
+            for short in ("prompt", "plan", "live", "completion")
+        },
+    }
+
+
+def _means(task: Task, lines: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, float]]:
+    clusters = stats.clusters_of(lines)
+    return {
+        metric: stats.mean_interval([line["scores"][metric] for line in lines], clusters, seed=seed)._asdict()
+        for metric in task.metrics
+    }
+
+
+def _groups(lines: Sequence[Mapping[str, Any]], name: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """Lines by their kind or a fact, in order of its values; lines that lack it are in none."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        value = line["kind"] or None if name == "kind" else line["facts"].get(name)
+        if value is not None:
+            groups.setdefault(value, []).append(line)
+    return dict(sorted(groups.items(), key=lambda group: (isinstance(group[0], str), group[0])))
+
+
+class _Session(NamedTuple):
+    """This call's share of a run."""
+
+    started: datetime
+    clock: float
+    done_before: int
+
+
+def _costs(engine: Engine, lines: Sequence[Mapping[str, Any]], session: _Session) -> Summary:
+    """What may differ from run to run: times, what had to be computed, and where all this took place."""
+    timings = [line["timing"] for line in lines if "error" not in line]
+    reused: Counter[str] = Counter()
+    for timing in timings:
+        reused.update(timing["reused_tokens"])
+    seconds, count = time.perf_counter() - session.clock, len(lines) - session.done_before
+    return {
+        "timing": {
+            "seconds": seconds,
+            "items": count,
+            "items_per_second": count / seconds,
+            **{name: _median(timing[name] for timing in timings) for name in ("queued", "ttft", "decode")},
+            "tokens": {
+                "computed": sum(timing["computed_tokens"] for timing in timings),
+                "documents_computed": sum(timing["document_tokens_computed"] for timing in timings),
+                "probe": sum(timing["probe_tokens"] for timing in timings),
+                "reused": dict(sorted(reused.items())),
+            },
+        },
+        "environment": {
+            "versions": {
+                "kvgraph": kvgraph.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers", "numpy", "scipy")},
+            },
+            "git_commit": _git_commit(),
+            "machine": _machine(engine.model.device),
+            "threads": torch.get_num_threads(),
+            "kv_budget": engine.scheduler.budget,
+            "max_step_tokens": engine.scheduler.max_step_tokens,
+            "store": engine.store is not None,
+            "started": session.started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    }
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
+
+
+def _machine(device: torch.device) -> str:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return f"{platform.system()} {platform.machine()}, {where}"
+
+
+def _git_commit() -> str | None:
+    """The commit of this checkout, with "+" when files differ from it; None for an installed package."""
+    root = Path(kvgraph.__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

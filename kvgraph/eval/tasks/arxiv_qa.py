@@ -1,0 +1,87 @@
+"""Arxiv-QA, Graph-KV's own data: questions about a paper and works it cites, all in full text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from kvgraph.chat import Document
+from kvgraph.eval.task import Item, Task, TaskError
+from kvgraph.eval.tasks import ego, qa
+from kvgraph.eval.tasks.segments import Text
+
+
+class Neighbourhood(BaseModel):
+    """A paper ("0") and the works it cites ("1"), by name; null where the text of one couldn't be had."""
+
+    paper: Text = Field(alias="0")
+    cited: dict[str, str | None] = Field(alias="1")
+
+
+class Record(BaseModel):
+    """What `read` makes of a question: text is the content of text_data/ID.json, one neighbourhood under a name."""
+
+    id: str
+    text: Annotated[dict[str, Neighbourhood], Field(min_length=1, max_length=1)]
+    question: Text
+    answer: qa.Answers
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a folder in the layout of the released data: text_data/ID.json, questions/ID.txt, answers/ID.txt.
+
+    In the order of their ids, which are numbers. Raises TaskError naming the file that is missing or broken.
+    """
+    files = sorted((path / "text_data").glob("*.json"), key=lambda file: (len(file.stem), file.stem))
+    if not files:
+        raise TaskError(f"{path} has no text_data/ID.json; give the folder that holds text_data, questions and answers")
+    for file in files:
+        name = file.stem
+        try:
+            texts = [(path / kind / f"{name}.txt").read_text(encoding="utf-8") for kind in ("questions", "answers")]
+            papers = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TaskError(f"can't read {error.filename}: {error.strerror}") from None
+        except ValueError as error:
+            raise TaskError(f"{file}, or the question or answer of that name, is broken: {error}") from None
+        yield {"id": name, "text": papers, "question": texts[0].strip(), "answer": texts[1].strip()}
+
+
+def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
+    """Five items a record (see `ego.arranged`): the cited works, in the record's order, then the paper that reads them.
+
+    Cited works without a text are left out, as in the released code.
+    """
+    return ego.arranged([_ego(record) for record in qa.checked(Record, records)])
+
+
+def _ego(record: Record) -> ego.Ego:
+    (name, around), *_ = record.text.items()
+    cited = [Document(text, "Related work", f"{record.id}/{key}") for key, text in around.cited.items() if text]
+    return ego.Ego(
+        id=record.id,
+        question=record.question,
+        golds=record.answer,
+        documents=(*cited, Document(around.paper, "Paper", f"{record.id}/{name}")),
+        links=tuple((i, len(cited)) for i in range(len(cited))),
+    )
+
+
+ARXIV_QA = Task(
+    name="arxiv-qa",
+    about="Arxiv-QA: a paper and the works it cites in full text, among 0 to 2 such groups about something else",
+    source="Graph-KV (arXiv 2506.07334) and its arxiv_inference.py; hub Graph-COM/GraphKV, folder arxiv",
+    items=items,
+    read=read,
+    instruction=ego.INSTRUCTION,
+    question=qa.QUESTION,
+    max_tokens=qa.SHORT_ANSWER,
+    stop=qa.STOP,
+    metrics=("substring_em", "f1"),
+    edges="links",
+    breakdowns=ego.BREAKDOWNS,
+)
