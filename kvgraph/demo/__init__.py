@@ -19,6 +19,10 @@ from kvgraph.graph import Edge
 FOLDER = Path(str(files(__package__)))
 DOCUMENTS, QUESTIONS = FOLDER / "documents.jsonl", FOLDER / "questions.jsonl"
 LINK_SLOTS, LINKS = 10, 2  # KVLink's link tokens: so many a document, for so many documents
+CHAT_TEMPLATE = (  # roles in words, one message a paragraph
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 SPECIAL = ["<|end|>", "<|mem_start|>", "<|mem_end|>", *(f"<|link_{i}|>" for i in range(LINKS * LINK_SLOTS))]
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 6, 4, 2, 64, 768
@@ -54,7 +58,12 @@ def write_model(folder: Path, seed: int = 0) -> None:
     vocab = tokenizer.get_vocab_size()
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(
-        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0]}
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": SPECIAL[0],
+            "chat_template": CHAT_TEMPLATE,
+        },
     )
     _write_json(
         folder / "config.json",

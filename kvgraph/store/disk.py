@@ -5,6 +5,7 @@
     folder/quarantine/           bad records, moved aside for people to look at
     folder/index.sqlite          sizes, last uses, pins; rebuilt from the files whenever needed
     folder/index.lock            held while the index is opened or replaced
+    folder/library.sqlite        a server's segments and graphs; nothing of the store's, only kept beside it
 
 The files are the truth. A record appears by one rename of a finished, synced file and is never changed afterwards, so a
 reader needs no lock. The index is a convenience: when it is locked, lost, damaged or read-only, records are still
@@ -40,7 +41,9 @@ SUFFIX = ".safetensors"
 TEMPORARY = ".tmp-"
 TOUCH_EVERY = 30.0  # seconds between writes of last uses to the index
 TOUCH_AT_MOST = 1024  # last uses waiting to be written
-OWN_FILES = {"VERSION", "records", "quarantine", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm", "index.lock"}
+LIBRARY = "library.sqlite"  # a server's stored segments and graphs, kept beside their KV
+OWN_FILES = {"VERSION", "records", "quarantine", "index.lock"}
+OWN_FILES |= {base + suffix for base in ("index.sqlite", LIBRARY) for suffix in ("", "-wal", "-shm")}
 
 # Connections opened before a fork: SQLite allows the child neither to use nor to close them.
 _inherited: list[Index] = []

@@ -1,0 +1,140 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, with the status that clients act on."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from kvgraph.errors import CapacityError, GraphError, KVGraphError, ModelError, PlanError, StoreError
+from kvgraph.server import logs
+from kvgraph.server.runner import Stopped
+
+log = logging.getLogger("kvgraph.server")
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, in one line; `param` names the field and `code` is for programs."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer with a status of 400 or above."""
+
+    error: ErrorBody
+
+
+class APIError(KVGraphError):
+    """An error with its HTTP status; `retry_after` in seconds where trying again later makes sense."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+DECLARED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": text}
+    for status, text in {
+        400: "The request is wrong; the message says where.",
+        401: "No such API key.",
+        404: "No such thing.",
+        405: "Not that method.",
+        408: "The body took too long to come.",
+        409: "It is being changed.",
+        413: "The request is too large.",
+        429: "Too many requests; try again after Retry-After seconds.",
+        500: "A fault of the server.",
+        503: "Not ready, or shutting down.",
+        504: "The deadline has passed.",
+    }.items()
+}
+"""Responses that every route declares in the OpenAPI document."""
+
+
+def report(error: BaseException) -> APIError:
+    """What the caller of the running request is told; noted for the access line, and logged if it is the server's fault."""
+    told = as_api_error(error)
+    exchange = logs.current.get()
+    if exchange is not None:
+        exchange.error = told.code or str(told.status)
+    if told.status == 500:
+        log.error("a request failed", exc_info=error)
+    return told
+
+
+def as_api_error(error: BaseException) -> APIError:
+    """Any error as one with a status. What a caller can mend is a 4xx; everything unexpected is a 500 without details."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, CapacityError | PlanError):
+        return APIError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, Stopped):
+        return APIError(503, str(error), code="shutting_down", retry_after=1)
+    if isinstance(error, ModelError | StoreError):
+        return APIError(500, str(error))
+    if isinstance(error, KVGraphError):
+        return APIError(400, str(error), code="invalid_graph" if isinstance(error, GraphError) else "invalid_value")
+    return APIError(500, "an unexpected error; the server's log has the details")
+
+
+def body(error: APIError) -> dict[str, Any]:
+    """The JSON of an error."""
+    kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    detail = ErrorBody(message=printable(str(error)), type=kind, param=error.param, code=error.code)
+    return {"error": detail.model_dump()}
+
+
+def response(error: APIError) -> JSONResponse:
+    """The HTTP response of an error."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body(error), error.status, headers)
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """One line without lone surrogates, so that it can be sent as UTF-8."""
+    line = " ".join(text.encode("utf-8", "replace").decode().split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of an application's routes leave it in OpenAI's shape."""
+
+    @app.exception_handler(KVGraphError)
+    async def known(_: Request, error: KVGraphError) -> JSONResponse:
+        return response(report(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return response(APIError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json"))
+        where = [str(part) for part in first["loc"] if part != "body"]
+        param = ".".join(where) or None
+        message = f"{param}: {first['msg']}" if param else str(first["msg"])
+        return response(APIError(400, message, param=param, code=str(first["type"])))
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        made = response(APIError(error.status_code, str(error.detail)))
+        made.headers.update(error.headers or {})
+        return made

@@ -1,0 +1,403 @@
+"""Stored segments and corpus graphs by tenant: what was given, as token ids, in one SQLite file beside the KV store.
+
+The library holds no KV. It says which tokens an id stands for and who reads whom; keys follow from that, so a record
+that is gone costs a recompute and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+import threading
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kvgraph import methods
+from kvgraph.chat import Document
+from kvgraph.errors import StoreError
+from kvgraph.graph import ContextGraph, Text
+from kvgraph.methods import GraphKV
+from kvgraph.server.errors import APIError
+
+log = logging.getLogger("kvgraph.server")
+
+State = Literal["pending", "running", "ready", "failed"]
+
+SCHEMA = 1
+BUSY_TIMEOUT = 10.0  # seconds a writer waits for another process
+_CREATE = """
+CREATE TABLE segments (
+    row INTEGER PRIMARY KEY, model TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, title TEXT NOT NULL,
+    text TEXT NOT NULL, tokens BLOB NOT NULL, created REAL NOT NULL, UNIQUE (model, tenant, id)
+);
+CREATE TABLE graphs (
+    row INTEGER PRIMARY KEY, model TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, digest TEXT NOT NULL,
+    method TEXT NOT NULL, segments INTEGER NOT NULL, edges INTEGER NOT NULL, spans INTEGER NOT NULL,
+    tokens INTEGER NOT NULL, created REAL NOT NULL, state TEXT NOT NULL DEFAULT 'pending',
+    done INTEGER NOT NULL DEFAULT 0, error TEXT, UNIQUE (model, tenant, id)
+);
+CREATE TABLE members (
+    graph INTEGER NOT NULL REFERENCES graphs ON DELETE CASCADE, place INTEGER NOT NULL,
+    segment INTEGER NOT NULL REFERENCES segments ON DELETE RESTRICT,
+    PRIMARY KEY (graph, place), UNIQUE (graph, segment)
+) WITHOUT ROWID;
+CREATE INDEX member_of ON members (segment);
+CREATE TABLE edges (
+    graph INTEGER NOT NULL REFERENCES graphs ON DELETE CASCADE, reader INTEGER NOT NULL, source INTEGER NOT NULL,
+    PRIMARY KEY (graph, reader, source)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stored segment: token ids, and the title and text they were made from. created: seconds since the epoch."""
+
+    id: str
+    tokens: tuple[int, ...]
+    title: str = ""
+    text: str = ""
+    created: float = 0.0
+
+
+@dataclass(frozen=True)
+class StoredGraph:
+    """What is known of a stored graph without its content.
+
+    row: its number in the library. segments, edges: how many. spans, tokens: what precomputing leaves in the store.
+    done: segments that are precomputed, of `segments`.
+    """
+
+    row: int
+    tenant: str
+    id: str
+    method: GraphKV
+    segments: int
+    edges: int
+    spans: int
+    tokens: int
+    created: float
+    state: State
+    done: int
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Segments of a graph, edges (source, reader) among them, and which were chosen, both as indices into `segments`."""
+
+    segments: tuple[Segment, ...]
+    edges: tuple[tuple[int, int], ...]
+    chosen: tuple[int, ...]
+
+    def graph(self, query: Text = "") -> ContextGraph:
+        """It as a context graph without a prefix, segments named by their ids."""
+        tokens, names = [s.tokens for s in self.segments], [s.id for s in self.segments]
+        return ContextGraph(tokens, query, "", self.edges, names, self.chosen)
+
+
+class Library:
+    """Segments and graphs of one model (by fingerprint), by tenant and id. Safe to use from several threads.
+
+    file: the SQLite file, shared with other processes; None keeps everything in memory. Raises StoreError when the file
+    is damaged or another version's. A file that can't be written is left alone, with a warning: then memory serves.
+    """
+
+    def __init__(self, file: Path | None, model: str):
+        self._model = model
+        self._lock = threading.RLock()
+        try:
+            self._db = _opened(file)
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
+                log.warning("can't keep segments and graphs in %s, they go when the server stops: %s", file, error)
+                self._db = _opened(None)
+            else:
+                raise StoreError(
+                    f"{file} can't be used ({error}); move it away, and store its segments again"
+                ) from None
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        with self._lock:
+            self._db.close()
+
+    # -- segments -----------------------------------------------------------------------------------------------------
+
+    def add(self, tenant: str, segments: Iterable[Segment], most: int) -> list[Segment]:
+        """Keep segments, all or none, at most `most` of a tenant; returns them as kept. Idempotent.
+
+        Raises APIError 409 when an id is taken by other tokens, and 400 beyond `most`.
+        """
+        with self._changing():
+            kept = [self._add(tenant, segment) for segment in segments]
+            (count,) = self._one("SELECT count(*) FROM segments WHERE model = ? AND tenant = ?", self._model, tenant)
+            if count > most:
+                raise APIError(400, f"that would make {count} segments, but at most {most} are kept; delete some first")
+            return kept
+
+    def _add(self, tenant: str, segment: Segment) -> Segment:
+        there = self._find(tenant, segment.id)
+        if there is not None:
+            if there.tokens != segment.tokens:
+                raise APIError(
+                    409, f"segment {segment.id!r} is there with another text; DELETE it first", code="conflict"
+                )
+            return there
+        created = time.time()
+        self._db.execute(
+            "INSERT INTO segments (model, tenant, id, title, text, tokens, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (self._model, tenant, segment.id, segment.title, segment.text, _packed(segment.tokens), created),
+        )
+        return Segment(segment.id, segment.tokens, segment.title, segment.text, created)
+
+    def segment(self, tenant: str, id: str, param: str | None = None) -> Segment:
+        """A stored segment. Raises APIError 404; `param` names the request's field."""
+        with self._reading():
+            found = self._find(tenant, id)
+        if found is None:
+            raise APIError(404, f"there is no segment {id!r}; store it with PUT /v1/segments", param=param)
+        return found
+
+    def _find(self, tenant: str, id: str) -> Segment | None:
+        row = self._one(
+            "SELECT id, tokens, title, text, created FROM segments WHERE model = ? AND tenant = ? AND id = ?",
+            *(self._model, tenant, id),
+        )
+        return None if row is None else Segment(row[0], _unpacked(row[1]), *row[2:])
+
+    def document(self, tenant: str, segment: str) -> Document:
+        """A stored segment as a document. Raises APIError 404."""
+        found = self.segment(tenant, segment, "documents")
+        return Document(found.text, found.title, found.id, found.tokens)
+
+    def segments(self, tenant: str, after: str, limit: int) -> list[Segment]:
+        """Up to `limit` segments with ids above `after`, in the order of their ids."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT id, tokens, title, text, created FROM segments WHERE model = ? AND tenant = ? AND id > ? "
+                "ORDER BY id LIMIT ?",
+                (self._model, tenant, after, limit),
+            ).fetchall()
+        return [Segment(row[0], _unpacked(row[1]), *row[2:]) for row in rows]
+
+    def remove(self, tenant: str, id: str) -> Segment:
+        """Take a segment out; returns it. Raises APIError 404, or 409 while a graph uses it."""
+        with self._changing():
+            segment = self.segment(tenant, id)
+            used = self._one(
+                "SELECT graphs.id FROM members JOIN graphs ON graphs.row = graph JOIN segments ON segments.row = segment "
+                "WHERE segments.model = ? AND segments.tenant = ? AND segments.id = ? LIMIT 1",
+                *(self._model, tenant, id),
+            )
+            if used is not None:
+                raise APIError(409, f"graph {used[0]!r} uses segment {id!r}; DELETE the graph first", code="conflict")
+            self._db.execute(
+                "DELETE FROM segments WHERE model = ? AND tenant = ? AND id = ?", (self._model, tenant, id)
+            )
+            return segment
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def add_graph(
+        self,
+        tenant: str,
+        id: str | None,
+        method: GraphKV,
+        segments: Sequence[str],
+        edges: Sequence[tuple[int, int]],
+        *,
+        spans: int,
+        tokens: int,
+    ) -> StoredGraph:
+        """Keep a graph of stored segments, in state "pending". One that is there with the same content stays as it is,
+        but one that failed is pending again. Without an id it is named after its content.
+
+        Raises APIError 409 when the id is taken by another graph, 404 for unknown segments.
+        """
+        fields = json.dumps(asdict(method), sort_keys=True)
+        with self._changing():
+            rows = [self._row_of(tenant, segment) for segment in segments]
+            content = json.dumps([fields, rows, sorted(edges)])
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            id = id or f"graph-{digest[:24]}"
+            there = self._one(
+                "SELECT row, digest FROM graphs WHERE model = ? AND tenant = ? AND id = ?", self._model, tenant, id
+            )
+            if there is not None:
+                if there[1] != digest:
+                    raise APIError(409, f"graph {id!r} is there with another content; DELETE it first", code="conflict")
+                self._db.execute(
+                    "UPDATE graphs SET state = 'pending', error = NULL WHERE row = ? AND state = 'failed'", there[:1]
+                )
+                return self.graph(tenant, id)
+            columns = (self._model, tenant, id, digest, fields, len(rows), len(edges), spans, tokens, time.time())
+            graph = self._db.execute(
+                "INSERT INTO graphs (model, tenant, id, digest, method, segments, edges, spans, tokens, created) "
+                f"VALUES ({', '.join('?' * len(columns))})",
+                columns,
+            ).lastrowid
+            members = [(graph, place, row) for place, row in enumerate(rows)]
+            self._db.executemany("INSERT INTO members (graph, place, segment) VALUES (?, ?, ?)", members)
+            pairs = [(graph, reader, source) for source, reader in edges]
+            self._db.executemany("INSERT INTO edges (graph, reader, source) VALUES (?, ?, ?)", pairs)
+            return self.graph(tenant, id)
+
+    def _row_of(self, tenant: str, segment: str) -> int:
+        row = self._one(
+            "SELECT row FROM segments WHERE model = ? AND tenant = ? AND id = ?", self._model, tenant, segment
+        )
+        if row is None:
+            raise APIError(404, f"there is no segment {segment!r}; store it with PUT /v1/segments", param="segments")
+        return row[0]
+
+    def graph(self, tenant: str, id: str, param: str | None = None) -> StoredGraph:
+        """A stored graph's state. Raises APIError 404; `param` names the request's field."""
+        found = self._graphs("tenant = ? AND id = ?", tenant, id)
+        if not found:
+            raise APIError(404, f"there is no graph {id!r}; store it with POST /v1/graphs", param=param)
+        return found[0]
+
+    def graphs(self, tenant: str, after: str, limit: int) -> list[StoredGraph]:
+        """Up to `limit` graphs with ids above `after`, in the order of their ids."""
+        return self._graphs("tenant = ? AND id > ? ORDER BY id LIMIT ?", tenant, after, limit)
+
+    def unfinished(self) -> list[StoredGraph]:
+        """All tenants' graphs that are neither ready nor failed, oldest first."""
+        return self._graphs("state IN ('pending', 'running') ORDER BY created")
+
+    def _graphs(self, where: str, *values: Any) -> list[StoredGraph]:
+        names = "row, tenant, id, method, segments, edges, spans, tokens, created, state, done, error"
+        with self._reading():
+            rows = self._db.execute(f"SELECT {names} FROM graphs WHERE model = ? AND {where}", (self._model, *values))
+            return [
+                StoredGraph(row, tenant, id, methods.get(GraphKV.name, **json.loads(method)), *rest)  # type: ignore[arg-type]
+                for row, tenant, id, method, *rest in rows
+            ]
+
+    def progress(self, graph: StoredGraph, state: State, done: int, error: str | None = None) -> None:
+        """Note how far precomputing has come. No effect on a graph that is gone."""
+        with self._changing():
+            self._db.execute(
+                "UPDATE graphs SET state = ?, done = ?, error = ? WHERE row = ?", (state, done, error, graph.row)
+            )
+
+    def remove_graph(self, graph: StoredGraph) -> None:
+        """Take a graph out; its segments stay."""
+        with self._changing():
+            self._db.execute("DELETE FROM graphs WHERE row = ?", (graph.row,))
+
+    def part(self, graph: StoredGraph, chosen: Sequence[str | int] | None = None) -> Part:
+        """What a query over the chosen segments (by id, or by number in the graph; None: all) needs of the graph.
+
+        That is the chosen segments in this order, then what their versions were computed from: sources up to `rounds`
+        edges away. Their keys are those of the whole graph. Raises APIError 404 for a segment that isn't in the graph.
+        """
+        with self._reading():
+            places = range(graph.segments) if chosen is None else [self._place(graph, ref) for ref in chosen]
+            needed, pairs = self._ancestors(graph, places)
+            index = {place: i for i, place in enumerate(needed)}
+            return Part(
+                tuple(self._members(graph, needed)),
+                tuple((index[source], index[reader]) for source, reader in pairs),
+                tuple(index[place] for place in places),
+            )
+
+    def _ancestors(self, graph: StoredGraph, places: Iterable[int]) -> tuple[dict[int, None], list[tuple[int, int]]]:
+        """The places and all that is up to `rounds` edges before them, and the edges on the way."""
+        needed, pairs = dict.fromkeys(places), []
+        frontier = list(needed)
+        for _ in range(graph.method.rounds):
+            found: dict[int, None] = {}
+            for reader in frontier:
+                rows = self._db.execute("SELECT source FROM edges WHERE graph = ? AND reader = ?", (graph.row, reader))
+                for (source,) in rows:
+                    pairs.append((source, reader))
+                    if source not in needed:
+                        needed[source] = found[source] = None
+            frontier = list(found)
+        return needed, pairs
+
+    def _place(self, graph: StoredGraph, ref: str | int) -> int:
+        if isinstance(ref, int):
+            return ref
+        row = self._one(
+            "SELECT place FROM members JOIN segments ON segments.row = segment WHERE graph = ? AND model = ? "
+            "AND tenant = ? AND id = ?",
+            *(graph.row, self._model, graph.tenant, ref),
+        )
+        if row is None:
+            raise APIError(404, f"graph {graph.id!r} has no segment {ref!r}", param="kvgraph.segments")
+        return row[0]
+
+    def _members(self, graph: StoredGraph, places: Iterable[int]) -> Iterator[Segment]:
+        for place in places:
+            id, tokens = self._one(
+                "SELECT id, tokens FROM members JOIN segments ON segments.row = segment WHERE graph = ? AND place = ?",
+                *(graph.row, place),
+            )
+            yield Segment(id, _unpacked(tokens))
+
+    # -- SQLite -------------------------------------------------------------------------------------------------------
+
+    def _one(self, sql: str, *values: Any) -> Any:
+        return self._db.execute(sql, values).fetchone()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """One thread at a time; SQLite's errors as StoreError."""
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise StoreError(f"the library of segments can't be used now: {error}") from None
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A transaction: all of it or nothing."""
+        with self._reading():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk, for one, has rolled back already
+                    self._db.execute("ROLLBACK")
+                raise
+
+
+def _opened(file: Path | None) -> sqlite3.Connection:
+    """A connection with all tables. Raises sqlite3.Error."""
+    db = sqlite3.connect(file or ":memory:", timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("BEGIN IMMEDIATE")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            for statement in filter(str.strip, _CREATE.split(";")):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
+        elif version != SCHEMA:
+            raise sqlite3.DatabaseError(f"it has format {version}, this version of kvgraph reads {SCHEMA}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    return array("i", tokens).tobytes()
+
+
+def _unpacked(blob: bytes) -> tuple[int, ...]:
+    return tuple(array("i", blob))

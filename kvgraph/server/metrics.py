@@ -1,0 +1,179 @@
+"""`GET /metrics`: what Prometheus scrapes. No label has a value that callers choose, and no metric tells tenants apart.
+
+Counters and histograms are filled as things happen, on the event loop; gauges are read when somebody asks, from what
+the engine thread left after its last step. So a scrape waits for no step, and for a store at most `PATIENCE` seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import generate_latest as written
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from kvgraph import __version__
+from kvgraph.server.runner import Job, Update
+from kvgraph.store.disk import DiskStore
+from kvgraph.store.tiered import TieredStore
+
+if TYPE_CHECKING:
+    from kvgraph.server.core import Server
+
+router = APIRouter()
+
+PATIENCE = 0.5  # seconds a scrape waits for the size of a store, which is else the one of the scrape before
+SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
+QUICK = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
+
+
+class Metrics:
+    """A server's metrics, in a registry of their own."""
+
+    def __init__(self, server: Server):
+        self.registry = CollectorRegistry()
+        self._state = _State(server)
+        self._measuring: asyncio.Task[None] | None = None
+        registry = self.registry
+        registry.register(self._state)
+        ProcessCollector(registry=registry)
+        self._http = Counter(
+            "kvgraph_http_requests", "HTTP requests answered.", ("route", "method", "status"), registry=registry
+        )
+        self._http_seconds = Histogram(
+            "kvgraph_http_request_seconds", "From a request's head to the end of its answer.", ("route",),
+            registry=registry, buckets=SLOW,
+        )  # fmt: skip
+        self.in_flight = Gauge("kvgraph_http_requests_in_flight", "HTTP requests being answered.", registry=registry)
+        self._answers = Counter("kvgraph_answers", "Answers, one a choice, by how they ended.", ("outcome",), registry=registry)
+        self._computed = Counter(
+            "kvgraph_tokens_computed", "Prompt tokens run through the model.", registry=registry
+        )
+        self._reused = Counter(
+            "kvgraph_tokens_reused", "Prompt tokens whose KV was there, by where.", ("tier",), registry=registry
+        )
+        self._generated = Counter("kvgraph_tokens_generated", "Tokens of answers.", registry=registry)
+        self._queued = Histogram(
+            "kvgraph_queue_seconds", "From the queue's end to admission.", registry=registry, buckets=SLOW
+        )
+        self._ttft = Histogram(
+            "kvgraph_time_to_first_token_seconds", "From a request's head to its answer's first token.",
+            registry=registry, buckets=SLOW,
+        )  # fmt: skip
+        self._between = Histogram(
+            "kvgraph_inter_token_seconds", "From one token of an answer to the next.", registry=registry, buckets=QUICK
+        )
+
+    def count_http(self, route: str, method: str, status: int, seconds: float) -> None:
+        """An HTTP request has been answered. route: its template, never its path."""
+        known = method if method in METHODS else "other"
+        self._http.labels(route, known, f"{status // 100}xx").inc()
+        self._http_seconds.labels(route).observe(seconds)
+
+    def saw(self, job: Job, update: Update) -> None:
+        """Something new of a job, on the event loop."""
+        now, tokens = time.perf_counter(), len(update.sampled)
+        if tokens:
+            if job.last_token_at is None:
+                self._ttft.observe(now - job.started)
+            else:
+                for _ in range(tokens):
+                    self._between.observe((now - job.last_token_at) / tokens)
+            job.last_token_at = now
+        if update.result is not None or update.error is not None:
+            self._count(job, "error" if update.result is None else update.result.finish_reason)
+
+    def _count(self, job: Job, outcome: str) -> None:
+        usage = job.request.usage
+        done = job.request.encode_only and outcome == "length"
+        self._answers.labels("encoded" if done else outcome).inc()
+        self._computed.inc(usage.computed_tokens)
+        for tier, n in usage.reused_tokens.items():
+            self._reused.labels(tier).inc(n)
+        self._generated.inc(len(job.request.token_ids))
+        if usage.queued:
+            self._queued.observe(usage.queued)
+
+    async def page(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        if self._measuring is None or self._measuring.done():
+            self._measuring = asyncio.create_task(asyncio.to_thread(self._state.measure))
+        await asyncio.wait({self._measuring}, timeout=PATIENCE)
+        return written(self.registry)
+
+
+class _State(Collector):
+    """What is so at the moment of a scrape."""
+
+    def __init__(self, server: Server):
+        self._server = server
+        self._sizes: dict[DiskStore, int] = {}
+
+    def measure(self) -> None:
+        """Ask the stores for their sizes; that may wait for a disk."""
+        for store in self._stores():
+            size = store.size()
+            if size is not None:
+                self._sizes[store] = size
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything that is read, not counted. Before the model is loaded: only who this is, and that it isn't ready."""
+        server = self._server
+        built = GaugeMetricFamily("kvgraph_build_info", "Always 1.", labels=("version", "model"))
+        built.add_metric((__version__, server.settings.name), 1)
+        yield built
+        yield GaugeMetricFamily("kvgraph_ready", "1 while requests are taken.", value=float(server.ready))
+        if not server.loaded:
+            return
+        runner, budget = server.runner, server.engine.scheduler.budget
+        load = runner.load
+        yield GaugeMetricFamily("kvgraph_requests_running", "Requests admitted by the engine.", value=load.running)
+        waiting = max(0, runner.pending - load.running)
+        yield GaugeMetricFamily("kvgraph_requests_waiting", "Requests that wait for the engine.", value=waiting)
+        yield GaugeMetricFamily("kvgraph_spans_encoding", "Missing spans being encoded.", value=load.encoding)
+        yield SummaryMetricFamily("kvgraph_step_seconds", "Forward passes.", runner.steps, runner.step_seconds)
+        yield GaugeMetricFamily("kvgraph_kv_bytes", "KV held in memory.", value=load.kv_bytes)
+        yield GaugeMetricFamily("kvgraph_kv_pinned_bytes", "Of it, spans that requests in work read.", value=load.pinned)
+        yield GaugeMetricFamily("kvgraph_kv_budget_bytes", "The most KV that is held in memory.", value=budget)
+        yield from self._of_stores()
+
+    def _of_stores(self) -> Iterator[Metric]:
+        stores = self._stores()
+        for event, help in (
+            ("hits", "Records found."),
+            ("misses", "Records not found."),
+            ("bad", "Corrupt records, moved to quarantine."),
+            ("unreadable", "Records that couldn't be opened or read by this version."),
+            ("index_errors", "Times the index couldn't be used."),
+        ):
+            counted = CounterMetricFamily(f"kvgraph_store_{event}", help, labels=("tier",))
+            for store in stores:
+                counted.add_metric((store.name,), store.counts()[event])
+            yield counted
+        failed = self._server.engine.store_errors
+        yield CounterMetricFamily("kvgraph_store_write_errors", "Records that couldn't be kept.", value=failed)
+        held = GaugeMetricFamily("kvgraph_store_bytes", "Record files, of all processes.", labels=("tier",))
+        most = GaugeMetricFamily("kvgraph_store_capacity_bytes", "The store's limit, if any.", labels=("tier",))
+        for store in stores:
+            if store in self._sizes:
+                held.add_metric((store.name,), self._sizes[store])
+            if store.capacity is not None:
+                most.add_metric((store.name,), store.capacity)
+        yield from (held, most)
+
+    def _stores(self) -> list[DiskStore]:
+        store = self._server.engine.store if self._server.loaded else None
+        tiers = store.tiers if isinstance(store, TieredStore) else (store,)
+        return [tier for tier in tiers if isinstance(tier, DiskStore)]
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(request: Request) -> Response:
+    """Metrics in Prometheus' text format. Needs no key: it holds nothing of any tenant."""
+    return Response(await request.app.state.server.metrics.page(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,172 @@
+"""What surrounds every request: its id, its access line, its metrics and its trace; and limits on its body."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvgraph.server import errors, logs
+from kvgraph.server.errors import APIError
+from kvgraph.server.logs import Exchange
+
+if TYPE_CHECKING:
+    from kvgraph.server.core import Server
+
+access = logging.getLogger("kvgraph.access")
+
+PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds: their access lines are for debugging
+LINGER = 1.0  # seconds that the rest of a refused body is read and dropped
+LEFT = 499  # the status, in logs and metrics, of a request whose client didn't wait for the answer
+
+
+class Observed:
+    """Gives each request an id and counts, logs and traces it; what nobody caught becomes a 500 here.
+
+    X-Request-ID is taken from the request if it is harmless, and always returned.
+    """
+
+    def __init__(self, app: ASGIApp, server: Server):
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers, status = Headers(scope=scope), 0
+        exchange = Exchange(logs.request_id(headers.get("x-request-id")))
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = exchange.id
+            await send(message)
+
+        token = logs.current.set(exchange)
+        span = self.server.tracing.start(scope["method"], headers, exchange)
+        self.server.metrics.in_flight.inc()
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            answer = errors.response(errors.report(error))
+            if not status:
+                await answer(scope, receive, noted)
+        finally:
+            self.server.metrics.in_flight.dec()
+            exchange.ended = True
+            seconds = time.perf_counter() - exchange.started
+            told = LEFT if exchange.left or not status else status
+            route = getattr(scope.get("route"), "path", "unknown")
+            self.server.metrics.count_http(route, scope["method"], told, seconds)
+            self.server.tracing.end(span, scope["method"], route, told, exchange)
+            self._log(scope, told, seconds, exchange)
+            logs.current.reset(token)
+
+    def _log(self, scope: Scope, status: int, seconds: float, exchange: Exchange) -> None:
+        raw: bytes = scope.get("raw_path") or b""  # not the decoded path, which may hold line breaks
+        first = exchange.first_token_at
+        fields = {
+            "method": scope["method"],
+            "path": raw.split(b"?")[0][:200].decode("ascii", "backslashreplace"),
+            "status": status,
+            "seconds": round(seconds, 4),
+            "tenant": exchange.tenant or None,
+            "error": exchange.error,
+            **exchange.tokens(),
+            "ttft": None if first is None else round(first - exchange.started, 4),
+        }
+        level = logging.DEBUG if scope["path"] in PROBES and status < 400 else logging.INFO
+        access.log(level, "request", extra={"fields": fields})
+
+
+class BodyLimit:
+    """Hands a request on when its body is complete, so that a slow client holds nothing but a connection.
+
+    most: bytes of one body, declared or not; beyond it 413. together: bytes of the bodies of all requests that are being
+    read or answered; beyond it 429. seconds: how long a client may take to send its body; then 408.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, together: int, seconds: float):
+        self.app, self.most, self.together, self.seconds = app, most, together, seconds
+        self.held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        body = bytearray()
+        try:
+            if await self._read(scope, receive, body):
+                await self.app(scope, _replayed(bytes(body), receive), send)
+        except _Refused as refused:
+            await _discard(receive)
+            answer = errors.response(refused.error)
+            answer.headers["Connection"] = "close"  # there may be more of the body
+            await answer(scope, receive, send)
+        finally:
+            self.held -= len(body)
+
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+        """Read the whole body; False if the client left meanwhile. Raises _Refused with 408, 413 or 429."""
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if length.isdigit() and (len(length) > 18 or int(length) > self.most):
+            raise self._too_large()
+        try:
+            async with asyncio.timeout(self.seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return False
+                    part = message.get("body", b"")
+                    body += part
+                    self.held += len(part)
+                    if len(body) > self.most:
+                        raise self._too_large()
+                    if self.held > self.together:
+                        raise _Refused(
+                            429, "too many large requests at once; try again", code="overloaded", retry_after=1
+                        )
+                    if not message.get("more_body", False):
+                        return True
+        except TimeoutError:
+            raise _Refused(
+                408, f"the request's body took longer than {self.seconds:g} seconds", code="request_timeout"
+            ) from None
+
+    def _too_large(self) -> _Refused:
+        return _Refused(413, f"the request is larger than {self.most:,} bytes; send less at once", code="too_large")
+
+
+class _Refused(Exception):
+    """A body that isn't read to its end, and the error its client gets."""
+
+    def __init__(self, status: int, message: str, **more: Any):
+        self.error = APIError(status, message, **more)
+
+
+async def _discard(receive: Receive) -> None:
+    """Read on for a moment: many clients look at the answer only after they have sent everything."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while (await receive()).get("more_body", False):
+                pass
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the whole body first, then what comes after it."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again

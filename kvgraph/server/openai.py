@@ -1,0 +1,331 @@
+"""OpenAI's endpoints: chat completions, completions, models; streamed by server-sent events or not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from kvgraph.engine.result import Result
+from kvgraph.engine.sampling import Sampled
+from kvgraph.server import errors, prompts, schema
+from kvgraph.server.core import Server, TheCaller, TheServer
+from kvgraph.server.errors import APIError
+from kvgraph.server.prompts import Laid
+from kvgraph.server.runner import Job, Update
+from kvgraph.server.schema import ChatRequest, CompletionRequest
+from kvgraph.server.tenants import Caller
+
+router = APIRouter(prefix="/v1", responses=errors.DECLARED)
+
+STREAMED: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+@router.get("/models", response_model=schema.ModelList)
+def list_models(server: TheServer, caller: TheCaller) -> schema.ModelList:
+    """The one model that is served."""
+    return schema.ModelList(data=[server.card()])
+
+
+@router.get("/models/{name:path}", response_model=schema.ModelCard)
+def get_model(name: str, server: TheServer, caller: TheCaller) -> schema.ModelCard:
+    """The served model by name."""
+    server.require_name(name)
+    return server.card()
+
+
+@router.post(
+    "/chat/completions",
+    response_model=schema.ChatResponse,
+    responses={200: {"content": STREAMED, "description": "The answer, or with `stream` its chunks as events."}},
+)
+async def chat_completions(http: Request, body: ChatRequest, server: TheServer, caller: TheCaller) -> Any:
+    """Answer a conversation, over documents if there are any."""
+    return await _answer(http, body, server, caller, _Chat)
+
+
+@router.post(
+    "/completions",
+    response_model=schema.CompletionResponse,
+    responses={200: {"content": STREAMED, "description": "The answer, or with `stream` its chunks as events."}},
+)
+async def completions(http: Request, body: CompletionRequest, server: TheServer, caller: TheCaller) -> Any:
+    """Continue a prompt, over documents if there are any."""
+    return await _answer(http, body, server, caller, _Text)
+
+
+async def _answer(
+    http: Request, body: ChatRequest | CompletionRequest, server: Server, caller: Caller, shape: type[_Shape]
+) -> Any:
+    """Admit, lay out, submit, and answer at once or as a stream. Whatever ends early gives back what it held."""
+    async with AsyncExitStack() as held:
+        server.require_name(body.model)
+        choices = body.n * (len(prompts.prompt_list(body.prompt)) if isinstance(body, CompletionRequest) else 1)
+        server.admit(caller, choices, held)
+        deadline = server.deadline(body.kvgraph.timeout)
+        laid = await server.off_loop(prompts.lay_out, server, caller, body)
+        jobs = [server.runner.submit(request) for prompt in laid for request in prompt.requests]
+        answer = shape(server, body, laid, jobs)
+        work = in_time(deadline, server.observed(answer.route, caller, jobs))
+        if body.stream:
+            return EventStream(answer.events(work), held.pop_all())
+        return JSONResponse(await unless_gone(http, answer.whole(work)))
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; `held` is closed when the response ends, also if the client left before its first byte."""
+
+    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack):
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+        self._events, self._held = events, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                await self._events.aclose()  # type: ignore[attr-defined]
+
+
+async def unless_gone(http: Request, work: Any) -> Any:
+    """The result of `work`, which is cancelled when the client disconnects."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise APIError(499, "the client left", code="client_closed_request")
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def in_time(deadline: float, updates: AsyncIterator[tuple[int, Update]]) -> AsyncIterator[tuple[int, Update]]:
+    """The updates until the deadline (event loop time). Raises APIError 504."""
+    iterator = aiter(updates)
+    try:
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    item = await anext(iterator)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise APIError(
+                    504, "the request took longer than its deadline; the work was ended", code="timeout"
+                ) from None
+            yield item
+    finally:
+        await updates.aclose()  # type: ignore[attr-defined]
+
+
+@dataclass
+class _Choice:
+    """One choice as it grows."""
+
+    text: list[str] = field(default_factory=list)
+    sampled: list[Sampled] = field(default_factory=list)
+    length: int = 0  # characters sent
+    result: Result | None = None
+
+
+class _Shape:
+    """How an answer is written: the parts that chat and plain completions share."""
+
+    route: str
+    prefix: str
+
+    def __init__(self, server: Server, body: Any, laid: list[Laid], jobs: list[Job]):
+        self.server, self.body, self.laid = server, body, laid
+        self.choices = [_Choice() for _ in jobs]
+        self.head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": server.settings.name,
+            "system_fingerprint": f"fp_{server.engine.model.fingerprint[:12]}",
+        }
+
+    async def whole(self, work: AsyncIterator[tuple[int, Update]]) -> dict[str, Any]:
+        """The JSON of the complete answer."""
+        async for index, update in work:
+            choice = self.choices[index]
+            choice.text.append(update.text)
+            choice.sampled += update.sampled
+            choice.result = update.result or choice.result
+        choices = [self.choice(i, choice) for i, choice in enumerate(self.choices)]
+        return dumped(self.response(choices=choices, usage=self.usage(), **self.head))
+
+    async def events(self, work: AsyncIterator[tuple[int, Update]]) -> AsyncIterator[str]:
+        """The answer as server-sent events. An error in the middle is an event of its own, after which nothing follows."""
+        options = self.body.stream_options
+        with_usage = options is not None and options.include_usage
+        try:
+            async for index, update in work:
+                if chunk := self.chunk(index, self.choices[index], update):
+                    yield event(dumped(self.part(choices=[chunk], **self.head)))
+            if with_usage:
+                yield event(dumped(self.part(choices=[], usage=self.usage(), **self.head)))
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            self.server.log_unexpected(error)
+            yield event(errors.body(errors.as_api_error(error)))
+        finally:
+            await work.aclose()  # type: ignore[attr-defined]
+
+    def usage(self) -> schema.UsageOut:
+        """Tokens of all choices; a prompt counts once, as OpenAI counts it."""
+        results = [choice.result for choice in self.choices if choice.result is not None]
+        firsts = [r.usage for r in results[:: self.body.n]]
+        prompt, completion = sum(u.prompt_tokens for u in firsts), sum(r.usage.completion_tokens for r in results)
+        reused: dict[str, int] = {}
+        for result in results:
+            for tier, n in result.usage.reused_tokens.items():
+                reused[tier] = reused.get(tier, 0) + n
+        cached = sum(max(0, min(u.prompt_tokens - u.live_tokens, sum(u.reused_tokens.values()))) for u in firsts)
+        u = firsts[0]
+        details = schema.Details(
+            method=self.laid[0].method.name,
+            computed_tokens=sum(r.usage.computed_tokens for r in results),
+            document_tokens_computed=sum(r.usage.document_tokens_computed for r in results),
+            reused_tokens=reused,
+            kv_bytes=u.kv_bytes,
+            queued=u.queued,
+            encoded=u.encoded,
+            ttft=u.ttft,
+            decode=u.decode,
+            dropped=[name for prompt in self.laid for name in prompt.dropped],
+        )
+        return schema.UsageOut(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=schema.PromptDetails(cached_tokens=cached),
+            kvgraph=details,
+        )
+
+    def token(self, token: int) -> str:
+        """A token as text; special tokens too, and bytes that are no character as U+FFFD."""
+        return self.server.tokenizer.decode([token])
+
+    response: Callable[..., BaseModel]
+    part: Callable[..., BaseModel]
+
+    def choice(self, index: int, choice: _Choice) -> BaseModel:
+        raise NotImplementedError
+
+    def chunk(self, index: int, choice: _Choice, update: Update) -> BaseModel | None:
+        raise NotImplementedError
+
+
+class _Chat(_Shape):
+    route, prefix = "chat", "chatcmpl"
+    response, part = schema.ChatResponse, schema.ChatChunk
+
+    def choice(self, index: int, choice: _Choice) -> schema.ChatChoice:
+        assert choice.result is not None
+        return schema.ChatChoice(
+            index=index,
+            message=schema.AnswerMessage(content="".join(choice.text)),
+            logprobs=self._logprobs(choice.sampled),
+            finish_reason=finish_reason(choice.result),
+        )
+
+    def chunk(self, index: int, choice: _Choice, update: Update) -> schema.ChatChunkChoice | None:
+        first, choice.result = choice.length == 0, update.result
+        ended = None if update.result is None else finish_reason(update.result)
+        logprobs = self._logprobs(update.sampled) if update.sampled else None
+        if not (update.text or logprobs or ended or first):
+            return None
+        choice.length += 1
+        delta = schema.Delta(role="assistant" if first else None, content=update.text or ("" if first else None))
+        return schema.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=ended)
+
+    def _logprobs(self, sampled: list[Sampled]) -> schema.ChatLogprobs | None:
+        if not self.body.logprobs:
+            return None
+        return schema.ChatLogprobs(content=[self._entry(s) for s in sampled])
+
+    def _entry(self, sampled: Sampled) -> schema.TokenLogprob:
+        top = [schema.TopLogprob(**self._scored(t, p)) for t, p in sampled.top]
+        return schema.TokenLogprob(**self._scored(sampled.token, sampled.logprob), top_logprobs=top)
+
+    def _scored(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self.token(token)
+        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode("utf-8", "replace"))}
+
+
+class _Text(_Shape):
+    route, prefix = "completions", "cmpl"
+    response, part = schema.CompletionResponse, schema.CompletionResponse
+
+    def choice(self, index: int, choice: _Choice) -> schema.TextChoice:
+        assert choice.result is not None
+        return schema.TextChoice(
+            index=index,
+            text="".join(choice.text),
+            logprobs=self._logprobs(choice, choice.sampled),
+            finish_reason=finish_reason(choice.result),
+        )
+
+    def chunk(self, index: int, choice: _Choice, update: Update) -> schema.TextChoice | None:
+        choice.result = update.result
+        ended = None if update.result is None else finish_reason(update.result)
+        logprobs = self._logprobs(choice, update.sampled) if update.sampled else None
+        if not (update.text or logprobs or ended):
+            return None
+        return schema.TextChoice(index=index, text=update.text, logprobs=logprobs, finish_reason=ended)
+
+    def _logprobs(self, choice: _Choice, sampled: list[Sampled]) -> schema.TextLogprobs | None:
+        if self.body.logprobs is None:
+            return None
+        tokens = [self.token(s.token) for s in sampled]
+        offsets = []
+        for text in tokens:
+            offsets.append(choice.length)
+            choice.length += len(text)
+        return schema.TextLogprobs(
+            tokens=tokens,
+            token_logprobs=[finite(s.logprob) for s in sampled],
+            top_logprobs=[{self.token(t): finite(p) for t, p in s.top} for s in sampled],
+            text_offset=offsets,
+        )
+
+
+def finish_reason(result: Result) -> schema.FinishReason:
+    """Why an answer ended. Raises APIError 503 for one that the server itself cut off."""
+    if result.finish_reason == "cancelled":
+        raise APIError(503, "the server is shutting down and ended the request", code="shutting_down", retry_after=1)
+    return "stop" if result.finish_reason == "stop" else "length"
+
+
+def finite(logprob: float | None) -> float:
+    """A log-probability that JSON can hold: an impossible token has -9999, as OpenAI's API has it."""
+    return max(-9999.0, -9999.0 if logprob is None else logprob)
+
+
+def dumped(model: BaseModel) -> dict[str, Any]:
+    """The JSON of a response."""
+    return model.model_dump()
+
+
+def event(data: Any) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

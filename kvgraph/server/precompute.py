@@ -1,0 +1,136 @@
+"""Encoding ahead of time: stored segments while their request waits, stored graphs in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from kvgraph.engine.engine import Engine
+from kvgraph.engine.result import Usage
+from kvgraph.engine.sampling import SamplingParams
+from kvgraph.engine.scheduler import Request
+from kvgraph.errors import KVGraphError
+from kvgraph.graph import ContextGraph
+from kvgraph.methods import Block
+from kvgraph.plan import Plan
+from kvgraph.server.library import Library, State, StoredGraph
+from kvgraph.server.runner import Job, Runner, Stopped
+from kvgraph.server.tenants import Caller
+
+if TYPE_CHECKING:
+    from kvgraph.server.core import Server
+
+log = logging.getLogger("kvgraph.server")
+
+JOBS = 4  # encodings of one request or graph in work at once; live requests run between them
+GRAPHS = 2  # graphs encoded at once
+NOTED_EVERY = 0.25  # seconds between notes of a graph's progress
+QUERY = [0]  # any token: a query changes no document
+
+
+def segment_plan(tokens: Sequence[int]) -> Plan:
+    """The plan that encodes one segment alone, as every method but full begins with it."""
+    return Block().plan(ContextGraph([tokens], QUERY))
+
+
+def encoding(engine: Engine, plan: Plan, salt: str) -> Request:
+    """A request that encodes what the plan's query reads. Raises PlanError or CapacityError if it can't be."""
+    return engine.prepare(plan, SamplingParams(max_tokens=1), encode_only=True, salt=salt)
+
+
+def keys_of(engine: Engine, plan: Plan, salt: str) -> list[str]:
+    """The keys of a plan's cached spans."""
+    return [key for key in plan.keys(engine.model.fingerprint, salt) if key is not None]
+
+
+async def encoded(runner: Runner, requests: AsyncIterable[Request]) -> AsyncGenerator[Usage]:
+    """What each request took, in order; a few are in work at once. Raises what ended one, or Stopped."""
+    jobs: deque[Job] = deque()
+    try:
+        async for request in requests:
+            jobs.append(runner.submit(request))
+            if len(jobs) == JOBS:
+                yield await _usage(jobs)
+        while jobs:
+            yield await _usage(jobs)
+    finally:
+        for job in jobs:
+            job.cancel()
+
+
+async def _usage(jobs: deque[Job]) -> Usage:
+    result = await jobs[0].result()
+    jobs.popleft()
+    if result.finish_reason == "cancelled":
+        raise Stopped("the server is shutting down and ended the encoding")
+    return result.usage
+
+
+class Precompute:
+    """Encodes stored graphs, a few at a time, each segment's versions after those of its sources.
+
+    A graph that wasn't finished when the server stopped goes on where it was when the next one starts.
+    """
+
+    def __init__(self, server: Server, library: Library):
+        self._server, self._library = server, library
+        self._turn = asyncio.Semaphore(GRAPHS)
+        self._tasks: dict[int, asyncio.Task] = {}  # by the graph's row
+
+    async def resume(self) -> None:
+        """Go on with what an earlier server left unfinished."""
+        for graph in await asyncio.to_thread(self._library.unfinished):
+            self.start(graph)
+
+    def start(self, graph: StoredGraph) -> None:
+        """Begin to encode a graph, unless it is done or in work."""
+        if graph.state != "ready" and graph.row not in self._tasks:
+            task = asyncio.create_task(self._run(graph))
+            self._tasks[graph.row] = task
+            task.add_done_callback(lambda _: self._tasks.pop(graph.row, None))
+
+    async def stop(self, graph: StoredGraph | None = None) -> None:
+        """End the encoding of a graph, or of all; what is encoded stays."""
+        tasks = [task for row, task in self._tasks.items() if graph is None or row == graph.row]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, graph: StoredGraph) -> None:
+        done = graph.done
+        try:
+            async with self._turn:
+                noted = time.monotonic()
+                await self._note(graph, "running", done)
+                async with aclosing(encoded(self._server.runner, self._requests(graph))) as finished:
+                    async for _ in finished:
+                        done += 1
+                        if time.monotonic() - noted > NOTED_EVERY:
+                            await self._note(graph, "running", done)
+                            noted = time.monotonic()
+                await self._note(graph, "ready", done)
+        except Stopped:
+            log.info("graph %r isn't finished; it goes on when the server starts again", graph.id)
+        except Exception as error:
+            log.error("can't encode graph %r: %s", graph.id, error, exc_info=not isinstance(error, KVGraphError))
+            reason = str(error) if isinstance(error, KVGraphError) else "an unexpected error; see the server's log"
+            await self._server.off_loop(self._library.progress, graph, "failed", done, reason)
+
+    async def _note(self, graph: StoredGraph, state: State, done: int) -> None:
+        """Write down how many segments are encoded, once their records are written."""
+        await self._server.off_loop(self._server.engine.flush)
+        await self._server.off_loop(self._library.progress, graph, state, done)
+
+    async def _requests(self, graph: StoredGraph) -> AsyncIterator[Request]:
+        for place in range(graph.done, graph.segments):
+            yield await self._server.off_loop(self._request, graph, place)
+
+    def _request(self, graph: StoredGraph, place: int) -> Request:
+        """The encoding of all that a query over one segment of the graph reads."""
+        plan = graph.method.plan(self._library.part(graph, [place]).graph(QUERY))
+        return encoding(self._server.engine, plan, Caller(graph.tenant).salt)

@@ -1,0 +1,246 @@
+"""From a request's JSON to prepared engine requests: documents, edges, method, chat template, what fits.
+
+Everything here may take long (tokenizing, planning, hashing) and runs on worker threads, never on the event loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from kvgraph import methods
+from kvgraph.chat import DOCUMENT, Document, chat, opening
+from kvgraph.engine.engine import Engine
+from kvgraph.engine.sampling import SamplingParams
+from kvgraph.engine.scheduler import Request
+from kvgraph.errors import CapacityError, GraphError, PlanError
+from kvgraph.graph import ContextGraph, named_edges
+from kvgraph.methods import Method
+from kvgraph.plan import Plan
+from kvgraph.server.errors import APIError
+from kvgraph.server.schema import ChatRequest, CompletionRequest, Generation, GraphOptions, StoredDocument
+
+if TYPE_CHECKING:
+    from kvgraph.server.core import Server
+    from kvgraph.server.tenants import Caller
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A prompt ready to be asked: its graph, method and plan, and one engine request a choice.
+
+    dropped: the names of documents that were left out because they didn't fit.
+    """
+
+    graph: ContextGraph
+    method: Method
+    plan: Plan
+    requests: tuple[Request, ...]
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What a request is about: documents, the names that edges may call them by, edges as given, and the method.
+
+    chosen: the documents that the question is about, by index; None: all.
+    """
+
+    documents: list[Document]
+    names: list[str]
+    edges: Any
+    method: Method
+    chosen: tuple[int, ...] | None = None
+
+
+def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionRequest) -> list[Laid]:
+    """The prompts of a request. Raises APIError or GraphError for what can't be laid out."""
+    context = _documents(server, caller, body) if body.kvgraph.graph is None else _stored_graph(server, caller, body)
+    if isinstance(body, ChatRequest):
+        graphs = [_chat_graph(server, body, context)]
+    else:
+        graphs = [_plain_graph(server, body, prompt, context) for prompt in prompt_list(body.prompt)]
+    return [_fitting(server, caller, body, graph, context) for graph in graphs]
+
+
+def method_of(server: Server, options: GraphOptions) -> Method:
+    """The method a request asks for, or the server's default. Raises GraphError listing what there is."""
+    method = server.method if options.method is None else methods.parse(options.method)
+    return with_fields(method, options.model_extra, "kvgraph.")
+
+
+def with_fields(method: Method, given: dict[str, Any] | None, where: str = "") -> Method:
+    """The method with fields of a request's object. Raises GraphError for one that it doesn't have."""
+    known = {f.name for f in fields(method)}  # type: ignore[arg-type]
+    if unknown := sorted(set(given or ()) - known):
+        raise GraphError(
+            f"{where}{unknown[0]}: neither an option nor a field of {method.name}, which has "
+            f"{', '.join(sorted(known)) or 'no fields'}"
+        )
+    return replace(method, **given) if given else method  # type: ignore[type-var]
+
+
+def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
+    """The sampling parameters of a choice; choice i gets seed + i. OpenAI's default temperature is 1."""
+    wanted = max_tokens(body)
+    logprobs: int | None = None
+    if isinstance(body, ChatRequest):
+        if body.top_logprobs is not None and not body.logprobs:
+            raise APIError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    elif isinstance(body, CompletionRequest):
+        logprobs = body.logprobs
+    stop = body.stop or ()
+    return SamplingParams(
+        max_tokens=server.settings.default_max_tokens if wanted is None else wanted,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k),
+        min_p=body.min_p,
+        seed=None if body.seed is None else body.seed + choice,
+        repetition_penalty=body.repetition_penalty,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+    )
+
+
+def max_tokens(body: Generation) -> int | None:
+    """The most tokens the answer may have, if the request says so."""
+    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
+        return body.max_completion_tokens
+    return body.max_tokens
+
+
+def _documents(server: Server, caller: Caller, body: Generation) -> _Context:
+    """The documents that a request brings or names, the edges it gives, and the method it asks for."""
+    if body.kvgraph.segments is not None:
+        raise APIError(400, "kvgraph.segments are those of a graph; name it in kvgraph.graph", param="kvgraph.segments")
+    if len(body.documents) > server.settings.max_documents:
+        raise APIError(
+            400,
+            f"{len(body.documents)} documents, but at most {server.settings.max_documents} are taken",
+            param="documents",
+        )
+    edges = body.kvgraph.edges
+    if isinstance(edges, list) and len(edges) > server.settings.max_edges:
+        raise APIError(
+            400, f"{len(edges)} edges, but at most {server.settings.max_edges} are taken", param="kvgraph.edges"
+        )
+    found, names = [], []
+    for i, given in enumerate(body.documents):
+        if isinstance(given, StoredDocument):
+            found.append(server.library.document(caller.tenant, given.segment))
+            names.append(given.segment)
+        else:
+            found.append(Document(given.text, given.title or "", given.id or ""))
+            names.append(given.id or f"doc {i}")
+    return _Context(found, names, edges, method_of(server, body.kvgraph))
+
+
+def _stored_graph(server: Server, caller: Caller, body: Generation) -> _Context:
+    """The segments of a stored graph that a request names, what they were encoded from, and the graph's own method."""
+    options = body.kvgraph
+    given: dict[str, Any] = {
+        "documents": body.documents,
+        "kvgraph.method": options.method,
+        "kvgraph.edges": options.edges,
+    }
+    given |= {f"kvgraph.{name}": True for name in options.model_extra or ()}
+    for param, value in given.items():
+        if value:
+            raise APIError(
+                400, f"a stored graph brings its own documents, edges and method; leave out {param}", param=param
+            )
+    chosen = options.segments
+    if chosen is not None and len(chosen) > server.settings.max_documents:
+        raise APIError(
+            400,
+            f"{len(chosen)} segments, but at most {server.settings.max_documents} are taken",
+            param="kvgraph.segments",
+        )
+    graph = server.library.graph(caller.tenant, options.graph or "", "kvgraph.graph")
+    part = server.library.part(graph, chosen)
+    documents = [Document(id=segment.id, tokens=segment.tokens) for segment in part.segments]
+    return _Context(documents, [d.id for d in documents], part.edges, graph.method, part.chosen)
+
+
+def _chat_graph(server: Server, body: ChatRequest, context: _Context) -> ContextGraph:
+    messages = [{"role": m.role, "content": m.text} | ({"name": m.name} if m.name else {}) for m in body.messages]
+    if body.kvgraph.prefix is not None:
+        raise APIError(400, "chat has system messages for what stands before documents", param="kvgraph.prefix")
+    prompt = chat(server.tokenizer, messages, context.documents, template=server.settings.document_template)
+    return _tokenized(server.engine, prompt.graph((), context.names))
+
+
+def _plain_graph(server: Server, body: CompletionRequest, prompt: str | list[int], context: _Context) -> ContextGraph:
+    tokenizer, engine = server.tokenizer, server.engine
+    query = engine.encode(prompt) if isinstance(prompt, str) else prompt
+    bos = opening(tokenizer)
+    prefix = body.kvgraph.prefix
+    if not context.documents and prefix is None:
+        if isinstance(prompt, str) and tuple(query[: len(bos)]) != bos:
+            query = [*bos, *query]
+        return ContextGraph([], query)
+    start = engine.encode(prefix or "")
+    template = server.settings.document_template or DOCUMENT
+    segments = [d.filled(template) for d in context.documents]
+    first = start if tuple(start[: len(bos)]) == bos else [*bos, *start]
+    return _tokenized(engine, ContextGraph(segments, query, first, names=context.names))
+
+
+def prompt_list(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a completion request: `prompt` is one, as text or token ids, or a list of such."""
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    return prompt if several else [prompt]
+
+
+def _tokenized(engine: Engine, graph: ContextGraph) -> ContextGraph:
+    return graph if graph.is_tokenized else graph.tokenized(engine.encode)
+
+
+def _fitting(server: Server, caller: Caller, body: Generation, graph: ContextGraph, context: _Context) -> Laid:
+    """The prompt over all documents, or, under the policy "drop", over as many of the first as fit."""
+    whole = fitted = _with_edges(graph, context, len(graph.segments if context.chosen is None else context.chosen))
+    kept = len(whole.read)
+    while True:
+        try:
+            plan = server.engine.plan(fitted, context.method)
+            _check_room(server, body, plan)
+            made = (server.engine.prepare(plan, sampling(server, body, i), salt=caller.salt) for i in range(body.n))
+            dropped = tuple(whole.names[i] for i in whole.read[kept:])
+            return Laid(fitted, context.method, plan, tuple(made), dropped)
+        except (PlanError, CapacityError) as error:
+            if server.settings.overflow == "refuse" or not kept:
+                raise APIError(400, str(error), code="context_length_exceeded") from None
+            kept -= 1
+            fitted = _with_edges(graph, context, kept, whole)
+
+
+def _with_edges(graph: ContextGraph, context: _Context, kept: int, whole: ContextGraph | None = None) -> ContextGraph:
+    """The graph, with its edges, whose query reads the first `kept` documents.
+
+    Others are left out, and given pairs with them; of a stored graph they stay, as sources that are no longer chosen.
+    """
+    edges, names = context.edges, graph.names[:kept]
+    if context.chosen is not None:
+        return ContextGraph(graph.segments, graph.query, list(graph.prefix), edges, graph.names, context.chosen[:kept])
+    pairs: Any = ()
+    if isinstance(edges, str):
+        pairs = named_edges(edges, names)
+    elif whole is not None:
+        pairs = [(s, r) for s, r in whole.edges if s < kept and r < kept]
+    elif edges:
+        pairs = edges
+    return ContextGraph(graph.segments[:kept], graph.query, list(graph.prefix), pairs, names)
+
+
+def _check_room(server: Server, body: Generation, plan: Plan) -> None:
+    """Raise PlanError unless the prompt and the answer, where its length is given, fit the model's positions."""
+    last, limit, wanted = plan.live.positions[-1], server.engine.model.limit, max_tokens(body) or 1
+    if wanted > limit - last:
+        raise PlanError(
+            f"the prompt ends at position {last} and the answer may have {wanted} tokens, but the model's limit is {limit}; "
+            "send less, or ask for fewer tokens"
+        )
