@@ -26,9 +26,11 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
     lse = q.new_empty(heads, columns)
     for part in parts:
         here = part.columns
-        if part.mask is not None or softcap is not None or part.values.shape[-1] != dim:
+        if softcap is not None or part.values.shape[-1] != dim:
             local = part._replace(columns=slice(0, here.stop - here.start))
             out[:, here], lse[:, here] = reference.attend(q[:, here], [local], scale, softcap)
+        elif part.mask is not None:
+            out[:, here], lse[:, here] = _masked(q[:, here], part, part.mask, scale)
         elif part.causal:
             out[:, here], lse[:, here] = _causal(q[:, here], part.keys, part.values, scale)
         else:
@@ -55,6 +57,23 @@ def _open(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor
     total = torch.logsumexp(stacked, 0)
     weights = torch.exp(stacked - total)[..., None]
     return (torch.stack(outs) * weights).sum(0), total
+
+
+def _masked(q: Tensor, part: Part, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Column i sees the keys of mask[i]. The kernel wants the mask as a number to add to every score: tiles of it."""
+    (heads, n, dim), groups = q.shape, part.keys.shape[0]
+    repeat = heads // groups
+    k, v = part.keys.float()[None], part.values.float()[None]
+    step = max(1, reference.TILE // (repeat * mask.shape[1]))
+    outs, lses = [], []
+    for at in range(0, n, step):
+        here = q[:, at : at + step]
+        rows = here.reshape(1, groups, -1, dim)
+        bias = torch.zeros(here.shape[1], mask.shape[1]).masked_fill_(~mask[at : at + step], -torch.inf)
+        out, lse = _flash(rows, k, v, 0.0, False, attn_mask=bias.repeat(repeat, 1)[None, None], scale=scale)
+        outs.append(out.reshape(heads, -1, dim))
+        lses.append(lse.reshape(heads, -1))
+    return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
 def _causal(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,9 +30,10 @@ class View:
 
     group: views of a row with the same group (counted from 1; 0: none) share temperature and scale. Their scores are
     divided by temperature, and their joint log-sum-exp is multiplied by scale before all parts are merged.
+    gaps: (lo, hi) slices between lo and hi that are hidden.
     """
 
-    __slots__ = ("record", "at", "lo", "hi", "weights", "positions", "first", "last")
+    __slots__ = ("record", "at", "lo", "hi", "weights", "shown", "positions", "first", "last")
 
     def __init__(
         self,
@@ -42,9 +44,15 @@ class View:
         group: int = 0,
         temperature: float = 1.0,
         scale: float = 1.0,
+        gaps: Sequence[tuple[int, int]] = (),
     ):
         self.record, self.at, self.lo, self.hi = record, at, lo, hi
         self.weights = (group, temperature, scale) if group else None
+        self.shown: np.ndarray | None = None  # [hi - lo] bool; None: all
+        if gaps:
+            self.shown = np.ones(hi - lo, dtype=bool)
+            for a, b in gaps:
+                self.shown[a - lo : b - lo] = False
         self.positions = record.positions.numpy()[lo:hi]  # relative to the record's first token
         self.first = at + int(self.positions[0])
         self.last = at + int(self.positions[-1])
@@ -204,6 +212,8 @@ class Step:
                     blocks: list[Block] = [(0, len(p), 0, view.hi - view.lo, None)]  # the common case, without numpy
                 else:
                     blocks = _blocks(p, view.positions + view.at, window)
+                if view.shown is not None:
+                    blocks = list(_shown(blocks, view.shown))
                 for a, b, lo, hi, mask in blocks:
                     lo, hi = view.lo + lo, view.lo + hi
                     if mask is not None:
@@ -301,6 +311,17 @@ def _blocks(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[Block]:
         mask = None if same else (column >= low[a:b, None]) & (column < high[a:b, None])
         blocks.append((a, b, lo, hi, mask))
     return blocks
+
+
+def _shown(blocks: Sequence[Block], shown: np.ndarray) -> Iterator[Block]:
+    """The blocks without hidden keys, and without tokens that see nothing then."""
+    for a, b, lo, hi, mask in blocks:
+        visible = shown[lo:hi] if mask is None else np.logical_and(mask, shown[lo:hi])
+        mask = np.broadcast_to(visible, (b - a, hi - lo))
+        some = mask.any(1)
+        for i, j in pairwise([0, *(np.flatnonzero(np.diff(some)) + 1).tolist(), b - a]):
+            if some[i]:
+                yield a + i, a + j, lo, hi, np.array(mask[i:j])  # a copy: torch wants to write to it
 
 
 def _merge(out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, parts: _Parts, sinks: Tensor | None) -> None:

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,11 @@ from kvgraph.plan import Group, Plan, Span
 from kvgraph.store.memory import MemoryStore
 from kvgraph.store.record import Record
 
+MOST_SLICES = 4  # of one record, each attended to on its own; more of them cost more than a mask over all of it
 UNCACHED = "uncached-"  # pool keys of spans that a plan computes each time; the rest of the key is unique
+
+
+Seen = tuple[str, tuple[Any, ...]]  # (a record's key, how a View sees it, in the reader's frame)
 
 
 @dataclass(eq=False)
@@ -38,7 +44,7 @@ class Sequence:
 
     tokens: list[int]
     positions: np.ndarray  # [len(tokens)], the frame's own
-    places: list[tuple[str, tuple[int, int, int, int, float, float]]]  # (key, how a View sees it, in this frame)
+    places: list[Seen]
     capacity: int  # tokens its KV has room for
     kv: RowKV | None = None  # made when its first row runs
     views: list[View] = field(default_factory=list)
@@ -476,4 +482,20 @@ def sequence_of(span: Span, keys: list[str], room: int = 0) -> Sequence:
     positions = np.asarray(span.positions, dtype=np.int64) - span.start
     groups = (Group(), *span.groups)
     places = [(keys[p.span], (p.at - span.start, p.lo, p.hi or 0, p.group, *groups[p.group])) for p in span.sees]
-    return Sequence(list(span.tokens), positions, places, len(span) + room)
+    return Sequence(list(span.tokens), positions, _joined(places), len(span) + room)
+
+
+def _joined(places: list[Seen]) -> list[Seen]:
+    """The places, but where many slices of one record are seen, these as one with the gaps between them hidden."""
+    slices: dict[tuple, list[tuple[int, int]]] = {}
+    for key, (at, lo, hi, *weights) in places:
+        slices.setdefault((key, at, *weights), []).append((lo, hi))
+    joined: list[Seen] = []
+    for (key, at, *weights), found in slices.items():
+        found.sort()
+        gaps = [(hi, lo) for (_, hi), (lo, _) in pairwise(found)]
+        if len(found) > MOST_SLICES and all(lo <= hi for lo, hi in gaps):  # what overlaps counts twice
+            joined.append((key, (at, found[0][0], found[-1][1], *weights, gaps)))
+        else:
+            joined += [(key, (at, lo, hi, *weights)) for lo, hi in found]
+    return joined
