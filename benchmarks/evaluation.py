@@ -33,7 +33,7 @@ def items(count: int) -> list[Item]:
 
 
 def main() -> None:
-    args = arguments(__doc__, items=48, new=32, method="block", repeats=3)
+    args = arguments(__doc__, items=64, new=32, method="block", repeats=3)
     folder = Path(tempfile.mkdtemp())
     demo.write_model(folder)
     model = models.load(str(folder), device=args.device)

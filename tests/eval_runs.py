@@ -1,14 +1,16 @@
 """Made-up evaluation runs for the report: folders as `kvgraph eval` leaves them, with invented answers and times.
 
-`python -m tests.eval_runs DIR` writes a set of them to look at: three tasks, several methods, and ablations.
+`python -m tests.eval_runs` writes some (three tasks, four methods, ablations) and makes docs/images/report.png of their
+report (needs playwright and a chromium).
 """
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import statistics
-import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,7 @@ def _summary(lines: list[dict[str, Any]], task: str, method: str, ablation: str 
         "headline": METRICS[0],
         "metrics": list(METRICS),
         "method": {"spec": method, "name": chosen.name, "fields": {}},
-        "model": {"name": "models/llama-3-8b-instruct", "fingerprint": "0f" * 32, "dtype": "bfloat16"},
+        "model": {"name": "models/made-up", "fingerprint": "0f" * 32, "dtype": "bfloat16"},
         "seed": 0,
         "limit": None,
         "data": {"from": f"data/{task}.jsonl", "sha256": "ab" * 32, "shuffled": False, "items": len(lines)},
@@ -164,5 +166,24 @@ def write_set(folder: Path, count: int = 200) -> None:
         )  # fmt: skip
 
 
+def main() -> None:
+    """Write docs/images/report.png."""
+    from playwright.sync_api import sync_playwright
+
+    from kvgraph.eval import report
+
+    picture = Path(__file__).parent.parent / "docs" / "images" / "report.png"
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        write_set(Path(folder) / "runs")
+        page = Path(folder) / "report.html"
+        page.write_text(report.build([Path(folder) / "runs"]).html(), encoding="utf-8")
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        shown = browser.new_page(viewport={"width": 1200, "height": 1560}, color_scheme="light")
+        shown.goto(page.as_uri())
+        shown.screenshot(path=picture)
+        browser.close()
+    print(f"{picture}: {picture.stat().st_size / 1000:.0f} kB")
+
+
 if __name__ == "__main__":
-    write_set(Path(sys.argv[1]))
+    main()

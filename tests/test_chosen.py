@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import families
 import strategies
+from kvgraph import models
+from kvgraph.engine.engine import Engine
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph, all_pairs, chain
 from kvgraph.methods import METHODS, CacheBlend, Full, GraphKV, KVLink, Method, PromptCache
@@ -88,6 +91,14 @@ def test_without_edges_the_other_segments_are_as_good_as_gone(g, name, data):
     method = KVLink(2, 24, 4) if name == "kvlink" else CacheBlend(1) if name == "cacheblend" else METHODS[name]()
     g = data.draw(strategies.choices(g))
     assert method.plan(g) == method.plan(g.restricted())
+
+
+def test_what_cacheblend_measures_is_the_chosen_segments():
+    engine = Engine(models.wrap(families.FAMILIES["llama"]()))
+    g = graph(chosen=[2, 0])
+    plan = engine.plan(g, CacheBlend(0.5))
+    assert plan == engine.plan(g.restricted(), CacheBlend(0.5))
+    assert plan.probe_tokens == len(PREFIX) + 2 * len(C + A)
 
 
 # graph-kv, by hand: P = 2, L = 4

@@ -29,7 +29,11 @@ DOCUMENTS = [
     {"id": "fog", "title": "Fog", "text": "In fog it leaves an hour later."},
     {"text": "Today there is fog — the third day of it."},
 ]
-FILLED = ["Ferry\nThe ferry leaves at nine.\n\n", "Fog\nIn fog it leaves an hour later.\n\n", DOCUMENTS[2]["text"] + "\n\n"]
+FILLED = [
+    "Ferry\nThe ferry leaves at nine.\n\n",
+    "Fog\nIn fog it leaves an hour later.\n\n",
+    DOCUMENTS[2]["text"] + "\n\n",
+]
 NAMES = ["ferry", "fog", "doc 2"]
 QUESTION = "When does it leave today?"
 N = 12  # tokens of most answers
@@ -180,9 +184,7 @@ def test_seeded_sampling_is_the_engines_and_choice_i_has_seed_plus_i(client, eng
     answer = ask(client, n=3, **known, extra_body={"documents": DOCUMENTS, "kvgraph": {"method": "block"}, **extra})
     texts = [choice.message.content for choice in answer.choices]
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
-    assert texts == [
-        expected(engine, "block", **sampling | {"seed": sampling["seed"] + i}).text for i in range(3)
-    ]
+    assert texts == [expected(engine, "block", **sampling | {"seed": sampling["seed"] + i}).text for i in range(3)]
     assert len(set(texts)) == 3
     assert answer.usage.completion_tokens == sum(
         expected(engine, "block", **sampling | {"seed": sampling["seed"] + i}).usage.completion_tokens for i in range(3)

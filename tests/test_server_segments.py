@@ -14,6 +14,7 @@ import pytest
 import serving
 from kvgraph import demo
 from kvgraph.engine.engine import Engine
+from kvgraph.engine.sampling import SamplingParams
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import GraphKV
 from kvgraph.server.library import Library, Segment
@@ -172,8 +173,20 @@ def test_wrong_segments_are_refused(live, body, message):
     assert live.get("/v1/segments").json()["data"] == []
 
 
-def test_text_that_is_no_unicode_is_refused(live):
-    answer = live.put("/v1/segments", content=b'{"text": "\\ud800"}', headers={"Content-Type": "application/json"})
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("segments", b'{"text": "\\ud800"}'),
+        ("segments", b'{"text": "x", "title": "\\udfff"}'),
+        ("graphs", b'{"segments": ["a\\ud800"]}'),
+        ("completions", b'{"model": "tiny", "prompt": "\\ud800"}'),
+        ("completions", b'{"model": "tiny", "prompt": "x", "kvgraph": {"graph": "\\ud800"}}'),
+        ("completions", b'{"model": "tiny", "prompt": "x", "documents": [{"segment": "\\ud800"}]}'),
+    ],
+)
+def test_halves_of_surrogate_pairs_are_refused(live, route, body):
+    method = "PUT" if route == "segments" else "POST"
+    answer = live.request(method, f"/v1/{route}", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400, answer.text
 
 
@@ -182,6 +195,19 @@ def test_path_like_ids_are_never_paths(live, id):
     for resource in ("segments", "graphs"):
         assert live.get(f"/v1/{resource}/{id}").status_code in (400, 404)
         assert live.delete(f"/v1/{resource}/{id}").status_code in (400, 404)
+
+
+def test_forgetting_disturbs_no_running_request(model):
+    engine = Engine.load(model, check=False)
+    graph = ContextGraph(list(TEXTS.values()), "Where?")
+    expected = engine.generate(graph, "block", max_tokens=8).text
+    request = engine.submit(engine.plan(graph, "block"), SamplingParams(max_tokens=8))
+    engine.step()
+    engine.forget(request.keys)
+    assert engine.wait(request).text == expected
+    assert {engine.tier(key) for key in request.keys} == {"memory"}
+    engine.forget(request.keys)
+    assert {engine.tier(key) for key in request.keys} == {None}
 
 
 # graphs
@@ -346,19 +372,28 @@ def test_a_restart_on_the_same_store_computes_no_document_token(model, tmp_path)
     assert report.good == 0, "deleting took every record"
 
 
-def test_an_unfinished_graph_goes_on_after_a_restart(model, tmp_path):
-    """Stopped after its first segments, a graph is finished by the next server without computing these again."""
-    store, texts = tmp_path / "kv", {f"s{i:02}": f"text number {i} " * 8 for i in range(20)}
+def test_a_graph_whose_server_is_stopped_at_once_is_finished_by_the_next(model, tmp_path):
+    store, texts = tmp_path / "kv", {f"s{i}": f"text number {i} " * 8 for i in range(9)}
     with client(model, store=store) as http:
         post_graph(http, id="g", segments=[{"id": n, "text": t} for n, t in texts.items()], edges="chain")
-    library = Library(store / "library.sqlite", Engine.load(model, check=False).model.fingerprint)
-    (left,) = library.unfinished()
-    library.close()
-    assert left.done < 20
     with client(model, store=store) as http:
-        assert wait_ready(http, "g")["done"] == 20
-        asked = ask(http, kvgraph={"graph": "g", "segments": ["s19"]})
+        assert wait_ready(http, "g")["done"] == 9
+        asked = ask(http, kvgraph={"graph": "g", "segments": ["s8"]})
         assert asked["usage"]["kvgraph"]["document_tokens_computed"] == 0
+
+
+def test_an_unfinished_graph_goes_on_where_it_was(model, tmp_path):
+    """The library says that two of three segments are done, though nothing is: so only the third is encoded."""
+    engine = Engine.load(model, check=False, store=tmp_path)
+    library = Library(tmp_path / "library.sqlite", engine.model.fingerprint)
+    library.add("", [Segment(n, tuple(engine.encode(t))) for n, t in TEXTS.items()], most=3)
+    graph = library.add_graph("", "g", GraphKV(band=50), list(TEXTS), [(0, 1), (1, 2)], spans=3, tokens=1)
+    library.progress(graph, "running", 2)
+    library.close()
+    with client(engine, store=tmp_path) as http:
+        assert wait_ready(http, "g")["done"] == 3
+        assert http.get("/v1/segments/b").json()["tier"] == "memory", "what c reads"
+        assert http.get("/v1/segments/a").json()["tier"] is None, "what b reads"
 
 
 # the library
@@ -412,6 +447,14 @@ def test_a_damaged_library_is_said_so(tmp_path):
     file.write_bytes(b"no database at all " * 100)
     with pytest.raises(Exception, match=r"library\.sqlite can't be used .*move it away"):
         Library(file, "model")
+
+
+def test_without_a_file_memory_serves(tmp_path, caplog):
+    (tmp_path / "library.sqlite").mkdir()
+    library = Library(tmp_path / "library.sqlite", "model")
+    assert "they go when the server stops" in caplog.text
+    library.add("t", [Segment("a", (1, 2))], most=1)
+    assert library.segment("t", "a").tokens == (1, 2)
 
 
 def test_tenants_keep_so_many_segments(model):

@@ -318,7 +318,7 @@ def _shown(blocks: Sequence[Block], shown: np.ndarray) -> Iterator[Block]:
     for a, b, lo, hi, mask in blocks:
         visible = shown[lo:hi] if mask is None else np.logical_and(mask, shown[lo:hi])
         mask = np.broadcast_to(visible, (b - a, hi - lo))
-        some = mask.any(1)
+        some: np.ndarray = np.any(mask, axis=1)
         for i, j in pairwise([0, *(np.flatnonzero(np.diff(some)) + 1).tolist(), b - a]):
             if some[i]:
                 yield a + i, a + j, lo, hi, np.array(mask[i:j])  # a copy: torch wants to write to it

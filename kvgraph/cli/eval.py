@@ -141,14 +141,14 @@ def _list() -> None:
 
 
 def _show(summaries: list[Summary]) -> None:
-    """Print one line a run."""
-    made = common.table("task", "method", "metric", "score [95 % interval]", "n", "errors", "computed", "reused", "first token", left=3)  # fmt: skip
+    """Print one line a run: score, tokens computed and reused, median time to first token."""
+    headline = summaries[0]["headline"]
+    made = common.table("task", "method", f"{headline} [95 %]", "n", "errors", "computed", "reused", "TTFT", left=2)
     for summary in summaries:
-        score, timing = summary["scores"][summary["headline"]], summary["timing"]
+        score, timing = summary["scores"][headline], summary["timing"]
         made.add_row(
             summary["task"],
             summary["method"]["spec"],
-            summary["headline"],
             f"{100 * score['mean']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]",
             f"{score['n']:,}",
             f"{summary['errors']:,}",

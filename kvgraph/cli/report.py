@@ -32,8 +32,9 @@ def report(
 ) -> None:
     """Show evaluations: tables, intervals, paired tests and plots.
 
-    The page holds all it needs: it works without network, in light and dark, and on paper. --compare prints which settings
-    differ between two runs, their scores with paired tests, and the items that one got right and the other wrong.
+    The page holds all it needs: it works without network, in light and dark, and on paper. --compare prints which
+    settings differ between two runs, their scores with paired tests, and the items that one got right and the other
+    wrong.
 
     \b
       kvgraph report runs --out report.html --markdown report.md

@@ -336,6 +336,12 @@ class Engine:
         """Token ids of one piece of text, no special tokens added."""
         if self.model.tokenizer is None:
             raise GraphError("this model has no tokenizer; give token ids instead of text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can hold such text, tokenizers can't
+            raise GraphError(
+                f"character {error.start} of a text is half of a surrogate pair; send whole ones"
+            ) from None
         return self.model.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, tokens: list[int]) -> str:

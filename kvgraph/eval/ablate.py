@@ -65,7 +65,8 @@ def random_edges(base: Variant, seed: int) -> Iterator[Variant]:
     """
     if reads_edges(base.method):
         items = [replace(item, links=_relabelled(item, base.edges, seed)) for item in base.items]
-        yield replace(base, name="random-edges", about="as many edges, between random documents", items=items, edges=LINKS)  # fmt: skip
+        about = "as many edges, between random documents"
+        yield replace(base, name="random-edges", about=about, items=items, edges=LINKS)
 
 
 def reversed_edges(base: Variant, seed: int) -> Iterator[Variant]:
@@ -203,8 +204,8 @@ class Table:
             "|---|---|---|---|---|",
             *("| " + " | ".join(cells) + " |" for cells in self.cells()),
             "",
-            f"Scores and differences in points with 95 % intervals, {self.rows[0].run.score.n:,} items; paired tests on the same items, "
-            "p after Holm's correction for all lines.",
+            f"Scores and differences in points with 95 % intervals, {self.rows[0].run.score.n:,} items; "
+            "paired tests on the same items, p after Holm's correction for all lines.",
             *(f"Left out: {sentence}." for sentence in self.left_out),
         ]
         return "\n".join(lines) + "\n"

@@ -112,7 +112,7 @@ def _rows(a: Run, b: Run) -> Iterator[Row]:
 
 
 def _row(name: str, a: Run, b: Run, metric: str, only: tuple[str, str] | None = None) -> Iterator[Row]:
-    """The row of a metric over the shared items, or over those with a kind or fact of this value; none if there are none."""
+    """The row of a metric over the shared items, or over those whose kind or fact has this value; none without items."""
     scores = [
         (result["scores"][metric], b.by_id[result["id"]]["scores"][metric], result)
         for result in a.results

@@ -20,10 +20,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from kvgraph.eval.stats import Interval
 
 NARROW, WIDE = 5.2, 9.8  # inches
+CHARACTERS = 58  # of tick labels side by side in a narrow figure
 INK, FAINT = "#010203", "#040506"  # stand for the page's text colour, and for the same at FAINT_OPACITY
 FAINT_OPACITY = 0.25
-# Okabe and Ito's colours for colour-blind readers, less those that vanish on white or on black, and a grey and a brown.
-COLORS = ("#1b81c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c8c8c", "#a6611a")
+# Okabe and Ito's colours for colour-blind readers, less those that vanish on white or on black, and three more. There
+# are more colours than markers, so that methods of one colour differ in their marker.
+COLORS = ("#1b81c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c8c8c", "#a6611a", "#8f6fd6")
 MARKERS = "osD^vPX*"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 SETTINGS: Any = {
@@ -56,17 +58,27 @@ class Panel(NamedTuple):
 def styles(labels: Sequence[str]) -> dict[str, Style]:
     """A look for each label, by its place in the list; no two alike among the first 32."""
     return {
-        label: Style(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], DASHES[(i + i // len(COLORS)) % len(DASHES)])
+        label: Style(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
         for i, label in enumerate(labels)
     }
 
 
 def svg(panels: Sequence[Panel], ylabel: str, looks: Mapping[str, Style], title: str) -> str:
     """Panels side by side over one score axis, in points, with 95 % intervals and one legend; `title` is read aloud."""
+    file = io.StringIO()
+    with matplotlib.rc_context(SETTINGS):
+        metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+        draw(panels, ylabel, looks).savefig(file, format="svg", transparent=True, metadata=metadata)
+    return _embeddable(file.getvalue(), title)
+
+
+def draw(panels: Sequence[Panel], ylabel: str, looks: Mapping[str, Style]) -> Figure:
+    """The figure that `svg` writes."""
     with matplotlib.rc_context(SETTINGS):
         labels = [label for label in looks if any(panel.series.get(label) for panel in panels)]
-        rows = -(-len(labels) // _columns(labels, panels))
-        figure = Figure(figsize=(WIDE if is_wide(panels) else NARROW, 3.1 + 0.2 * rows))
+        columns = _columns(labels, panels)
+        height = 3.1 + 0.2 * -(-len(labels) // columns)
+        figure = Figure(figsize=(WIDE if is_wide(panels) else NARROW, height))
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             _draw(axis, panel, looks, labels)
@@ -75,17 +87,8 @@ def svg(panels: Sequence[Panel], ylabel: str, looks: Mapping[str, Style], title:
         handles = {
             label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(
-            [handles[label] for label in labels],
-            labels,
-            loc="outside lower center",
-            ncols=_columns(labels, panels),
-        )
-        file = io.StringIO()
-        figure.savefig(
-            file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Type", "Format"))
-        )
-    return _embeddable(file.getvalue(), title)
+        figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=columns)
+    return figure
 
 
 def is_wide(panels: Sequence[Panel]) -> bool:
@@ -117,13 +120,17 @@ def _draw(axis: Any, panel: Panel, looks: Mapping[str, Style], labels: Sequence[
     axis.set_xlabel(panel.xlabel)
     if panel.log:
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_major_formatter(FuncFormatter(_number))
         axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
-    elif panel.lines and len(values) <= 12:
-        axis.set_xticks(values, [f"{x:g}" for x in values])
+    elif panel.lines and max(map(len, map(_number, values))) < CHARACTERS * step / max(step, values[-1] - values[0]):
+        axis.set_xticks(values, map(_number, values))
     else:
         axis.xaxis.set_major_locator(MaxNLocator(6))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+        axis.xaxis.set_major_formatter(FuncFormatter(_number))
+
+
+def _number(value: float, _: Any = None) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
 def _score_axis(axis: Any, panels: Sequence[Panel]) -> None:

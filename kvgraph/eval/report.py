@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgraph.eval import plots, runs, stats
+from kvgraph.eval.ablate import BASE
 from kvgraph.eval.plots import Panel
 from kvgraph.eval.runs import Run
 from kvgraph.eval.stats import Difference, Interval
@@ -22,7 +23,7 @@ EXAMPLES = 4  # items shown a task
 BINS = 10  # of a fact with too many values to draw them all
 MOST_VALUES = 12
 CONFIGURATION = (
-    "method", "model", "task", "metrics", "limit", "seed", "data", "prompt", "decode", "extract", "edges", "ablation",
+    "task", "method", "model", "metrics", "limit", "seed", "data", "prompt", "decode", "extract", "edges", "ablation",
 )  # fmt: skip
 
 
@@ -160,6 +161,27 @@ class Section:
         chosen = sorted(first, key=spread, reverse=True)[:EXAMPLES]
         return [Example(item, tuple(self._answers(item["id"]))) for item in first if item in chosen]
 
+    @cached_property
+    def settings(self) -> list[tuple[str, dict[str, str]]]:
+        """(label, settings and environment) of every run, ablations too."""
+        named = [(line.label, line.run) for line in self.lines]
+        named += [(f"{a.title}, {line.label}", line.run) for a in self.ablations for line in a.lines]
+        return [(label, dict(_settings(run))) for label, run in named]
+
+    @cached_property
+    def same(self) -> dict[str, str]:
+        """The settings that all its runs have in common."""
+        return _common(settings for _, settings in self.settings)
+
+    def own(self, known: Mapping[str, str]) -> dict[str, str]:
+        """What its runs have in common besides what is known already."""
+        return {name: value for name, value in self.same.items() if name not in known}
+
+    @cached_property
+    def varying(self) -> list[str]:
+        """Names of the settings that differ between its runs."""
+        return [name for name in dict.fromkeys(n for _, s in self.settings for n in s) if name not in self.same]
+
     def _answers(self, item: str) -> Iterator[tuple[str, str, float]]:
         for line in self.lines:
             result = line.run.by_id[item]
@@ -217,15 +239,9 @@ class Report:
         return list(dict.fromkeys(line.label for line in self.lines))
 
     @cached_property
-    def configurations(self) -> tuple[dict[str, str], list[tuple[str, dict[str, str]]]]:
-        """(what all runs have in common, (run, what it has besides) for every run, ablations too)."""
-        all_lines = [(section, line) for section in self.sections for line in section._all_lines()]
-        flat = [dict(_flat(line.run)) for _, line in all_lines]
-        same = {key: value for key, value in flat[0].items() if all(other.get(key) == value for other in flat)}
-        names = [f"{section.task} · {line.label}" for section, line in all_lines]
-        return same, [
-            (name, {k: v for k, v in one.items() if k not in same}) for name, one in zip(names, flat, strict=True)
-        ]
+    def same(self) -> dict[str, str]:
+        """The settings that all runs have in common."""
+        return _common(settings for section in self.sections for _, settings in section.settings)
 
     def html(self) -> str:
         """The page: self-contained, readable in light, dark and on paper."""
@@ -270,19 +286,20 @@ def build(folders: Iterable[Path]) -> Report:
 def _section(task: str, model: str, members: Sequence[Run]) -> Section:
     variants = sorted((run for run in members if run.ablation is not None), key=_by_name)
     plain = [run for run in members if run.ablation is None]
-    bases = {run.folder.parent: run for run in plain if any(v.folder.parent == run.folder.parent for v in variants)}
+    bases = {run.folder.parent: run for run in plain if run.folder.name == BASE}
     # A base is the run that its variants are compared with. It is one of the task's methods too, unless that was also
     # run by itself.
     alone = {run.method for run in plain if run not in bases.values()}
-    ordinary = [run for run in plain if run.folder.parent not in bases or run.method not in alone] or variants
+    ordinary = [run for run in plain if run.folder.parent not in bases or run.method not in alone]
+    ordinary += [run for run in variants if run.folder.parent not in bases]
     ordinary.sort(key=lambda run: run.method != REFERENCE)
     lines = _lines(ordinary, _labels(ordinary))
     ablations = []
     for parent, group in groupby(variants, key=lambda run: run.folder.parent):
         if base := bases.get(parent):
             chosen = [base, *group]
-            ablations.append(Ablation(base.method, _lines(chosen, [run.ablation or "base" for run in chosen])))
-    warnings = [*_warnings(lines), *(f"{a.title}, ablations: {w}" for a in ablations for w in _failures(a.lines))]
+            ablations.append(Ablation(base.method, _lines(chosen, [run.ablation or BASE for run in chosen])))
+    warnings = [*_warnings(lines), *(w for ablation in ablations for w in _failed_variants(ablation))]
     return Section(task, model, lines, tuple(ablations), _best(lines), tuple(warnings))
 
 
@@ -304,7 +321,7 @@ def _lines(members: Sequence[Run], labels: Sequence[str]) -> tuple[Line, ...]:
 
 def _labels(members: Sequence[Run]) -> list[str]:
     """A name for each run of a task on a model: its method; where that isn't enough, its folder too."""
-    methods = [run.method for run in members]
+    methods = [run.method + (f", {run.ablation}" if run.ablation else "") for run in members]
     return [
         method if methods.count(method) == 1 else f"{method} in {'/'.join(run.folder.parts[-3:])}"
         for method, run in zip(methods, members, strict=True)
@@ -329,16 +346,18 @@ def _warnings(lines: Sequence[Line]) -> Iterator[str]:
     for line in lines[1:]:
         if found := runs.mismatches(first.run, line.run):
             yield f"{line.label} can't be compared with {first.label} ({'; '.join(found)})"
-    yield from _failures(lines)
+    for line in lines:
+        if line.run.errors:
+            yield f"{line.label}: {line.run.errors:,} items couldn't be run and count as 0"
     machines = {line.run.summary["environment"].get("machine") for line in lines}
     if len(machines) > 1:
         yield f"times were measured on {len(machines)} different machines"
 
 
-def _failures(lines: Sequence[Line]) -> Iterator[str]:
-    for line in lines:
-        if line.run.errors:
-            yield f"{line.label}: {line.run.errors:,} items couldn't be run and count as 0"
+def _failed_variants(ablation: Ablation) -> Iterator[str]:
+    failed = [line.label for line in ablation.lines if line.run.errors]
+    if failed:
+        yield f"ablations of {ablation.title}: items couldn't be run and count as 0 in {', '.join(failed)}"
 
 
 def _cost(run: Run) -> Cost:
@@ -392,12 +411,20 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, float(value)
 
 
-def _flat(run: Run) -> Iterator[tuple[str, str]]:
+def _settings(run: Run) -> Iterator[tuple[str, str]]:
     """A run's configuration and environment as (name, text), and its folder."""
-    parts = {name: run.summary.get(name) for name in CONFIGURATION} | dict(run.summary["environment"])
-    for path, _, value in runs.changes({}, parts):
-        yield path, value if isinstance(value, str) else runs.shown(value, 200)
+    for part in (*CONFIGURATION, "environment"):
+        value = run.summary.get(part)
+        for key, inner in value.items() if isinstance(value, Mapping) else [("", value)]:
+            name = f"{part}.{key}" if key and part != "environment" else key or part
+            yield name, "–" if inner is None else inner if isinstance(inner, str) else runs.shown(inner, 300)
     yield "folder", str(run.folder)
+
+
+def _common(several: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The entries that all mappings have alike."""
+    first, *others = several
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def _line_json(line: Line) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """How sure a mean score is, and whether two methods really differ: bootstrap intervals and paired tests.
 
-Scores are numbers in [0, 1], one an item; as text they are points, in hundredths. Items that share something are a *cluster*, and it is clusters that are drawn
-again or flipped, never single items: ten questions over the same documents tell less than ten over different ones.
+Scores are numbers in [0, 1], one an item; as text they are points, in hundredths. Items that share something are a
+*cluster*, and it is clusters that are drawn again or flipped, never single items: ten questions over the same documents
+tell less than ten over different ones.
 Everything is deterministic: the same scores and seed give the same numbers.
 """
 

@@ -29,7 +29,7 @@ from kvgraph.methods import Block, Full, Method, get
 from kvgraph.server import errors
 from kvgraph.server.core import Server, TheCaller, TheServer
 from kvgraph.server.errors import APIError
-from kvgraph.server.openai import finish_reason, in_time, unless_gone
+from kvgraph.server.openai import done_by, finish_reason, in_time, unless_gone
 from kvgraph.server.runner import Update
 from kvgraph.server.tenants import Caller
 
@@ -85,6 +85,7 @@ class Generated(BaseModel):
 
 Body = TypeVar("Body", bound=BlocksRequest)
 Problem = tuple[Method, ContextGraph]
+Lay = Callable[[Body, int | None], Problem]  # of a request and the tokenizer's end token
 
 
 @router.post("/generate_vanilla")
@@ -131,25 +132,19 @@ def _gapemp_appr(body: TopKRequest, eos: int | None) -> Problem:
     return get("graph-kv-rag-top-k", drop_token=eos), ContextGraph(body.contexts, body.query, body.prefix, edges)
 
 
-async def _answer(
-    http: Request,
-    body: Body,
-    server: Server,
-    caller: Caller,
-    problem: Callable[[Body, int | None], Problem],
-) -> Generated:
+async def _answer(http: Request, body: Body, server: Server, caller: Caller, lay: Lay[Body]) -> Generated:
     """Admit, lay out, run, answer."""
     async with AsyncExitStack() as held:
         server.admit(caller, 1, held)
         deadline = server.deadline(None)
-        job = server.runner.submit(await server.off_loop(_prepared, server, caller, body, problem))
+        laying = server.off_loop(_prepared, server, caller, body, lay)
+        job = server.runner.submit(await unless_gone(http, done_by(deadline, laying)))
+        held.callback(job.cancel)
         work = in_time(deadline, server.observed("graph-kv", caller, [job]))
         return Generated(generated=await unless_gone(http, _text(work)))
 
 
-def _prepared(
-    server: Server, caller: Caller, body: Body, problem: Callable[[Body, int | None], Problem]
-) -> scheduler.Request:
+def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body]) -> scheduler.Request:
     """The engine's request. Raises APIError for too many contexts, GraphError, PlanError or CapacityError."""
     if len(body.contexts) > server.settings.max_documents:
         raise APIError(
@@ -158,7 +153,7 @@ def _prepared(
             param="blocks",
         )
     eos = server.tokenizer.eos_token_id
-    method, graph = problem(body, eos)
+    method, graph = lay(body, eos)
     params = SamplingParams(max_tokens=body.max_new_tokens, stop_token_ids=() if eos is None else (eos,))
     return server.engine.prepare(server.engine.plan(graph, method), params, salt=caller.salt)
 

@@ -20,7 +20,7 @@ from kvgraph import methods
 from kvgraph.engine.engine import Engine
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
-from kvgraph.server import errors, logs, schema
+from kvgraph.server import logs, schema
 from kvgraph.server.errors import APIError
 from kvgraph.server.library import Library
 from kvgraph.server.metrics import Metrics
@@ -255,10 +255,6 @@ class Server:
         """The updates of a request's jobs."""
         return merged(jobs)
 
-    def log_unexpected(self, error: BaseException) -> None:
-        """Log an error that is nobody's but the server's."""
-        errors.report(error)
-
 
 async def _on_daemon(work: Callable[[], T]) -> T:
     """Run something on a thread that the end of the process doesn't wait for, however long it takes."""
@@ -268,11 +264,9 @@ async def _on_daemon(work: Callable[[], T]) -> T:
         try:
             result = work()
         except BaseException as error:
-            if not future.cancelled():
-                future.set_exception(error)
+            future.set_exception(error)
         else:
-            if not future.cancelled():
-                future.set_result(result)
+            future.set_result(result)
 
     future.set_running_or_notify_cancel()
     threading.Thread(target=run, name="kvgraph-loader", daemon=True).start()

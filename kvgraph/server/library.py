@@ -38,7 +38,7 @@ CREATE TABLE segments (
     text TEXT NOT NULL, tokens BLOB NOT NULL, created REAL NOT NULL, UNIQUE (model, tenant, id)
 );
 CREATE TABLE graphs (
-    row INTEGER PRIMARY KEY, model TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, digest TEXT NOT NULL,
+    row INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, digest TEXT NOT NULL,
     method TEXT NOT NULL, segments INTEGER NOT NULL, edges INTEGER NOT NULL, spans INTEGER NOT NULL,
     tokens INTEGER NOT NULL, created REAL NOT NULL, state TEXT NOT NULL DEFAULT 'pending',
     done INTEGER NOT NULL DEFAULT 0, error TEXT, UNIQUE (model, tenant, id)
@@ -356,6 +356,8 @@ class Library:
         with self._lock:
             try:
                 yield
+            except UnicodeEncodeError:
+                raise APIError(400, "an id is no valid Unicode: it holds half of a surrogate pair") from None
             except sqlite3.Error as error:
                 raise StoreError(f"the library of segments can't be used now: {error}") from None
 

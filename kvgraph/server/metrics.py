@@ -51,10 +51,10 @@ class Metrics:
             registry=registry, buckets=SLOW,
         )  # fmt: skip
         self.in_flight = Gauge("kvgraph_http_requests_in_flight", "HTTP requests being answered.", registry=registry)
-        self._answers = Counter("kvgraph_answers", "Answers, one a choice, by how they ended.", ("outcome",), registry=registry)
-        self._computed = Counter(
-            "kvgraph_tokens_computed", "Prompt tokens run through the model.", registry=registry
+        self._answers = Counter(
+            "kvgraph_answers", "Answers, one a choice, by how they ended.", ("outcome",), registry=registry
         )
+        self._computed = Counter("kvgraph_tokens_computed", "Prompt tokens run through the model.", registry=registry)
         self._reused = Counter(
             "kvgraph_tokens_reused", "Prompt tokens whose KV was there, by where.", ("tier",), registry=registry
         )
@@ -139,7 +139,9 @@ class _State(Collector):
         yield GaugeMetricFamily("kvgraph_spans_encoding", "Missing spans being encoded.", value=load.encoding)
         yield SummaryMetricFamily("kvgraph_step_seconds", "Forward passes.", runner.steps, runner.step_seconds)
         yield GaugeMetricFamily("kvgraph_kv_bytes", "KV held in memory.", value=load.kv_bytes)
-        yield GaugeMetricFamily("kvgraph_kv_pinned_bytes", "Of it, spans that requests in work read.", value=load.pinned)
+        yield GaugeMetricFamily(
+            "kvgraph_kv_pinned_bytes", "Of it, spans that requests in work read.", value=load.pinned
+        )
         yield GaugeMetricFamily("kvgraph_kv_budget_bytes", "The most KV that is held in memory.", value=budget)
         yield from self._of_stores()
 

@@ -6,10 +6,10 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvgraph.engine.result import Result
 from kvgraph.engine.sampling import Sampled
-from kvgraph.server import errors, prompts, schema
+from kvgraph.server import errors, logs, prompts, schema
 from kvgraph.server.core import Server, TheCaller, TheServer
 from kvgraph.server.errors import APIError
 from kvgraph.server.prompts import Laid
@@ -27,6 +27,9 @@ from kvgraph.server.schema import ChatRequest, CompletionRequest
 from kvgraph.server.tenants import Caller
 
 router = APIRouter(prefix="/v1", responses=errors.DECLARED)
+
+T = TypeVar("T")
+LINGER = 5.0  # seconds a client has for reading its last events
 
 STREAMED: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
@@ -73,34 +76,44 @@ async def _answer(
         choices = body.n * (len(prompts.prompt_list(body.prompt)) if isinstance(body, CompletionRequest) else 1)
         server.admit(caller, choices, held)
         deadline = server.deadline(body.kvgraph.timeout)
-        laid = await server.off_loop(prompts.lay_out, server, caller, body)
-        jobs = [server.runner.submit(request) for prompt in laid for request in prompt.requests]
+        laid = await unless_gone(http, done_by(deadline, server.off_loop(prompts.lay_out, server, caller, body)))
+        jobs: list[Job] = []
+        for request in (request for prompt in laid for request in prompt.requests):
+            jobs.append(server.runner.submit(request))
+            held.callback(jobs[-1].cancel)  # also if nobody ever asks for its updates
         answer = shape(server, body, laid, jobs)
         work = in_time(deadline, server.observed(answer.route, caller, jobs))
         if body.stream:
-            return EventStream(answer.events(work), held.pop_all())
+            return EventStream(http, answer.events(work), held.pop_all(), deadline)
         return JSONResponse(await unless_gone(http, answer.whole(work)))
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `held` is closed when the response ends, also if the client left before its first byte."""
+    """Server-sent events; `held` is closed when the response ends, also if the client left before its first byte.
 
-    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack):
+    A client that doesn't read is cut off `LINGER` seconds after the deadline (event loop time).
+    """
+
+    def __init__(self, http: Request, events: AsyncGenerator[str], held: AsyncExitStack, deadline: float):
         super().__init__(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
-        self._events, self._held = events, held
+        self._http, self._events, self._held, self._deadline = http, events, held, deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held:
-            try:
-                await super().__call__(scope, receive, send)
-            finally:
-                await self._events.aclose()  # type: ignore[attr-defined]
+        async with self._held, aclosing(self._events):
+            with suppress(ClientLeft, OSError, TimeoutError):  # nobody is there to be told
+                async with asyncio.timeout_at(self._deadline + LINGER):
+                    # Sending alone notices that the client has left only when there is something to send.
+                    await unless_gone(self._http, self.stream_response(send))
+
+
+class ClientLeft(APIError):
+    """The client closed the connection before its answer was complete."""
 
 
 async def unless_gone(http: Request, work: Any) -> Any:
-    """The result of `work`, which is cancelled when the client disconnects."""
+    """The result of `work`, which is cancelled when the client disconnects. Raises ClientLeft."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -110,12 +123,27 @@ async def unless_gone(http: Request, work: Any) -> Any:
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise APIError(499, "the client left", code="client_closed_request")
+            if (exchange := logs.current.get()) is not None:
+                exchange.left = True
+            raise ClientLeft(499, "the client left", code="client_closed_request")
         return task.result()
     finally:
         task.cancel()
         watch.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def done_by(deadline: float, work: Awaitable[T]) -> T:
+    """The result of `work`, if it is there by the deadline (event loop time). Raises APIError 504."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await work
+    except TimeoutError:
+        raise _late() from None
+
+
+def _late() -> APIError:
+    return APIError(504, "the request took longer than its deadline; the work was ended", code="timeout")
 
 
 async def in_time(deadline: float, updates: AsyncIterator[tuple[int, Update]]) -> AsyncIterator[tuple[int, Update]]:
@@ -129,9 +157,7 @@ async def in_time(deadline: float, updates: AsyncIterator[tuple[int, Update]]) -
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                raise APIError(
-                    504, "the request took longer than its deadline; the work was ended", code="timeout"
-                ) from None
+                raise _late() from None
             yield item
     finally:
         await updates.aclose()  # type: ignore[attr-defined]
@@ -173,7 +199,7 @@ class _Shape:
         choices = [self.choice(i, choice) for i, choice in enumerate(self.choices)]
         return dumped(self.response(choices=choices, usage=self.usage(), **self.head))
 
-    async def events(self, work: AsyncIterator[tuple[int, Update]]) -> AsyncIterator[str]:
+    async def events(self, work: AsyncIterator[tuple[int, Update]]) -> AsyncGenerator[str]:
         """The answer as server-sent events. An error in the middle is an event of its own, after which nothing follows."""
         options = self.body.stream_options
         with_usage = options is not None and options.include_usage
@@ -185,8 +211,7 @@ class _Shape:
                 yield event(dumped(self.part(choices=[], usage=self.usage(), **self.head)))
             yield "data: [DONE]\n\n"
         except Exception as error:
-            self.server.log_unexpected(error)
-            yield event(errors.body(errors.as_api_error(error)))
+            yield event(errors.body(errors.report(error)))
         finally:
             await work.aclose()  # type: ignore[attr-defined]
 

@@ -159,8 +159,8 @@ class Runner:
             self.engine.enqueue(request)
 
         def refuse() -> None:
-            self._live[job] = None
             request.error = self._stopped()
+            self._send([(job, Update(error=request.error))])
 
         self._order(start, refuse)
         return job
@@ -237,9 +237,7 @@ class Runner:
 
     def _measured(self) -> Load:
         scheduler = self.engine.scheduler
-        return Load(
-            len(scheduler.running), len(scheduler.encodings), scheduler.kv_bytes, scheduler.pool.pinned_bytes
-        )
+        return Load(len(scheduler.running), len(scheduler.encodings), scheduler.kv_bytes, scheduler.pool.pinned_bytes)
 
     def _obey(self) -> None:
         """Run all commands that came in; wait for one when there is nothing else to do."""
@@ -259,11 +257,14 @@ class Runner:
                 if job.request.finished:
                     del self._live[job]
         if updates:
-            assert self._loop is not None
-            try:
-                self._loop.call_soon_threadsafe(self._hand_out, updates)
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                log.debug("updates after the event loop was closed")
+            self._send(updates)
+
+    def _send(self, updates: list[tuple[Job, Update]]) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._hand_out, updates)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            log.debug("updates after the event loop was closed")
 
     def _hand_out(self, updates: list[tuple[Job, Update]]) -> None:
         for job, update in updates:

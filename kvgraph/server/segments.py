@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvgraph import methods
 from kvgraph.chat import DOCUMENT, Document
@@ -32,18 +32,6 @@ from kvgraph.server.tenants import Caller
 router = APIRouter(prefix="/v1", responses=errors.DECLARED)
 
 ID = r"^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}$"
-
-
-def _unicode(text: str) -> str:
-    """The text, if it holds no half of a surrogate pair: no tokenizer and no file takes these."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half of a surrogate pair") from None
-    return text
-
-
-Unicode = Annotated[str, AfterValidator(_unicode)]
 Id = Annotated[str, Field(pattern=ID)]
 InPath = Annotated[str, Path(pattern=ID)]
 After = Annotated[str, Query(max_length=200, description="The last id of the page before.")]
@@ -54,16 +42,16 @@ class SegmentIn(Strict):
     """A text to store. Without an id it is named after its content."""
 
     id: Id | None = None
-    title: Unicode | None = None
-    text: Unicode
+    title: str | None = None
+    text: str
 
 
 class SegmentsIn(Strict):
     """One text to store (`text`, maybe with `id` and `title`), or several (`segments`): all of them or none."""
 
     id: Id | None = None
-    title: Unicode | None = None
-    text: Unicode | None = None
+    title: str | None = None
+    text: str | None = None
     segments: Annotated[list[SegmentIn], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")

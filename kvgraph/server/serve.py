@@ -4,47 +4,111 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
+import os
 import socket
-import sys
+from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from kvgraph.server import logs
 from kvgraph.server.app import create_app
-from kvgraph.server.settings import Settings
+from kvgraph.server.core import Server
+from kvgraph.server.settings import Settings, SettingsError
 
+log = logging.getLogger("kvgraph.server")
 
-class Process(uvicorn.Server):
-    """uvicorn's server, but that work begins to end with the signal, not when the last connection is closed."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called once after a signal; returns when all connections and the application have ended."""
-        draining = asyncio.create_task(self.config.app.state.server.drain())  # type: ignore[union-attr]
-        await super().shutdown(sockets)
-        if not self.force_exit:
-            await draining
+HEAD_TIMEOUT = 30.0  # seconds a client may take to send a request's head
+LINGER = 5.0  # seconds that clients get, once all work has ended, to read what was sent
 
 
 def run(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; running requests get `settings.grace` seconds to end. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Serve until SIGTERM or SIGINT; running requests get `settings.grace` seconds to end. Returns the exit code.
+
+    Raises SettingsError before the model is loaded if the address can't be listened on, or traces have nowhere to go.
+    """
+    listener = _listening(settings)
     app = create_app(settings)
+    logs.setup(settings.log_format)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
+        http=Protocol,
+        ws="none",
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=int(settings.grace) + 5,
         server_header=False,
+        timeout_graceful_shutdown=int(LINGER),
     )
-    server = Process(config)
+    process = Process(config, app.state.server)
+    with listener:
+        host, port = listener.getsockname()[:2]
+        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        process.run(sockets=[listener])
+    return 0 if app.state.server.failed is None else 1
 
-    def give_up(*_: object) -> None:
-        server.should_exit = True
 
-    app.state.server.on_failure = give_up
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them once more when it has ended
-        signal.signal(number, give_up)
-    server.run()
-    return 1 if app.state.server.failed is not None or not server.started else 0
+def _listening(settings: Settings) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error.strerror  # a name that can't be resolved has none
+        raise SettingsError(f"can't listen on {settings.host}, port {settings.port}: {reason}") from None
+
+
+class Process(uvicorn.Server):
+    """Ends in order at the first SIGTERM or SIGINT, and at once at the second.
+
+    In order: nothing new is taken, and those who ask are told so; when the work in hand has ended, sockets are closed.
+    """
+
+    def __init__(self, config: uvicorn.Config, server: Server):
+        super().__init__(config)
+        self._server = server
+        server.on_failure = self._give_up
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        if self._server.closing:
+            os._exit(128 + sig)  # records appear on the disk whole or not at all, whenever that is
+        self._server.closing = self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish the work in hand while the sockets are open, then close them."""
+        log.info("shutting down; a second signal ends at once")
+        await self._server.drain()
+        await super().shutdown(sockets)
+
+    def _give_up(self) -> None:
+        self.should_exit = True
+
+
+class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """HTTP/1.1 that doesn't wait for a request's head forever. (uvicorn itself limits only the pause between two.)"""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Somebody is there."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Some of a head, or of a body."""
+        super().data_received(data)
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        elif not answering and self._patience is None:
+            self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """They have gone."""
+        if self._patience is not None:
+            self._patience.cancel()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._patience = self.loop.call_later(HEAD_TIMEOUT, self.transport.close)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tomllib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, SecretStr, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from kvgraph import methods
 from kvgraph.chat import check_template
 from kvgraph.errors import KVGraphError
-
 
 Size = Annotated[ByteSize, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -82,6 +84,13 @@ class Settings(BaseSettings):
     def _usable_template(cls, value: str | None) -> str | None:
         return value if value is None else check_template(value)
 
+    @field_validator("api_keys")
+    @classmethod
+    def _each_once(cls, value: list[APIKey]) -> list[APIKey]:
+        if len({key.key.get_secret_value() for key in value}) < len(value):
+            raise ValueError("a key is given twice")
+        return value
+
     @property
     def name(self) -> str:
         """What clients call the model."""
@@ -104,18 +113,48 @@ class Settings(BaseSettings):
                 file = [] if config is None else [TomlConfigSettingsSource(settings_cls, config)]
                 return (init_settings, env_settings, *file)
 
-        if config is not None and not config.is_file():
-            raise SettingsError(f"there is no configuration file {config}")
+        given = {name: value for name, value in flags.items() if value is not None}
+        _check_names(cls)
         try:
-            return Sourced(**{name: value for name, value in flags.items() if value is not None})
-        except ValueError as error:
-            raise SettingsError(_first(error)) from None
+            if config is not None:
+                tomllib.loads(config.read_text(encoding="utf-8"))  # its errors say less when they come from below
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"can't read the configuration file {config}: {error}") from None
+        try:
+            return Sourced(**given)
+        except ValidationError as error:
+            raise SettingsError(_explained(error, given, config)) from None
+        except ValueError as error:  # a variable that should hold JSON
+            raise SettingsError(f"the environment can't be read: {error}") from None
 
 
-def _first(error: ValueError) -> str:
-    """The first thing that is wrong, in one line; never a secret's value."""
-    details = getattr(error, "errors", None)
-    if details is None:
-        return f"the configuration can't be read: {error}"
-    first = details(include_input=False)[0]
-    return f"setting {'.'.join(map(str, first['loc'])) or '?'}: {first['msg']}"
+def _check_names(settings: type[BaseSettings]) -> None:
+    """Raise SettingsError for a variable that is nearly a setting: KVGRAPH_API_KEY would leave a server open to all."""
+    known = {f"KVGRAPH_{name.upper()}" for name in settings.model_fields}
+    for name in map(str.upper, os.environ):
+        if name.startswith("KVGRAPH_") and name.partition("__")[0] not in known:
+            if meant := get_close_matches(name, known, 1, cutoff=0.9):
+                raise SettingsError(f"{name} is no setting; did you mean {meant[0]}?")
+
+
+def _explained(error: ValidationError, flags: dict[str, Any], config: Path | None) -> str:
+    """The first thing that is wrong and where it was said, in one line; never a secret's value."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    path = ".".join(map(str, first["loc"]))
+    name = str(first["loc"][0]) if first["loc"] else ""
+    variable = f"KVGRAPH_{name.upper()}"
+    if first["type"] == "missing" and path == name:
+        return f"there is no {name}; give --{name}, {variable}, or {name} in a configuration file"
+    if name in flags:
+        where = f"--{name.replace('_', '-')}"
+    elif any(key.upper().partition("__")[0] == variable for key in os.environ):
+        where = variable
+    else:
+        where = str(config) if config is not None else "?"
+    reason = f"there is no such setting{_nearest(name)}" if first["type"] == "extra_forbidden" else first["msg"]
+    return f"setting {path} ({where}): {reason}"
+
+
+def _nearest(name: str) -> str:
+    meant = get_close_matches(name, Settings.model_fields, 1)
+    return f"; did you mean {meant[0]}?" if meant else ""

@@ -214,8 +214,7 @@ class DiskStore:
         """Sums and counts. Changes nothing."""
         entries = self.ls()
         pinned = [e for e in entries if e.pinned]
-        with self._local:
-            counts = [self._counts[name] for name in ("hits", "misses", "bad", "unreadable", "index_errors")]
+        counts = self.counts()
         return Stat(
             len(entries),
             sum(e.size for e in entries),
@@ -224,8 +223,17 @@ class DiskStore:
             sum(e.size for e in pinned),
             self.capacity,
             len(_names(self.folder / "quarantine")),
-            *counts,
+            **counts,
         )
+
+    def counts(self) -> dict[str, int]:
+        """What this process saw: Stat's hits, misses, bad, unreadable and index_errors. Reads no file, waits for none."""
+        with self._local:
+            return {name: self._counts[name] for name in ("hits", "misses", "bad", "unreadable", "index_errors")}
+
+    def size(self) -> int | None:
+        """Bytes of all record files by the index; None if it can't be used now. May wait for other users of the index."""
+        return self._with_index(lambda index: index.total()[0])
 
     def find(self, prefix: str) -> str:
         """The key that starts with `prefix` (at least 4 hex digits). Raises StoreError if none or several do."""

@@ -16,6 +16,7 @@ const state = {
   columns: [],
   running: null, // an AbortController
   runs: 0,
+  inspected: null, // the node that the details are of
 };
 
 const list = new DocumentList({ changed: edited, remove });
@@ -63,7 +64,7 @@ async function pickStored() {
   note.textContent = "…";
   $("stored-dialog").showModal();
   try {
-    const { data } = await call("v1/segments");
+    const { data } = await call("v1/segments?limit=1000");
     note.textContent = data.length ? "" : "There are none yet. PUT /v1/segments stores some.";
     $("stored-list").replaceChildren(...data.map((segment) => h("label", { class: "choice" },
       h("input", { type: "checkbox", value: segment.id, "data-title": segment.title ?? "" }),
@@ -92,6 +93,7 @@ function removeEdge(edge) {
 
 /** Let the server resolve a rule such as top-k:3, so that the page has no rules of its own. */
 async function buildEdges(shape, value) {
+  if (!state.model) return say("The model isn't ready yet.");
   const rule = value === null ? shape : `${shape}:${value}`;
   if (shape === "none") state.edges = [];
   else {
@@ -163,13 +165,16 @@ async function ask() {
     question, kvgraph: options(column), stream: true, stream_options: { include_usage: true }, ...sampling(),
   }), signal).then((run) => { if (run) finished(run, question); });
   state.columns.forEach((column) => column.clear());
-  if ($("order").value === "turn") {
-    for (const column of state.columns) if (!signal.aborted) await one(column);
-  } else {
-    await Promise.all(state.columns.map(one));
+  try {
+    if ($("order").value === "turn") {
+      for (const column of state.columns) if (!signal.aborted) await one(column);
+    } else {
+      await Promise.all(state.columns.map(one));
+    }
+  } finally {
+    state.running = null;
+    drawBusy();
   }
-  state.running = null;
-  drawBusy();
   await plan();
 }
 
@@ -192,8 +197,8 @@ function finished(run, question) {
 }
 
 function drawBusy() {
-  $("send").disabled = $("stop").disabled = false;
-  $(state.running ? "send" : "stop").disabled = true;
+  $("send").disabled = Boolean(state.running || !state.model);
+  $("stop").disabled = !state.running;
 }
 
 // -- plans and the drawing -------------------------------------------------------------------------------------------------
@@ -202,6 +207,7 @@ let timer = null;
 
 /** After an edit: what stays of the drawing now, plans as soon as nobody types. */
 function edited() {
+  state.columns.forEach((column) => column.tell("run", null));
   drawEdgeList();
   draw();
   clearTimeout(timer);
@@ -215,8 +221,7 @@ function redraw() {
 
 async function plan() {
   if (!state.model) return;
-  const kvgraph = (column) => ({ kvgraph: options(column) });
-  await Promise.all(state.columns.map((column) => column.look(request({ ...kvgraph(column), ...sampling(), seed: undefined }))));
+  await Promise.all(state.columns.map((column) => column.look(request({ kvgraph: options(column), ...sampling() }))));
   for (const column of state.columns) column.note.textContent = remark(column);
   const counts = state.documents.map((doc, i) => [doc.key, state.columns.map((column) => column.versions(i)[0]?.tokens).find(Boolean)]);
   list.measure(new Map(counts.filter(([, tokens]) => tokens)));
@@ -249,6 +254,7 @@ function draw() {
   }));
   $("empty").hidden = state.documents.length > 0;
   drawing.show(nodes, column ? reads(column.plan) : drawn, drawn);
+  inspect(state.inspected);
 }
 
 /** Which node a span of a plan belongs to. */
@@ -263,8 +269,7 @@ function reads(plan) {
   for (const span of plan.spans) {
     for (const view of span.sees) {
       const source = owner(plan.spans[view.span]), reader = owner(span);
-      const own = span.segment === null ? source === reader : false;
-      if (!own) found.set(`${source} ${reader}`, { source, reader, live: reader === QUESTION });
+      if (source !== reader || span.segment !== null) found.set(`${source} ${reader}`, { source, reader, live: reader === QUESTION });
     }
   }
   return [...found.values()];
@@ -281,9 +286,11 @@ function described(doc, index) {
   return `${title(doc)}. ${told.join(". ")}. Choose it as the source of an edge, then its reader.`;
 }
 
-/** What the plans say of one node, beside the drawing. */
+/** What the plans say of one node, beside the drawing; it stays there until another is looked at. */
 function inspect(id) {
+  state.inspected = id;
   const doc = byKey(id);
+  if (!doc && id !== PREFIX && id !== QUESTION) return $("details").replaceChildren();
   const name = doc ? title(doc) : id === PREFIX ? "Prefix" : "Question";
   const parts = state.columns.filter((column) => column.plan).map((column) => {
     const { spans } = column.plan;
@@ -301,17 +308,18 @@ function inspect(id) {
 }
 
 function say(text) {
-  $("hint").textContent = text || "Click a source, then its reader, to add an edge; click an arrow to remove it. The list beside does the same by keyboard.";
+  $("hint").textContent = text || "Click a source, then its reader, to add an edge; click an arrow to remove it.";
 }
 
 // -- the page --------------------------------------------------------------------------------------------------------------
 
 /** Find out what is served; again every second while the model is being loaded. */
 async function connect() {
+  state.model = null;
+  drawBusy();
   try {
     [state.model] = (await call("v1/models")).data;
   } catch (error) {
-    state.model = null;
     $("model").textContent = error.status === 401 ? "this server wants an API key" : error.status === 503 ? "the model is being loaded…" : error.message;
     if (error.status === 401) $("key").focus();
     else setTimeout(connect, 1000);
@@ -325,6 +333,7 @@ async function connect() {
     state.columns = [["A", "full"], ["B", second]].map(([letter, method]) => (
       new Column(letter, $(`column-${letter}`), state.data.methods, method, { changed: edited })));
   }
+  drawBusy();
   edited();
 }
 
@@ -388,8 +397,8 @@ function wire() {
 
   $("key").value = session.key;
   on("key", "change", () => { session.key = $("key").value.trim(); connect(); });
-  const remembered = localStorage.getItem("kvgraph-theme");
-  theme(remembered);
+  theme(localStorage.getItem("kvgraph-theme"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => theme(localStorage.getItem("kvgraph-theme")));
   on("theme", "click", () => {
     const other = theme(document.documentElement.dataset.theme) ? "light" : "dark";
     localStorage.setItem("kvgraph-theme", other);

@@ -29,6 +29,7 @@ export class DocumentList {
     this.changed = changed;
     this.remove = remove;
     this.list = $("document-list");
+    this.sizes = new Map(); // where a document's count of tokens stands
   }
 
   draw(documents) {
@@ -77,6 +78,6 @@ export class DocumentList {
   focus(doc) {
     const item = this.list.querySelector(`[data-key="${doc.key}"]`);
     item.scrollIntoView({ block: "nearest" });
-    item.querySelector("input, textarea, button").focus();
+    (item.querySelector(".edit:not([hidden]) input") ?? item.querySelector("button")).focus();
   }
 }

@@ -36,6 +36,7 @@ export class Drawing {
     const focused = this.svg.contains(document.activeElement) ? document.activeElement.dataset.id : null;
     this.plan = layout(this.nodes, this.arranged ?? [], this.svg.parentElement.clientWidth);
     const { width, height } = this.plan;
+    this.svg.classList.toggle("dense", this.edges.length > 40);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.svg.setAttribute("width", width);
     this.svg.setAttribute("height", height);
@@ -124,9 +125,9 @@ export class Drawing {
         class: "state", "data-method": state.label, "data-state": summary(state.tiers),
         x: left + (i ? 0.5 : 1), y: 10, width: half - 1.5, height: 17, rx: 4,
       }));
-      parts.push(text(state.label, left + 12, 22.5, "letter"));
-      const shown = state.tiers.slice(-Math.max(1, Math.floor((half - 22) / 11)));
-      shown.forEach((tier, j) => parts.push(...pip(tier, left + 25 + 11 * j, 18.5)));
+      parts.push(text(state.label, left + 9, 22.5, "letter"));
+      const shown = state.tiers.slice(-Math.max(1, Math.floor((half - 18) / 10)));
+      shown.forEach((tier, j) => parts.push(...pip(tier, left + 21 + 10 * j, 18.5)));
     });
     return parts;
   }
@@ -268,15 +269,21 @@ function grid(ids, width) {
   return { places, width, height, box };
 }
 
+/** Boxes on an ellipse, evenly along its line, as high as they need to stand apart. */
 function ring(ids, width) {
   const box = Math.min(WIDEST - 20, width / 3.2);
-  const height = Math.max(290, ids.length * 24, width < 560 ? ids.length * 46 : 0);
-  const rx = width / 2 - box / 2 - 4, ry = height / 2 - HEIGHT / 2 - 6;
-  const places = new Map(ids.map((id, i) => {
-    const angle = (2 * Math.PI * i) / ids.length - Math.PI / 2;
-    return [id, { x: width / 2 + rx * Math.cos(angle), y: height / 2 + ry * Math.sin(angle) }];
-  }));
-  return { places, width, height, box };
+  for (let height = 290; ; height += 40) {
+    const rx = width / 2 - box / 2 - 4, ry = height / 2 - HEIGHT / 2 - 6;
+    const points = Array.from({ length: 721 }, (_, i) => {
+      const angle = (i * Math.PI) / 360 - Math.PI / 2;
+      return { x: width / 2 + rx * Math.cos(angle), y: height / 2 + ry * Math.sin(angle) };
+    });
+    const way = [0];
+    for (let i = 1; i < points.length; i++) way.push(way[i - 1] + Math.hypot(points[i].x - points[i - 1].x, points[i].y - points[i - 1].y));
+    const placed = ids.map((_, i) => points[way.findIndex((length) => length >= (i * way.at(-1)) / ids.length)]);
+    const apart = placed.every((p, i) => placed.slice(0, i).every((q) => Math.abs(p.x - q.x) > box + 4 || Math.abs(p.y - q.y) > HEIGHT + 4));
+    if (apart || height > 100 * ids.length) return { places: new Map(ids.map((id, i) => [id, placed[i]])), width, height, box };
+  }
 }
 
 /** Documents by the length of the longest path that leads to them; null when there is a cycle. */

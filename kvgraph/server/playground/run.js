@@ -13,6 +13,7 @@ export class Column {
     Object.assign(this, { letter, methods, changed });
     this.plan = null;
     this.usage = null;
+    this.errors = { plan: null, run: null };
     this.build(root, chosen);
     this.choose(chosen);
   }
@@ -24,7 +25,14 @@ export class Column {
       group("methods", false), group("presets", true));
     this.form = h("div", { class: "fields" });
     this.summary = h("summary");
-    this.details = h("details", { class: "options" }, this.summary, this.form);
+    this.details = h("details", {
+      class: "options", keydown: (event) => {
+        if (event.key !== "Escape") return;
+        this.details.open = false;
+        this.summary.focus();
+      },
+    }, this.summary, this.form);
+    document.addEventListener("pointerdown", (event) => { if (!this.details.contains(event.target)) this.details.open = false; });
     this.state = h("span", { class: "state-text quiet", role: "status" });
     this.note = h("p", { class: "note quiet" });
     this.error = h("p", { class: "error", role: "alert", hidden: true });
@@ -84,11 +92,11 @@ export class Column {
     const mine = (this.planning = new AbortController());
     try {
       this.plan = await call("v1/plan", body, mine.signal);
-      this.fail(null);
+      this.tell("plan", null);
     } catch (error) {
       if (error.name === "AbortError") return;
       this.plan = null;
-      this.fail(error);
+      this.tell("plan", error);
     }
   }
 
@@ -101,16 +109,19 @@ export class Column {
 
   clear() {
     this.usage = null;
-    this.fail(null);
+    this.tell("run", null);
     this.figures.replaceChildren(...["TTFT", "Seen here", "Computed", "Reused"].map((name) => figure(name, "–")));
     this.answer.replaceChildren();
     this.tokens.replaceChildren(h("figcaption", { class: "quiet" }, "Tokens computed and reused"));
     this.times.replaceChildren(h("figcaption", { class: "quiet" }, "Time"));
   }
 
-  fail(error) {
-    this.error.hidden = error === null;
-    this.error.textContent = error?.message ?? "";
+  /** Show what went wrong with the last run, else with the plan; null takes it back. */
+  tell(what, error) {
+    this.errors[what] = error;
+    const told = this.errors.run ?? this.errors.plan;
+    this.error.hidden = told === null;
+    this.error.textContent = told?.message ?? "";
   }
 
   /** Send a request and show its answer as it comes. The run's facts, or null if it was stopped or failed. */
@@ -136,7 +147,7 @@ export class Column {
       if (!this.usage) throw new Failure("the answer came without its usage");
     } catch (error) {
       this.state.textContent = error.name === "AbortError" ? "stopped" : "failed";
-      if (error.name !== "AbortError") this.fail(error);
+      if (error.name !== "AbortError") this.tell("run", error);
       return null;
     } finally {
       this.answer.classList.remove("running");

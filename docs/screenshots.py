@@ -1,0 +1,82 @@
+"""The pictures of the playground: `python docs/screenshots.py` (needs playwright and a chromium) serves the demo's model,
+asks a question twice, and writes docs/images/playground-{light,dark}.png."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+from playwright.sync_api import Page, sync_playwright
+
+from kvgraph import demo
+
+IMAGES = Path(__file__).parent / "images"
+PORT = 8799
+URL = f"http://127.0.0.1:{PORT}"
+CHROMIUM = os.environ.get("KVGRAPH_CHROMIUM") or shutil.which("chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+
+
+def ask(page: Page) -> None:
+    """Ask, and wait for both answers."""
+    page.click("#send")
+    page.wait_for_selector("#stop:not([disabled])")
+    page.wait_for_selector("#send:not([disabled])", timeout=120_000)
+    page.wait_for_load_state("networkidle")
+
+
+def shoot(page: Page, name: str) -> None:
+    """One picture of the whole page."""
+    path = IMAGES / f"playground-{name}.png"
+    page.screenshot(path=path, full_page=True)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def main() -> None:
+    """Both pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "demo"
+        model.mkdir()
+        demo.write_model(model)
+        flags = ["--model", model, "--store", f"{folder}/kv", "--port", PORT]
+        server = subprocess.Popen([sys.executable, "-m", "kvgraph.cli", "serve", *map(str, flags)])
+        try:
+            while not _ready():
+                assert server.poll() is None, "the server ended"
+                time.sleep(0.2)
+            with sync_playwright() as playwright:
+                browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+                page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")
+                page.goto(URL)
+                page.click("#demo")
+                page.select_option("#order", "turn")
+                ask(page)
+                page.select_option("#examples", index=1)
+                ask(page)
+                shoot(page, "light")
+                page.emulate_media(color_scheme="dark")
+                page.get_by_text("Reads of B").click()
+                page.locator("g.node.document").nth(4).hover()
+                page.wait_for_timeout(300)  # the fade
+                shoot(page, "dark")
+                browser.close()
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _ready() -> bool:
+    try:
+        return httpx.get(f"{URL}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
