@@ -52,7 +52,7 @@ def serving(app: FastAPI) -> Iterator[str]:
         while not server.started:
             assert thread.is_alive(), "the server ended at once"
             time.sleep(0.01)
-        url = "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         wait_ready(url)
         yield url
     finally:

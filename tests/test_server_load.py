@@ -16,9 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving import application, serving, spawn
 
 from kvgraph import Engine, demo
+from serving import application, serving, spawn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks aren't installed
 from benchmarks.serving import Ask, Served, asks, load  # noqa: E402

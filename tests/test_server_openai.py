@@ -13,11 +13,11 @@ import openai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serving import serve, spawn
 
 from kvgraph import ContextGraph, Engine, demo, methods
 from kvgraph.engine.result import Result
 from kvgraph.graph import named_edges
+from serving import serve, spawn
 
 BOS, OPEN, CLOSE = "<|mem_start|>", "<|link_0|>", "<|link_1|>"
 TEMPLATE = (

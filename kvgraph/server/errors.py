@@ -58,7 +58,7 @@ DECLARED: dict[int | str, dict[str, Any]] = {
         404: "No such thing.",
         405: "Not that method.",
         408: "The body took too long to come.",
-        409: "It is being changed.",
+        409: "It is there with other content, or in use.",
         413: "The request is too large.",
         429: "Too many requests; try again after Retry-After seconds.",
         500: "A fault of the server.",
@@ -128,7 +128,7 @@ def install(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return response(APIError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json"))
-        where = [str(part) for part in first["loc"] if part != "body"]
+        where = [str(part) for part in first["loc"] if part not in ("body", "chat", "completion")]
         param = ".".join(where) or None
         message = f"{param}: {first['msg']}" if param else str(first["msg"])
         return response(APIError(400, message, param=param, code=str(first["type"])))

@@ -202,20 +202,27 @@ def _tokenized(engine: Engine, graph: ContextGraph) -> ContextGraph:
 
 def _fitting(server: Server, caller: Caller, body: Generation, graph: ContextGraph, context: _Context) -> Laid:
     """The prompt over all documents, or, under the policy "drop", over as many of the first as fit."""
-    whole = fitted = _with_edges(graph, context, len(graph.segments if context.chosen is None else context.chosen))
-    kept = len(whole.read)
-    while True:
+    whole = _with_edges(graph, context, len(graph.segments if context.chosen is None else context.chosen))
+    total = len(whole.read)
+
+    def laid(kept: int) -> Laid:
+        fitted = whole if kept == total else _with_edges(graph, context, kept, whole)
+        plan = server.engine.plan(fitted, context.method)
+        _check_room(server, body, plan)
+        made = (server.engine.prepare(plan, sampling(server, body, i), salt=caller.salt) for i in range(body.n))
+        return Laid(fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:]))
+
+    best, low, high, middle = None, 0, total, total
+    while low <= high:  # fewer documents need less room, so the most that fit are found by halving
         try:
-            plan = server.engine.plan(fitted, context.method)
-            _check_room(server, body, plan)
-            made = (server.engine.prepare(plan, sampling(server, body, i), salt=caller.salt) for i in range(body.n))
-            dropped = tuple(whole.names[i] for i in whole.read[kept:])
-            return Laid(fitted, context.method, plan, tuple(made), dropped)
+            best, low = laid(middle), middle + 1
         except (PlanError, CapacityError) as error:
-            if server.settings.overflow == "refuse" or not kept:
+            if server.settings.overflow == "refuse" or not middle:
                 raise APIError(400, str(error), code="context_length_exceeded") from None
-            kept -= 1
-            fitted = _with_edges(graph, context, kept, whole)
+            high = middle - 1
+        middle = (low + high) // 2
+    assert best is not None
+    return best
 
 
 def _with_edges(graph: ContextGraph, context: _Context, kept: int, whole: ContextGraph | None = None) -> ContextGraph:
