@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
+DEV := .venv/.ready-dev
 
 .PHONY: test demo soak bench lint
 
@@ -19,23 +20,26 @@ demo: $(READY)
 	$(BIN)/kvgraph demo
 
 # About 25 minutes; the figures mean something only on a machine that does nothing else.
-bench: $(READY)
-	$(BIN)/pip install -q -c .venv/constraints.txt -e '.[bench]'
-	for b in precision encoding concurrency ttft context; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
+bench: $(DEV)
+	for b in precision encoding concurrency ttft context evaluation serving; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
 	$(BIN)/python -m benchmarks.summary
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # torch comes first and by itself, so that nothing else chooses its build. Where .venv has a torch already, that one stays,
-# with the triton it brought; the CPU build brings none, so the tests' is added.
+# with the triton it brought; the CPU build brings none, so the tests' is added. A demo needs much less than the tests.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvgraph needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; give another with make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install $(TORCH)
 	grep -vE '^(torch|triton)==' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install -c .venv/constraints.txt -e .
+	touch $@
+
+$(DEV): $(READY)
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[dev]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install "$$(grep '^triton==' constraints.txt)"
 	touch $@

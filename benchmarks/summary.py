@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.common import text
 
 HERE = Path(__file__).parent
-ORDER = ["ttft", "concurrency", "encoding", "context", "precision"]
+ORDER = ["ttft", "concurrency", "encoding", "context", "precision", "serving", "evaluation"]
 
 
 def section(found: dict[str, Any]) -> list[str]:

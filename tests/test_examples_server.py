@@ -1,4 +1,4 @@
-"""The client examples, each run as a reader would run it, against a live server."""
+"""The client examples, and those in docs/server.md, each run as a reader would run it, against a live server."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import pytest
 from kvgraph import demo
 from serving import serve
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES, GUIDE = ROOT / "examples", ROOT / "docs" / "server.md"
 KEY = "an-example-key"
+
+with_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl isn't installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
 
@@ -55,9 +58,8 @@ def test_openai_async_stream(model):
             assert len(pieces) > 1 and "first token after" in last
 
 
+@with_curl
 def test_curl(model):
-    if shutil.which("curl") is None:
-        pytest.skip("curl isn't installed")
     with serve(model, api_keys=[{"key": KEY, "tenant": "examples"}]) as url:
         done = run("bash", EXAMPLES / "curl.sh", url=url, KVGRAPH_KEY=KEY)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -72,3 +74,22 @@ def test_curl(model):
 
         refused = run("bash", EXAMPLES / "curl.sh", url=url, KVGRAPH_KEY="another-key")
         assert refused.returncode != 0 and "invalid_api_key" in refused.stdout
+
+
+def block(section: str, language: str) -> str:
+    """The first code block of a language in a section of the guide."""
+    text = GUIDE.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return text.split(f"```{language}\n")[1].split("```")[0]
+
+
+@with_curl
+def test_the_guide(model):
+    with serve(model) as url:
+        code = block("Clients", "python").replace("http://127.0.0.1:8771", url)
+        done = run(sys.executable, "-c", code, url=url)
+        assert done.returncode == 0, done.stderr
+        assert "'document_tokens_computed': " in done.stdout.splitlines()[-1]
+
+        command = block("Graph-KV's endpoints", "sh").replace("http://127.0.0.1:8771", url)
+        answer = json.loads(run("bash", "-c", command, url=url).stdout)
+        assert answer.keys() == {"ret", "generated", "message"} and answer["ret"] == 0

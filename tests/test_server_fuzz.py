@@ -11,6 +11,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.config import SchemathesisConfig
 from serving import serve
 
 from kvgraph import demo
@@ -18,6 +19,7 @@ from kvgraph.server.app import create_app
 from kvgraph.server.settings import Settings
 
 SOAK = os.environ.get("KVGRAPH_SOAK", "0") not in ("", "0")
+KEY = "the-key-of-ann"
 load_all_checks()
 (positive_data_acceptance,) = CHECKS.get_by_names(["positive_data_acceptance"])
 
@@ -27,11 +29,14 @@ def url(tmp_path_factory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("fuzz") / "tiny"
     folder.mkdir()
     demo.write_model(folder)
-    with serve(folder, default_max_tokens=2, max_choices=4) as url:
+    with serve(folder, default_max_tokens=2, api_keys=[{"key": KEY, "tenant": "ann"}]) as url:
         yield url
 
 
-api = schemathesis.openapi.from_dict(create_app(Settings(model="tiny")).openapi())
+CONFIG = {"auth": {"openapi": {"HTTPBearer": {"bearer": KEY}}}, "seed": 1, "cache": {"enabled": False}}
+api = schemathesis.openapi.from_dict(
+    create_app(Settings(model="tiny")).openapi(), config=SchemathesisConfig.from_dict(CONFIG)
+)
 
 
 @api.parametrize()

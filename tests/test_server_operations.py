@@ -621,7 +621,8 @@ def test_sigint_ends_streams_after_the_grace(folder):
 
 def test_a_second_signal_ends_at_once(folder):
     with Process(folder) as server, server.stream(max_tokens=LONG) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: the end of the iterator would close the connection
+        next(lines)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 2)
         assert server.process.poll() is None

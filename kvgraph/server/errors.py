@@ -134,7 +134,10 @@ def install(app: FastAPI) -> None:
         return response(APIError(400, message, param=param, code=str(first["type"])))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         made = response(APIError(error.status_code, str(error.detail)))
         made.headers.update(error.headers or {})
+        documented = app.openapi()["paths"].get(getattr(request.scope.get("route"), "path_format", None))
+        if error.status_code == 405 and documented:  # the framework knows only the methods of the path's first route
+            made.headers["Allow"] = ", ".join(sorted(method.upper() for method in documented))
         return made
