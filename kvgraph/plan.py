@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,10 +131,7 @@ class Plan:
         return keys
 
     def dense(self) -> Dense:
-        """Lay the plan out as one (tokens, positions, visibility) problem.
-
-        A span read in two relative frames is laid out twice, with its ancestors; exact, because KV is relative.
-        """
+        """Lay the plan out as one (tokens, positions, visibility) problem; see `lay_out`."""
         return _dense(self)
 
     def __str__(self) -> str:
@@ -243,20 +242,26 @@ def _key(span: Span, keys: Sequence[str | None], fingerprint: str, salt: str) ->
     return h.hexdigest()
 
 
-def _dense(plan: Plan) -> Dense:
-    spans = plan.spans
-    columns: dict[tuple[int, int, int], range] = {}  # (span, absolute start, copy) -> its rows of the problem
-    tokens: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    owner: list[int] = []
-    seen: list[list[tuple[range, Place]]] = []  # per laid-out span: (columns of a child, the view of it)
-    laid: list[range] = []
-    total = 0
+class Laid(NamedTuple):
+    """A span standing at one position, start. sees: what it reads there, as (index of another laid-out span, view)."""
 
-    def lay(index: int, start: int, copy: int) -> range:
-        nonlocal total
-        if (index, start, copy) in columns:
-            return columns[index, start, copy]
+    span: int
+    start: int
+    sees: tuple[tuple[int, Place], ...]
+
+
+def lay_out(spans: Sequence[Span], roots: Sequence[int]) -> list[Laid]:
+    """Spans `roots` where they stand, each after all it reads; what several of them read at one position is there once.
+
+    A span read at two positions is laid out twice, with its ancestors; exact, because KV is relative. So is one that a
+    reader sees twice, because a duplicate counts twice in the softmax.
+    """
+    found: dict[tuple[int, int, int], int] = {}  # (span, start, copy) -> its index in the result
+    laid: list[Laid] = []
+
+    def lay(index: int, start: int, copy: int) -> int:
+        if (index, start, copy) in found:
+            return found[index, start, copy]
         span = spans[index]
         copies: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}
         views = []
@@ -264,7 +269,7 @@ def _dense(plan: Plan) -> Dense:
             at = p.at - span.start + start
             hi = p.hi or 0
             slices = copies.setdefault((p.span, at), [])
-            # A duplicate counts twice in the softmax, so an overlapping view needs columns of its own.
+            # Views of one copy mustn't overlap: its columns would then count once.
             n = 0
             while n < len(slices) and any(lo < hi and p.lo < h for lo, h in slices[n]):
                 n += 1
@@ -272,44 +277,49 @@ def _dense(plan: Plan) -> Dense:
                 slices.append([])
             slices[n].append((p.lo, hi))
             views.append((lay(p.span, at, n), p))
-        here = range(total, total + len(span))
-        total += len(span)
-        columns[index, start, copy] = here
-        tokens.append(np.array(span.tokens, dtype=np.int64))
-        positions.append(np.asarray(span.positions, dtype=np.int64) - span.start + start)
-        owner.append(index)
-        seen.append(views)
-        laid.append(here)
-        return here
+        found[index, start, copy] = len(laid)
+        laid.append(Laid(index, start, tuple(views)))
+        return found[index, start, copy]
 
-    _deep(lay, len(spans) - 1, spans[-1].start)
-    pos = np.concatenate(positions)
+    with _recursion(4 * len(spans) + 1000):
+        for root in roots:
+            lay(root, spans[root].start, 0)
+    return laid
+
+
+def _dense(plan: Plan) -> Dense:
+    spans = plan.spans
+    laid = lay_out(spans, [len(spans) - 1])
+    bounds = np.cumsum([0, *(len(spans[x.span]) for x in laid)])
+    pos = np.concatenate([np.asarray(spans[x.span].positions, np.int64) - spans[x.span].start + x.start for x in laid])
     groups = tuple(group for span in spans for group in span.groups)
     before = np.cumsum([0, *(len(span.groups) for span in spans)])  # groups of the spans before each
-    visible = np.zeros((total, total), dtype=bool)
-    grouped = np.zeros((total, total), dtype=np.int64) if groups else None
-    for here, index, views in zip(laid, owner, seen, strict=True):
-        rows = slice(here.start, here.stop)
-        visible[rows, rows] = np.tri(len(here), dtype=bool)
-        for cols, p in views:
-            c = slice(cols.start + p.lo, cols.start + (p.hi or 0))
+    visible = np.zeros((len(pos), len(pos)), dtype=bool)
+    grouped = np.zeros(visible.shape, dtype=np.int64) if groups else None
+    for (lo, hi), x in zip(pairwise(bounds), laid, strict=True):
+        rows = slice(lo, hi)
+        visible[rows, rows] = np.tri(hi - lo, dtype=bool)
+        for child, p in x.sees:
+            c = slice(bounds[child] + p.lo, bounds[child] + (p.hi or 0))
             visible[rows, c] = pos[rows, None] > pos[None, c]
             if grouped is not None and p.group:
-                grouped[rows, c] = np.where(visible[rows, c], before[index] + p.group, 0)
-    span_of = np.concatenate([np.full(len(r), i) for i, r in zip(owner, laid, strict=True)])
-    return Dense(np.concatenate(tokens), pos, visible, span_of, len(spans[-1]), grouped, groups)
+                grouped[rows, c] = np.where(visible[rows, c], before[x.span] + p.group, 0)
+    tokens = np.concatenate([np.array(spans[x.span].tokens, dtype=np.int64) for x in laid])
+    span_of = np.repeat([x.span for x in laid], np.diff(bounds))
+    return Dense(tokens, pos, visible, span_of, len(spans[-1]), grouped, groups)
 
 
-def _deep(lay, index: int, start: int) -> None:
-    """Call lay(index, start, 0) with room for plans nested deeper than Python's default recursion limit."""
+@contextmanager
+def _recursion(limit: int) -> Iterator[None]:
+    """Room for plans nested deeper than Python's default recursion limit."""
     import sys
 
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, 4 * index + 1000))
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, limit))
     try:
-        lay(index, start, 0)
+        yield
     finally:
-        sys.setrecursionlimit(limit)
+        sys.setrecursionlimit(before)
 
 
 def contiguous(

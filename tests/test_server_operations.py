@@ -242,6 +242,21 @@ def test_logs_are_json_with_ids_and_tell_no_secret(folder, tmp_path):
     assert len({r["request_id"] for r in requests}) == len(requests)
 
 
+def test_what_nobody_expected_is_a_500_with_an_id_and_in_the_log(model, caplog):
+    app = application(Engine(model, kv_budget=1 << 28))
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise ZeroDivisionError("inside")
+
+    with serving(app) as url:
+        answer = httpx.get(f"{url}/broken", headers={"X-Request-ID": "the-one"})
+        assert error(answer, 500)["type"] == "server_error" and "inside" not in answer.text
+        assert answer.headers["X-Request-ID"] == "the-one"
+        assert metrics(url)['kvgraph_http_requests_total{method="GET",route="/broken",status="5xx"}'] == 1
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+
+
 # -- traces -----------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +50,8 @@ def serve(
     """Serve a model through OpenAI's API, documents composed from their cached KV.
 
     Every setting can also come from the environment (KVGRAPH_STORE=...) or a TOML file; flags win over the environment,
-    which wins over the file. docs/server.md lists all of them, API keys and limits among them.
+    which wins over the file. docs/server.md lists all of them, API keys and limits among them; examples/server.toml is a
+    file to begin with. SIGTERM and Ctrl-C let running requests finish; a second one ends at once.
 
     \b
       kvgraph serve --model ./llama --store kv
@@ -81,5 +81,4 @@ def serve(
         allow_untested=allow_untested,
         log_format=log_format,
     )
-    logging.getLogger("kvgraph").handlers = []  # the server's own take over
     raise typer.Exit(run(settings))

@@ -30,6 +30,7 @@ from kvgraph.server import errors
 from kvgraph.server.core import Server, TheCaller, TheServer
 from kvgraph.server.errors import APIError
 from kvgraph.server.openai import done_by, finish_reason, in_time, unless_gone
+from kvgraph.server.prompts import check_edges
 from kvgraph.server.runner import Update
 from kvgraph.server.tenants import Caller
 
@@ -154,6 +155,7 @@ def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body]) -> sch
         )
     eos = server.tokenizer.eos_token_id
     method, graph = lay(body, eos)
+    check_edges(server, graph.edges)
     params = SamplingParams(max_tokens=body.max_new_tokens, stop_token_ids=() if eos is None else (eos,))
     return server.engine.prepare(server.engine.plan(graph, method), params, salt=caller.salt)
 

@@ -5,6 +5,7 @@ Everything here may take long (tokenizing, planning, hashing) and runs on worker
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -124,10 +125,6 @@ def _documents(server: Server, caller: Caller, body: Generation) -> _Context:
             param="documents",
         )
     edges = body.kvgraph.edges
-    if isinstance(edges, list) and len(edges) > server.settings.max_edges:
-        raise APIError(
-            400, f"{len(edges)} edges, but at most {server.settings.max_edges} are taken", param="kvgraph.edges"
-        )
     found, names = [], []
     for i, given in enumerate(body.documents):
         if isinstance(given, StoredDocument):
@@ -136,7 +133,16 @@ def _documents(server: Server, caller: Caller, body: Generation) -> _Context:
         else:
             found.append(Document(given.text, given.title or "", given.id or ""))
             names.append(given.id or f"doc {i}")
+    if edges is not None:
+        check_edges(server, named_edges(edges, names) if isinstance(edges, str) else edges)
     return _Context(found, names, edges, method_of(server, body.kvgraph))
+
+
+def check_edges(server: Server, edges: Sized) -> None:
+    """Raise APIError 400 for more edges than a request may have: every reader of many sources is encoded anew."""
+    if len(edges) > server.settings.max_edges:
+        most = server.settings.max_edges
+        raise APIError(400, f"{len(edges)} edges, but at most {most} are taken", param="kvgraph.edges")
 
 
 def _stored_graph(server: Server, caller: Caller, body: Generation) -> _Context:

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     default_max_tokens: PositiveInt = 512
     max_choices: PositiveInt = 16
     max_documents: PositiveInt = 1000
-    max_edges: PositiveInt = 4096  # given one by one; edges by name may be more
+    max_edges: PositiveInt = 4096  # of a request, also when a name stands for them
     max_segments: PositiveInt = 100_000  # stored by a tenant
     max_graph_edges: PositiveInt = 200_000  # of a stored graph
     max_request_bytes: Size = ByteSize(8 << 20)
