@@ -110,11 +110,7 @@ class Model:
         sees which is up to `attend` alone. Queries and keys come to it rotated to `positions`.
         """
 
-        def layer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, **kwargs: Any) -> Tensor:
-            out = attend(_index(module), q[0], k[0], v[0], scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
-            return out.transpose(0, 1)[None]
-
-        return _run(self.hf, tokens, positions, layer, want)
+        return _run(self.hf, tokens, positions, _packed(attend), want)
 
     def dense(
         self,
@@ -149,6 +145,27 @@ class Model:
             return eager(module, q, k, v, masks[window], **kwargs)[0]
 
         return _run(self.hf, tokens, positions, layer, torch.arange(len(tokens), device=self.device))
+
+
+class Trainable:
+    """A causal LM as training sees it; made by `trainable`. Its weights change, so it has no fingerprint: an engine
+    runs `wrap(trainable.hf)`, made anew after every change.
+
+    hf: the transformers model, whose attention is ours from now on. layers, limit: as in Model.
+    """
+
+    def __init__(self, hf: PreTrainedModel, layers: tuple[Layer, ...]):
+        self.hf, self.layers = hf, layers
+        self.limit = _limit(hf.config)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, want: Tensor, module: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """What `Model.forward` does, to be backpropagated through; `attend` may run again in the backward pass.
+
+        module: what to call instead of hf, where something wraps it (peft, DistributedDataParallel, FSDP).
+        """
+        return _call(module or self.hf, tokens, positions, _packed(attend), want)
 
 
 def load(
@@ -214,6 +231,21 @@ def wrap(
     return _build(hf_model, tokenizer, shown, [_state_hash(hf_model)], allow_untested)
 
 
+def trainable(hf_model: PreTrainedModel, *, allow_untested: bool = False) -> Trainable:
+    """Prepare a transformers model in memory for training through plans. Its train or eval mode stays as it is.
+
+    From now on it runs only by what `Trainable.forward` gives it, also where activation checkpointing runs a layer
+    again; `hf_model.set_attn_implementation("sdpa")` ends that. Raises ModelError with the reason if it isn't supported.
+    """
+    _refuse(hf_model.config, allow_untested)
+    was_training = hf_model.training
+    name = hf_model.config.name_or_path or type(hf_model).__name__
+    layers = _build(hf_model, None, name, [], allow_untested).layers
+    hf_model.train(was_training)
+    hf_model.config._attn_implementation = _IMPLEMENTATION
+    return Trainable(hf_model, layers)
+
+
 def load_tokenizer(path_or_name: str | Path) -> Any:
     """The tokenizer of a folder or hub name, without the model's weights. Raises ModelError with the reason."""
     name = str(path_or_name)
@@ -257,7 +289,10 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if attend is None:
-        raise ModelError(f"{type(module).__name__} can't be run: its model passes no keyword arguments on to it")
+        raise ModelError(
+            f"{type(module).__name__} can't be run: its model passes no keyword arguments on to it, "
+            "or was called directly after kvgraph.models.trainable"
+        )
     if attention_mask is not None:
         raise ModelError(f"{type(module).__name__} can't be run: its model makes a mask of its own")
     return attend(module, query, key, value, **kwargs).contiguous(), None
@@ -271,16 +306,31 @@ AttentionMaskInterface.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
 def _run(hf: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:
     """One forward of [T] tokens; `attend` is every layer's attention. Returns the logits [n, V] float32 of `want`."""
     with _LOCKS.setdefault(hf, threading.RLock()), torch.no_grad(), _attention_set(hf.config, _IMPLEMENTATION):
-        result = hf(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            attention_mask=None,
-            past_key_values=None,
-            use_cache=False,
-            logits_to_keep=want,
-            attend=attend,
-        )
+        return _call(hf, tokens, positions, attend, want)
+
+
+def _call(module: Callable[..., Any], tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:
+    """What `_run` does, of a model (or what wraps one) whose attention is set to ours already."""
+    result = module(
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=False,
+        logits_to_keep=want,
+        attend=attend,
+    )
     return result.logits[0].float()
+
+
+def _packed(attend: Attend) -> _LayerCall:
+    """An Attend as a layer of the one packed sequence calls it."""
+
+    def layer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, **kwargs: Any) -> Tensor:
+        out = attend(_index(module), q[0], k[0], v[0], scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+        return out.transpose(0, 1)[None]
+
+    return layer
 
 
 def _grouped_attention(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -312,8 +313,6 @@ def _dense(plan: Plan) -> Dense:
 @contextmanager
 def _recursion(limit: int) -> Iterator[None]:
     """Room for plans nested deeper than Python's default recursion limit."""
-    import sys
-
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, limit))
     try:

@@ -40,18 +40,23 @@ api = schemathesis.openapi.from_dict(
 
 
 @api.parametrize()
-@settings(max_examples=300 if SOAK else 8, suppress_health_check=list(HealthCheck), deadline=None, database=None)
+@settings(max_examples=300 if SOAK else int(os.environ.get("FZ","8")), suppress_health_check=list(HealthCheck), deadline=None, database=None)
 def test_every_route_keeps_to_its_document(case, url):
     _within_reach(case.body)
     case.call_and_validate(url, excluded_checks=[positive_data_acceptance])
 
 
 def _within_reach(body: Any) -> None:
-    """Let a valid request get beyond the model's name, and not take long."""
+    """Let a valid request get beyond the model's name, and take neither long nor too short a time."""
     if not isinstance(body, dict):
         return
     if isinstance(body.get("model"), str):
         body["model"] = "tiny"
+    if "blocks" in body:
+        body.setdefault("max_new_tokens", 2)
     for name in ("max_tokens", "max_completion_tokens", "max_new_tokens"):
         if isinstance(body.get(name), int) and 2 < body[name] <= 1 << 24:
             body[name] = 2
+    options = body.get("kvgraph")
+    if isinstance(options, dict) and isinstance(options.get("timeout"), int | float) and options["timeout"] > 0:
+        options["timeout"] = 60

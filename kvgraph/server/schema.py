@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Ref = Annotated[int, Field(ge=0, lt=1 << 31)] | Name  # a document by index or by id
+Edge = Annotated[tuple[Ref, Ref], Field(strict=False)]  # JSON has lists, and no tuples
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # OpenAI's fields that mean nothing here, with the values that ask for nothing
     "best_of": (1,),
@@ -45,9 +46,9 @@ IGNORED = (  # who asks and for what, which changes no answer
 
 
 class Strict(BaseModel):
-    """Refuses unknown fields, NaN and infinities."""
+    """Refuses unknown fields, values of another type (true is no number, "1" neither), NaN and infinities."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TextDocument(Strict):
@@ -76,10 +77,10 @@ class GraphOptions(BaseModel):
     id, in the order given. prefix: text before the documents, for completions. timeout: seconds, at most the server's.
     """
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     method: Name | None = None
-    edges: Name | list[tuple[Ref, Ref]] | None = None
+    edges: Name | list[Edge] | None = None
     graph: Name | None = None
     segments: list[Name] | None = None
     prefix: str | None = None
@@ -93,8 +94,19 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
+def _with_neutral(document: dict[str, Any]) -> None:
+    """Add to a request's JSON schema what `Generation` takes besides its fields, null for those that may be missing."""
+    fields = document["properties"]
+    for name in set(fields) - set(document["required"]):
+        fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
+    fields.update({name: {"enum": [*values, None]} for name, values in NEUTRAL.items()})
+    fields.update({name: {} for name in IGNORED})
+
+
 class Generation(Strict):
     """What chat and plain completions share."""
+
+    model_config = ConfigDict(json_schema_extra=_with_neutral)
 
     model: str
     documents: list[DocumentIn] = []

@@ -1,0 +1,137 @@
+"""Training examples: a context graph, and questions about it with their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvgraph.errors import GraphError, PlanError
+from kvgraph.graph import ContextGraph
+from kvgraph.methods import Method
+from kvgraph.plan import Place, Plan, Span
+
+
+class Question(NamedTuple):
+    """Token ids of a query, which may be empty, and of the answer (or continuation) to learn."""
+
+    query: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenized graph without a query, and questions about it that don't see each other.
+
+    Raises GraphError for text, for a graph with a query of its own, and without questions or with an empty answer.
+    """
+
+    graph: ContextGraph
+    questions: tuple[Question, ...]
+
+    def __init__(self, graph: ContextGraph, questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        if not graph.is_tokenized:
+            raise GraphError("an example holds token ids but the graph holds text; call graph.tokenized(encode) first")
+        if graph.has_query:
+            raise GraphError("the graph of an example has a query; use Example.of, or give it among the questions")
+        object.__setattr__(self, "graph", graph)
+        object.__setattr__(self, "questions", tuple(Question(tuple(q), tuple(a)) for q, a in questions))
+        if not self.questions:
+            raise GraphError("an example needs at least one question")
+        for i, question in enumerate(self.questions):
+            if not question.answer:
+                raise GraphError(f"question {i} has an empty answer; there is nothing to learn")
+
+    @classmethod
+    def of(cls, graph: ContextGraph, answer: Sequence[int]) -> Example:
+        """An example with one question: the graph's own query."""
+        query = graph.query if isinstance(graph.query, tuple) else ()  # text would be refused
+        return cls(graph.with_query(()) if query else graph, [(query, answer)])
+
+    def plans(self, method: Method) -> list[Plan]:
+        """A plan a question: what the engine runs to score the answer. The query and all but the answer's last token are live.
+
+        Raises GraphError where the method can't plan the graph.
+        """
+        return [method.plan(self.graph.with_query((*q.query, *q.answer[:-1]))) for q in self.questions]
+
+
+class Target(NamedTuple):
+    """A token to learn: `token` comes after token `index` of span `span`."""
+
+    span: int
+    index: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The plans of one example as one list of spans.
+
+    spans: what the plans share, then one live span a question, before these the beginning that all of them have in
+    common. roots: the live ones. answers, documents: what to learn.
+    """
+
+    spans: tuple[Span, ...]
+    roots: tuple[int, ...]
+    answers: tuple[Target, ...]
+    documents: tuple[Target, ...]
+
+
+def join(example: Example, method: Method, *, documents: bool = False) -> Joined:
+    """All questions of an example on one layout of its context, which is what the method makes of it.
+
+    An answer's token is learned from the live token before it. documents: learn the segments' tokens too, each distinct
+    segment where it is first encoded, from its second token on.
+    Raises GraphError where the method can't plan the graph; PlanError where its plan can't be trained.
+    """
+    plans = example.plans(method)
+    shared, sees = plans[0].spans[:-1], plans[0].live.sees
+    if any(plan.spans[:-1] != shared or plan.live.sees != sees for plan in plans):
+        raise PlanError(f"{method.name} encodes documents by the question; give every question an example of its own")
+    if any(span.groups for span in plans[0].spans):
+        raise PlanError(f"{method.name} weighs groups of keys, which no attention mask can do; train with another method")
+    lives = [list(zip(plan.live.tokens, plan.live.positions, strict=True)) for plan in plans]
+    n = _common(lives) if len(lives) > 1 else 0
+    spans, roots = list(shared), []
+    if n:
+        spans.append(_live(lives[0][:n], sees, "beginning"))
+        sees = (*sees, Place(len(shared), spans[-1].start))
+    answers = []
+    for i, (live, question) in enumerate(zip(lives, example.questions, strict=True)):
+        roots.append(len(spans))
+        spans.append(_live(live[n:], sees, f"question {i}"))
+        for at, token in enumerate(question.answer, len(live) - len(question.answer)):
+            if at >= 0 and _goes_on(live, at):
+                answers.append(Target(len(shared), at, token) if at < n else Target(roots[-1], at - n, token))
+    learned = _document_targets(example, shared) if documents else ()
+    return Joined(tuple(spans), tuple(roots), tuple(answers), tuple(learned))
+
+
+def _live(tokens: Sequence[tuple[int, int]], sees: tuple[Place, ...], name: str) -> Span:
+    """A live span of (token, position) pairs."""
+    ids, positions = zip(*tokens, strict=True)
+    return Span(ids, positions, sees, cached=False, name=name)
+
+
+def _goes_on(live: Sequence[tuple[int, int]], at: int) -> bool:
+    """Whether the next live token stands right after token `at`. With an empty query, what comes before the answer may
+    be a token recomputed in the middle of the documents."""
+    return at + 1 == len(live) or live[at + 1][1] == live[at][1] + 1
+
+
+def _common(lives: Sequence[Sequence[tuple[int, int]]]) -> int:
+    """Tokens at the beginning that all live spans share, leaving each at least one of its own."""
+    shortest = min(map(len, lives)) - 1
+    return next((i for i in range(shortest) if any(live[i] != lives[0][i] for live in lives)), shortest)
+
+
+def _document_targets(example: Example, spans: Sequence[Span]) -> list[Target]:
+    """The tokens of segments, without the first of each, where their text is first encoded."""
+    left = {tuple(segment) for segment in example.graph.segments}
+    found = []
+    for i, span in enumerate(spans):
+        if span.tokens in left:
+            left.discard(span.tokens)
+            found += [Target(i, at, token) for at, token in enumerate(span.tokens[1:])]
+    return found

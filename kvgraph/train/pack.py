@@ -1,0 +1,176 @@
+"""Examples packed into sequences: tokens, positions, and who sees whom in a form that is small and fits any kernel.
+
+Shapes: T tokens of a sequence, S spans, B blocks (runs of a span's tokens that every reader sees all or nothing of),
+N tokens to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
+from itertools import accumulate, pairwise, repeat
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvgraph.errors import PlanError
+from kvgraph.methods import Method
+from kvgraph.plan import lay_out
+from kvgraph.train.example import Example, Joined, join
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One sequence of examples that don't see each other.
+
+    tokens, positions [T] int64: positions start at 0 in every example, and only differences within one mean anything.
+    span, block [T] int64: the span that a token belongs to, and the block. sees [S, B] bool: whether a span reads a
+    block; its own it does. Token q sees token k if sees[span[q], block[k]] and k is q or stands at a lower position.
+    rows, targets [N] int64: the logits of token rows[i] are to give token targets[i]; a row may be there several times.
+    documents [N] bool: whether that is a document's token, not an answer's.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    span: Tensor
+    block: Tensor
+    sees: Tensor
+    rows: Tensor
+    targets: Tensor
+    documents: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Tokens to learn: (of answers, of documents)."""
+        documents = int(self.documents.sum())
+        return len(self.documents) - documents, documents
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on a device."""
+        return Packed(*(getattr(self, field.name).to(device) for field in fields_of(self)))
+
+    def visible(self, window: int | None = None) -> Tensor:
+        """[T, T] bool: row sees column. window: only at distances of positions below it."""
+        everyone = torch.arange(len(self), device=self.tokens.device)
+        return self.mask_mod(window)(None, None, everyone[:, None], everyone[None])
+
+    def mask_mod(self, window: int | None = None) -> Callable[[object, object, Tensor, Tensor], Tensor]:
+        """The same as a function (batch, head, q, k) of indices, for `torch.nn.attention.flex_attention`."""
+        positions, row, block, sees = self.positions, self.span * self.sees.shape[1], self.block, self.sees.flatten()
+
+        def visible(batch: object, head: object, q: Tensor, k: Tensor) -> Tensor:
+            distance = positions[q] - positions[k]
+            reads = sees[row[q] + block[k]] & ((distance > 0) | (q == k))
+            return reads if window is None else reads & (distance < window)
+
+        return visible
+
+    def padded(self, length: int) -> Packed:
+        """The same with `length` tokens, and `sees` of a size that few sequences differ in: what compiled kernels like.
+
+        Padding tokens see themselves alone. Raises ValueError for a length below T.
+        """
+        more = length - len(self)
+        if more < 0:
+            raise ValueError(f"a sequence of {len(self)} tokens can't be padded to {length}")
+        spans, blocks = self.sees.shape
+        sides = [1 << n.bit_length() for n in (spans, blocks)]  # above both, so that padding has a span and a block
+        sees = pad(self.sees, (0, sides[1] - blocks, 0, sides[0] - spans))
+        sees[-1, -1] = True
+        return replace(
+            self,
+            tokens=pad(self.tokens, (0, more)),
+            positions=pad(self.positions, (0, more)),
+            span=pad(self.span, (0, more), value=sides[0] - 1),
+            block=pad(self.block, (0, more), value=sides[1] - 1),
+            sees=sees,
+        )
+
+
+def pack(
+    examples: Iterable[tuple[Example, Method]], length: int, *, limit: int | None = None, documents: bool = False
+) -> list[Packed]:
+    """Pack examples, each laid out by its method, into as few sequences of at most `length` tokens as first-fit finds.
+
+    The same examples in the same order give the same sequences. What the questions of one example share is there once.
+    documents: learn the documents too, not only the answers. limit: positions that the model has (Trainable.limit).
+    Raises PlanError for an example that is longer than a sequence or has a position at or above the limit, GraphError
+    where a method can't plan a graph.
+    """
+    sequences: list[list[Packed]] = []
+    for i, (example, method) in enumerate(examples):
+        joined = join(example, method, documents=documents)
+        highest = max(span.positions[-1] for span in joined.spans)
+        if limit is not None and highest >= limit:
+            raise PlanError(f"example {i} has position {highest}, but the model's limit is {limit} positions")
+        laid = _laid(joined)
+        if len(laid) > length:
+            raise PlanError(
+                f"example {i} has {len(laid)} tokens by {method.name}, more than the {length} of a sequence; "
+                "shorten it, give it fewer questions, or allow longer sequences"
+            )
+        sequence = next((s for s in sequences if sum(map(len, s)) + len(laid) <= length), None)
+        if sequence is None:
+            sequences.append(sequence := [])
+        sequence.append(laid)
+    return [_concatenated(sequence) for sequence in sequences]
+
+
+def _laid(joined: Joined) -> Packed:
+    """One example by itself."""
+    laid = lay_out(joined.spans, joined.roots)
+    spans = [joined.spans[x.span] for x in laid]
+    bounds = list(accumulate(map(len, spans), initial=0))
+    reads = [  # per laid-out span: the tokens from lo to hi that it reads
+        [(lo, hi), *((bounds[child] + p.lo, bounds[child] + (p.hi or 0)) for child, p in x.sees)]
+        for x, (lo, hi) in zip(laid, pairwise(bounds), strict=True)
+    ]
+    cuts = sorted({cut for slices in reads for lo, hi in slices for cut in (lo, hi)})
+    number = {cut: block for block, cut in enumerate(cuts)}
+    sees = torch.zeros(len(laid), len(cuts) - 1, dtype=torch.bool)
+    for row, slices in zip(sees, reads, strict=True):
+        for lo, hi in slices:
+            row[number[lo] : number[hi]] = True
+    positions = np.concatenate(
+        [np.asarray(s.positions, np.int64) - s.start + x.start for s, x in zip(spans, laid, strict=True)]
+    )
+    first: dict[int, int] = {}  # where the first copy of a span starts
+    for x, start in zip(laid, bounds, strict=False):
+        first.setdefault(x.span, start)
+    targets = [*joined.answers, *joined.documents]
+    return Packed(
+        tokens=torch.tensor([token for span in spans for token in span.tokens]),
+        positions=torch.from_numpy(positions - positions.min()),
+        span=torch.arange(len(laid)).repeat_interleave(torch.tensor(bounds).diff()),
+        block=torch.arange(len(cuts) - 1).repeat_interleave(torch.tensor(cuts).diff()),
+        sees=sees,
+        rows=torch.tensor([first[t.span] + t.index for t in targets]),
+        targets=torch.tensor([t.token for t in targets]),
+        documents=torch.arange(len(targets)) >= len(joined.answers),
+    )
+
+
+def _concatenated(examples: Sequence[Packed]) -> Packed:
+    """Examples side by side, none seeing another."""
+
+    def joined(name: str, sizes: Iterable[int] | None = None) -> Tensor:
+        """A field of all examples, as indices counted over `sizes` if given."""
+        offsets = accumulate(sizes, initial=0) if sizes is not None else repeat(0)
+        return torch.cat([getattr(x, name) + offset for x, offset in zip(examples, offsets, strict=False)])
+
+    return Packed(
+        tokens=joined("tokens"),
+        positions=joined("positions"),
+        span=joined("span", (x.sees.shape[0] for x in examples)),
+        block=joined("block", (x.sees.shape[1] for x in examples)),
+        sees=torch.block_diag(*(x.sees for x in examples)),
+        rows=joined("rows", map(len, examples)),
+        targets=joined("targets"),
+        documents=torch.cat([x.documents for x in examples]),
+    )
