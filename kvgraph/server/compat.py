@@ -31,7 +31,7 @@ from kvgraph.server.core import Server, TheCaller, TheServer
 from kvgraph.server.errors import APIError
 from kvgraph.server.openai import done_by, finish_reason, in_time, unless_gone
 from kvgraph.server.prompts import check_edges
-from kvgraph.server.runner import Update
+from kvgraph.server.runner import Update, merged
 from kvgraph.server.tenants import Caller
 
 router = APIRouter(responses=errors.DECLARED)
@@ -141,7 +141,7 @@ async def _answer(http: Request, body: Body, server: Server, caller: Caller, lay
         laying = server.off_loop(_prepared, server, caller, body, lay)
         job = server.runner.submit(await unless_gone(http, done_by(deadline, laying)))
         held.callback(job.cancel)
-        work = in_time(deadline, server.observed("graph-kv", caller, [job]))
+        work = in_time(deadline, merged([job]))
         return Generated(generated=await unless_gone(http, _text(work)))
 
 

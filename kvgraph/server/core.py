@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from typing import Annotated, Any, TypeVar
@@ -25,7 +25,7 @@ from kvgraph.server.errors import APIError
 from kvgraph.server.library import Library
 from kvgraph.server.metrics import Metrics
 from kvgraph.server.precompute import Precompute
-from kvgraph.server.runner import Job, Runner, Update, merged
+from kvgraph.server.runner import Runner
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.tenants import Caller, Tenants
 from kvgraph.server.tracing import Tracing
@@ -250,10 +250,6 @@ class Server:
         """Run something long on a worker thread."""
         context = contextvars.copy_context()  # its log lines are the request's
         return await asyncio.get_running_loop().run_in_executor(self._workers, context.run, work, *arguments)
-
-    def observed(self, route: str, caller: Caller, jobs: list[Job]) -> AsyncIterator[tuple[int, Update]]:
-        """The updates of a request's jobs."""
-        return merged(jobs)
 
 
 async def _on_daemon(work: Callable[[], T]) -> T:

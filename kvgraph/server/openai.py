@@ -22,7 +22,7 @@ from kvgraph.server import errors, logs, prompts, schema
 from kvgraph.server.core import Server, TheCaller, TheServer
 from kvgraph.server.errors import APIError
 from kvgraph.server.prompts import Laid
-from kvgraph.server.runner import Job, Update
+from kvgraph.server.runner import Job, Update, merged
 from kvgraph.server.schema import ChatRequest, CompletionRequest
 from kvgraph.server.tenants import Caller
 
@@ -82,7 +82,7 @@ async def _answer(
             jobs.append(server.runner.submit(request))
             held.callback(jobs[-1].cancel)  # also if nobody ever asks for its updates
         answer = shape(server, body, laid, jobs)
-        work = in_time(deadline, server.observed(answer.route, caller, jobs))
+        work = in_time(deadline, merged(jobs))
         if body.stream:
             return EventStream(http, answer.events(work), held.pop_all(), deadline)
         return JSONResponse(await unless_gone(http, answer.whole(work)))
@@ -176,7 +176,6 @@ class _Choice:
 class _Shape:
     """How an answer is written: the parts that chat and plain completions share."""
 
-    route: str
     prefix: str
 
     def __init__(self, server: Server, body: Any, laid: list[Laid], jobs: list[Job]):
@@ -261,7 +260,7 @@ class _Shape:
 
 
 class _Chat(_Shape):
-    route, prefix = "chat", "chatcmpl"
+    prefix = "chatcmpl"
     response, part = schema.ChatResponse, schema.ChatChunk
 
     def choice(self, index: int, choice: _Choice) -> schema.ChatChoice:
@@ -298,7 +297,7 @@ class _Chat(_Shape):
 
 
 class _Text(_Shape):
-    route, prefix = "completions", "cmpl"
+    prefix = "cmpl"
     response, part = schema.CompletionResponse, schema.CompletionResponse
 
     def choice(self, index: int, choice: _Choice) -> schema.TextChoice:

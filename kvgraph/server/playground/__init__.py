@@ -13,9 +13,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fastapi import APIRouter, Request, Response
 
 from kvgraph import demo, methods
-from kvgraph.errors import GraphError
-from kvgraph.graph import ContextGraph
-from kvgraph.methods import Method
 from kvgraph.server.errors import APIError
 
 router = APIRouter(include_in_schema=False)
@@ -78,7 +75,7 @@ def _described(name: str, method: Any) -> dict[str, Any]:
     return {
         "name": name,
         "preset": name in methods.PRESETS,
-        "reads_edges": _reads_edges(method),
+        "reads_edges": methods.reads_edges(method),
         "fields": [field for field in described if field],
     }
 
@@ -91,12 +88,3 @@ def _field(name: str, hint: Any, value: Any) -> dict[str, Any] | None:
         return {"name": name, "value": value, "choices": [False, True]}
     kinds = {int, float} & {hint, *get_args(hint)}
     return {"name": name, "value": value, "whole": kinds == {int}} if kinds else None
-
-
-def _reads_edges(method: Method) -> bool:
-    """Whether the method takes a graph with edges. (One with link tokens or a probe may refuse even without.)"""
-    try:
-        method.plan(ContextGraph([[0], [0]], [0], edges=[(0, 1)]))
-    except GraphError:
-        return False
-    return True
