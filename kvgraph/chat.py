@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,9 +140,9 @@ class _Renderer:
             raise ChatError(f"the model's chat template refuses these messages: {error}") from None
 
     def cuts(self, whole: str, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Where the first 1, 2, ... messages end in `whole`, as far as rendering them alone gives its beginning."""
+        """Where the first 1, 2, ... messages (see `_ends`) end in `whole`, where rendering them alone gives its beginning."""
         ends: list[int] = []
-        for i in range(1, len(messages) + 1):
+        for i in _ends(len(messages)):
             try:
                 part = self(messages[:i], answer=False)
             except ChatError:  # some templates refuse a system message alone
@@ -176,6 +176,19 @@ class _Renderer:
         return Prompt(
             _pieces(before, [*self.cuts(before, messages), len(before)]), segments, whole.removeprefix(footer)
         )
+
+
+def _ends(count: int) -> Iterator[int]:
+    """After which of `count` messages to cut: each of the first 64, each 8th up to 512, each 64th up to 4,096, and so on.
+
+    A cut costs a rendering of all before it, so one a message would take minutes for thousands of them.
+    """
+    end, step = 0, 1
+    while end + step <= count:
+        end += step
+        yield end
+        if end == 64 * step:
+            step *= 8
 
 
 def _pieces(text: str, cuts: Sequence[int]) -> tuple[str, ...]:

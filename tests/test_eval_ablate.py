@@ -223,6 +223,14 @@ def test_an_item_that_does_not_say_which_documents_are_gold_keeps_its_first():
     assert made["distractors-1"].items[0].facts == {"hops": 2}
 
 
+def test_a_fact_that_counts_groups_of_documents_goes_when_documents_go():
+    groups = item(gold_positions="2,3", distractors=1, related="last")
+    made = named(variants(base(Block(), "none", [groups]), ["distractors", "order"])[0])
+    assert [d.title for d in made["distractors-0"].items[0].documents] == ["T2", "T3"]
+    assert made["distractors-0"].items[0].facts == {"gold_positions": "0,1", "related": "last"}
+    assert made["order-reversed"].items[0].facts["distractors"] == 1
+
+
 # -- what is left out -------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,21 @@ def test_real_runs_make_a_report(real, tmp_path, run):
         assert "string_match_all" in text.replace("\\", "") and "graph-kv" in text
 
 
+def test_a_probe_is_part_of_the_cost(tmp_path):
+    tokens = {"prompt": 0, "plan": 0, "live": 0, "probe": 800, "completion": 0}
+    folder = write_run(tmp_path / "a", method="cacheblend", count=1, tokens=tokens)
+    line = json.loads((folder / "results.jsonl").read_text())
+    before = report.build([folder]).sections[0].lines[0].cost
+    line["usage"]["probe_tokens"] = 800
+    line["timing"] |= {"probe": 0.25, "queued": line["timing"]["queued"] + 0.25, "ttft": line["timing"]["ttft"] + 0.25}
+    (folder / "results.jsonl").write_text(json.dumps(line) + "\n")
+    section = report.build([folder]).sections[0]
+    after = section.lines[0].cost
+    assert after.computed == before.computed + 800 / 16  # the made-up model has 16 layers
+    assert after.ttft == pytest.approx(before.ttft + 0.25)
+    assert "1/L" in section.caption
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +255,7 @@ def test_runs_that_cannot_be_compared_are_named_and_none_is_best(tmp_path):
     write_run(tmp_path / "full", chance=lambda i: 0.9)
     write_run(tmp_path / "a", method="block", chance=lambda i: 0.1, decode={"temperature": 0.0, "max_tokens": 5})
     write_run(tmp_path / "b", method="pcw", chance=lambda i: 0.1, count=60)
-    model = {"name": "made-up", "fingerprint": "0f" * 32, "dtype": "float32"}
+    model = {"name": "made-up", "fingerprint": "0f" * 32, "dtype": "float32", "layers": 16}
     write_run(tmp_path / "c", method="kvlink", chance=lambda i: 0.1, model=model, errors=3)
     built = report.build([tmp_path])
     assert section(built, "nq").best is None

@@ -24,7 +24,7 @@ from eval_worker import METHOD, TASK, items
 from kvgraph import Engine, KVGraphError, PlanError, demo, methods, models
 from kvgraph.chat import Document
 from kvgraph.cli import main
-from kvgraph.eval import prompt, records
+from kvgraph.eval import prompt, records, stats
 from kvgraph.eval.metrics import METRICS
 from kvgraph.eval.run import evaluate, slug, spec_of
 from kvgraph.eval.runs import RunError
@@ -98,6 +98,7 @@ def test_a_line_says_everything_about_its_item(reference, engine):
         "prompt_tokens": result.usage.prompt_tokens,
         "plan_tokens": sum(map(len, plan.spans)),
         "live_tokens": len(plan.live),
+        "probe_tokens": 0,
         "completion_tokens": len(result.token_ids),
         "kv_bytes": result.usage.kv_bytes,
     }
@@ -122,7 +123,9 @@ def test_the_summary_adds_the_lines_up_and_says_how_they_were_made(reference, mo
     assert summary["by"]["kind"]["odd"]["string_match_all"]["mean"] == pytest.approx(sum(odd) / len(odd))
     assert list(summary["by"]["first"]) == [str(i) for i in range(10)]  # in order of the numbers
     assert summary["method"] == {"spec": METHOD, "name": METHOD, "fields": asdict(methods.get(METHOD))}
-    assert summary["model"] == {"name": model.name, "fingerprint": model.fingerprint, "dtype": "float32"}
+    assert summary["model"] == {
+        "name": model.name, "fingerprint": model.fingerprint, "dtype": "float32", "layers": len(model.layers)
+    }  # fmt: skip
     assert summary["prompt"]["question"] == TASK.question and summary["edges"] == "top-k:1"
     assert summary["decode"]["temperature"] == 0 and summary["decode"]["max_tokens"] == 8
     assert summary["tokens"]["prompt"] == sum(line["usage"]["prompt_tokens"] for line in found)
@@ -153,6 +156,27 @@ def test_methods_that_read_no_edges_get_the_same_documents_without(reference, en
     same = ("prompt", "decode", "data", "items_sha256", "model")
     theirs = json.loads((reference / "summary.json").read_text())
     assert {key: summary[key] for key in same} == {key: theirs[key] for key in same}
+
+
+def test_clusters_are_the_tasks_or_made_by_what_items_read(engine, tmp_path):
+    a, b, c = (Document(text, "t", id="0") for text in ("one ", "two ", "three "))
+    read = [(a, b), (b, a), (a, c), (a, b), (), ()]
+    asked = [replace(items(1)[0], id=str(i), documents=documents) for i, documents in enumerate(read)]
+    asked[3] = replace(asked[3], cluster="its own")
+    evaluate(engine, TASK, "block", asked, tmp_path)
+    first, second, *others = stats.clusters_of(lines(tmp_path))
+    assert first == second and len({first, *others}) == 5
+
+
+def test_what_a_probe_costs_is_counted_and_does_not_depend_on_the_store(model, tmp_path):
+    for name in ("cold", "warm"):
+        with Engine(model, store=tmp_path / "kv") as engine:
+            summary = evaluate(engine, TASK, "cacheblend", items(4), tmp_path / name)
+    assert lasting(tmp_path / "warm") == lasting(tmp_path / "cold")
+    found = lines(tmp_path / "warm")
+    assert summary["timing"]["tokens"]["documents_computed"] == 0
+    assert summary["tokens"]["probe"] == sum(line["usage"]["probe_tokens"] for line in found) > 0
+    assert all(0 < line["timing"]["probe"] <= line["timing"]["queued"] for line in found)
 
 
 def test_links_and_given_edges(engine, tmp_path):
@@ -413,7 +437,6 @@ SIMPLE = replace(
     TASK,
     name="simple",
     items=lambda rows: (Item(str(row["id"]), row["q"], (row["a"],), facts={"n": row.get("n", 0)}) for row in rows),
-    fields=("id", "q"),
 )
 ROWS = [{"id": i, "q": f"who\u2028{i}?", "a": f"answer {i}"} for i in range(9)]
 
@@ -471,8 +494,7 @@ def test_limit_and_shuffle(tmp_path):
         ("x.jsonl", jsonl(ROWS[:2]) + b"{oops}\n", r"x\.jsonl:3 is not JSON"),
         ("x.jsonl", b'{"id": 1, "q": "?", "a": "b", "n": NaN}\n', r"x\.jsonl:1 is not JSON.*NaN"),
         ("x.jsonl", b'{"id": 1, "q": "?", "a": "b", "n": 1e999}\n', r"x\.jsonl:1: item '1': n is inf"),
-        ("x.jsonl", jsonl(ROWS[:1]) + b'{"id": 1, "a": "b"}\n', r"x\.jsonl:2: the record lacks 'q'; it has id, a"),
-        ("x.jsonl", b'{"id": 1, "q": "?"}\n', r"x\.jsonl:1: simple can't use this record: KeyError\('a'\)"),
+        ("x.jsonl", jsonl(ROWS[:1]) + b'{"id": 1, "q": "?"}\n', r"x\.jsonl:2: simple can't use .*: KeyError\('a'\)"),
         (
             "x.jsonl",
             jsonl([ROWS[0], ROWS[1], ROWS[0]]),

@@ -177,18 +177,10 @@ def test_holms_correction_by_hand():
     assert holm([]) == []
 
 
-def test_items_over_the_same_documents_are_one_cluster():
-    results = [
-        {"id": "1", "documents": ["a", "b"]},
-        {"id": "2", "documents": ["b", "a"]},
-        {"id": "3", "documents": ["a", "c"]},
-        {"id": "4", "documents": []},
-        {"id": "5", "documents": []},
-        {"id": "6", "documents": ["", ""]},
-        {"id": "7", "documents": ["", ""]},
-    ]
+def test_an_item_without_a_cluster_is_alone():
+    results = [{"id": "1", "cluster": "a"}, {"id": "2", "cluster": "a"}, {"id": "3", "cluster": "b"}, {"id": "a"}]
     keys = clusters_of(results)
-    assert keys[0] == keys[1] and len(set(keys)) == 6
+    assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
 def test_texts():

@@ -282,9 +282,10 @@ def test_arxiv_qa_reads_the_released_layout(small):
     assert [document.id.split("/")[0] for document in last.documents] == ["2"] * 3 + ["3"] * 3 + ["1"] * 3
     assert first.links == ((0, 2), (1, 2), (3, 5), (4, 5), (6, 8), (7, 8)) == last.links
     assert (first.facts, last.facts) == (
-        {"distractors": 2, "related": "first"},
-        {"distractors": 2, "related": "last"},
+        {"distractors": 2, "related": "first", "gold_positions": "0,1,2"},
+        {"distractors": 2, "related": "last", "gold_positions": "6,7,8"},
     )
+    assert [item.cluster for item in items] == [name for name in ("1", "2", "3", "10") for _ in range(5)]
 
 
 @pytest.mark.parametrize("task", [SCISUMM, UNARXIVE], ids=lambda task: task.name)
@@ -372,6 +373,7 @@ def test_a_page_reads_the_pages_it_links_to():
     assert "Categories: course, faculty, project, staff, student" in first.question
     assert first.question.startswith('Which of these categories is right for the text that begins "Patty Hough;')
     assert {item.facts["neighbours"] for item in items} >= {0, 1, 2}
+    assert all(item.facts["gold_positions"] == str(item.facts["neighbours"]) for item in items)
     assert not any(item.documents[-1].id in {d.id for d in item.documents[:-1]} for item in items)
 
 
@@ -389,7 +391,7 @@ def test_topics_reads_csv_tables(tmp_path):
     items = records.read(TOPICS, path).items
     assert len(items) == 30 and items[5].documents[0].text.endswith("long ")
     assert [document.id for document in items[3].documents] == [*map(str, [0, 1, 2, *range(4, 21)]), "3"]
-    assert items[3].facts == {"neighbours": 20} and items[3].golds == ("Rule_Learning",)
+    assert items[3].facts == {"neighbours": 20, "gold_positions": "20"} and items[3].golds == ("Rule_Learning",)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_sigterm_ends_every_stream_in_order(model, monkeypatch):
 
         code, took = asyncio.run(burst())
     assert code == 0
-    assert took < GRACE + 5
+    assert took < GRACE + 20  # ending the process takes seconds on a busy machine
     for s in talk:
         assert answers[s.ask].startswith(s.text), s
         assert s.text == answers[s.ask] or s.end != "finished"

@@ -38,6 +38,8 @@ NAMES = ["ferry", "fog", "doc 2"]
 QUESTION = "When does it leave today?"
 N = 12  # tokens of most answers
 
+pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
+
 
 def write_chat_model(folder: Path, **config: Any) -> Path:
     """The demo's model with a BOS token, and roles in special tokens."""

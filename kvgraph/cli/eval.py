@@ -26,7 +26,11 @@ def evaluate(
     model: Annotated[str, typer.Option("--model", help="Folder or hub name of a Hugging Face causal LM.")] = "",
     data: Annotated[
         str,
-        typer.Option(metavar="PATH|hub", help="File or folder in the data set's own schema, or the hub's full set."),
+        typer.Option(
+            metavar="PATH|hub|generated",
+            help="File or folder in the data set's own schema, or the hub's full set. The world tasks make their own: "
+            "'generated:order=shuffled,seed=1'.",
+        ),
     ] = "hub",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many items: the first, or with --shuffle any.")
@@ -84,13 +88,13 @@ def evaluate(
         raise typer.BadParameter("the same --method is given twice")
     parsed = list(map(methods.parse, specs))
     from kvgraph.eval import ablate as ablations
-    from kvgraph.eval import prompt, records, tasks
+    from kvgraph.eval import records, tasks
     from kvgraph.eval.run import evaluate, slug
 
     names = ablations.parse(ablate)
 
     chosen = tasks.get(task)
-    if edges is not None and not any(map(prompt.reads_edges, parsed)):
+    if edges is not None and not any(map(methods.reads_edges, parsed)):
         raise typer.BadParameter(f"none of these methods reads edges: {', '.join(specs)}; leave --edges out")
     found = records.read(chosen, data, limit, shuffle=shuffle, seed=seed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
@@ -145,14 +149,14 @@ def _show(summaries: list[Summary]) -> None:
     headline = summaries[0]["headline"]
     made = common.table("task", "method", f"{headline} [95 %]", "n", "errors", "computed", "reused", "TTFT", left=2)
     for summary in summaries:
-        score, timing = summary["scores"][headline], summary["timing"]
+        score, timing, probed = summary["scores"][headline], summary["timing"], summary["tokens"]["probe"]
         made.add_row(
             summary["task"],
             summary["method"]["spec"],
             f"{100 * score['mean']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]",
             f"{score['n']:,}",
             f"{summary['errors']:,}",
-            f"{timing['tokens']['computed']:,}",
+            f"{timing['tokens']['computed']:,}" + (f" + {probed:,} probed" if probed else ""),
             f"{sum(timing['tokens']['reused'].values()):,}",
             "" if timing["ttft"] is None else common.human_time(timing["ttft"]),
         )

@@ -1,6 +1,6 @@
 """Invented names of two syllables, in two halves that share every syllable but no name.
 
-A name is a pair of syllables ("Ru" + "mi"), and a quarter of all pairs is held out. Training on the other pairs trains
+A name is a pair of syllables ("Ro" + "mi"), and a quarter of all pairs is held out. Training on the other pairs trains
 every syllable, while a held-out name is one that was never read.
 """
 

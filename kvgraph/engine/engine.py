@@ -262,7 +262,7 @@ class Engine:
         new = min(params.max_tokens, self.model.limit - live.positions[-1])
         own = 0 if encode_only else len(live)
         usage = Usage(sum((p.hi or 0) - p.lo for p in live.sees) + own, computed_tokens=own, live_tokens=own)
-        usage.probe_tokens, probe_seconds = cost(plan)
+        usage.probe_tokens, usage.probe = cost(plan)
         request = Request(
             plan=plan,
             keys=pool_keys,
@@ -273,7 +273,7 @@ class Engine:
             encode_only=encode_only,
             answer=tuple(answer),
             keep_logits=first_logits,
-            submitted=time.perf_counter() - probe_seconds,
+            submitted=time.perf_counter() - usage.probe,
             usage=usage,
         )
         self.scheduler.check(request)

@@ -19,7 +19,7 @@ class Usage:
     it was first to need, and its live span). reused_tokens: span tokens it did not compute, by where they came from:
     "memory", "disk" (or another tier's name), "shared" (another running request was already encoding them).
     probe_tokens: tokens run through the model's first layer alone before the plan was made (cacheblend); they are in no
-    other number, but ttft counts their time.
+    other number. probe: the seconds this took; submission is counted from its beginning, so they are in queued too.
     kv_bytes: stored KV its live span reads plus its own. From submission: queued, until it was admitted; encoded, until
     everything it reads was at hand; ttft, until its first token. decode: first to last token.
     """
@@ -31,6 +31,7 @@ class Usage:
     live_tokens: int = 0
     probe_tokens: int = 0
     kv_bytes: int = 0
+    probe: float = 0.0
     queued: float = 0.0
     encoded: float = 0.0
     ttft: float = 0.0

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvgraph.errors import GraphError
 from kvgraph.eval import runs, stats
-from kvgraph.eval.prompt import LINKS, edges_of, reads_edges
+from kvgraph.eval.prompt import LINKS, edges_of
 from kvgraph.eval.stats import Difference
 from kvgraph.eval.task import Item, Task
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import GraphKV, Method
+from kvgraph.methods import GraphKV, Method, reads_edges
 
 if TYPE_CHECKING:
     from kvgraph.engine.engine import Engine
@@ -314,10 +314,14 @@ def _taking(item: Item, order: Iterable[int]) -> Item:
     new = {old: i for i, old in enumerate(kept)}
     links = tuple((new[s], new[r]) for s, r in indexed_edges(item, LINKS) if s in new and r in new)
     gold = sorted(new[i] for i in _gold(item))
-    now: dict[str, int | str] = {"gold_position": min(gold, default=0), "gold_positions": ",".join(map(str, gold))}
-    if item.facts.get("distractors") == len(item.documents) - len(gold):  # elsewhere it counts something else
+    facts = dict(item.facts)
+    here = new.get(int(facts.get("gold_position", -1)), min(gold, default=0))
+    now: dict[str, int | str] = {"gold_position": here, "gold_positions": ",".join(map(str, gold))}
+    if facts.get("distractors") == len(item.documents) - len(gold):
         now["distractors"] = len(kept) - len(gold)
-    facts = {name: now.get(name, value) for name, value in item.facts.items()}
+    elif len(kept) < len(item.documents):  # it counts something else, groups of documents, which isn't so any more
+        facts.pop("distractors", None)
+    facts = {name: now.get(name, value) for name, value in facts.items()}
     return replace(item, documents=tuple(item.documents[i] for i in kept), links=links, facts=facts)
 
 

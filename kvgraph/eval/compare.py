@@ -132,7 +132,10 @@ def _value(result: Mapping[str, Any], breakdown: str) -> str:
 
 def _costs(a: Run, b: Run) -> Iterator[tuple[str, str, str]]:
     before, after = a.summary["timing"], b.summary["timing"]
+    probes = [run.summary["tokens"]["probe"] for run in (a, b)]
     for name, key in (("tokens computed", "computed"), ("tokens of documents computed", "documents_computed")):
         yield name, f"{before['tokens'][key]:,}", f"{after['tokens'][key]:,}"
+    if any(probes):
+        yield "tokens probed, in one layer each", f"{probes[0]:,}", f"{probes[1]:,}"
     if None not in (before["ttft"], after["ttft"]):
         yield "median time to first token", f"{1000 * before['ttft']:,.1f} ms", f"{1000 * after['ttft']:,.1f} ms"

@@ -8,7 +8,6 @@ from kvgraph import chat
 from kvgraph.chat import ChatError, Prompt
 from kvgraph.eval.task import Item, Task
 from kvgraph.graph import Edge, named_edges
-from kvgraph.methods import GraphKV, Method
 
 LINKS = "links"  # the edges that an item's data has
 
@@ -36,11 +35,6 @@ def build(task: Task, item: Item, tokenizer: Any) -> Prompt:
 
 def _chat(tokenizer: Any, messages: list[dict[str, str]], task: Task, item: Item) -> Prompt:
     return chat.chat(tokenizer, messages, item.documents, template=task.document)
-
-
-def reads_edges(method: Method) -> bool:
-    """Whether the method makes anything of edges; all others get the graph without."""
-    return isinstance(method, GraphKV) and method.rounds > 0
 
 
 def edges_of(item: Item, spec: str) -> tuple[Edge, ...]:

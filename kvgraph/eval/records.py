@@ -2,7 +2,8 @@
 
 Local files: .jsonl or .ndjson (one JSON object a line; also a file without a suffix), .json (a list, or an object with a
 list under "data"), .parquet, the first three also with .gz. A folder is all such files in it, recursively, in sorted
-order. A task that knows its own layout (`Task.read`) reads the path itself.
+order. A task that knows its own layout (`Task.read`) reads the path itself. Some tasks make their records
+(`Task.generate`): "generated", or "generated:SETTINGS".
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from kvgraph.errors import KVGraphError
 from kvgraph.eval.task import Hub, Item, Task, TaskError
 
-HUB = "hub"
+HUB, GENERATED = "hub", "generated"
 LINES, WHOLE, PARQUET = (".jsonl", ".ndjson", ""), (".json",), (".parquet",)
 SUFFIXES = (*LINES, *WHOLE, *PARQUET)
 
@@ -41,11 +42,14 @@ class Data(NamedTuple):
 def read(task: Task, source: str | Path, limit: int | None = None, *, shuffle: bool = False, seed: int = 0) -> Data:
     """The items of a task from a local path or, for source "hub", from where the task says the full set is.
 
+    A task that makes its records does so for "generated" and "generated:SETTINGS", and for "hub" if it has no set there.
     limit: the first so many items, of which no more records are read than they need; with `shuffle`, so many drawn
     without replacement by `seed`. Raises TaskError, naming file and line where there is one: nothing there, offline, no
     valid JSON (NaN isn't), a record that lacks a field, items with the same id, no item at all.
     """
-    rows = _Rows(task, _hub(task) if source == HUB else _local(task, Path(source)))
+    if source == HUB and task.hub is None and task.generate is not None:
+        source = GENERATED
+    rows = _Rows(_records(task, source))
     try:
         found = islice(_items(task, rows), None if shuffle else limit)
         items = tuple(_unique(found, rows))
@@ -61,10 +65,10 @@ def read(task: Task, source: str | Path, limit: int | None = None, *, shuffle: b
 
 
 class _Rows:
-    """Records on their way to a task: checked for the fields it needs, hashed, and with their place at hand."""
+    """Records on their way to a task: hashed, and with their place at hand."""
 
-    def __init__(self, task: Task, records: Iterator[Record]):
-        self.task, self.records = task, records
+    def __init__(self, records: Iterator[Record]):
+        self.records = records
         self.where = ""
         self.sha256 = hashlib.sha256()
 
@@ -73,9 +77,6 @@ class _Rows:
             self.where = where
             if not isinstance(record, Mapping):
                 raise TaskError(f"a record is a JSON object, not a {type(record).__name__}")
-            missing = [name for name in self.task.fields if name not in record]
-            if missing:
-                raise TaskError(f"the record lacks {missing[0]!r}; it has {', '.join(map(str, record)) or 'no fields'}")
             text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
             try:
                 self.sha256.update(text.encode() + b"\n")
@@ -104,6 +105,16 @@ def _unique(items: Iterable[Item], rows: _Rows) -> Iterator[Item]:
                 raise TaskError(f"item {item.id!r}: {name} is {value}")
         seen[item.id] = rows.where
         yield item
+
+
+def _records(task: Task, source: str | Path) -> Iterator[Record]:
+    if source == HUB:
+        return _hub(task)
+    kind, _, settings = str(source).partition(":")
+    if kind == GENERATED and task.generate is not None:
+        made = task.generate(settings)
+        return ((f"{source}, record {number}", record) for number, record in enumerate(made, 1))
+    return _local(task, Path(source))
 
 
 def _local(task: Task, path: Path) -> Iterator[Record]:

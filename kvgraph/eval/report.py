@@ -31,7 +31,8 @@ CONFIGURATION = (
 class Cost:
     """What an item of a run cost: means of tokens, and the median time to first token in seconds since admission.
 
-    Items that couldn't be run don't count; ttft is None when none could.
+    A probe (cacheblend's) is part of both: its time, and its tokens, of which one that ran through one of L layers
+    counts 1/L. Items that couldn't be run don't count; ttft is None when none could.
     """
 
     computed: float
@@ -105,8 +106,10 @@ class Section:
         compared = (
             f"Differences in {self.metric} are to {self.lines[0].label}; p after Holm's correction for all lines. "
         )
+        probes = any(line.run.summary["tokens"]["probe"] for line in self.lines)
+        counted = "Of L layers, a token that a probe ran through one counts 1/L as computed. "
         first = "Time to first token is a median since the request was admitted, while others ran beside it."
-        return (compared if len(self.lines) > 1 else "") + first
+        return (compared if len(self.lines) > 1 else "") + (counted if probes else "") + first
 
     @cached_property
     def breakdowns(self) -> dict[str, dict[str, list[Interval | None]]]:
@@ -361,10 +364,12 @@ def _failed_variants(ablation: Ablation) -> Iterator[str]:
 
 
 def _cost(run: Run) -> Cost:
-    timings = [result["timing"] for result in run.results if "error" not in result]
-    computed = [timing["computed_tokens"] for timing in timings]
+    ran = [result for result in run.results if "error" not in result]
+    timings = [result["timing"] for result in ran]
+    layers = run.summary["model"]["layers"]
+    computed = [r["timing"]["computed_tokens"] + r["usage"]["probe_tokens"] / layers for r in ran]
     reused = [sum(timing["reused_tokens"].values()) for timing in timings]
-    first = [timing["ttft"] - timing["queued"] for timing in timings]
+    first = [timing["ttft"] - timing["queued"] + timing["probe"] for timing in timings]
     if not timings:
         return Cost(0.0, 0.0, None)
     return Cost(statistics.fmean(computed), statistics.fmean(reused), statistics.median(first))

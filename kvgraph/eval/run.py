@@ -81,7 +81,7 @@ def evaluate(
     params = SamplingParams(max_tokens=task.max_tokens if max_tokens is None else max_tokens, stop=task.stop)
     spec = method if isinstance(method, str) else spec_of(method)
     method = methods.parse(method) if isinstance(method, str) else method
-    edges = (task.edges if edges is None else edges) if prompt.reads_edges(method) else "none"
+    edges = (task.edges if edges is None else edges) if methods.reads_edges(method) else "none"
     _check(engine, task, items, edges)
     config = _config(engine, task, spec, method, params, items, data, edges, seed, ablation)
     folder = Path(out)
@@ -210,6 +210,7 @@ def _line(task: Task, asked: _Asked, answer: Result | KVGraphError) -> dict[str,
         "id": item.id,
         "kind": item.kind,
         "facts": dict(item.facts),
+        "cluster": _cluster(item),
         "documents": [document.id or document.title for document in item.documents],
         "edges": [list(edge) for edge in asked.graph.edges],
         "prediction": result.text,
@@ -220,6 +221,7 @@ def _line(task: Task, asked: _Asked, answer: Result | KVGraphError) -> dict[str,
             "prompt_tokens": usage.prompt_tokens,
             "plan_tokens": asked.plan_tokens,
             "live_tokens": usage.live_tokens,
+            "probe_tokens": usage.probe_tokens,
             "completion_tokens": usage.completion_tokens,
             "kv_bytes": usage.kv_bytes,
         },
@@ -227,14 +229,22 @@ def _line(task: Task, asked: _Asked, answer: Result | KVGraphError) -> dict[str,
         **({"error": " ".join(str(answer).split())} if failed else {}),
         "timing": {
             "queued": usage.queued,
+            "probe": usage.probe,
             "ttft": usage.ttft,
             "decode": usage.decode,
             "computed_tokens": usage.computed_tokens,
             "document_tokens_computed": usage.document_tokens_computed,
-            "probe_tokens": usage.probe_tokens,
             "reused_tokens": usage.reused_tokens,
         },
     }
+
+
+def _cluster(item: Item) -> str:
+    """What the task says or, without, the texts that the item reads, in any order: their names may be mere numbers."""
+    if item.cluster or not item.documents:
+        return item.cluster or item.id
+    texts = sorted((document.title, document.text) for document in item.documents)
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
@@ -389,6 +399,7 @@ def _config(
             "name": model.name,
             "fingerprint": model.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "layers": len(model.layers),
         },
         "seed": seed,
         "limit": data.limit,
@@ -433,7 +444,7 @@ def _scores(task: Task, lines: Sequence[Mapping[str, Any]], seed: int) -> Summar
         "finish": dict(sorted(Counter(line["finish_reason"] for line in lines).items())),
         "tokens": {
             short: sum(line["usage"][f"{short}_tokens"] for line in lines)
-            for short in ("prompt", "plan", "live", "completion")
+            for short in ("prompt", "plan", "live", "probe", "completion")
         },
     }
 
@@ -480,7 +491,6 @@ def _costs(engine: Engine, lines: Sequence[Mapping[str, Any]], session: _Session
             "tokens": {
                 "computed": sum(timing["computed_tokens"] for timing in timings),
                 "documents_computed": sum(timing["document_tokens_computed"] for timing in timings),
-                "probe": sum(timing["probe_tokens"] for timing in timings),
                 "reused": dict(sorted(reused.items())),
             },
         },

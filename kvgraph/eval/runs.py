@@ -15,7 +15,7 @@ from kvgraph.eval.stats import Difference, Interval
 
 FORMAT = 1
 SUMMARY, RESULTS = "summary.json", "results.jsonl"
-NEEDED = ("task", "headline", "method", "model", "scores", "by", "timing", "environment")
+NEEDED = ("task", "headline", "method", "model", "scores", "by", "tokens", "timing", "environment")
 # What must be equal for a difference between two runs to be one between their methods.
 MUST_MATCH = ("prompt", "decode", "extract", "data.sha256", "model.fingerprint", "model.dtype")
 

@@ -102,15 +102,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def clusters_of(results: Sequence[Mapping[str, Any]]) -> list[Hashable]:
-    """A cluster key for each line of a results file: items that read the same set of documents, in any order, share one.
-
-    An item without documents, or with one that has no name, is alone.
-    """
-    keys: list[Hashable] = []
-    for result in results:
-        documents = result.get("documents") or [""]
-        keys.append(("item", result["id"]) if "" in documents else tuple(sorted(documents)))
-    return keys
+    """A cluster key for each line of a results file, as the run wrote it; an item without one is alone."""
+    return [("cluster", r["cluster"]) if r.get("cluster") else ("item", r["id"]) for r in results]
 
 
 def _scores(values: Sequence[float]) -> np.ndarray:

@@ -29,7 +29,9 @@ class Item:
     id: unique in the task and stable between runs. golds: every acceptable answer (for a summary: the reference).
     kind: the question's type, for breakdowns ("bridge", "comparison", ...). facts: further things to break down by
     (gold_position, hops, distractors, ...), plain numbers or texts. links: edges (source, reader) that the data itself
-    has, by index. `question` holds the choices too, where there are any.
+    has, by index. cluster: what the item shares with others, so that they tell less than as many unrelated ones (several
+    questions over one corpus, one question in several arrangements); unless given, items that read the same documents
+    share. `question` holds the choices too, where there are any.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Item:
     kind: str = ""
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
     links: tuple[Edge, ...] = ()
+    cluster: str = ""
 
 
 class Hub(NamedTuple):
@@ -61,8 +64,9 @@ class Task:
     metrics: names in `kvgraph.eval.metrics.METRICS`, the first being the headline. extract: what of the answer is scored
     ("" = all of it, else a name in `metrics.EXTRACT`). edges: the default for methods that read edges: a name that
     `kvgraph.graph.named_edges` knows, or "links" for the items' own. breakdowns: "kind" and names of facts.
-    fields: fields a record must have, checked before `items` sees it. source: paper and where the schema comes from.
+    source: paper and where the schema comes from.
     read: the records of a local path, for layouts that aren't one record a line or list element; raises TaskError.
+    generate: makes records from a text of settings; raises a KVGraphError, at once, for settings that don't exist.
     """
 
     name: str
@@ -79,5 +83,5 @@ class Task:
     extract: str = ""
     edges: str = "all"
     breakdowns: tuple[str, ...] = ("kind",)
-    fields: tuple[str, ...] = ()
     read: Callable[[Path], Iterable[Mapping[str, Any]]] | None = None
+    generate: Callable[[str], Iterable[Mapping[str, Any]]] | None = None

@@ -35,6 +35,7 @@ __all__ = [
     "PromptCache",
     "get",
     "parse",
+    "reads_edges",
 ]
 
 
@@ -100,6 +101,11 @@ def get(spec: str, **fields: Any) -> Method:
         if field not in known:
             raise GraphError(f"{spec} has no field {field!r}; it has {', '.join(known) or 'no fields'}")
     return replace(method, **fields)
+
+
+def reads_edges(method: Method) -> bool:
+    """Whether the method makes anything of edges; all others refuse a graph that has some."""
+    return isinstance(method, GraphKV) and method.rounds > 0
 
 
 def parse(spec: str) -> Method:

@@ -117,7 +117,18 @@ def printable(text: str, most: int = 1000) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Let every error of an application's routes leave it in OpenAI's shape."""
+    """Let every error of an application's routes leave it in OpenAI's shape, and its OpenAPI document say so."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = described()
+        for operation in (o for path in document["paths"].values() for o in path.values()):
+            operation["responses"].pop("422", None)  # the framework's own shape, which `invalid` replaces
+        for name in ("HTTPValidationError", "ValidationError"):
+            document.get("components", {}).get("schemas", {}).pop(name, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
     @app.exception_handler(KVGraphError)
     async def known(_: Request, error: KVGraphError) -> JSONResponse:

@@ -22,6 +22,7 @@ from kvgraph.eval.tasks.topics import TOPICS
 from kvgraph.eval.tasks.triviaqa import TRIVIAQA
 from kvgraph.eval.tasks.unarxive import UNARXIVE
 from kvgraph.eval.tasks.wiki2 import WIKI2
+from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.eval.tasks.xsum import XSUM
 
 __all__ = ["TASKS", "get"]
@@ -51,6 +52,8 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             SCISUMM,
             UNARXIVE,
             TOPICS,
+            WORLD_HOPS,
+            WORLD_CHUNKS,
         )
     }
 )

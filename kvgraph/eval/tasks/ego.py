@@ -33,7 +33,8 @@ def arranged(egos: Sequence[Ego]) -> Iterator[Item]:
     """Five items a question, in the order of ARRANGEMENTS; fewer where there are too few other groups.
 
     The distractors of a group are the next groups in the list (after the last comes the first) that share no paper with
-    it or with each other. Facts: distractors, the number of distractor groups; related: where the related group stands.
+    it or with each other. Facts: distractors, the number of distractor groups; related: where the related group stands;
+    gold_positions, of its documents.
     """
     for number, ego in enumerate(egos):
         distractors = _distractors([*egos[number + 1 :], *egos[:number]], ego, most=2)
@@ -42,14 +43,17 @@ def arranged(egos: Sequence[Ego]) -> Iterator[Item]:
                 continue
             others = distractors[:count]
             groups = [*others, ego] if related == "last" else [ego, *others]
+            start = sum(len(other.documents) for other in others) if related == "last" else 0
+            gold = ",".join(str(start + i) for i in range(len(ego.documents)))
             yield Item(
                 id=f"{ego.id}/{count}-{related}" if count else ego.id,
                 question=ego.question,
                 golds=ego.golds,
                 documents=tuple(document for group in groups for document in group.documents),
                 kind=ego.kind,
-                facts={"distractors": count, "related": related},
+                facts={"distractors": count, "related": related, "gold_positions": gold},
                 links=_links(groups),
+                cluster=ego.id,
             )
 
 

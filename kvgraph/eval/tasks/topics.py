@@ -56,7 +56,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
             golds=(node.category,),
             documents=tuple(Document(nodes[name].text, id=name) for name in (*near, node.node_id)),
             kind=node.category,
-            facts={"neighbours": len(near)},
+            facts={"neighbours": len(near), "gold_positions": str(len(near))},
             links=tuple((i, len(near)) for i in range(len(near))),
         )
 
