@@ -57,10 +57,10 @@ class Example:
 
 
 class Target(NamedTuple):
-    """A token to learn: `token` comes after token `index` of span `span`."""
+    """A token to learn: `token` comes after token number `at` of span number `span`."""
 
     span: int
-    index: int
+    at: int
     token: int
 
 
@@ -90,13 +90,15 @@ def join(example: Example, method: Method, *, documents: bool = False) -> Joined
     if any(plan.spans[:-1] != shared or plan.live.sees != sees for plan in plans):
         raise PlanError(f"{method.name} encodes documents by the question; give every question an example of its own")
     if any(span.groups for span in plans[0].spans):
-        raise PlanError(f"{method.name} weighs groups of keys, which no attention mask can do; train with another method")
+        raise PlanError(
+            f"{method.name} weighs groups of keys, which no attention mask can do; train with another method"
+        )
     lives = [list(zip(plan.live.tokens, plan.live.positions, strict=True)) for plan in plans]
     n = _common(lives) if len(lives) > 1 else 0
     spans, roots = list(shared), []
     if n:
         spans.append(_live(lives[0][:n], sees, "beginning"))
-        sees = (*sees, Place(len(shared), spans[-1].start))
+        sees = (*sees, Place(len(shared), spans[-1].start, 0, n))
     answers = []
     for i, (live, question) in enumerate(zip(lives, example.questions, strict=True)):
         roots.append(len(spans))
@@ -115,8 +117,9 @@ def _live(tokens: Sequence[tuple[int, int]], sees: tuple[Place, ...], name: str)
 
 
 def _goes_on(live: Sequence[tuple[int, int]], at: int) -> bool:
-    """Whether the next live token stands right after token `at`. With an empty query, what comes before the answer may
-    be a token recomputed in the middle of the documents."""
+    """Whether the next live token stands right after token `at`, which is so but for an empty query: what comes before
+    the answer may then be a token recomputed in the middle of the documents.
+    """
     return at + 1 == len(live) or live[at + 1][1] == live[at][1] + 1
 
 

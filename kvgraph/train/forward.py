@@ -1,7 +1,7 @@
 """A packed sequence through a model, to be backpropagated through: every layer's attention, the logits, and the loss.
 
-Attention is PyTorch's: SDPA with an explicit mask, or FlexAttention with a block mask, which skips what nobody sees.
-With sinks it is spelled out, as is softcapping without FlexAttention. Attention dropout isn't applied.
+Attention is PyTorch's: SDPA with an explicit mask an example, or FlexAttention with a block mask, which skips what
+nobody sees. With sinks it is spelled out, as is softcapping without FlexAttention. Attention dropout isn't applied.
 Shapes: H query heads, G key/value heads, D, Dv head sizes, V vocabulary; T, N as in kvgraph.train.pack.
 """
 
@@ -48,56 +48,39 @@ def loss(
 
 def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
     """Every layer's attention; masks are made once for all layers of a window."""
-    length, device = len(packed), packed.tokens.device
+    device = packed.tokens.device
 
     @cache
-    def mask(window: int | None, dtype: torch.dtype) -> Tensor:  # float, as kernels want it in the end
-        hidden = ~packed.visible(window)
-        return torch.zeros(length, length, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+    def masks(window: int | None, dtype: torch.dtype) -> list[Tensor]:  # float, as kernels want them in the end
+        seen = [packed.visible(window, here) for here in packed.slices]
+        return [torch.zeros(m.shape, dtype=dtype, device=device).masked_fill_(~m, -torch.inf) for m in seen]
 
     @cache
     def blocks(window: int | None) -> BlockMask:
-        return create_block_mask(
-            packed.mask_mod(window), None, None, length, length, device, _compile=device.type == "cuda"
-        )
+        sizes = None, None, len(packed), len(packed)
+        return create_block_mask(packed.mask_mod(window), *sizes, device, _compile=device.type == "cuda")
 
     def attend(
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
         window = model.layers[layer].window
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, rotation leaves them in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves float32 here, which FlexAttention may refuse
         if flex and sinks is None:
             return _flex(q, k, v, blocks(window), scale, softcap)
-        if softcap is None and sinks is None:
-            attended = scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=mask(window, q.dtype), scale=scale, enable_gqa=True
-            )
-            return attended[0]
-        return _spelled_out(q, k, v, mask(window, torch.float32), scale, softcap, sinks)
+        examples = zip(packed.slices, masks(window, q.dtype), strict=True)
+        each = [_masked(q[:, at], k[:, at], v[:, at], mask, scale, softcap, sinks) for at, mask in examples]
+        return torch.cat(each, 1)
 
     return attend
 
 
-@cache
-def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, scale: float, softcap: float | None) -> Tensor:
-    """q [H, T, D], k [G, T, D], v [G, T, Dv] -> [H, T, Dv]."""
-
-    def capped(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return torch.tanh(score / softcap) * softcap
-
-    kernel = _compiled() if q.is_cuda else flex_attention
-    score_mod = None if softcap is None else capped
-    return kernel(q[None], k[None], v[None], score_mod, blocks, scale, enable_gqa=True)[0]
-
-
-def _spelled_out(
+def _masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """The same by the definition, in float32. mask [T, T] float32, sinks [H]: a score that takes weight and gives nothing."""
+    """q [H, T, D], k [G, T, D], v [G, T, Dv], mask [T, T] -> [H, T, Dv]. sinks [H]: scores that take weight and give nothing."""
+    if softcap is None and sinks is None:
+        q, k, v = q[None], k[None], v[None]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0]
     dtype, (heads, length, _) = q.dtype, q.shape
     q, k, v = q.float(), *(t.float().repeat_interleave(heads // t.shape[0], 0) for t in (k, v))
     scores = q @ k.mT * scale
@@ -107,3 +90,22 @@ def _spelled_out(
     if sinks is not None:
         scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, length, 1)], -1)
     return (torch.softmax(scores, -1)[..., :length] @ v).to(dtype)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, scale: float, softcap: float | None) -> Tensor:
+    """The same over all examples at once, without sinks."""
+    score_mod = None if softcap is None else _capped(softcap)
+    kernel = _compiled() if q.is_cuda else flex_attention
+    return kernel(q[None], k[None], v[None], score_mod, blocks, scale, enable_gqa=True)[0]
+
+
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    return score_mod

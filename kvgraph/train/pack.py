@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from dataclasses import fields as fields_of
 from itertools import accumulate, pairwise, repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Packed:
     span, block [T] int64: the span that a token belongs to, and the block. sees [S, B] bool: whether a span reads a
     block; its own it does. Token q sees token k if sees[span[q], block[k]] and k is q or stands at a lower position.
     rows, targets [N] int64: the logits of token rows[i] are to give token targets[i]; a row may be there several times.
-    documents [N] bool: whether that is a document's token, not an answer's.
+    documents [N] bool: whether that is a document's token, not an answer's. lengths: tokens of every example, in order.
     """
 
     tokens: Tensor
@@ -41,6 +41,7 @@ class Packed:
     rows: Tensor
     targets: Tensor
     documents: Tensor
+    lengths: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,12 +54,18 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on a device."""
-        return Packed(*(getattr(self, field.name).to(device) for field in fields_of(self)))
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
-    def visible(self, window: int | None = None) -> Tensor:
-        """[T, T] bool: row sees column. window: only at distances of positions below it."""
-        everyone = torch.arange(len(self), device=self.tokens.device)
-        return self.mask_mod(window)(None, None, everyone[:, None], everyone[None])
+    @property
+    def slices(self) -> list[slice]:
+        """Where the examples lie."""
+        return [slice(lo, hi) for lo, hi in pairwise(accumulate(self.lengths, initial=0))]
+
+    def visible(self, window: int | None = None, here: slice = slice(None)) -> Tensor:
+        """[T, T] bool: row sees column; or only those of `here`. window: only at distances of positions below it."""
+        tokens = torch.arange(len(self), device=self.tokens.device)[here]
+        return self.mask_mod(window)(None, None, tokens[:, None], tokens[None])
 
     def mask_mod(self, window: int | None = None) -> Callable[[object, object, Tensor, Tensor], Tensor]:
         """The same as a function (batch, head, q, k) of indices, for `torch.nn.attention.flex_attention`."""
@@ -90,6 +97,7 @@ class Packed:
             span=pad(self.span, (0, more), value=sides[0] - 1),
             block=pad(self.block, (0, more), value=sides[1] - 1),
             sees=sees,
+            lengths=self.lengths + (more,) * (more > 0),
         )
 
 
@@ -150,9 +158,10 @@ def _laid(joined: Joined) -> Packed:
         span=torch.arange(len(laid)).repeat_interleave(torch.tensor(bounds).diff()),
         block=torch.arange(len(cuts) - 1).repeat_interleave(torch.tensor(cuts).diff()),
         sees=sees,
-        rows=torch.tensor([first[t.span] + t.index for t in targets]),
+        rows=torch.tensor([first[t.span] + t.at for t in targets]),
         targets=torch.tensor([t.token for t in targets]),
         documents=torch.arange(len(targets)) >= len(joined.answers),
+        lengths=(bounds[-1],),
     )
 
 
@@ -173,4 +182,5 @@ def _concatenated(examples: Sequence[Packed]) -> Packed:
         rows=joined("rows", map(len, examples)),
         targets=joined("targets"),
         documents=torch.cat([x.documents for x in examples]),
+        lengths=tuple(map(len, examples)),
     )
