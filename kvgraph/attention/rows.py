@@ -202,6 +202,8 @@ class Step:
         for row, here in zip(self.rows, self.spans, strict=True):
             past, total, p = row.kv.length, row.kv.length + len(row.tokens), row.positions
             index = np.arange(here.start, here.stop)
+            if len(p) == 1 and (window is None or p[0] - row.kv.positions[0] < window):
+                past = 0  # one token that sees all of its row: one part instead of two
             for a, b, lo, hi, mask in _blocks(p, row.kv.positions[:past], window):
                 add(row.kv, lo, hi, index[a:b], [(0, b - a, None)], mask)
             fits = window is None or p[-1] - p[0] < window

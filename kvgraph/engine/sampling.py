@@ -71,10 +71,10 @@ class SamplingParams:
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1] (1 is off)")
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1] (0 is off)")
         _require(
-            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+            _is_number(self.repetition_penalty) and 0.001 <= self.repetition_penalty <= 1000,
             "repetition_penalty",
             self.repetition_penalty,
-            "a number > 0 (1 is off)",
+            "a number from 0.001 to 1000 (1 is off)",
         )
         _require(
             self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64),
