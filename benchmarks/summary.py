@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.common import text
 
 HERE = Path(__file__).parent
-ORDER = ["ttft", "concurrency", "encoding", "context", "precision", "serving", "evaluation"]
+ORDER = ["ttft", "concurrency", "encoding", "context", "precision", "serving", "evaluation", "training"]
 
 
 def section(found: dict[str, Any]) -> list[str]:
@@ -38,7 +38,8 @@ def main() -> None:
         "",
         "Made by `make bench`: every section names the command behind it. Medians; all sides of a table are measured in one run,",
         "and clocks start after the model is loaded, from token ids. The model is a random Llama of 124 M parameters in float32,",
-        "except in the table of precisions, which has a tiny random model for each family.",
+        "except in the table of precisions, which has a tiny random model for each family, in those of serving and evaluation,",
+        "which use the demo's tiny model, and in that of training, whose command names its model.",
         "",
     ]
     for file in files:
