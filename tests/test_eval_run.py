@@ -378,9 +378,13 @@ def test_an_interrupt_leaves_the_engine_usable_and_the_run_resumable(reference, 
             time.sleep(0.002)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(engine, TASK, METHOD, items(), tmp_path, window=2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(engine, TASK, METHOD, items(), tmp_path, window=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert engine.scheduler.idle, "nothing is left running"
     assert not (tmp_path / "summary.json").exists()
     evaluate(engine, TASK, METHOD, items(), tmp_path)

@@ -209,7 +209,13 @@ def test_logs_are_json_with_ids_and_tell_no_secret(folder, tmp_path):
     config = tmp_path / "server.toml"
     config.write_text("".join(f'[[api_keys]]\nkey = "{k["key"]}"\ntenant = "{k["tenant"]}"\n' for k in KEYS))
     with Process(folder, "--config", config, "--log-format", "json", KVGRAPH_MAX_REQUEST_BYTES="2000") as server:
-        body = {"model": folder.name, "prompt": prompt, "max_tokens": 3, "documents": [{"text": document}]}
+        body = {
+            "model": folder.name,
+            "prompt": prompt,
+            "max_tokens": 3,
+            "ignore_eos": True,
+            "documents": [{"text": document}],
+        }
 
         def post(payload: Any, **headers: str) -> int:
             content = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
