@@ -253,7 +253,8 @@ class Engine:
         """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
 
         encode_only: stop when every cached span is encoded. answer: score these tokens instead of decoding; all but the
-        last of them end the plan's live span. salt: another tenant's than the engine's. Raises PlanError or CapacityError if the request could never run.
+        last of them end the plan's live span. salt: another tenant's than the engine's. Raises PlanError or
+        CapacityError if the request could never run.
         """
         params = params or SamplingParams()
         keys = plan.keys(self.model.fingerprint, self.salt if salt is None else salt)

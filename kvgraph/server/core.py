@@ -150,30 +150,22 @@ class Server:
     @property
     def engine(self) -> Engine:
         """The engine. Raises APIError 503 while there is none."""
-        if self._engine is None:
-            raise APIError(503, "the model is being loaded; see /ready", code="not_ready", retry_after=2)
-        return self._engine
+        return _loaded(self._engine)
 
     @property
     def runner(self) -> Runner:
         """The thread that drives the engine. Raises APIError 503 while there is none."""
-        if self._runner is None:
-            raise APIError(503, "the model is being loaded; see /ready", code="not_ready", retry_after=2)
-        return self._runner
+        return _loaded(self._runner)
 
     @property
     def library(self) -> Library:
         """Stored segments and graphs. Raises APIError 503 while there is no engine to encode them with."""
-        if self._library is None:
-            raise APIError(503, "the model is being loaded; see /ready", code="not_ready", retry_after=2)
-        return self._library
+        return _loaded(self._library)
 
     @property
     def precompute(self) -> Precompute:
         """What encodes stored graphs. Raises APIError 503 while there is no engine."""
-        if self._precompute is None:
-            raise APIError(503, "the model is being loaded; see /ready", code="not_ready", retry_after=2)
-        return self._precompute
+        return _loaded(self._precompute)
 
     # -- what is served -----------------------------------------------------------------------------------------------
 
@@ -250,6 +242,13 @@ class Server:
         """Run something long on a worker thread."""
         context = contextvars.copy_context()  # its log lines are the request's
         return await asyncio.get_running_loop().run_in_executor(self._workers, context.run, work, *arguments)
+
+
+def _loaded(part: T | None) -> T:
+    """What is there once the model is loaded. Raises APIError 503 before."""
+    if part is None:
+        raise APIError(503, "the model is being loaded; see /ready", code="not_ready", retry_after=2)
+    return part
 
 
 async def _on_daemon(work: Callable[[], T]) -> T:
