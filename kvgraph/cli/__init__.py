@@ -97,6 +97,8 @@ def _explained(error: Exception) -> tuple[int, str]:
         return USAGE, f"{error.format_message().rstrip('.')}; see `{command} --help`"  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.strerror:
         return OTHER, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, ModuleNotFoundError):  # of the extras, only evaluation's are needed without the server's
+        return OTHER, f"this needs {error.name}; install it with: pip install 'kvgraph[eval]'"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OTHER, "out of memory; try a smaller --kv-budget, fewer documents, or a smaller --dtype"
     return OTHER, f"unexpected {type(error).__name__}: {error}; `kvgraph --debug ...` shows where"
