@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "graph", "corpus"},
     "demo": ENGINE | {"corpus"},
     "__init__": ENGINE,
-    "train": ENGINE | DATA | {"__init__"},
+    "train": ENGINE | DATA | {"__init__", "eval"},
     "eval": ENGINE | DATA | {"__init__"},
     "server": ENGINE | DATA | {"__init__"},
     "cli": ENGINE | DATA | {"__init__", "train", "eval", "server"},

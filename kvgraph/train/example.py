@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple
 
 from kvgraph.errors import GraphError, PlanError
 from kvgraph.graph import ContextGraph
@@ -13,34 +14,45 @@ from kvgraph.plan import Place, Plan, Span
 
 
 class Question(NamedTuple):
-    """Token ids of a query, which may be empty, and of the answer (or continuation) to learn."""
+    """Token ids of a query, which may be empty, and of the answer (or continuation) to learn.
+
+    learned: whether each token of the answer is to be learned; empty: all are. A conversation is an answer in which what
+    the user says isn't learned.
+    """
 
     query: tuple[int, ...]
     answer: tuple[int, ...]
+    learned: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
 class Example:
     """A tokenized graph without a query, and questions about it that don't see each other.
 
-    Raises GraphError for text, for a graph with a query of its own, and without questions or with an empty answer.
+    Raises GraphError for text, for a graph with a query of its own, without questions, and for an answer of which nothing
+    is learned.
     """
 
     graph: ContextGraph
     questions: tuple[Question, ...]
 
-    def __init__(self, graph: ContextGraph, questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    def __init__(self, graph: ContextGraph, questions: Iterable[Sequence[Sequence[Any]]]) -> None:
         if not graph.is_tokenized:
             raise GraphError("an example holds token ids but the graph holds text; call graph.tokenized(encode) first")
         if graph.has_query:
             raise GraphError("the graph of an example has a query; use Example.of, or give it among the questions")
         object.__setattr__(self, "graph", graph)
-        object.__setattr__(self, "questions", tuple(Question(tuple(q), tuple(a)) for q, a in questions))
+        asked: list[Any] = [map(tuple, given) for given in questions]
+        object.__setattr__(self, "questions", tuple(Question(*given) for given in asked))
         if not self.questions:
             raise GraphError("an example needs at least one question")
         for i, question in enumerate(self.questions):
-            if not question.answer:
-                raise GraphError(f"question {i} has an empty answer; there is nothing to learn")
+            if not question.answer or (question.learned and not any(question.learned)):
+                raise GraphError(f"nothing of question {i}'s answer is learned; leave the question out")
+            if question.learned and len(question.learned) != len(question.answer):
+                raise GraphError(
+                    f"question {i} has {len(question.answer)} tokens of answer and {len(question.learned)} learned flags"
+                )
 
     @classmethod
     def of(cls, graph: ContextGraph, answer: Sequence[int]) -> Example:
@@ -103,8 +115,10 @@ def join(example: Example, method: Method, *, documents: bool = False) -> Joined
     for i, (live, question) in enumerate(zip(lives, example.questions, strict=True)):
         roots.append(len(spans))
         spans.append(_live(live[n:], sees, f"question {i}"))
-        for at, token in enumerate(question.answer, len(live) - len(question.answer)):
-            if at >= 0 and _goes_on(live, at):
+        wanted = question.learned or repeat(True)
+        first = len(live) - len(question.answer)
+        for at, (token, learn) in enumerate(zip(question.answer, wanted, strict=False), first):
+            if learn and at >= 0 and _goes_on(live, at):
                 answers.append(Target(len(shared), at, token) if at < n else Target(roots[-1], at - n, token))
     learned = _document_targets(example, shared) if documents else ()
     return Joined(tuple(spans), tuple(roots), tuple(answers), tuple(learned))

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from kvgraph.errors import PlanError
 from kvgraph.methods import Method
 from kvgraph.plan import lay_out
-from kvgraph.train.example import Example, Joined, join
+from kvgraph.train.example import Example, join
 
 
 @dataclass(frozen=True)
@@ -111,27 +111,37 @@ def pack(
     Raises PlanError for an example that is longer than a sequence or has a position at or above the limit, GraphError
     where a method can't plan a graph.
     """
-    sequences: list[list[Packed]] = []
+    laid = []
     for i, (example, method) in enumerate(examples):
-        joined = join(example, method, documents=documents)
-        highest = max(span.positions[-1] for span in joined.spans)
+        alone = lay(example, method, documents=documents)
+        highest = int(alone.positions.max())
         if limit is not None and highest >= limit:
             raise PlanError(f"example {i} has position {highest}, but the model's limit is {limit} positions")
-        laid = _laid(joined)
-        if len(laid) > length:
+        if len(alone) > length:
             raise PlanError(
-                f"example {i} has {len(laid)} tokens by {method.name}, more than the {length} of a sequence; "
+                f"example {i} has {len(alone)} tokens by {method.name}, more than the {length} of a sequence; "
                 "shorten it, give it fewer questions, or allow longer sequences"
             )
-        sequence = next((s for s in sequences if sum(map(len, s)) + len(laid) <= length), None)
+        laid.append(alone)
+    return first_fit(laid, length)
+
+
+def first_fit(laid: Iterable[Packed], length: int) -> list[Packed]:
+    """What `lay` made, none longer than `length`, side by side in few sequences of at most `length` tokens."""
+    sequences: list[list[Packed]] = []
+    for one in laid:
+        sequence = next((s for s in sequences if sum(map(len, s)) + len(one) <= length), None)
         if sequence is None:
             sequences.append(sequence := [])
-        sequence.append(laid)
+        sequence.append(one)
     return [_concatenated(sequence) for sequence in sequences]
 
 
-def _laid(joined: Joined) -> Packed:
-    """One example by itself."""
+def lay(example: Example, method: Method, *, documents: bool = False) -> Packed:
+    """One example by itself, laid out by its method. Its targets are the answers' tokens, question by question, then the
+    documents'. Raises GraphError, PlanError as `kvgraph.train.example.join` does.
+    """
+    joined = join(example, method, documents=documents)
     laid = lay_out(joined.spans, joined.roots)
     spans = [joined.spans[x.span] for x in laid]
     bounds = list(accumulate(map(len, spans), initial=0))

@@ -1,0 +1,179 @@
+"""The configuration of a training run: one frozen value that says everything about it, and is saved beside its result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from kvgraph.errors import KVGraphError
+
+WHOLE, LINKS, LORA = TRAINED = ("all", "links", "lora")
+NONE, SELECTIVE, FULL = CHECKPOINTING = ("none", "selective", "full")
+COSINE, TRAPEZOID, CONSTANT = SCHEDULES = ("cosine", "trapezoid", "constant")
+ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
+FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
+
+
+class TrainError(KVGraphError, ValueError):
+    """A run can't be started or can't go on: a setting, its data, or a checkpoint. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One kind of example in a mixture.
+
+    source: where they come from: "world:KIND,SETTINGS" (kvgraph.data.world) or a folder that `kvgraph data prepare` made,
+    relative to the configuration's `data`. weight: how often, against the other components. methods: as commands write
+    them; each example is trained by one of them, drawn evenly, or by `every` one. edges: for methods that read edges,
+    "links" (the data's own) or what `kvgraph.graph.named_edges` knows; one of them is drawn an example.
+    """
+
+    name: str
+    source: str
+    methods: tuple[str, ...]
+    weight: float = 1.0
+    every: bool = False
+    edges: tuple[str, ...] = ("links",)
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.edges:
+            raise TrainError(f"component {self.name} needs at least one method and one kind of edges")
+        if not self.weight > 0:
+            raise TrainError(f"component {self.name} has weight {self.weight}; it must be above 0, or leave it out")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run with one mixture: so many optimizer steps, or so many epochs over the data of its components."""
+
+    components: tuple[Component, ...]
+    steps: int = 0
+    epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.epochs > 0):
+            raise TrainError("a stage has either steps or epochs, above 0")
+        names = [component.name for component in self.components]
+        if not names or len(set(names)) < len(names):
+            raise TrainError(f"the components of a stage need names of their own; here they are {names}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    name: the recipe's. model: a folder or hub name to start from, or "world": a new one (kvgraph.train.start), drawn with
+    `seed`. data: the folder that components' sources are in. stages: one after the other. limit: optimizer steps at
+    which to end, whatever the stages say; 0: no such limit.
+    batch: examples a step; length: most tokens of a sequence that examples are packed into. A step is as many sequences
+    as that takes, run one by one (gradient accumulation) and spread over processes.
+    document_weight: of the documents' tokens in the loss, beside the answers'.
+    lr: the highest learning rate. matrix_lr: that of matrices, where the optimizer is "muon". schedule: "cosine" (to 0),
+    "trapezoid" (down to 0 over the last `decay` of the steps) or "constant", after `warmup` of the steps; both are shares.
+    betas, weight_decay, clip: of AdamW and the gradients' norm (0: no clipping).
+    trained: "all" weights, the "links" rows alone, or a "lora" adapter of rank lora_rank.
+    links, slots: new link tokens (and memory tokens) to give the model, for so many documents; 0: it has what it needs.
+    precision: of the computation; weights and optimizer are float32. checkpointing: of activations, in no layer, every
+    second, or all. threads: of the CPU, 0: torch's choice.
+    evaluate_every, save_every: in steps; evaluation: examples a component. keep: checkpoints, the latest.
+    """
+
+    name: str
+    model: str
+    stages: tuple[Stage, ...]
+    data: str = ""
+    limit: int = 0
+    batch: int = 64
+    length: int = 4096
+    document_weight: float = 0.0
+    optimizer: str = ADAMW
+    lr: float = 5e-6
+    matrix_lr: float = 0.0
+    schedule: str = COSINE
+    warmup: float = 0.1
+    decay: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    trained: str = WHOLE
+    lora_rank: int = 16
+    links: int = 0
+    slots: int = 0
+    precision: str = BFLOAT16
+    checkpointing: str = NONE
+    threads: int = 0
+    seed: int = 0
+    evaluate_every: int = 500
+    evaluation: int = 64
+    save_every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise TrainError(f"{name} is {getattr(self, name)!r}; there are {', '.join(known)}")
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise TrainError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not self.lr > 0 or (self.optimizer == MUON and not self.matrix_lr > 0):
+            raise TrainError("lr must be above 0, and so must matrix_lr where the optimizer is muon")
+        if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
+            raise TrainError("warmup and decay are shares of the steps, between 0 and 1")
+        if not self.stages:
+            raise TrainError("a run needs at least one stage")
+
+    def to_json(self) -> str:
+        """The whole configuration, to be read again by `from_json`."""
+        return json.dumps(_plain(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """What `to_json` wrote. Raises TrainError for anything else."""
+        try:
+            found: Config = _built(cls, json.loads(text))
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise TrainError(f"this is no configuration of a training run: {error}") from None
+        return found
+
+    @classmethod
+    def read(cls, path: str | Path) -> Config:
+        """The configuration in a file."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "trained": TRAINED,
+    "precision": PRECISIONS,
+    "checkpointing": CHECKPOINTING,
+}
+_LEAST = {
+    **dict.fromkeys(("batch", "length", "lora_rank", "evaluate_every", "save_every", "keep"), 1),
+    **dict.fromkeys(("limit", "links", "slots", "threads", "evaluation", "document_weight", "weight_decay", "clip"), 0),
+}
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and tuples as dicts and lists."""
+    if isinstance(value, (Config, Stage, Component)):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _built(cls: type, value: Mapping[str, Any]) -> Any:
+    """`_plain` undone: a dataclass of this kind."""
+    inner = {Config: ("stages", Stage), Stage: ("components", Component)}
+    unknown = set(value) - set(get_type_hints(cls))
+    if unknown:
+        raise TrainError(f"unknown settings: {', '.join(sorted(unknown))}")
+    field, kind = inner.get(cls, ("", None))
+    made = {
+        name: tuple(_built(kind, part) for part in given) if name == field and kind
+        else tuple(given) if isinstance(given, list) else given
+        for name, given in value.items()
+    }  # fmt: skip
+    return cls(**made)

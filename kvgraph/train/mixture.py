@@ -1,0 +1,189 @@
+"""What a run trains on: weighted components, drawn in an order that depends on the seed and the counts so far alone.
+
+So the whole state of the data is how many examples were drawn of each component: small, saved with every checkpoint, and
+exact to go on from, in one process or in many.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from kvgraph import methods
+from kvgraph.chat import Document
+from kvgraph.data.names import HELD_OUT_SPLIT, TRAIN
+from kvgraph.data.world import CHUNKS, World
+from kvgraph.errors import GraphError, PlanError
+from kvgraph.eval import prompt
+from kvgraph.eval.task import Item
+from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
+from kvgraph.graph import ContextGraph, named_edges
+from kvgraph.methods import Method
+from kvgraph.train.config import Component, TrainError
+from kvgraph.train.example import Example
+from kvgraph.train.pack import Packed, lay
+
+ENDLESS = 1 << 62
+VALIDATION = "validation"
+
+
+class Source(Protocol):
+    """Examples by number; None where one can't be used. `ENDLESS` long where there is no end."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example | None: ...
+
+
+class Drawn(NamedTuple):
+    """An example as one method lays it out, with the component that it is of."""
+
+    component: str
+    example: Example
+    method: Method
+    laid: Packed
+
+
+class WorldSource:
+    """Corpora of the synthetic world as examples, with the prompts of the evaluation tasks `world-hops`, `world-chunks`.
+
+    text: "hops,entities=2-4", a kind and settings as `World.parse` reads them. held_out: with names never trained on.
+    """
+
+    def __init__(self, text: str, tokenizer: Any, seed: int, *, held_out: bool = False):
+        kind, _, settings = text.partition(",")
+        split = HELD_OUT_SPLIT if held_out else TRAIN
+        self.world = World.parse(kind, ",".join(filter(None, (f"split={split},seed={seed}", settings))))
+        self.task = WORLD_CHUNKS if kind == CHUNKS else WORLD_HOPS
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Example:
+        corpus = self.world.corpus(index)
+        documents = tuple(Document(segment.text) for segment in corpus.segments)
+        asked = [Item("", q.text, (q.answer,), documents) for q in corpus.questions]
+        graph = prompt.build(self.task, asked[0], self.tokenizer).graph(corpus.edges).tokenized(self.encode)
+        answers = [self.encode(f"{question.answer}.") for question in corpus.questions]
+        queries = [self.encode(prompt.build(self.task, item, self.tokenizer).query) for item in asked]
+        return Example(graph.with_query(()), list(zip(queries, answers, strict=True)))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def open_source(component: Component, folder: str | Path, tokenizer: Any, seed: int, split: str) -> Source:
+    """The source of a component, to train on or (split "validation") to evaluate with."""
+    if component.source.startswith("world:"):
+        text = component.source.removeprefix("world:")
+        return WorldSource(text, tokenizer, seed, held_out=split == VALIDATION)
+    from kvgraph.train.records import Records
+
+    return Records(Path(folder).expanduser() / component.source, split, tokenizer)
+
+
+class Mixture:
+    """Draws examples of weighted components, laid out by their methods; those that don't fit are left out and counted.
+
+    length: tokens that an example may have, limit: positions. documents: whether documents are learned too. counts: the
+    state that another mixture with the same settings was in, to go on from there.
+    Draw number n depends on the seed and n alone, and a component's i-th example on the seed and i: every epoch goes
+    through a source in another order, once.
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Component],
+        sources: Sequence[Source],
+        seed: int,
+        *,
+        length: int,
+        limit: int,
+        documents: bool = False,
+        counts: Mapping[str, int] | None = None,
+    ):
+        self.components, self.sources, self.seed = tuple(components), tuple(sources), seed
+        self.length, self.limit, self.documents = length, limit, documents
+        self.counts = {component.name: 0 for component in components} | dict(counts or {})
+        self.left_out: dict[str, int] = {component.name: 0 for component in components}
+        self._weights = [component.weight for component in components]
+        for component, source in zip(components, sources, strict=True):
+            if len(source) == 0:
+                raise TrainError(f"component {component.name} has no examples in {component.source}")
+            for spec in component.methods:
+                methods.parse(spec)
+
+    def draw(self) -> list[Drawn]:
+        """The next example, by one of its component's methods or by every one. Never empty.
+
+        Raises TrainError when a thousand in a row don't fit.
+        """
+        for _ in range(1000):
+            rng = random.Random(f"{self.seed}/{sum(self.counts.values())}")
+            index = rng.choices(range(len(self.components)), self._weights)[0]
+            component, source = self.components[index], self.sources[index]
+            number = self.counts[component.name]
+            self.counts[component.name] += 1
+            example = source[self._place(component.name, number, len(source))]
+            if drawn := [] if example is None else self._laid(component, example, rng):
+                return drawn
+            self.left_out[component.name] += 1
+        raise TrainError(f"no example of 1,000 fits {self.length:,} tokens; raise `length`, or prepare shorter ones")
+
+    def _place(self, name: str, number: int, length: int) -> int:
+        """Where in a source of this length a component's example number `number` is."""
+        if length == ENDLESS:
+            return number
+        epoch, at = divmod(number, length)
+        return int(_order(f"{self.seed}/{name}/{epoch}", length)[at])
+
+    def _laid(self, component: Component, example: Example, rng: random.Random) -> list[Drawn]:
+        """The example by its methods; none where it doesn't fit one of them."""
+        names, edges = component.methods, rng.choice(component.edges)
+        chosen = [methods.parse(name) for name in (names if component.every else (rng.choice(names),))]
+        found = []
+        for method in chosen:
+            told = with_edges(example, edges if methods.reads_edges(method) else "none")
+            try:
+                laid = lay(told, method, documents=self.documents)
+            except (GraphError, PlanError):  # more documents than link tokens, for one
+                return []
+            if len(laid) > self.length or int(laid.positions.max()) >= self.limit or not len(laid.rows):
+                return []
+            found.append(Drawn(component.name, told, method, laid))
+        return found
+
+
+def with_edges(example: Example, edges: str) -> Example:
+    """The example with its own edges ("links"), or with others (see `named_edges`)."""
+    graph = example.graph
+    if edges == "links":
+        return example
+    made = named_edges(edges, graph.names)
+    if made == graph.edges:
+        return example
+    return Example(ContextGraph(graph.segments, (), graph.prefix, made, graph.names), example.questions)
+
+
+@lru_cache(maxsize=16)
+def _order(key: str, length: int) -> np.ndarray:
+    """A permutation of range(length), the same for the same key."""
+    digest = random.Random(key).getrandbits(128)
+    return np.random.Generator(np.random.PCG64(digest)).permutation(length)
+
+
+def validation(
+    components: Sequence[Component], sources: Sequence[Source], seed: int, count: int, **sizes: Any
+) -> Iterator[list[Drawn]]:
+    """`count` examples of every component, by each of its methods: what a run is evaluated with, the same every time."""
+    for component, source in zip(components, sources, strict=True):
+        for spec in component.methods:
+            one = Component(f"{component.name}/{spec}", component.source, (spec,), edges=component.edges)
+            mixture = Mixture([one], [source], seed, **sizes)
+            yield [drawn for _ in range(min(count, len(source))) for drawn in mixture.draw()]
