@@ -1,0 +1,37 @@
+"""Recipes: functions that return one complete configuration each. To add one, add a function and a line in RECIPES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+from kvgraph.train.config import Config, TrainError
+from kvgraph.train.recipes.block_attention import block_attention
+from kvgraph.train.recipes.graph_kv import graph_kv
+from kvgraph.train.recipes.kvlink import kvlink
+from kvgraph.train.recipes.world import world_base, world_mixed
+
+RECIPES: Mapping[str, Callable[[], Config]] = MappingProxyType(
+    {
+        "kvlink-0": partial(kvlink, 0),
+        "kvlink-1": partial(kvlink, 1),
+        "kvlink-5": partial(kvlink, 5),
+        "kvlink-5-3b": partial(kvlink, 5, "3B"),
+        "kvlink-5-no-sum": partial(kvlink, 5, without="no-sum"),
+        "kvlink-5-no-sft-mem": partial(kvlink, 5, without="no-sft-mem"),
+        "kvlink-5-qa-only": partial(kvlink, 5, without="qa-only"),
+        "block-attention": block_attention,
+        "graph-kv": graph_kv,
+        "world-base": world_base,
+        "world-mixed": world_mixed,
+    }
+)
+"""Configurations by name."""
+
+
+def get(name: str) -> Config:
+    """The configuration of a recipe. Raises TrainError listing what there is."""
+    if name not in RECIPES:
+        raise TrainError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]()

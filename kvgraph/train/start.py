@@ -1,0 +1,128 @@
+"""The model that the synthetic world's recipe starts from: small, of a standard architecture, with a structured start.
+
+From purely random weights such a model sits on the floor of guessing for a long time: reading a fact off a document takes
+heads that know the tokens just before a token, and heads that find the same words again, and each pays only with the
+other. So both are there from the beginning (previous-token heads fixed for good, the others free to change), and
+training finds the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvgraph.data import tokenizer
+
+HIDDEN, LAYERS, HEADS, HEAD_DIM, MLP = 192, 6, 4, 48, 512
+THETA = 10000.0
+LOOKING_BACK = 3  # heads that look 1, 2, 3 tokens back, in each layer of BACK_LAYERS: a name has two tokens
+BACK_LAYERS, MATCH_LAYERS = (0, 3), (1, 4)  # the second kind finds what the first kind wrote
+SHARP, FREQUENCIES = 6.0, 12  # of the heads that look back: their queries' and keys' size, and how many angles they use
+
+
+def write(folder: str | Path, seed: int) -> None:
+    """Write the untrained model and its tokenizer as a Hugging Face folder; the same seed gives the same weights."""
+    folder = Path(folder)
+    tokenizer.write(folder)
+    ids = tokenizer.vocabulary()
+    config = {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "intermediate_size": MLP,
+        "vocab_size": len(ids),
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
+        "attention_bias": True,
+        "attention_multiplier": HEAD_DIM**-0.5,
+        "embedding_multiplier": HIDDEN**0.5,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids[tokenizer.BOS],
+        "eos_token_id": ids[tokenizer.EOS],
+        "pad_token_id": ids[tokenizer.PAD],
+        "dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    weights = _weights(len(ids), torch.Generator().manual_seed(seed))
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def frozen(hf: Any) -> list[tuple[Tensor, slice]]:
+    """Parameters of such a model with the rows that are never trained: where the heads that look back look."""
+    rows = slice(0, LOOKING_BACK * HEAD_DIM)
+    attention = [hf.model.layers[i].self_attn for i in BACK_LAYERS]
+    return [(p, rows) for a in attention for p in (a.q_proj.weight, a.q_proj.bias, a.k_proj.weight, a.k_proj.bias)]
+
+
+def _weights(vocabulary: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Weights by the names that Hugging Face gives a Granite's, [out, in] each."""
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return torch.randn(shape, generator=generator) * std
+
+    def orthogonal(size: int) -> Tensor:
+        return torch.linalg.qr(normal(size, size, std=1.0))[0]
+
+    weights = {
+        "model.embed_tokens.weight": normal(vocabulary, HIDDEN, std=HIDDEN**-0.5),
+        "model.norm.weight": torch.ones(HIDDEN),
+    }
+    strength = [0.1, *[0.25] * (LAYERS - 2), 0.6]  # how much of what it reads a layer copies on
+    for i in range(LAYERS):
+        layer, attention = f"model.layers.{i}", f"model.layers.{i}.self_attn"
+        query, value = orthogonal(HIDDEN) * 0.8, orthogonal(HIDDEN)
+        weights |= {
+            f"{layer}.input_layernorm.weight": torch.ones(HIDDEN),
+            f"{layer}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+            f"{attention}.q_proj.weight": query,
+            f"{attention}.k_proj.weight": query.clone(),  # a token finds its like
+            f"{attention}.v_proj.weight": value,
+            f"{attention}.o_proj.weight": value.T.contiguous() * strength[i],  # and copies it as it is
+            **{f"{attention}.{name}_proj.bias": torch.zeros(HIDDEN) for name in "qkvo"},
+            f"{layer}.mlp.gate_proj.weight": normal(MLP, HIDDEN, std=HIDDEN**-0.5),
+            f"{layer}.mlp.up_proj.weight": normal(MLP, HIDDEN, std=HIDDEN**-0.5),
+            f"{layer}.mlp.down_proj.weight": normal(HIDDEN, MLP, std=0.15 * MLP**-0.5),
+        }
+    _look_back(weights, normal(HIDDEN, HEAD_DIM, std=0.8 * HIDDEN**-0.5))
+    return weights
+
+
+def _look_back(weights: dict[str, Tensor], out: Tensor) -> None:
+    """Set the heads that look back by their biases alone, and let the layers after them match what these wrote.
+
+    out [HIDDEN, HEAD_DIM]: where all of them write. A query turned back by so many positions looks at exactly that token.
+    """
+    value = weights["model.layers.0.self_attn.v_proj.weight"][:HEAD_DIM].clone()
+    angles = THETA ** (-torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM)
+    key = torch.zeros(HEAD_DIM)
+    key[:FREQUENCIES] = SHARP
+    x, y = key.chunk(2)
+    for i in BACK_LAYERS:
+        attention = f"model.layers.{i}.self_attn"
+        q, k, v, o = (weights[f"{attention}.{name}_proj.weight"] for name in "qkvo")
+        if i == BACK_LAYERS[0]:
+            o[:, LOOKING_BACK * HEAD_DIM :] *= 0.3
+        for head in range(LOOKING_BACK):
+            rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            cos, sin = ((angles * (head + 1)).cos().float(), (angles * (head + 1)).sin().float())
+            q[rows] = k[rows] = 0.0
+            weights[f"{attention}.q_proj.bias"][rows] = torch.cat([x * cos + y * sin, y * cos - x * sin])
+            weights[f"{attention}.k_proj.bias"][rows] = key
+            v[rows] = value
+            o[:, rows] = out * (1.0 if i == BACK_LAYERS[0] else 2.0)
+    written = torch.linalg.qr(out)[0]
+    for i in MATCH_LAYERS:
+        attention = f"model.layers.{i}.self_attn"
+        matched = weights[f"{attention}.q_proj.weight"] @ written @ written.T * 1.4
+        weights[f"{attention}.q_proj.weight"] = matched
+        weights[f"{attention}.k_proj.weight"] = matched.clone()
