@@ -97,15 +97,7 @@ def join(example: Example, method: Method, *, documents: bool = False) -> Joined
     segment where it is first encoded, from its second token on.
     Raises GraphError where the method can't plan the graph; PlanError where its plan can't be trained.
     """
-    plans = example.plans(method)
-    shared, sees = plans[0].spans[:-1], plans[0].live.sees
-    if any(plan.spans[:-1] != shared or plan.live.sees != sees for plan in plans):
-        raise PlanError(f"{method.name} encodes documents by the question; give every question an example of its own")
-    if any(span.groups for span in plans[0].spans):
-        raise PlanError(
-            f"{method.name} weighs groups of keys, which no attention mask can do; train with another method"
-        )
-    lives = [list(zip(plan.live.tokens, plan.live.positions, strict=True)) for plan in plans]
+    shared, sees, lives = _lives(example, method)
     n = _common(lives) if len(lives) > 1 else 0
     spans, roots = list(shared), []
     if n:
@@ -122,6 +114,32 @@ def join(example: Example, method: Method, *, documents: bool = False) -> Joined
                 answers.append(Target(len(shared), at, token) if at < n else Target(roots[-1], at - n, token))
     learned = _document_targets(example, shared) if documents else ()
     return Joined(tuple(spans), tuple(roots), tuple(answers), tuple(learned))
+
+
+def _lives(example: Example, method: Method) -> tuple[tuple[Span, ...], tuple[Place, ...], list[list[tuple[int, int]]]]:
+    """What the plans of all questions share: spans and the live span's places; and each one's live (token, position) pairs.
+
+    The live span is what comes before the query, then the query, whatever it is. So two plans tell all: what the others
+    would be is put together from them. tests/test_train_pack.py compares that with `Example.plans`.
+    """
+    asked = [(*question.query, *question.answer[:-1]) for question in example.questions]
+    planned = sorted(asked, key=len, reverse=True)[:2]  # the longest isn't empty, so it tells where queries start
+    plans = [method.plan(example.graph.with_query(query)) for query in planned]
+    shared, sees = plans[0].spans[:-1], plans[0].live.sees
+    before, *others = (
+        list(zip(plan.live.tokens, plan.live.positions, strict=True))[: len(plan.live) - len(query)]
+        for plan, query in zip(plans, planned, strict=True)
+    )
+    same = all(plan.spans[:-1] == shared and plan.live.sees == sees for plan in plans)
+    if not same or any(other != before for other in others):
+        raise PlanError(f"{method.name} encodes documents by the question; give every question an example of its own")
+    start = plans[0].live.positions[-1] + 1 - len(planned[0])
+    lives = [[*before, *zip(query, range(start, start + len(query)), strict=True)] for query in asked]
+    if any(span.groups for plan in plans for span in plan.spans):
+        raise PlanError(
+            f"{method.name} weighs groups of keys, which no attention mask can do; train with another method"
+        )
+    return shared, sees, lives
 
 
 def _live(tokens: Sequence[tuple[int, int]], sees: tuple[Place, ...], name: str) -> Span:

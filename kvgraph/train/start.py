@@ -20,8 +20,10 @@ from kvgraph.data import tokenizer
 
 HIDDEN, LAYERS, HEADS, HEAD_DIM, MLP = 192, 6, 4, 48, 512
 THETA = 10000.0
-LOOKING_BACK = 3  # heads that look 1, 2, 3 tokens back, in each layer of BACK_LAYERS: a name has two tokens
-BACK_LAYERS, MATCH_LAYERS = (0, 3), (1, 4)  # the second kind finds what the first kind wrote
+# How far the heads that look back look, by layer: first over a relation and a name of two tokens, then, for every further
+# document in a row, from the relation asked last to the one before ("serves a firm that occupies").
+LOOK_BACK = {0: (1, 2, 3), 2: (4, 1, 2), 4: (4, 1, 2)}
+LOOKING_BACK = 3  # heads a layer
 SHARP, FREQUENCIES = 6.0, 12  # of the heads that look back: their queries' and keys' size, and how many angles they use
 
 
@@ -60,7 +62,7 @@ def write(folder: str | Path, seed: int) -> None:
 def frozen(hf: Any) -> list[tuple[Tensor, slice]]:
     """Parameters of such a model with the rows that are never trained: where the heads that look back look."""
     rows = slice(0, LOOKING_BACK * HEAD_DIM)
-    attention = [hf.model.layers[i].self_attn for i in BACK_LAYERS]
+    attention = [hf.model.layers[i].self_attn for i in LOOK_BACK]
     return [(p, rows) for a in attention for p in (a.q_proj.weight, a.q_proj.bias, a.k_proj.weight, a.k_proj.bias)]
 
 
@@ -107,22 +109,22 @@ def _look_back(weights: dict[str, Tensor], out: Tensor) -> None:
     key = torch.zeros(HEAD_DIM)
     key[:FREQUENCIES] = SHARP
     x, y = key.chunk(2)
-    for i in BACK_LAYERS:
+    for i, distances in LOOK_BACK.items():
         attention = f"model.layers.{i}.self_attn"
         q, k, v, o = (weights[f"{attention}.{name}_proj.weight"] for name in "qkvo")
-        if i == BACK_LAYERS[0]:
+        if i == 0:
             o[:, LOOKING_BACK * HEAD_DIM :] *= 0.3
-        for head in range(LOOKING_BACK):
+        for head, distance in enumerate(distances):
             rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-            cos, sin = ((angles * (head + 1)).cos().float(), (angles * (head + 1)).sin().float())
+            cos, sin = (angles * distance).cos().float(), (angles * distance).sin().float()
             q[rows] = k[rows] = 0.0
             weights[f"{attention}.q_proj.bias"][rows] = torch.cat([x * cos + y * sin, y * cos - x * sin])
             weights[f"{attention}.k_proj.bias"][rows] = key
             v[rows] = value
-            o[:, rows] = out * (1.0 if i == BACK_LAYERS[0] else 2.0)
+            o[:, rows] = out * (2.0 if i else 1.0)
     written = torch.linalg.qr(out)[0]
-    for i in MATCH_LAYERS:
-        attention = f"model.layers.{i}.self_attn"
+    for i in LOOK_BACK:  # the layer after it finds what they wrote
+        attention = f"model.layers.{i + 1}.self_attn"
         matched = weights[f"{attention}.q_proj.weight"] @ written @ written.T * 1.4
         weights[f"{attention}.q_proj.weight"] = matched
         weights[f"{attention}.k_proj.weight"] = matched.clone()
