@@ -64,12 +64,15 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
         window = model.layers[layer].window
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves float32 here, which FlexAttention may refuse
+        dtype = v.dtype
+        # Autocast leaves some in float32, which FlexAttention may refuse. On the CPU float32 is the faster one.
+        q, k, v = (t.to(dtype if t.is_cuda else torch.float32) for t in (q, k, v))
         if flex and sinks is None:
             return _flex(q, k, v, blocks(window), scale, softcap)
-        examples = zip(packed.slices, masks(window, q.dtype), strict=True)
-        each = [_masked(q[:, at], k[:, at], v[:, at], mask, scale, softcap, sinks) for at, mask in examples]
-        return torch.cat(each, 1)
+        # Split, not sliced: the gradient of a slice is a tensor of the whole size.
+        split = [t.split(packed.lengths, 1) for t in (q, k, v)]
+        examples = zip(*split, masks(window, q.dtype), strict=True)
+        return torch.cat([_masked(q, k, v, mask, scale, softcap, sinks) for q, k, v, mask in examples], 1).to(dtype)
 
     return attend
 

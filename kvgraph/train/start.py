@@ -20,10 +20,9 @@ from kvgraph.data import tokenizer
 
 HIDDEN, LAYERS, HEADS, HEAD_DIM, MLP = 192, 6, 4, 48, 512
 THETA = 10000.0
-# How far the heads that look back look, by layer: first over a relation and a name of two tokens, then, for every further
-# document in a row, from the relation asked last to the one before ("serves a firm that occupies").
-LOOK_BACK = {0: (1, 2, 3), 2: (4, 1, 2), 4: (4, 1, 2)}
-LOOKING_BACK = 3  # heads a layer
+# How far the heads that look back look, by layer: 3 tokens take in a relation and a name of two tokens, 4 lead from the
+# relation that is asked last to the one before ("serves a firm that occupies").
+LOOK_BACK = {0: (1, 2, 3), 3: (1, 2, 3, 4)}
 SHARP, FREQUENCIES = 6.0, 12  # of the heads that look back: their queries' and keys' size, and how many angles they use
 
 
@@ -61,9 +60,11 @@ def write(folder: str | Path, seed: int) -> None:
 
 def frozen(hf: Any) -> list[tuple[Tensor, slice]]:
     """Parameters of such a model with the rows that are never trained: where the heads that look back look."""
-    rows = slice(0, LOOKING_BACK * HEAD_DIM)
-    attention = [hf.model.layers[i].self_attn for i in LOOK_BACK]
-    return [(p, rows) for a in attention for p in (a.q_proj.weight, a.q_proj.bias, a.k_proj.weight, a.k_proj.bias)]
+    found = []
+    for i, distances in LOOK_BACK.items():
+        a, rows = hf.model.layers[i].self_attn, slice(0, len(distances) * HEAD_DIM)
+        found += [(p, rows) for p in (a.q_proj.weight, a.q_proj.bias, a.k_proj.weight, a.k_proj.bias)]
+    return found
 
 
 def _weights(vocabulary: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -113,7 +114,7 @@ def _look_back(weights: dict[str, Tensor], out: Tensor) -> None:
         attention = f"model.layers.{i}.self_attn"
         q, k, v, o = (weights[f"{attention}.{name}_proj.weight"] for name in "qkvo")
         if i == 0:
-            o[:, LOOKING_BACK * HEAD_DIM :] *= 0.3
+            o[:, len(distances) * HEAD_DIM :] *= 0.3
         for head, distance in enumerate(distances):
             rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
             cos, sin = (angles * distance).cos().float(), (angles * distance).sin().float()
