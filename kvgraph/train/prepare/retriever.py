@@ -1,0 +1,300 @@
+"""The best passages for each question, by an embedding retriever. The search is exact; whatever is large is on disk.
+
+Embeddings and results are appended to files whose length says how far they are, so that work that was killed goes on
+where it stopped and ends with the bytes of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import xxhash
+
+from kvgraph.errors import KVGraphError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONTRIEVER = "facebook/contriever"
+EMBEDDED = (
+    1024  # passages at a time; a run that goes on starts with such a block, so batches and roundings stay the same
+)
+SEARCHED, SCORED = 2048, 1 << 15  # questions and passages at a time: 256 MiB of scores
+READ = 1 << 24  # bytes
+TSV = ("id", "text", "title")
+
+
+class RetrieverError(KVGraphError):
+    """Passages can't be found: a bad collection, no such model, files of another collection or model."""
+
+
+class Encoder(Protocol):
+    """What turns texts into vectors whose dot product is their similarity. name: changes whenever the vectors do."""
+
+    name: str
+    width: int
+
+    def questions(self, texts: Sequence[str]) -> Tensor:
+        """[n, width] float32."""
+
+    def passages(self, texts: Sequence[str]) -> Tensor:
+        """[n, width] float32."""
+
+
+class SentenceEncoder:
+    """A sentence-transformers model with its own pooling, prompts and similarity (cosine or dot product).
+
+    Any other encoder, such as Contriever (arXiv 2112.09118), gives the mean of its last hidden states, compared by dot
+    product. Runs on a GPU where there is one. Raises RetrieverError: the library or the model isn't there.
+    """
+
+    def __init__(self, name: str):
+        try:
+            from sentence_transformers import SentenceTransformer
+            from sentence_transformers.util import is_sentence_transformer_model
+        except ImportError:
+            raise RetrieverError(
+                "to find passages, install sentence-transformers: pip install 'kvgraph[retriever]'; or --set retriever=none"
+            ) from None
+        try:
+            self._model = SentenceTransformer(name)
+            similarity = self._model.similarity_fn_name if is_sentence_transformer_model(name) else "dot"
+        except Exception as error:  # the library's own, transformers', the hub's
+            raise RetrieverError(f"can't load the retriever {name}: {_line(error)}") from None
+        if similarity not in ("cosine", "dot"):
+            raise RetrieverError(f"the retriever {name} compares by {similarity}; give one with cosine or dot product")
+        self.name = name
+        self._options: dict[str, Any] = {
+            "convert_to_tensor": True,
+            "normalize_embeddings": similarity == "cosine",
+            "show_progress_bar": False,
+        }
+        self.width = self.questions([name]).shape[1]
+
+    def questions(self, texts: Sequence[str]) -> Tensor:
+        """See Encoder."""
+        return self._model.encode_query(list(texts), **self._options).float().cpu()
+
+    def passages(self, texts: Sequence[str]) -> Tensor:
+        """See Encoder."""
+        return self._model.encode_document(list(texts), **self._options).float().cpu()
+
+
+class Passages:
+    """The passages of a file, by number: {"title", "text"} each.
+
+    The file has one a line and isn't compressed: JSON Lines with `title` and `text`, or, named .tsv, the columns id, text
+    and title under a line that says so, as in DPR's Wikipedia (arXiv 2004.04906). 8 bytes of memory a passage.
+    sha: of the file's bytes. Raises RetrieverError naming file and line.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._tsv = path.suffix == ".tsv"
+        self._starts, self.sha = _lines(path)
+        self._file = open(path, "rb")  # noqa: SIM115  # as long as the object
+        if self._tsv:
+            if len(self._starts) < 2 or tuple(self._cells(self._line(0))) != TSV:
+                raise RetrieverError(f"{path}:1 must name the columns {', '.join(TSV)}, with tabs between them")
+            self._starts = self._starts[1:]
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: int) -> dict[str, str]:
+        line = self._line(number)
+        try:
+            fields = dict(zip(TSV, self._cells(line), strict=True)) if self._tsv else json.loads(line)
+            passage = {"title": fields["title"], "text": fields["text"]}
+        except (ValueError, LookupError, TypeError):
+            passage = {}
+        if not passage or not all(isinstance(value, str) for value in passage.values()):
+            what = "the columns id, text and title" if self._tsv else "an object with a title and a text"
+            raise RetrieverError(f"{self.path}:{number + 1 + self._tsv} isn't {what}")
+        return passage
+
+    def _line(self, number: int) -> bytes:
+        start, end = (int(at) for at in self._starts[number : number + 2])
+        return os.pread(self._file.fileno(), end - start, start)
+
+    @staticmethod
+    def _cells(line: bytes) -> list[str]:
+        return next(csv.reader([line.decode().rstrip("\r\n")], delimiter="\t"), [])
+
+
+def best(
+    encoder: Encoder,
+    passages: Passages,
+    questions: Sequence[str],
+    count: int,
+    folder: Path,
+    index: Path,
+    progress: Callable[[str], None] = lambda text: None,
+) -> np.ndarray:
+    """The numbers of each question's best passages, best first, in a file of `folder`: [questions, count] int64, with
+    fewer columns if there are fewer passages.
+
+    index: the folder for the passages' embeddings, 2 bytes a number; it can be shared by several sets of questions.
+    progress: told what is being done. Raises RetrieverError: no passages, or files that were begun for others.
+    """
+    if not len(passages):
+        raise RetrieverError(f"{passages.path} holds no passages")
+    count = min(count, len(passages))
+    made_of = {"retriever": encoder.name, "width": encoder.width, "passages": passages.sha}
+    with Rows(index, "embeddings", "float16", encoder.width, EMBEDDED, made_of) as embeddings:
+        _fill(embeddings, len(passages), "passages embedded", progress, lambda a, b: _embedded(encoder, passages, a, b))
+        asked = xxhash.xxh3_128_hexdigest("\0".join(questions).encode())
+        with Rows(folder, "best", "int64", count, SEARCHED, made_of | {"questions": asked}) as found:
+            vectors = embeddings.read()
+            _fill(
+                found,
+                len(questions),
+                "questions searched",
+                progress,
+                lambda a, b: search(encoder.questions(questions[a:b]), vectors, count).cpu().numpy(),
+            )
+            return found.read()
+
+
+def ranked(
+    encoder: Encoder, question: str, passages: Sequence[dict[str, str]], count: int
+) -> tuple[dict[str, str], ...]:
+    """The best `count` of a few passages for a question, best first; passages that are alike keep their order."""
+    if not passages:
+        return ()
+    scores = encoder.passages([_read(p) for p in passages]) @ encoder.questions([question])[0]
+    order = scores.argsort(descending=True, stable=True)[:count]
+    return tuple(passages[int(i)] for i in order)
+
+
+def search(queries: Tensor, vectors: np.ndarray, count: int) -> Tensor:
+    """The `count` rows of `vectors` [n, D] with the highest dot products with each query: [q, count] int64, best first.
+
+    queries [q, D] float32. Exact: every row is compared, in float32, as many at a time as fit in memory.
+    """
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    queries = queries.to(device)
+    scores = torch.empty(len(queries), 0, device=device)
+    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    for start in range(0, len(vectors), SCORED):
+        block = torch.from_numpy(np.array(vectors[start : start + SCORED])).to(device).float()
+        top = (queries @ block.T).topk(min(count, len(block)), dim=1)
+        scores, rows = torch.cat([scores, top.values], 1), torch.cat([rows, top.indices + start], 1)
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+        scores, rows = scores.gather(1, order), rows.gather(1, order)
+    return rows
+
+
+class Rows:
+    """An array on disk that grows at its end: rows of `width` numbers, nothing else in the file.
+
+    Beside it, NAME.json says what it is made of. block: what isn't a whole number of blocks was cut off by a crash or
+    was the end; it is written again. One process at a time. Raises RetrieverError.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: str, width: int, block: int, made_of: dict[str, Any]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.dtype, self.width, self.block = folder / f"{name}.{dtype}", np.dtype(dtype), width, block
+        self._file = open(self.path, "ab")  # noqa: SIM115  # closed by __exit__
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RetrieverError(f"{self.path} is being written by another process; wait for it") from None
+        self._check(folder / f"{name}.json", made_of)
+
+    def _check(self, note: Path, made_of: dict[str, Any]) -> None:
+        if self._file.tell() == 0:
+            note.write_text(json.dumps(made_of, indent=1) + "\n", encoding="utf-8")
+            return
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = {}
+        if differing := [name for name in made_of if before.get(name) != made_of[name]]:
+            raise RetrieverError(
+                f"{self.path} was begun with other {differing[0]}; give another folder, or delete the file"
+            )
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return self._file.seek(0, os.SEEK_END) // (self.dtype.itemsize * self.width)
+
+    def start(self, total: int) -> int:
+        """How many rows of `total` are there for good; whatever follows them is cut off."""
+        done = len(self)
+        if done < total:
+            done -= done % self.block
+            self._file.truncate(done * self.dtype.itemsize * self.width)
+        return done
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write rows [n, width] at the end. Raises OSError when the disk is full."""
+        self._file.write(rows.astype(self.dtype).tobytes())
+        self._file.flush()
+
+    def read(self) -> np.ndarray:
+        """All rows [n, width], mapped from the file; read-only."""
+        return np.memmap(self.path, self.dtype, "r", shape=(len(self), self.width)) if len(self) else self._nothing()
+
+    def _nothing(self) -> np.ndarray:
+        return np.empty((0, self.width), self.dtype)
+
+
+def _fill(
+    rows: Rows, total: int, what: str, progress: Callable[[str], None], make: Callable[[int, int], np.ndarray]
+) -> None:
+    """Append what is missing of `total` rows, block by block; make(a, b) gives rows a to b."""
+    for start in range(rows.start(total), total, rows.block):
+        end = min(start + rows.block, total)
+        rows.append(make(start, end))
+        progress(f"{end:,} of {total:,} {what}")
+
+
+def _embedded(encoder: Encoder, passages: Passages, start: int, end: int) -> np.ndarray:
+    """Embeddings of passages `start` to `end`, in float16."""
+    vectors = encoder.passages([_read(passages[i]) for i in range(start, end)]).half()
+    if not vectors.isfinite().all():
+        raise RetrieverError(f"{encoder.name} gives numbers that float16 can't hold; give another retriever")
+    return vectors.numpy()
+
+
+def _read(passage: dict[str, str]) -> str:
+    """What is embedded of a passage: title and text, as Contriever's own retrieval does it."""
+    return f"{passage['title']} {passage['text']}".strip()
+
+
+def _lines(path: Path) -> tuple[np.ndarray, str]:
+    """Where each line of a file begins and the last one ends, [lines + 1] int64, and the hash of its bytes."""
+    ends, size, sha = [np.zeros(1, np.int64)], 0, xxhash.xxh3_128()
+    last = b"\n"
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(READ):
+                sha.update(block)
+                ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size + 1)
+                size, last = size + len(block), block[-1:]
+    except OSError as error:
+        raise RetrieverError(f"can't read {path}: {error.strerror}") from None
+    if last != b"\n":
+        ends.append(np.array([size]))
+    return np.concatenate(ends), sha.hexdigest()
+
+
+def _line(error: Exception) -> str:
+    """An error's first line."""
+    return (str(error).strip() or repr(error)).split("\n")[0][:200]

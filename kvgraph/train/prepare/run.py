@@ -1,0 +1,282 @@
+"""One preparation: rows of a source become training records in a folder; resumable at any moment.
+
+The folder holds `train.jsonl`, `validation.jsonl` and `prepared.json`, which says what is prepared, from where to go on,
+and how long the two files were then: whatever a killed process left after that is cut off and made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import kvgraph
+from kvgraph.errors import KVGraphError
+from kvgraph.train.prepare.rows import Reader
+from kvgraph.train.prepare.source import Job, Made, Outcome, PrepareError, Source
+from kvgraph.train.prepare.tokens import Tokens
+from kvgraph.train.records import PREPARED, SPLITS, TRAIN, VALIDATION, prepared, texts
+
+FORMAT = 1
+SAVED_EVERY, SAVED_BYTES = 2.0, 8 << 20  # seconds and bytes between two states
+COUNTS = ("records", "documents", "characters", "tokens")
+
+State = dict[str, Any]
+"""What prepared.json holds."""
+
+
+def prepare(
+    source: Source,
+    reader: Reader,
+    out: str | Path,
+    *,
+    tokenizer: Tokens | None = None,
+    settings: Mapping[str, str] | None = None,
+    seed: int = 0,
+    validation: float = 0.01,
+    limit: int | None = None,
+    on_progress: Callable[[State], None] = lambda state: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> State:
+    """Prepare a source in folder `out`, or go on where an earlier call was stopped; returns what prepared.json says.
+
+    validation: the share of documents whose records are for validation. limit: stop after so many records; those made
+    of one raw record stay together. A larger one later goes on. on_progress is called after every raw record, say with
+    what a source wants people to know.
+
+    Raises PrepareError when the folder holds something else, for a raw record that can't be read (what was made before
+    it is kept), and when files can't be written.
+    """
+    if not 0 <= validation < 1:
+        raise PrepareError(f"the share for validation is {validation}; it must be at least 0 and less than 1")
+    if source.needs_tokenizer and tokenizer is None:
+        raise PrepareError(f"{source.name} measures texts in tokens; give --tokenizer, a model's folder or hub name")
+    chosen = _settings(source, settings or {})
+    folder = Path(out)
+    with _errors_named(folder), _locked(folder):
+        state = _begin(folder, _described(source, reader, tokenizer, chosen, seed, validation), limit)
+        if state["finished"]:
+            return state
+        job = Job(seed, tokenizer, folder, chosen, reader.rows, say)
+        files = _Files(folder, state)
+        try:
+            for outcome in source.outcomes(reader.rows(state["position"]), job):
+                files.add(outcome, tokenizer)
+                on_progress(state)
+                if limit is not None and _records(state) >= limit:
+                    break
+            else:
+                state |= {"exhausted": True, "position": None}
+            state["finished"] = True
+        except KVGraphError:
+            files.save()
+            raise
+        files.save()
+        return state
+
+
+def revision(folder: Path) -> str | None:
+    """The commit of the hub that a folder is prepared from, if it is."""
+    found = prepared(folder)["source"].get("revision") if (folder / PREPARED).is_file() else None
+    return None if found is None else str(found)
+
+
+def _settings(source: Source, given: Mapping[str, str]) -> dict[str, str]:
+    """All settings of a source: those given, else their defaults."""
+    if unknown := sorted(set(given) - set(source.settings)):
+        known = ", ".join(source.settings) or "none"
+        raise PrepareError(f"{source.name} has no setting {unknown[0]!r}; there are: {known}")
+    return {name: given.get(name, setting.default) for name, setting in source.settings.items()}
+
+
+def _described(
+    source: Source, reader: Reader, tokenizer: Tokens | None, settings: Mapping[str, str], seed: int, validation: float
+) -> State:
+    """What makes the data what they are: the part of prepared.json that mustn't change."""
+    return {
+        "format": FORMAT,
+        "name": source.name,
+        "source": dict(reader.identity),
+        "seed": seed,
+        "validation": validation,
+        "tokenizer": None if tokenizer is None else {"name": tokenizer.name, "sha256": tokenizer.sha256},
+        "settings": {name: value for name, value in settings.items() if source.settings[name].changes},
+    }
+
+
+def _begin(folder: Path, described: State, limit: int | None) -> State:
+    """The state to start with: a new one, or that which an earlier call left, if it is of the same."""
+    path = folder / PREPARED
+    if not path.is_file():
+        if any((folder / f"{split}.jsonl").exists() for split in SPLITS):
+            raise PrepareError(f"{folder} has records but no {PREPARED} to say of what; give another folder")
+        return described | {
+            "versions": {
+                "kvgraph": kvgraph.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("datasets", "tokenizers")},
+            },
+            "limit": limit,
+            "finished": False,
+            "exhausted": False,
+            "position": None,
+            "bytes": dict.fromkeys(SPLITS, 0),
+            "counts": {
+                "read": 0,
+                **{split: dict.fromkeys(COUNTS, 0) for split in SPLITS},
+                "skipped": {},
+            },
+        }
+    state = prepared(folder)
+    for name, now in described.items():
+        before = state.get(name)
+        if _compared(before) != _compared(now):
+            raise PrepareError(
+                f"{folder} holds data with {name} = {json.dumps(before)[:100]}, now it is {json.dumps(now)[:100]}; "
+                "give another folder, or delete it"
+            )
+    if limit is not None and (state["limit"] is None or limit < state["limit"]):
+        more = "all records" if state["limit"] is None else f"{state['limit']:,} records"
+        raise PrepareError(f"{folder} is prepared for {more}; give another folder for {limit:,}")
+    state["limit"] = limit
+    state["finished"] = state["exhausted"] or (limit is not None and _records(state) >= limit)
+    return state
+
+
+def _compared(value: Any) -> Any:
+    """Of a tokenizer what it is, not what it is called."""
+    return value["sha256"] if isinstance(value, dict) and "sha256" in value else value
+
+
+def _records(state: State) -> int:
+    """Records written for both splits."""
+    return sum(state["counts"][split]["records"] for split in SPLITS)
+
+
+class _Files:
+    """The two files of records and the state that goes with them, written together now and then."""
+
+    def __init__(self, folder: Path, state: State):
+        self.folder, self.state = folder, state
+        self.pending = {split: bytearray() for split in SPLITS}
+        self.saved = time.monotonic()
+        for split, size in state["bytes"].items():
+            path = folder / f"{split}.jsonl"
+            with open(path, "ab") as file:
+                if file.tell() < size:
+                    raise PrepareError(f"{path} has lost its end; give another folder, or delete this one")
+                file.truncate(size)
+        _replace(folder / PREPARED, state)
+
+    def add(self, outcome: Outcome, tokenizer: Tokens | None) -> None:
+        """Count an outcome, and keep its records until they are written."""
+        row, counts = outcome.row, self.state["counts"]
+        split = VALIDATION if share(outcome.key) < self.state["validation"] else TRAIN
+        try:
+            lines = [_line(self._id(row.number, i), made) for i, made in enumerate(outcome.made)]
+            skipped = outcome.skipped
+        except UnicodeEncodeError:  # JSON can hold half of a surrogate pair; tokenizers can't read it
+            lines, skipped = [], "text that isn't Unicode"
+        if skipped:
+            counts["skipped"][skipped] = counts["skipped"].get(skipped, 0) + 1
+        for made, line in zip(outcome.made, lines, strict=False):
+            self.pending[split] += line
+            for name, number in _sizes(made, tokenizer).items():
+                counts[split][name] += number
+        counts["read"] += 1
+        self.state["position"] = row.position
+        if time.monotonic() - self.saved > SAVED_EVERY or sum(map(len, self.pending.values())) > SAVED_BYTES:
+            self.save()
+
+    def _id(self, number: int, i: int) -> str:
+        return f"{self.state['name']}-{number}" + (f".{i}" if i else "")
+
+    def save(self) -> None:
+        """Write what is pending, then the state. An error (a full disk) leaves the files as the state on disk says."""
+        for split, lines in self.pending.items():
+            _append(self.folder / f"{split}.jsonl", lines)
+            self.state["bytes"][split] += len(lines)
+        _replace(self.folder / PREPARED, self.state)
+        self.pending = {split: bytearray() for split in SPLITS}
+        self.saved = time.monotonic()
+
+
+def share(key: str) -> float:
+    """A number in [0, 1) that depends on the words of a text alone: below the validation share, it is for validation.
+
+    So it is the same in every folder, whatever the order, the source and the seed.
+    """
+    digest = hashlib.sha256(" ".join(key.split()).encode(errors="replace")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _line(id_: str, made: Made) -> bytes:
+    return json.dumps({"id": id_, **made}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _sizes(made: Made, tokenizer: Tokens | None) -> dict[str, int]:
+    """What a record adds to the counts."""
+    found = list(texts(made))
+    return {
+        "records": 1,
+        "documents": len(made.get("documents", ())),
+        "characters": sum(map(len, found)),
+        "tokens": 0 if tokenizer is None else sum(map(tokenizer.count, found)),
+    }
+
+
+def _append(path: Path, content: bytearray) -> None:
+    with open(path, "ab", buffering=0) as file:
+        end, left = file.tell(), memoryview(content)
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _replace(path: Path, state: State) -> None:
+    """Replace a file as a whole or not at all."""
+    part = path.with_suffix(".part")
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(state, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+@contextmanager
+def _errors_named(folder: Path) -> Iterator[None]:
+    """What the file system refuses, as one line that says where."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        reason = error.strerror or error
+        raise PrepareError(f"{where}: {reason}; put that right and run the same again to go on") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder, so that two processes can't both append to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PrepareError(f"{folder} is being written by another process; wait for it, or give another") from None
+        yield
+    finally:
+        os.close(descriptor)

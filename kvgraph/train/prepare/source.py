@@ -1,0 +1,131 @@
+"""What a source of training data is: which data set it reads, and what it makes of one of its records."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel
+
+from kvgraph.errors import KVGraphError
+from kvgraph.eval.task import Hub, Item, Task, TaskError
+from kvgraph.eval.tasks import qa
+
+Made = dict[str, Any]
+"""A training record without its id: `docs/data.md` says what the three kinds hold."""
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class PrepareError(KVGraphError, ValueError):
+    """Data can't be prepared: a source that isn't there, a record that can't be read, a folder that holds other data."""
+
+
+class Skip(Exception):
+    """Raised by a source for a record that it has no use for; the reason, a few words, is counted."""
+
+
+class Row(NamedTuple):
+    """A raw record. number: how many come before it. where: for people. position: from where to read after it."""
+
+    number: int
+    where: str
+    record: Any
+    position: Mapping[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What became of a row: training records, or why there are none.
+
+    key: a text that all records share which must not be on both sides of the split, such as the document they are over.
+    """
+
+    row: Row
+    key: str = ""
+    made: tuple[Made, ...] = ()
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a source may use while it works.
+
+    rows: reads the raw records again, from the first. folder: the output folder, for files of the source's own, named
+    after it. settings: all that the source has, by name, as texts. progress: tells people what takes long.
+    """
+
+    seed: int
+    tokenizer: Any
+    folder: Path
+    settings: Mapping[str, str]
+    rows: Callable[[], Iterator[Row]]
+    progress: Callable[[str], None]
+
+    def random(self, row: Row) -> random.Random:
+        """Draws for one row: they depend on the seed and the row's number alone."""
+        return random.Random(f"{self.seed}/{row.number}")
+
+
+class Setting(NamedTuple):
+    """A setting of a source: its default, what it is, and whether another value gives other data."""
+
+    default: str
+    about: str
+    changes: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of training data.
+
+    outcomes: what becomes of rows, in their order, one outcome a row; it may read ahead. The rows after a restart don't
+    begin with the first. hub: where the data set is. sample: a file of the package folder `samples`. schema: of a record.
+    origin: the paper or code whose recipe this is. needs_tokenizer: to measure texts. settings: of this source alone.
+    read: reads local files of a layout that isn't one record a line, row or list element (see `kvgraph.eval.task.Task`).
+    """
+
+    name: str
+    about: str
+    origin: str
+    hub: Hub
+    sample: str
+    outcomes: Callable[[Iterator[Row], Job], Iterator[Outcome]]
+    needs_tokenizer: bool = False
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    read: Callable[[Path], Iterable[Mapping[str, Any]]] | None = None
+
+
+def each(
+    schema: type[Schema],
+    key: Callable[[Schema], str],
+    make: Callable[[Schema, Job, random.Random], Iterable[Made]],
+) -> Callable[[Iterator[Row], Job], Iterator[Outcome]]:
+    """`Source.outcomes` from what becomes of one record. make: may raise Skip."""
+
+    def outcomes(rows: Iterator[Row], job: Job) -> Iterator[Outcome]:
+        for row in rows:
+            record = checked(schema, row)
+            try:
+                yield Outcome(row, key(record), tuple(make(record, job, job.random(row))))
+            except Skip as reason:
+                yield Outcome(row, skipped=str(reason))
+
+    return outcomes
+
+
+def checked(schema: type[Schema], row: Row) -> Schema:
+    """A row's record as an instance of the schema. Raises PrepareError naming the row and the field that doesn't fit."""
+    try:
+        return next(qa.checked(schema, [row.record]))
+    except TaskError as error:
+        raise PrepareError(f"{row.where}: {error}") from None
+
+
+def task_record(task: Task, item: Item, answer: str) -> Made:
+    """The training record of an evaluation task's item, whose prompt will be the task's own."""
+    links = {"links": [list(edge) for edge in item.links]} if item.links else {}
+    documents = [{"title": document.title, "text": document.text} for document in item.documents]
+    return {"task": task.name, "question": item.question, "documents": documents, "answer": answer, **links}

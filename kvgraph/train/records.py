@@ -1,0 +1,306 @@
+"""Training records, and what they are to a model: examples with the tokens that evaluation and server would give it.
+
+`docs/data.md` says what the three kinds of records hold. Records are text without prompts; the prompt is made here, by
+the code that evaluation (`kvgraph.eval.prompt`) and server (`kvgraph.chat`) use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvgraph import chat
+from kvgraph.chat import Document, Prompt
+from kvgraph.errors import GraphError, KVGraphError
+from kvgraph.eval import prompt as prompts
+from kvgraph.eval import tasks
+from kvgraph.eval.task import Item, TaskError
+from kvgraph.graph import ContextGraph
+from kvgraph.train.example import Example, Question
+
+PREPARED = "prepared.json"
+SPLITS = TRAIN, VALIDATION = ("train", "validation")
+AS_THEY_ARE = "{text}"  # how documents of conversations are written: they bring their own line ends
+SCANNED = 1 << 26  # bytes of a file at a time
+
+Record = Mapping[str, Any]
+
+
+class RecordError(KVGraphError, ValueError):
+    """A prepared folder or one of its records can't be used. The message names the file, and the line if it is one."""
+
+
+def example(record: Record, tokenizer: Any, *, max_tokens: int | None = None) -> Example | None:
+    """The example that a training record is with this tokenizer.
+
+    Its graph is tokenized piece by piece, as the engine does. What is learned: of a text, all of it; of a conversation,
+    what the assistant says and the end of its turn; of a task, the answer and the end of the turn.
+
+    max_tokens: of the whole example, each document counted once. A longer text is cut at its end; anything else that is
+    longer gives None; so does a record of which nothing is left to learn, and one that the chat template refuses. Raises
+    RecordError for a record of no kind, for a conversation where there is no chat template, and for a chat template that
+    no answer can be trained with; TaskError for an unknown task.
+    """
+    make = _KINDS[kind(record)]
+    try:
+        graph, question = make(record, tokenizer)
+    except chat.ChatError:
+        return None
+    context = sum(map(len, (*graph.prefix, *graph.segments))) + len(question.query)
+    if max_tokens is not None and context + len(question.answer) > max_tokens:
+        if "text" not in record:
+            return None
+        question = question._replace(answer=question.answer[: max(0, max_tokens - context)])
+    if not question.answer or len(question.query) + len(question.answer) < 2:
+        return None
+    return Example(graph, [question])
+
+
+def kind(record: Record) -> str:
+    """Which of the kinds a record is: "text", "messages" or "task". Raises RecordError for one that is none or several."""
+    found = [name for name in _KINDS if name in record]
+    if len(found) != 1:
+        raise RecordError(f"record {record.get('id', '')!r} must have one of {', '.join(_KINDS)}; it has {found}")
+    return found[0]
+
+
+def texts(record: Record) -> Iterator[str]:
+    """Every text of a record: documents with their titles, then what is asked and learned."""
+    for document in record.get("documents", ()):
+        yield document if isinstance(document, str) else document["title"] + document["text"]
+    yield from (message["content"] for message in record.get("messages", ()))
+    yield from (record[name] for name in ("text", "question", "answer") if name in record)
+
+
+class _Made(NamedTuple):
+    graph: ContextGraph
+    question: Question
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
+    """`Engine.encode`."""
+    return lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _text(record: Record, tokenizer: Any) -> _Made:
+    """BOS, documents, text. Without documents BOS is the query, so that the first token is learned too."""
+    encode, bos = _encoder(tokenizer), chat.opening(tokenizer)
+    documents = [encode(text) for text in record.get("documents", ())]
+    graph = ContextGraph(documents, prefix=bos if documents else ())
+    return _Made(graph, Question(() if documents else bos, encode(record["text"])))
+
+
+def _conversation(record: Record, tokenizer: Any) -> _Made:
+    """The prompt of the first question; then all that follows, as pieces of which every second is learned."""
+    messages, documents = list(record["messages"]), list(record.get("documents", ()))
+    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
+    if not first or messages[-1]["role"] != "assistant" or (documents and first + 1 < len(messages)):
+        raise RecordError(
+            f"record {record.get('id', '')!r}: messages must begin with a question and end with the assistant's answer, "
+            "which with documents is the only one"
+        )
+    _around(tokenizer, _template(tokenizer))  # raises what is wrong with every conversation
+    made = chat.chat(tokenizer, messages[:first], [Document(text) for text in documents], template=AS_THEY_ARE)
+    encode = _encoder(tokenizer)
+    answer: list[int] = []
+    learned: list[bool] = []
+    for text, learn in _turns(tokenizer, made, messages):
+        tokens = encode(text) if text else ()
+        answer += tokens
+        learned += [learn] * len(tokens)
+    graph = made.graph().with_query("").tokenized(encode)
+    return _Made(graph, Question(encode(made.query), tuple(answer), tuple(learned)))
+
+
+def _task(record: Record, tokenizer: Any) -> _Made:
+    """The prompt of the evaluation task, and the answer: with what the chat template puts around it, or after a space."""
+    template = _template(tokenizer)
+    before, after = _around(tokenizer, template) if template else (" ", tokenizer.eos_token or "")
+    task = tasks.get(record["task"])
+    documents = tuple(Document(document["text"], document["title"]) for document in record["documents"])
+    links = tuple((source, reader) for source, reader in record.get("links", ()))
+    item = Item(record.get("id", ""), record["question"], (record["answer"],), documents, links=links)
+    made = prompts.build(task, item, tokenizer)
+    if not template and made.query[-1:].isspace():
+        before = ""
+    encode = _encoder(tokenizer)
+    graph = made.graph(links).with_query("").tokenized(encode)
+    return _Made(graph, Question(encode(made.query), encode(before + record["answer"] + after)))
+
+
+_KINDS: Mapping[str, Callable[[Record, Any], _Made]] = {"text": _text, "messages": _conversation, "task": _task}
+
+
+def _template(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "chat_template", None) or "")
+
+
+@lru_cache(maxsize=8)
+def _around(tokenizer: Any, template: str) -> tuple[str, str]:
+    """What a chat template puts between "now the assistant speaks" and an answer, and what ends its turn."""
+    mark = chat.MARK.format("answer")
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    try:
+        ((text, _),) = _turns(tokenizer, chat.chat(tokenizer, messages[:1]), messages)
+    except chat.ChatError as error:
+        raise RecordError(str(error)) from None
+    before, after = text.split(mark)
+    return before, after
+
+
+def _turns(tokenizer: Any, made: Prompt, messages: Sequence[Record]) -> Iterator[tuple[str, bool]]:
+    """What follows a prompt, in pieces: (what the assistant says, True), (what stands before its next turn, False), ...
+
+    messages: all, of which the prompt `made` renders the first ones. A turn ends with the first special token that the
+    template puts after it. Where the template has none, the last turn ends with EOS.
+    """
+    start = "".join((*made.prefix, *map(str, made.segments), made.query))
+    contents, literals = _taken_apart(tokenizer, messages, "".join(map(str, made.segments)))
+    if not literals[0].startswith(start):
+        raise chat.ChatError("the chat template renders a question otherwise once it is answered; it can't be trained")
+    before = literals[0].removeprefix(start)
+    for i, (content, after) in enumerate(zip(contents, literals[1:], strict=True)):
+        end = _end(tokenizer, after)
+        last = i == len(contents) - 1
+        yield before + content + (end or (tokenizer.eos_token or "" if last else "")), True
+        before = ""
+        if not last:
+            yield after.removeprefix(end), False
+
+
+def _taken_apart(tokenizer: Any, messages: Sequence[Record], documents: str) -> tuple[list[str], list[str]]:
+    """What the assistant says, and what the template puts before, between and after it.
+
+    documents: of the one exchange there is then; a template may strip what the user says, but not them.
+    """
+    key = os.urandom(8).hex()
+    said_here, documents_here = chat.MARK.format(f"said-{key}"), chat.MARK.format(f"documents-{key}")
+    asked = list(messages)
+    if documents:
+        asked[-2] = {**asked[-2], "content": documents_here + asked[-2]["content"]}
+    marked = [{**m, "content": said_here} if m["role"] == "assistant" else m for m in asked]
+    literals = [text.replace(documents_here, documents) for text in _rendered(tokenizer, marked).split(said_here)]
+    whole = _rendered(tokenizer, asked).replace(documents_here, documents)
+    said = [message["content"] for message in messages if message["role"] == "assistant"]
+    for contents in (said, [text.strip() for text in said]):  # many templates strip what they are given
+        if len(literals) == len(contents) + 1:
+            pairs = zip(literals, [*contents, ""], strict=True)
+            if "".join(literal + content for literal, content in pairs) == whole:
+                return contents, literals
+    raise chat.ChatError("the chat template doesn't render what the assistant says as it is; it can't be trained")
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Record]) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=False))
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise chat.ChatError(f"the model's chat template refuses these messages: {error}") from None
+
+
+def _end(tokenizer: Any, text: str) -> str:
+    """The beginning of a text up to and with its first special token; empty where it has none."""
+    specials = _specials(tokenizer, len(tokenizer))
+    found = min(((at, -len(s), s) for s in specials if (at := text.find(s)) >= 0), default=None)
+    return "" if found is None else text[: found[0] + len(found[2])]
+
+
+@lru_cache(maxsize=8)
+def _specials(tokenizer: Any, size: int) -> tuple[str, ...]:
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(dict.fromkeys((*added, *tokenizer.all_special_tokens)))
+
+
+# -- prepared folders -------------------------------------------------------------------------------------------------
+
+
+def prepared(folder: Path) -> dict[str, Any]:
+    """What a folder's prepared.json says. Raises RecordError when there is none."""
+    try:
+        return dict(json.loads((folder / PREPARED).read_bytes()))
+    except FileNotFoundError:
+        raise RecordError(f"{folder} holds no prepared data; `kvgraph data prepare` makes it") from None
+    except (ValueError, TypeError):
+        raise RecordError(f"{folder / PREPARED} is damaged; delete the folder, and prepare it again") from None
+
+
+class Records:
+    """The examples of one split ("train" or "validation") of a prepared folder, by number; a number always means the same.
+
+    None stands for a record that `example` gives none for. Opening reads an index of lines, which is kept beside the file.
+    Raises RecordError: no such folder or split, an unfinished one, a damaged line.
+    """
+
+    def __init__(self, folder: str | Path, split: str, tokenizer: Any, *, max_tokens: int | None = None):
+        folder = Path(folder)
+        if split not in SPLITS:
+            raise RecordError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
+        if not prepared(folder).get("finished"):
+            raise RecordError(f"{folder} isn't finished; run its `kvgraph data prepare` again to go on")
+        self.path, self.tokenizer, self.max_tokens = folder / f"{split}.jsonl", tokenizer, max_tokens
+        try:
+            self.starts = _starts(self.path)
+        except OSError as error:
+            raise RecordError(f"can't read {self.path}: {error.strerror or error}") from None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The training record with this number."""
+        start, end = self.starts[range(len(self))[index] :][:2]
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            raw = file.read(end - start)
+        try:
+            return dict(json.loads(raw))
+        except (ValueError, TypeError) as error:
+            raise RecordError(f"{self._where(index)} is damaged: {error}; prepare the folder again") from None
+
+    def __getitem__(self, index: int) -> Example | None:
+        record = self.record(index)
+        try:
+            return example(record, self.tokenizer, max_tokens=self.max_tokens)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise RecordError(f"{self._where(index)} is no training record: {error!r}") from None
+        except (RecordError, TaskError, GraphError) as error:
+            raise RecordError(f"{self._where(index)}: {error}") from None
+
+    def _where(self, index: int) -> str:
+        return f"{self.path}:{range(len(self))[index] + 1}"
+
+
+def _starts(path: Path) -> np.ndarray:
+    """Where each line of a file starts, and where the file ends: int64 [lines + 1]. Kept in a file beside it."""
+    kept, stat = path.with_suffix(".index.npy"), path.stat()
+    try:
+        if kept.stat().st_mtime_ns >= stat.st_mtime_ns:
+            starts = np.load(kept, mmap_mode="r")
+            if starts[-1] == stat.st_size:
+                return np.asarray(starts)
+    except (OSError, ValueError, IndexError):
+        pass
+    starts = _scanned(path)
+    part = kept.with_suffix(f".{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            np.save(file, starts)
+        os.replace(part, kept)
+    except OSError:  # a folder that can't be written to is read every time
+        part.unlink(missing_ok=True)
+    return starts
+
+
+def _scanned(path: Path) -> np.ndarray:
+    found, offset = [np.zeros(1, np.int64)], 0
+    with open(path, "rb") as file:
+        while block := file.read(SCANNED):
+            found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset + 1)
+            offset += len(block)
+    starts = np.concatenate(found)
+    return starts if starts[-1] == offset else np.append(starts, offset)
