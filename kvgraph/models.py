@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging as transformers_logging
 
 from kvgraph import memo
 from kvgraph.errors import ModelError
@@ -244,6 +245,32 @@ def trainable(hf_model: PreTrainedModel, *, allow_untested: bool = False) -> Tra
     hf_model.train(was_training)
     hf_model.config._attn_implementation = _IMPLEMENTATION
     return Trainable(hf_model, layers)
+
+
+def save(
+    hf_model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a transformers model and its tokenizer as an ordinary folder with safetensors weights, which `load` reads.
+
+    weights: instead of the model's own, by the names of its parameters. dtype: of the files [default: the model's].
+    Raises OSError, SafetensorError where they can't be written.
+    """
+    folder, dtype = Path(folder), dtype or hf_model.dtype
+    if weights is None:
+        kept = hf_model.state_dict().keys()
+        weights = {name: t for name, t in (*hf_model.named_parameters(), *hf_model.named_buffers()) if name in kept}
+    with _no_bar():
+        hf_model.save_pretrained(folder, state_dict={name: t.detach().to(dtype) for name, t in weights.items()})
+    config = folder / "config.json"  # it says the dtype of the model in memory
+    said = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(path_or_name: str | Path) -> Any:
@@ -775,6 +802,18 @@ def _device(device: str | torch.device) -> torch.device:
     if target.type not in ("cpu", "cuda"):
         raise ModelError(f"device {device} isn't supported; use cpu or cuda")
     return target
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers draws no progress bar inside: it would run into that of whoever calls."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -503,7 +503,7 @@ def commands() -> dict[str, typer.core.TyperCommand]:
     def walk(command, path: str) -> None:
         for name, sub in getattr(command, "commands", {}).items():
             walk(sub, f"{path} {name}".strip())
-        if not hasattr(command, "commands"):
+        if not hasattr(command, "commands") or (path and command.invoke_without_command):
             found[path] = command
 
     walk(typer.main.get_command(app), "")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from kvgraph import __version__
-from kvgraph.cli import ask, bench, check, data, demo, encode, explain, report, serve, store
+from kvgraph.cli import ask, bench, check, data, demo, encode, explain, report, serve, store, train
 from kvgraph.cli import eval as evaluation
 from kvgraph.errors import KVGraphError
 
@@ -34,6 +34,7 @@ app.command()(report.report)
 app.command()(serve.serve)
 app.command()(demo.demo)
 app.add_typer(data.app, name="data")
+app.add_typer(train.app, name="train")
 app.add_typer(store.app, name="store")
 
 
@@ -97,8 +98,9 @@ def _explained(error: Exception) -> tuple[int, str]:
         return USAGE, f"{error.format_message().rstrip('.')}; see `{command} --help`"  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.strerror:
         return OTHER, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, ModuleNotFoundError):  # of the extras, only evaluation's are needed without the server's
-        return OTHER, f"this needs {error.name}; install it with: pip install 'kvgraph[eval]'"
+    if isinstance(error, ModuleNotFoundError):  # the server's are asked for by its own command
+        extra = "train" if error.name in ("accelerate", "peft", "tensorboard") else "eval"
+        return OTHER, f"this needs {error.name}; install it with: pip install 'kvgraph[{extra}]'"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OTHER, "out of memory; try a smaller --kv-budget, fewer documents, or a smaller --dtype"
     return OTHER, f"unexpected {type(error).__name__}: {error}; `kvgraph --debug ...` shows where"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from kvgraph.errors import KVGraphError
 
@@ -47,7 +47,10 @@ class Component:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with one mixture: so many optimizer steps, or so many epochs over the data of its components."""
+    """A part of a run with one mixture: so many optimizer steps, or so many epochs over the data of its components.
+
+    A component whose name the stage before has too goes on there in its data.
+    """
 
     components: tuple[Component, ...]
     steps: int = 0
@@ -63,53 +66,40 @@ class Stage:
 
 @dataclass(frozen=True)
 class Config:
-    """A training run.
+    """A training run. What a field means stands in its type, from where the command line takes it too.
 
-    name: the recipe's. model: a folder or hub name to start from, or "world": a new one (kvgraph.train.start), drawn with
-    `seed`. data: the folder that components' sources are in. stages: one after the other. limit: optimizer steps at
-    which to end, whatever the stages say; 0: no such limit.
-    batch: examples a step; length: most tokens of a sequence that examples are packed into. A step is as many sequences
-    as that takes, run one by one (gradient accumulation) and spread over processes.
-    document_weight: of the documents' tokens in the loss, beside the answers'.
-    lr: the highest learning rate. matrix_lr: that of matrices, where the optimizer is "muon". schedule: "cosine" (to 0),
-    "trapezoid" (down to 0 over the last `decay` of the steps) or "constant", after `warmup` of the steps; both are shares.
-    betas, weight_decay, clip: of AdamW and the gradients' norm (0: no clipping).
-    trained: "all" weights, the "links" rows alone, or a "lora" adapter of rank lora_rank.
-    links, slots: new link tokens (and memory tokens) to give the model, for so many documents; 0: it has what it needs.
-    precision: of the computation; weights and optimizer are float32. checkpointing: of activations, in no layer, every
-    second, or all. threads: of the CPU, 0: torch's choice.
-    evaluate_every, save_every: in steps; evaluation: examples a component. keep: checkpoints, the latest.
+    A step is as many sequences as its examples take, run one by one (gradient accumulation) and spread over processes.
     """
 
-    name: str
-    model: str
+    name: Annotated[str, "the name of the recipe"]
+    model: Annotated[str, 'a folder or hub name to start from, or "world": the new one of kvgraph.train.start']
     stages: tuple[Stage, ...]
-    data: str = ""
-    limit: int = 0
-    batch: int = 64
-    length: int = 4096
-    document_weight: float = 0.0
-    optimizer: str = ADAMW
-    lr: float = 5e-6
-    matrix_lr: float = 0.0
-    schedule: str = COSINE
-    warmup: float = 0.1
-    decay: float = 0.3
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    trained: str = WHOLE
-    lora_rank: int = 16
-    links: int = 0
-    slots: int = 0
-    precision: str = BFLOAT16
-    checkpointing: str = NONE
-    threads: int = 0
-    seed: int = 0
-    evaluate_every: int = 500
-    evaluation: int = 64
-    save_every: int = 500
-    keep: int = 2
+    data: Annotated[str, "the folder that the components' sources are in"] = ""
+    limit: Annotated[int, "end after so many optimizer steps of those planned; 0: after all"] = 0
+    batch: Annotated[int, "examples an optimizer step"] = 64
+    length: Annotated[int, "most tokens of a sequence that examples are packed into"] = 4096
+    document_weight: Annotated[float, "of the documents' tokens in the loss, beside the answers'"] = 0.0
+    optimizer: Annotated[str, "muon for matrices and adamw for the rest, or adamw for all"] = ADAMW
+    lr: Annotated[float, "the highest learning rate"] = 5e-6
+    matrix_lr: Annotated[float, "that of the matrices, where the optimizer is muon"] = 0.0
+    schedule: Annotated[str, "of the rate: cosine (to 0), trapezoid (falls to 0 at the end) or constant"] = COSINE
+    warmup: Annotated[float, "share of the steps in which the rate rises from 0"] = 0.1
+    decay: Annotated[float, "share of the steps in which a trapezoid falls to 0"] = 0.3
+    betas: Annotated[tuple[float, float], "of AdamW"] = (0.9, 0.95)
+    weight_decay: Annotated[float, "of matrices; norms, biases and embeddings have none"] = 0.0
+    clip: Annotated[float, "highest norm of the gradient; 0: any"] = 1.0
+    trained: Annotated[str, "all weights, the links' rows alone, or a lora adapter (saved merged)"] = WHOLE
+    lora_rank: Annotated[int, "rank of the lora adapter"] = 16
+    links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
+    slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
+    precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
+    checkpointing: Annotated[str, "of activations: in none, every second (selective) or all (full) layers"] = NONE
+    threads: Annotated[int, "of the CPU; 0: torch's choice"] = 0
+    seed: Annotated[int, "of the data's order and of new weights"] = 0
+    evaluate_every: Annotated[int, "steps between evaluations; one is at the end"] = 500
+    evaluation: Annotated[int, "examples of each component, by each of its methods; 0: don't evaluate"] = 64
+    save_every: Annotated[int, "steps between checkpoints; one is at the end"] = 500
+    keep: Annotated[int, "so many checkpoints, the latest"] = 2
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -122,6 +112,8 @@ class Config:
             raise TrainError("lr must be above 0, and so must matrix_lr where the optimizer is muon")
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
             raise TrainError("warmup and decay are shares of the steps, between 0 and 1")
+        if self.links and not self.slots:
+            raise TrainError("links needs slots, the documents to give link tokens for")
         if not self.stages:
             raise TrainError("a run needs at least one stage")
 

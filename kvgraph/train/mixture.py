@@ -78,14 +78,19 @@ class WorldSource:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def open_source(component: Component, folder: str | Path, tokenizer: Any, seed: int, split: str) -> Source:
-    """The source of a component, to train on or (split "validation") to evaluate with."""
+def open_source(
+    component: Component, folder: str | Path, tokenizer: Any, seed: int, split: str, max_tokens: int | None = None
+) -> Source:
+    """The source of a component, to train on or (split "validation") to evaluate with.
+
+    max_tokens: of an example of prepared data, before its method adds some; see `kvgraph.train.records.example`.
+    """
     if component.source.startswith("world:"):
         text = component.source.removeprefix("world:")
         return WorldSource(text, tokenizer, seed, held_out=split == VALIDATION)
     from kvgraph.train.records import Records
 
-    return Records(Path(folder).expanduser() / component.source, split, tokenizer)
+    return Records(Path(folder).expanduser() / component.source, split, tokenizer, max_tokens=max_tokens)
 
 
 class Mixture:

@@ -1,0 +1,184 @@
+"""The steps of a run: examples drawn from the stage's mixture and packed, prepared ahead of the training."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from kvgraph import methods
+from kvgraph.errors import KVGraphError
+from kvgraph.methods import KVLink
+from kvgraph.train.config import Component, Config, Stage, TrainError
+from kvgraph.train.example import Example, join
+from kvgraph.train.mixture import ENDLESS, VALIDATION, Drawn, Mixture, Source, open_source, validation
+from kvgraph.train.pack import Packed, first_fit
+
+AHEAD = 4  # steps prepared ahead
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run's data is: optimizer steps taken, examples drawn of each component and left out of them.
+
+    Nothing else is needed to go on with the same data.
+    """
+
+    step: int = 0
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The sequences of one optimizer step. totals: tokens to learn in all of them, (of answers, of documents).
+
+    progress: that of the run when the step is done.
+    """
+
+    progress: Progress
+    sequences: list[Packed]
+    totals: tuple[int, int]
+    examples: int
+
+
+class Planned(NamedTuple):
+    """A stage with its sources open, and how many steps it takes."""
+
+    stage: Stage
+    sources: list[Source]
+    steps: int
+
+
+def plan(config: Config, stages: Iterable[Stage], tokenizer: Any) -> list[Planned]:
+    """The stages of a run, opened. An epoch is as many steps as take every example of its finite components once, on average."""
+    planned = []
+    for stage in stages:
+        sources = _sources(config, stage, tokenizer, "train")
+        finite = sum(len(source) for source in sources if len(source) < ENDLESS)
+        steps = stage.steps or math.ceil(stage.epochs * finite / config.batch)
+        if not steps:
+            raise TrainError("a stage counts epochs, but none of its components has an end; give it steps")
+        planned.append(Planned(stage, sources, steps))
+    return planned
+
+
+def _sources(config: Config, stage: Stage, tokenizer: Any, split: str) -> list[Source]:
+    return [open_source(c, config.data, tokenizer, config.seed, split, _room(config, c)) for c in stage.components]
+
+
+def _room(config: Config, component: Component) -> int:
+    """Tokens that an example may have, so that a text that is cut still fits with its link and memory tokens."""
+    linked = [method for method in map(methods.parse, component.methods) if isinstance(method, KVLink)]
+    return config.length - max((method.links * method.slots + 2 for method in linked), default=0)
+
+
+class Steps(IterableDataset):
+    """The steps of a run that come after its progress, in order.
+
+    limit: positions that the model has. last: the step to end with. An error that a person can mend is the last item:
+    it would lose its one line on its way out of a worker process.
+    """
+
+    def __init__(self, config: Config, planned: list[Planned], progress: Progress, limit: int, last: int):
+        self.config, self.planned, self.progress, self.limit, self.last = config, planned, progress, limit, last
+
+    def __iter__(self) -> Iterator[Step | KVGraphError]:
+        try:
+            yield from self._steps()
+        except KVGraphError as error:
+            yield error
+
+    def _steps(self) -> Iterator[Step]:
+        config, progress, before = self.config, self.progress, 0
+        for planned in self.planned:
+            mixture = Mixture(
+                planned.stage.components,
+                planned.sources,
+                config.seed,
+                length=config.length,
+                limit=self.limit,
+                documents=config.document_weight > 0,
+                counts=progress.drawn,
+            )
+            mixture.left_out |= progress.left_out
+            for number in range(max(before, progress.step) + 1, min(before + planned.steps, self.last) + 1):
+                drawn = [one for _ in range(config.batch) for one in mixture.draw()]
+                progress = Progress(number, dict(mixture.counts), dict(mixture.left_out))
+                yield _packed(drawn, config.length, progress, config.batch)
+            before += planned.steps
+
+
+def _packed(drawn: list[Drawn], length: int, progress: Progress, examples: int) -> Step:
+    sequences = first_fit((one.laid for one in drawn), length)
+    answers, documents = (sum(counts) for counts in zip(*(packed.counts for packed in sequences), strict=True))
+    return Step(progress, sequences, (answers, documents), examples)
+
+
+def ahead(steps: Steps) -> Iterator[Step]:
+    """The same steps, prepared by another process while this one trains: a thread would hold up every small operation.
+
+    Raises KVGraphError where a step can't be made.
+    """
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=AHEAD,
+        worker_init_fn=_deaf,
+        multiprocessing_context="fork",  # sources and tokenizers go over as they are
+    )
+    for step in loader:
+        if isinstance(step, KVGraphError):
+            raise step
+        yield step
+
+
+def _deaf(worker: int) -> None:
+    """In the worker: leave it to the trainer to react to signals, which a terminal sends to both."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a component is evaluated with by one method: sequences, and how many targets each answer in them has."""
+
+    name: str
+    method: str
+    sequences: list[Packed]
+    answers: list[list[int]]
+
+
+def exams(config: Config, stage: Stage, tokenizer: Any, limit: int) -> list[Exam]:
+    """The evaluation of a stage: `config.evaluation` held-out examples of each component, by each of its methods."""
+    sources = _sources(config, stage, tokenizer, VALIDATION)
+    of = [(c.name, spec) for c in stage.components for spec in c.methods]
+    found = validation(
+        stage.components, sources, config.seed, config.evaluation, length=config.length, limit=limit, documents=False
+    )
+    return [_exam(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True)]
+
+
+def _exam(name: str, method: str, drawn: list[Drawn], length: int) -> Exam:
+    """Examples packed in their order, so that it is known whose answers the targets of a sequence are."""
+    chunks: list[list[Drawn]] = []
+    for one in drawn:
+        if not chunks or sum(len(d.laid) for d in chunks[-1]) + len(one.laid) > length:
+            chunks.append([])
+        chunks[-1].append(one)
+    sequences = [first_fit((one.laid for one in chunk), length)[0] for chunk in chunks]
+    return Exam(name, method, sequences, [[n for one in chunk for n in _answers(one)] for chunk in chunks])
+
+
+def _answers(drawn: Drawn) -> list[int]:
+    """How many targets each answer of an example has."""
+    questions, graph = drawn.example.questions, drawn.example.graph
+    counts = [sum(question.learned) if question.learned else len(question.answer) for question in questions]
+    if sum(counts) != drawn.laid.counts[0]:  # the first token of an answer isn't learned where nothing stands before it
+        counts = [len(join(Example(graph, [question]), drawn.method).answers) for question in questions]
+    return [count for count in counts if count]

@@ -1,0 +1,154 @@
+"""Checkpoints: folders `step-000500` in a run's folder that are complete or not there at all.
+
+step-000500/model/         the model in Hugging Face's format, to be served
+step-000500/state/         weights and optimizer in float32, in torch.distributed.checkpoint's format
+step-000500/progress.json  steps taken, examples drawn and left out
+step-000500/config.json    the run's configuration
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Size, distributed, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import Optimizer
+
+from kvgraph.train.batches import Progress
+from kvgraph.train.config import TrainError
+
+MODEL, STATE, PROGRESS, CONFIG = "model", "state", "progress.json", "config.json"
+
+
+def found(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, the latest last."""
+    named = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+@contextmanager
+def writing(run: Path, step: int, keep: int, *, main: bool) -> Iterator[Path]:
+    """A folder to write a checkpoint into, which takes its name once everything in it is on the disk; then all but the
+    latest `keep` are deleted. If writing fails, what was there before stays as it is.
+
+    main: whether this process is the one that makes, names and deletes folders; the others wait for it.
+    """
+    place = run / f"step-{step:06d}"
+    unfinished = run / f".{place.name}"
+    if main:
+        _delete(*run.glob(".step-*"))
+        unfinished.mkdir(parents=True)
+    _wait()
+    try:
+        yield unfinished
+    except BaseException:
+        if main:
+            _delete(unfinished)  # the disk may be full
+        raise
+    _wait()
+    if main:
+        _to_disk(unfinished)
+        unfinished.rename(place)
+        _to_disk(run, deep=False)
+        for old in found(run)[:-keep]:
+            gone = old.rename(run / f".{old.name}")  # a folder that is half deleted mustn't look like a checkpoint
+            _delete(gone)
+    _wait()
+
+
+def save_state(folder: Path, module: nn.Module, optimizers: list[Optimizer], progress: Progress, *, main: bool) -> None:
+    """Write everything that the next step depends on; every process writes its part."""
+    with _alone_or_not() as alone:
+        dcp.save(_tensors(module, optimizers)[0], checkpoint_id=folder / STATE, no_dist=alone)
+    if main:
+        (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+
+
+def load_state(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> Progress:
+    """Read what `save_state` wrote, by as many processes or another number of them."""
+    tensors, states = _tensors(module, optimizers)
+    read_tensors(folder / STATE, tensors)
+    set_optimizer_state_dict(module, optimizers, states)
+    return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+
+
+def _tensors(module: nn.Module, optimizers: list[Optimizer]) -> tuple[dict[str, Any], Any]:
+    """(what is saved and loaded in place, the optimizers' states that it is part of)."""
+    states = get_optimizer_state_dict(module, optimizers)
+    weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return {"weights": weights, "optimizer": states["state"]}, states
+
+
+def sizes(folder: Path) -> dict[str, Size]:
+    """The shapes of the tensors in a torch.distributed.checkpoint folder, by their keys."""
+    try:
+        index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (Exception, CheckpointException) as error:  # the second is no Exception
+        raise TrainError(f"{folder} can't be read: {reason(error)}; is it complete?") from None
+    return {key: value.size for key, value in index.items() if isinstance(value, TensorStorageMetadata)}
+
+
+def read_tensors(folder: Path, wanted: dict[str, Any]) -> None:
+    """Read tensors of a torch.distributed.checkpoint folder into these, in place; raises TrainError if it's damaged."""
+    try:
+        with _alone_or_not() as alone:
+            dcp.load(wanted, checkpoint_id=folder, no_dist=alone)
+    except (Exception, CheckpointException) as error:
+        raise TrainError(f"{folder} can't be read: {reason(error)}; delete what is damaged") from None
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: that of the operating system if it was that."""
+    found = list(_behind(error))
+    for one in found:
+        if isinstance(one, OSError) and one.strerror:
+            return one.strerror
+    return (str(found[-1]).strip().splitlines() or [type(found[-1]).__name__])[0]
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that led to it: torch.distributed.checkpoint keeps them inside, others come while files are closed."""
+    while error is not None:
+        yield error
+        failures = getattr(error, "failures", None)
+        error = next(iter(failures.values()))[0] if failures else error.__cause__ or error.__context__
+
+
+@contextmanager
+def _alone_or_not() -> Iterator[bool]:
+    """Whether this process is the only one, which PyTorch needn't warn of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
+        yield not distributed.is_initialized()
+
+
+def _wait() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def _delete(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _to_disk(folder: Path, *, deep: bool = True) -> None:
+    """Wait until a folder, with deep everything in it, is on the disk."""
+    for path in (*(folder.rglob("*") if deep else ()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

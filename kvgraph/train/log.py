@@ -1,0 +1,110 @@
+"""What a run says while it trains: log.jsonl for programs, TensorBoard or W&B for curves, and a bar for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+FILE = "log.jsonl"
+
+
+class Log:
+    """The log of one run; in other processes than the first it does nothing.
+
+    step: that the run goes on from; what the file says of later ones is dropped, since they are taken again.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, step: int, last: int):
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        if not self.main:
+            return
+        self.path = folder / FILE
+        _keep_until(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+            refresh_per_second=2,
+        )
+        self.task = self.bar.add_task("training", total=last, completed=step, now="")
+        self.bar.start()
+
+    def steps(self, rows: list[dict[str, Any]]) -> None:
+        """Log the rows of some steps in a row; trackers get their mean."""
+        if not self.main or not rows:
+            return
+        self._write(rows)
+        last, seconds = rows[-1], sum(row["seconds"] for row in rows)
+        loss = sum(row["loss"] for row in rows) / len(rows)
+        speed = sum(row["tokens"] for row in rows) / seconds
+        curves = {"loss": loss, "lr": last["lr"], "gradient_norm": last["gradient_norm"], "tokens_per_second": speed}
+        curves |= {"examples_per_second": sum(row["examples"] for row in rows) / seconds}
+        curves |= {f"drawn/{name}": count for name, count in last["drawn"].items()}
+        self._track(curves, last["step"])
+        now = f"loss {loss:.4f}  lr {last['lr']:.2g}  {speed:,.0f} tokens/s"
+        self.bar.update(self.task, completed=last["step"], now=now)
+
+    def evaluated(self, rows: list[dict[str, Any]]) -> None:
+        """Log what an evaluation found: a row for each component and method."""
+        if not self.main or not rows:
+            return
+        self._write(rows)
+        names = [f"{row['component']}/{row['method']}" for row in rows]
+        curves = {f"{name}/{k}": row[k] for name, row in zip(names, rows, strict=True) for k in ("loss", "exact")}
+        self._track(curves, rows[0]["step"])
+        width = max(map(len, names))
+        for name, row in zip(names, rows, strict=True):
+            self.say(f"step {row['step']:,}  {name:<{width}}  loss {row['loss']:.4f}  exact {row['exact']:6.1%}")
+
+    def say(self, text: str) -> None:
+        """Tell people something."""
+        if self.main:
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def to_disk(self) -> None:
+        """Wait until what was logged is on the disk."""
+        if self.main:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """End the bar, the file and the trackers."""
+        if self.main:
+            self.bar.stop()
+            self.file.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self.file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.file.flush()
+
+    def _track(self, curves: Mapping[str, float], step: int) -> None:
+        self.accelerator.log(dict(curves), step=step)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop what a log says of later steps, and a line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+        except ValueError:
+            break
+    shorter = path.with_name(f".{path.name}")
+    shorter.write_text("".join(kept), encoding="utf-8")
+    shorter.replace(path)

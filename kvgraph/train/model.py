@@ -1,0 +1,143 @@
+"""The model of a run: loaded or new, with link tokens and an adapter where the configuration says so, and saved again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvgraph import methods, models
+from kvgraph.methods import KVLink
+from kvgraph.models import Trainable
+from kvgraph.train import start
+from kvgraph.train.config import FULL, LINKS, NONE, WHOLE, Config, Stage, TrainError
+from kvgraph.train.links import add_link_tokens, rows_of
+
+NEW, NEW_LINKS = "world", "kvlink"  # in a configuration: the new model, and the method that gets the new link tokens
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model to train.
+
+    trainable: it, as training runs it. module: what holds the parameters to train: the model itself, or peft's around it.
+    stages: the configuration's, with the new link tokens' ids in place of "kvlink". dtype: that it was loaded in, and is
+    saved in. It is float32 while it is trained.
+    """
+
+    trainable: Trainable
+    module: nn.Module
+    tokenizer: Any
+    stages: tuple[Stage, ...]
+    dtype: torch.dtype
+    config: Config
+
+    @property
+    def hf(self) -> Any:
+        """The transformers model."""
+        return self.trainable.hf
+
+    @property
+    def frozen(self) -> list[tuple[Tensor, Any]]:
+        """Parameters with the part of each that isn't trained, of the model that kvgraph starts with."""
+        started = (getattr(self.hf.config, "kvgraph", None) or {}).get("start")
+        return start.frozen(self.hf) if started == NEW and self.config.trained == WHOLE else []
+
+    @property
+    def embeddings(self) -> Iterator[Tensor]:
+        """Parameters whose rows stand for tokens."""
+        for name, p in self.module.named_parameters():
+            if "trainable_tokens" in name:
+                yield p
+        for layer in (self.hf.get_input_embeddings(), self.hf.get_output_embeddings()):
+            yield from layer.parameters() if layer is not None else ()
+
+
+def build(config: Config) -> Student:
+    """The model as it is before the first step, on the CPU; the same every time.
+
+    Raises ModelError where it can't be loaded, TrainError where the configuration doesn't fit it.
+    """
+    torch.manual_seed(config.seed)
+    loaded = _started(config.seed) if config.model == NEW else models.load(config.model)
+    hf, dtype = loaded.hf.float(), loaded.dtype
+    stages = config.stages
+    if config.slots:
+        stages = _with_links(stages, add_link_tokens(hf, config.links, config.slots))
+    trained = [methods.parse(spec) for stage in stages for component in stage.components for spec in component.methods]
+    declared = {"tuned_for": sorted({m.name for m in trained} - {"full"}), "methods": sorted(set(_specs(stages)))}
+    hf.config.kvgraph = (getattr(hf.config, "kvgraph", None) or {}) | declared
+    trainable = models.trainable(hf)
+    module = hf.train() if config.trained == WHOLE else _adapted(hf, config, trained)
+    if config.checkpointing != NONE:
+        hf.activation_checkpointing_enable(every_n_layers=1 if config.checkpointing == FULL else 2)
+    return Student(trainable, module, loaded.tokenizer, stages, dtype, config)
+
+
+def _started(seed: int) -> models.Model:
+    """The new model, drawn with the seed; what is saved of it says so, for the parts of it that are never trained."""
+    with TemporaryDirectory() as folder:
+        start.write(folder, seed)
+        made = models.load(folder)
+    made.hf.config.kvgraph = {"start": NEW}
+    made.hf.config.name_or_path = ""
+    return made
+
+
+def _specs(stages: tuple[Stage, ...]) -> Iterator[str]:
+    return (spec for stage in stages for component in stage.components for spec in component.methods)
+
+
+def _with_links(stages: tuple[Stage, ...], method: KVLink) -> tuple[Stage, ...]:
+    """The stages with this method in place of "kvlink"."""
+    fields = {k: v for k, v in vars(method).items() if v is not None}
+    spec = "kvlink:" + ",".join(f"{name}={value}" for name, value in fields.items())
+    if NEW_LINKS not in _specs(stages):
+        raise TrainError('slots gives the model link tokens for the method "kvlink", but no component has it')
+    return tuple(
+        replace(stage, components=tuple(
+            replace(component, methods=tuple(spec if m == NEW_LINKS else m for m in component.methods))
+            for component in stage.components
+        ))
+        for stage in stages
+    )  # fmt: skip
+
+
+def _adapted(hf: Any, config: Config, trained: list[Any]) -> nn.Module:
+    """A peft model around it that trains the links' rows alone, or a LoRA adapter and these rows if there are some."""
+    from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+
+    linked = [m for m in trained if isinstance(m, KVLink) and (m.links or m.mem_start is not None)]
+    rows = sorted({row for method in linked for row in rows_of(method)})
+    if config.trained == LINKS:
+        if not rows:
+            raise TrainError('trained is "links", but no component has a kvlink method with link or memory tokens')
+        return get_peft_model(hf, TrainableTokensConfig(token_indices=rows)).train()
+    rank = config.lora_rank
+    settings = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", trainable_token_indices=rows or None
+    )
+    return get_peft_model(hf, settings).train()
+
+
+def save(student: Student, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the model as an ordinary Hugging Face folder, an adapter merged.
+
+    weights: what is trained of `student.module`, by name, on the CPU. dtype: of the files [default: that it was loaded in].
+    """
+    dtype = dtype or student.dtype
+    if student.config.trained == WHOLE:
+        models.save(student.hf, folder, student.tokenizer, weights=weights, dtype=dtype)
+        return
+    fresh = build(student.config)  # merging and parting again would change what goes on being trained
+    parameters = dict(fresh.module.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+    merged: Any = fresh.module
+    models.save(merged.merge_and_unload(), folder, student.tokenizer, dtype=dtype)

@@ -1,0 +1,351 @@
+"""The training loop: `train` runs a configuration, in one process or in those that torchrun started.
+
+A step draws examples, packs them into sequences, and runs these one by one. Its loss is divided by what is to be learned
+in the whole step, so neither the packing nor the number of processes changes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from kvgraph.train import batches, checkpoint, model, optim, parallel
+from kvgraph.train.batches import Exam, Planned, Progress, Step
+from kvgraph.train.config import MUON, Config, TrainError
+from kvgraph.train.forward import logits, loss
+from kvgraph.train.log import Log
+from kvgraph.train.pack import Packed
+
+LOG_EVERY = 10  # steps, between looks at losses: on a GPU every look waits for it
+MAY_CHANGE = {"limit", "data", "threads", "evaluate_every", "evaluation", "save_every", "keep"}  # when a run goes on
+
+
+class Result(NamedTuple):
+    """How a run ended. step: taken by then. checkpoint: the latest. signal: that stopped it before its last step."""
+
+    step: int
+    checkpoint: Path
+    signal: signal.Signals | None
+
+
+def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool = False) -> Result:
+    """Train a model; the run's folder `out` gets its configuration, log and checkpoints.
+
+    If there are checkpoints of the same run already, it goes on from the latest: same data, same losses. SIGTERM or
+    Ctrl-C ends it after the step, with a checkpoint. resume: False refuses to go on. wandb: log to Weights & Biases instead
+    of TensorBoard.
+    Raises TrainError, ModelError, GraphError where a setting, the data, memory or the disk don't allow it.
+    """
+    with _explained(config, Path(out)):
+        trainer = Trainer(config, Path(out), resume, wandb)
+        try:
+            return trainer.run()
+        finally:
+            trainer.log.close()
+
+
+class Trainer:
+    """A run: model, optimizers, data, and how far it is."""
+
+    def __init__(self, config: Config, out: Path, resume: bool, wandb: bool):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the process that prepares steps is forked
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        before = _may_go_on(config, out, resume)
+        self.config, self.out = config, out
+        tracker = "wandb" if wandb else "tensorboard"
+        self.accelerator = parallel.processes(config.precision, tracker, out)
+        self.main, self.rank, self.count = (
+            self.accelerator.is_main_process, self.accelerator.process_index, self.accelerator.num_processes,
+        )  # fmt: skip
+        if config.optimizer == MUON and self.count > 1:
+            raise TrainError(
+                "muon needs whole matrices, which several processes share out; train in one, or with adamw"
+            )
+        self.student = model.build(config)
+        self.module = self.student.module
+        if self.count > 1:
+            parallel.shard(self.module, self.student.hf.get_decoder().layers)
+        else:
+            self.module.to(self.accelerator.device)
+        frozen = self.student.frozen
+        self.masks = [(p, parallel.like(_without(p, part), p)) for p, part in frozen]
+        self.optimizers = optim.optimizers(config, self.module, self.student.embeddings, [p for p, _ in frozen])
+        self.progress = Progress()
+        if before is not None:
+            self.progress = checkpoint.load_state(before, self.module, self.optimizers)
+        self.planned = batches.plan(config, self.student.stages, self.student.tokenizer)
+        self.total = sum(planned.steps for planned in self.planned)
+        self.last = min(self.total, config.limit or self.total)
+        self.exams: tuple[Planned | None, list[Exam]] = (None, [])
+        self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
+        self.saved = before
+        if self.main:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / checkpoint.CONFIG).write_text(config.to_json(), encoding="utf-8")
+            name = "kvgraph" if wandb else tracker  # W&B's project, TensorBoard's folder
+            self.accelerator.init_trackers(name, {"configuration": config.to_json()})
+        self.log = Log(out, self.accelerator, self.progress.step, self.last)
+
+    def run(self) -> Result:
+        """Train to the last step, or until a signal comes."""
+        if self.progress.step:
+            self.log.say(f"going on after step {self.progress.step:,} of {self.last:,}")
+        with _Signals() as signals:
+            began = time.perf_counter()
+            for step in self._steps():
+                value, norm = self._step(step)
+                self.progress = step.progress
+                self.pending.append((self._row(step, time.perf_counter() - began), value, norm))
+                if self._look_after(signals.received is not None):
+                    break
+                began = time.perf_counter()
+        if missing := sum(self.progress.left_out.values()):
+            told = ", ".join(f"{name} {count:,}" for name, count in self.progress.left_out.items() if count)
+            self.log.say(f"{missing:,} examples didn't fit {self.config.length:,} tokens, or their method: {told}")
+        assert self.saved is not None
+        stopped = signals.received if self.progress.step < self.last else None
+        return Result(self.progress.step, self.saved, stopped)
+
+    def _look_after(self, stopping: bool) -> bool:
+        """Log, evaluate and save after a step, if it's time to. Returns whether it was the last step."""
+        config, step = self.config, self.progress.step
+        last = step == self.last
+        ends = self._agreed(stopping) or last
+        evaluates, saves = step % config.evaluate_every == 0 or last, step % config.save_every == 0 or ends
+        if step % LOG_EVERY == 0 or evaluates or saves:
+            self._flush()
+        if evaluates:
+            self._evaluate()
+        if saves:
+            self._save()
+        return ends
+
+    def _steps(self) -> Iterator[Step]:
+        limit = self.student.trainable.limit
+        return batches.ahead(batches.Steps(self.config, self.planned, self.progress, limit, self.last))
+
+    def _step(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Take an optimizer step. Returns this process's part of the loss, and the gradient's norm."""
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        shares = list(self._share(step.sequences))
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, (number, packed, weight) in enumerate(shares):
+            parallel.synchronize(self.module, i == len(shares) - 1)
+            torch.manual_seed(hash((self.config.seed, step.progress.step, number)))  # dropout, where a model has some
+            value = loss(self._logits(packed), packed, document_weight=self.config.document_weight, totals=step.totals)
+            (value * weight).backward()
+            total += value.detach() * weight
+        for p, mask in self.masks:
+            if p.grad is not None:
+                p.grad.mul_(mask)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
+        optim.set_rate(self.optimizers, optim.share(self.config, step.progress.step, self.total))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return total, parallel.whole(norm)
+
+    def _share(self, sequences: list[Packed]) -> Iterator[tuple[int, Packed, float]]:
+        """This process's (number, sequence, weight 1), on its device. All processes get equally many, since they run a
+        sharded model together; where there are none left, the first one again, with weight 0.
+        """
+        for first in range(0, len(sequences), self.count):
+            mine = first + self.rank
+            number, weight = (mine, 1.0) if mine < len(sequences) else (0, 0.0)
+            packed = sequences[number].to(self.accelerator.device)
+            yield number, packed.padded(self.config.length) if packed.tokens.is_cuda else packed, weight
+
+    def _logits(self, packed: Packed) -> Tensor:
+        with self.accelerator.autocast():
+            return logits(self.student.trainable, packed, module=self.module)
+
+    def _agreed(self, wanted: bool) -> bool:
+        """Whether any process wants it; all have to end after the same step."""
+        if self.count == 1:
+            return wanted
+        return bool(self._sum(torch.tensor(float(wanted))) > 0)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over processes."""
+        found: Any = self.accelerator.reduce(value.to(self.accelerator.device), "sum")
+        return found
+
+    # -- what a run leaves behind ----------------------------------------------------------------------------------
+
+    def _row(self, step: Step, seconds: float) -> dict[str, Any]:
+        return {
+            "step": step.progress.step,
+            "lr": self.config.lr * optim.share(self.config, step.progress.step, self.total),
+            "tokens": sum(map(len, step.sequences)),
+            "sequences": len(step.sequences),
+            "examples": step.examples,
+            "seconds": seconds,
+            "drawn": step.progress.drawn,
+            "left_out": step.progress.left_out,
+        }
+
+    def _flush(self) -> None:
+        """Log the steps since the last time."""
+        if not self.pending:
+            return
+        rows, losses, norms = zip(*self.pending, strict=True)
+        self.pending = []
+        found = zip(rows, self._sum(torch.stack(losses)).tolist(), torch.stack(norms).tolist(), strict=True)
+        logged = [{"step": row["step"], "loss": value, "gradient_norm": norm} | row for row, value, norm in found]
+        self.log.steps(logged)
+        for row in logged:
+            if not math.isfinite(row["loss"]) or not math.isfinite(row["gradient_norm"]):
+                raise TrainError(
+                    f"the loss of step {row['step']:,} is {row['loss']}, the gradient's norm {row['gradient_norm']}; "
+                    "lower lr, or lengthen warmup, in a new run"
+                )
+
+    def _evaluate(self) -> None:
+        """Log how well the components of this stage are answered by each of their methods."""
+        if not self.config.evaluation:
+            return
+        at = itertools.accumulate(planned.steps for planned in self.planned)
+        stage = next(p for p, end in zip(self.planned, at, strict=True) if self.progress.step <= end)
+        if self.exams[0] is not stage:
+            limit = self.student.trainable.limit
+            self.exams = stage, batches.exams(self.config, stage.stage, self.student.tokenizer, limit)
+        self.module.eval()
+        self.log.evaluated([self._taken(exam) for exam in self.exams[1]])
+        self.module.train()
+        parallel.release(self.module)
+
+    @torch.no_grad()
+    def _taken(self, exam: Exam) -> dict[str, Any]:
+        """The row of one component and method: loss a token, and the share of answers whose every token is the greedy one."""
+        sums = torch.zeros(4, dtype=torch.float64)  # loss, tokens, exact answers, answers
+        for number, packed, weight in self._share(exam.sequences):
+            found = self._logits(packed)
+            value = loss(found, packed).double().cpu() * len(packed.targets)
+            right = (found.argmax(-1) == packed.targets).cpu().split(exam.answers[number])
+            exact = sum(bool(answer.all()) for answer in right)
+            sums += weight * torch.stack([value, *map(torch.tensor, (len(packed.targets), exact, len(right)))])
+        value, tokens, exact, answers = self._sum(sums).tolist()
+        row = {"step": self.progress.step, "component": exam.name, "method": exam.method}
+        return row | {"loss": value / tokens, "exact": exact / answers, "answers": int(answers)}
+
+    def _save(self) -> None:
+        """Write a checkpoint."""
+        self.log.to_disk()
+        with checkpoint.writing(self.out, self.progress.step, self.config.keep, main=self.main) as folder:
+            checkpoint.save_state(folder, self.module, self.optimizers, self.progress, main=self.main)
+            weights = self._weights()
+            if self.main:
+                model.save(self.student, weights, folder / checkpoint.MODEL)
+                (folder / checkpoint.CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+        self.saved = checkpoint.found(self.out)[-1]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is trained, whole and on the CPU, in the first process."""
+        found = {}
+        for name, p in self.module.named_parameters():
+            if p.requires_grad:
+                weight = parallel.whole(p.detach())
+                if self.main:
+                    found[name] = weight.cpu()
+        return found
+
+
+def _without(parameter: Tensor, part: Any) -> Tensor:
+    """Ones in the parameter's shape, zeros in a part of it."""
+    mask = torch.ones(parameter.shape)
+    mask[part] = 0.0
+    return mask
+
+
+def _may_go_on(config: Config, out: Path, resume: bool) -> Path | None:
+    """The checkpoint of a run to go on from, if there is one. Raises TrainError if it isn't this run's."""
+    found = checkpoint.found(out)
+    if not found:
+        return None
+    if not resume:
+        raise TrainError(f"{out} holds a run already, {found[-1].name}; give another folder")
+    before = Config.read(found[-1] / checkpoint.CONFIG)
+    for field in fields(Config):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        if field.name not in MAY_CHANGE and old != new:
+            what = f"{field.name} {old} there, {new} here" if field.name != "stages" else "its stages are others"
+            raise TrainError(
+                f"{out} holds another run ({what}); give another folder, or --resume {out} to go on with it"
+            )
+    return found[-1]
+
+
+class _Signals:
+    """Inside, the first SIGTERM or SIGINT is only noted; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+@contextmanager
+def _explained(config: Config, out: Path) -> Iterator[None]:
+    """Errors of memory and disk in one line that says what to do."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _no_memory(error):
+            raise
+        raise TrainError(
+            f"out of memory; lower length ({config.length:,}), use checkpointing=full ({config.checkpointing} now), train "
+            f"an adapter (--trained lora) or with more processes. {_left(out)}"
+        ) from None
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if not _is_full(error):
+            raise
+        raise TrainError(
+            f"{out} can't be written: {checkpoint.reason(error)}; free some space or keep fewer checkpoints (--keep "
+            f"{config.keep} now). {_left(out)}"
+        ) from None
+
+
+def _no_memory(error: RuntimeError) -> bool:
+    """PyTorch's allocators raise what they raise."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _is_full(error: BaseException) -> bool:
+    reason = checkpoint.reason(error)
+    return any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def _left(out: Path) -> str:
+    """What there is to go on from."""
+    found = checkpoint.found(out)
+    return f"{found[-1]} is complete; the same command goes on from it" if found else "No checkpoint was written yet"
