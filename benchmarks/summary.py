@@ -6,27 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import world
 from benchmarks.common import text
 
 HERE = Path(__file__).parent
-ORDER = ["ttft", "concurrency", "encoding", "context", "precision", "serving", "evaluation", "training"]
+ORDER = ["ttft", "concurrency", "encoding", "context", "precision", "serving", "evaluation", "training", "world"]
 
 
 def section(found: dict[str, Any]) -> list[str]:
     """One benchmark as Markdown: title, command, environment, table, goals."""
-    environment, rows = found["environment"], found["rows"]
-    columns = list(dict.fromkeys(k for row in rows for k in row))
+    environment = found["environment"]
     lines = [f"## {found['title']}", "", f"`{environment['command'].strip()}`", ""]
     lines.append(
         f"{environment['hardware']}, {environment['threads']} thread(s); Python {environment['python']}, "
         f"torch {environment['torch']}, transformers {environment['transformers']}."
     )
-    lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(text(row.get(c, "")) for c in columns) + " |" for row in rows]
+    lines += ["", *(world.markdown(found) if "cells" in found else _table(found["rows"]))]
     if found["goals"]:
         lines += ["", "| figure | measured | goal |", "|---|---|---|"]
         lines += [f"| {name} | {text(value)} | {goal} |" for name, (value, goal) in found["goals"].items()]
     return [*lines, ""]
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(text(row.get(c, "")) for c in columns) + " |" for row in rows]
 
 
 def main() -> None:
@@ -39,7 +44,7 @@ def main() -> None:
         "Made by `make bench`: every section names the command behind it. Medians; all sides of a table are measured in one run,",
         "and clocks start after the model is loaded, from token ids. The model is a random Llama of 124 M parameters in float32,",
         "except in the table of precisions, which has a tiny random model for each family, in those of serving and evaluation,",
-        "which use the demo's tiny model, and in that of training, whose command names its model.",
+        "which use a tiny random model, and in those of training and the synthetic world, whose commands name their models.",
         "",
     ]
     for file in files:
