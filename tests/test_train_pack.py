@@ -416,8 +416,9 @@ def test_rows_of_a_method():
 def test_the_examples_in_the_documentation_run():
     text = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    assert len(blocks) == 2
-    for block in blocks:
+    about_models = [block for block in blocks if "hf" in block]  # not those that start a run
+    assert len(about_models) == 2
+    for block in about_models:
         hf = families.FAMILIES["llama"]()
         before = hf.lm_head.weight.detach().clone()
         names: dict = {"hf": hf}

@@ -31,7 +31,7 @@ router = APIRouter(prefix="/v1", responses=errors.DECLARED)
 T = TypeVar("T")
 LINGER = 5.0  # seconds a client has for reading its last events
 
-STREAMED: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+STREAMED: dict[str, Any] = {"text/event-stream": {}}  # a schema here would be one of single events
 
 
 @router.get("/models", response_model=schema.ModelList)

@@ -47,11 +47,17 @@ class Step:
 
 
 class Planned(NamedTuple):
-    """A stage with its sources open, and how many steps it takes."""
+    """A stage with its sources open, to train on and to evaluate with, and how many steps it takes."""
 
     stage: Stage
     sources: list[Source]
+    held_out: list[Source]
     steps: int
+
+    @property
+    def unseen(self) -> list[Component]:
+        """Components without held-out examples."""
+        return [c for c, source in zip(self.stage.components, self.held_out, strict=True) if not len(source)]
 
 
 def plan(config: Config, stages: Iterable[Stage], tokenizer: Any) -> list[Planned]:
@@ -63,7 +69,7 @@ def plan(config: Config, stages: Iterable[Stage], tokenizer: Any) -> list[Planne
         steps = stage.steps or math.ceil(stage.epochs * finite / config.batch)
         if not steps:
             raise TrainError("a stage counts epochs, but none of its components has an end; give it steps")
-        planned.append(Planned(stage, sources, steps))
+        planned.append(Planned(stage, sources, _sources(config, stage, tokenizer, VALIDATION), steps))
     return planned
 
 
@@ -154,12 +160,16 @@ class Exam:
     answers: list[list[int]]
 
 
-def exams(config: Config, stage: Stage, tokenizer: Any, limit: int) -> list[Exam]:
-    """The evaluation of a stage: `config.evaluation` held-out examples of each component, by each of its methods."""
-    sources = _sources(config, stage, tokenizer, VALIDATION)
-    of = [(c.name, spec) for c in stage.components for spec in c.methods]
+def exams(config: Config, planned: Planned, limit: int) -> list[Exam]:
+    """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some, by each of its
+    methods.
+    """
+    held_out = dict(zip(planned.stage.components, planned.held_out, strict=True))
+    components = [component for component in held_out if component not in planned.unseen]
+    sources = [held_out[component] for component in components]
+    of = [(c.name, spec) for c in components for spec in c.methods]
     found = validation(
-        stage.components, sources, config.seed, config.evaluation, length=config.length, limit=limit, documents=False
+        components, sources, config.seed, config.evaluation, length=config.length, limit=limit, documents=False
     )
     return [_exam(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True)]
 

@@ -106,6 +106,8 @@ class Trainer:
         """Train to the last step, or until a signal comes."""
         if self.progress.step:
             self.log.say(f"going on after step {self.progress.step:,} of {self.last:,}")
+        for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
+            self.log.say(f"{name} has no held-out examples, so it isn't evaluated")
         with _Signals() as signals:
             began = time.perf_counter()
             for step in self._steps():
@@ -206,7 +208,9 @@ class Trainer:
             return
         rows, losses, norms = zip(*self.pending, strict=True)
         self.pending = []
+        began = time.perf_counter()
         found = zip(rows, self._sum(torch.stack(losses)).tolist(), torch.stack(norms).tolist(), strict=True)
+        rows[-1]["seconds"] += time.perf_counter() - began  # a GPU was still at it
         logged = [{"step": row["step"], "loss": value, "gradient_norm": norm} | row for row, value, norm in found]
         self.log.steps(logged)
         for row in logged:
@@ -223,8 +227,7 @@ class Trainer:
         at = itertools.accumulate(planned.steps for planned in self.planned)
         stage = next(p for p, end in zip(self.planned, at, strict=True) if self.progress.step <= end)
         if self.exams[0] is not stage:
-            limit = self.student.trainable.limit
-            self.exams = stage, batches.exams(self.config, stage.stage, self.student.tokenizer, limit)
+            self.exams = stage, batches.exams(self.config, stage, self.student.trainable.limit)
         self.module.eval()
         self.log.evaluated([self._taken(exam) for exam in self.exams[1]])
         self.module.train()
@@ -327,7 +330,7 @@ def _explained(config: Config, out: Path) -> Iterator[None]:
             f"an adapter (--trained lora) or with more processes. {_left(out)}"
         ) from None
     except (OSError, SafetensorError, CheckpointException) as error:
-        if not _is_full(error):
+        if not _is_full(error) and not isinstance(error, CheckpointException):
             raise
         raise TrainError(
             f"{out} can't be written: {checkpoint.reason(error)}; free some space or keep fewer checkpoints (--keep "
@@ -336,8 +339,9 @@ def _explained(config: Config, out: Path) -> Iterator[None]:
 
 
 def _no_memory(error: RuntimeError) -> bool:
-    """PyTorch's allocators raise what they raise."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """PyTorch's allocators raise what they raise; the process that prepares steps is killed by the system."""
+    told = ("allocate memory", "killed by signal: Killed")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 def _is_full(error: BaseException) -> bool:
