@@ -9,6 +9,7 @@ Shapes: T packed tokens, H query heads, G key/value heads, D key head size, Dv v
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -245,6 +246,25 @@ def trainable(hf_model: PreTrainedModel, *, allow_untested: bool = False) -> Tra
     hf_model.train(was_training)
     hf_model.config._attn_implementation = _IMPLEMENTATION
     return Trainable(hf_model, layers)
+
+
+def deepen(hf_model: PreTrainedModel, count: int) -> None:
+    """Put copies of a transformers model's last `count` layers on top of it: what it does with a token it then does once
+    more with the outcome. Raises ModelError where there aren't so many.
+
+    Source: progressive stacking (Gong et al., Efficient Training of BERT by Progressively Stacking, ICML 2019).
+    """
+    layers, config = hf_model.model.layers, hf_model.config
+    if not 0 < count <= len(layers):
+        raise ModelError(f"the model has {len(layers)} layers, so {count} can't be copied")
+    for layer in list(layers)[-count:]:
+        configs = {id(m.config): m.config for m in layer.modules() if hasattr(m, "config")}  # stay the model's own
+        above = copy.deepcopy(layer, configs)
+        above.self_attn.layer_idx = len(layers)
+        layers.append(above)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [*config.layer_types, *config.layer_types[-count:]]
+    config.num_hidden_layers = len(layers)
 
 
 def save(

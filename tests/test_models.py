@@ -432,6 +432,29 @@ def test_weight_hashes_are_remembered_until_the_file_changes(saved, cache, monke
     assert models._file_hash(file) == first
 
 
+@pytest.mark.parametrize("family", ["llama3", "gemma3_text", "granite", "qwen2"])
+def test_a_deepened_model_runs_its_last_layers_twice(family, tmp_path):
+    """What is added is a copy, of its own from then on; the model saves, loads and passes the checks as any other."""
+    hf = families.FAMILIES[family]()
+    before = {name: p.clone() for name, p in hf.state_dict().items()}
+    models.deepen(hf, 2)
+    assert len(hf.model.layers) == hf.config.num_hidden_layers == 5
+    after = hf.state_dict()
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+    for name in before:
+        if ".layers.2." in name:
+            assert torch.equal(after[name.replace(".2.", ".4.")], after[name])
+            after[name.replace(".2.", ".4.")].add_(1)
+            assert torch.equal(after[name], before[name])
+    assert len(models.trainable(hf).layers) == 5
+    hf.set_attn_implementation("sdpa")
+    models.save(hf, tmp_path / "deeper")
+    loaded = models.load(tmp_path / "deeper")
+    assert len(loaded.layers) == 5 and [x.window for x in loaded.layers[3:]] == [x.window for x in loaded.layers[1:3]]
+    with pytest.raises(ModelError, match="has 5 layers, so 6 can't be copied"):
+        models.deepen(hf, 6)
+
+
 def test_16_bit_folders_load_as_they_are_or_as_told(tmp_path):
     families.FAMILIES["gemma3_text"]().to(torch.bfloat16).save_pretrained(tmp_path)
     assert models.load(tmp_path).dtype == torch.bfloat16

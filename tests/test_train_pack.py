@@ -20,7 +20,7 @@ from kvgraph.plan import Plan
 from kvgraph.train.example import Example
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.links import add_link_tokens, rows_of, train_only_rows
-from kvgraph.train.pack import Packed, pack
+from kvgraph.train.pack import Packed, lay, pack
 
 VOCAB = 128
 LONG = 1 << 12
@@ -204,6 +204,26 @@ def test_questions_share_their_context_and_their_beginning():
     assert len(packed) == 2 + 9 + 3 + 2  # the same question twice: the last row is each one's own
     assert packed.targets.tolist() == [30, 31, 32, 30, 31, 32]
     assert packed.rows[:2].tolist() == packed.rows[3:5].tolist() and packed.rows[2] != packed.rows[5]
+
+
+def test_through_links_questions_see_no_document():
+    """Question and answer see prefix and links alone; everything else is as it is without."""
+    example, method = Example(GRAPH, QUESTIONS), KVLink(2, 100, 8, 98, 99)
+    plain, hidden = lay(example, method), lay(example, method, through_links=True)
+    assert [*plain.targets] == [*hidden.targets] and [*plain.tokens] == [*hidden.tokens]
+    documents = torch.tensor([5 <= t < 20 for t in hidden.tokens.tolist()])
+    live = torch.tensor([20 <= t < 98 for t in hidden.tokens.tolist()])
+    links = (hidden.tokens >= 98) & ~documents
+    visible = hidden.visible()
+    assert not visible[live][:, documents].any()
+    assert visible[live][:, links].all()  # memory tokens and the prefix's end among them
+    assert visible[live][:, (hidden.tokens == 3) | (hidden.tokens == 4)].all()
+    for token in (100, 105):  # the links still read the documents before them
+        (row,) = (hidden.tokens == token).nonzero()[0]
+        assert visible[row][documents].sum() == (4 if token == 100 else 9)
+    for other in (Block(), Full(), KVLink(0)):
+        with pytest.raises(PlanError, match="has no link tokens for a question to see"):
+            lay(example, other, through_links=True)
 
 
 def test_first_fit_in_order():

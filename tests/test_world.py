@@ -391,6 +391,17 @@ def test_sizes_types_and_numbers_of_questions():
     assert drawn["2-hop"] / drawn.total() == pytest.approx(2 / 3, abs=0.08) and set(drawn) == {"1-hop", "2-hop"}
 
 
+@pytest.mark.parametrize("statements", [1, 2])
+def test_chunks_are_cut_where_they_would_state_too_much(statements):
+    """The same facts and questions, in more chunks."""
+    for whole, cut in zip(World("chunks", count=40), World("chunks", count=40, statements=statements), strict=True):
+        assert max(len(s.relations) for s in cut.segments) == statements
+        assert max(len(s.relations) for s in whole.segments) > statements or len(whole.segments) == len(cut.segments)
+        told = [sorted((s.entity, r) for s in c.segments for r in s.relations) for c in (whole, cut)]
+        assert told[0] == told[1]
+        assert [(q.text, q.answer) for q in whole.questions] == [(q.text, q.answer) for q in cut.questions]
+
+
 def test_settings_as_text():
     text = "seed=3,count=7,entities=4-5,distractors=1,questions=2,types=named+pronoun,order=shuffled,edges=wrong,share=0.5,prefix=id,gold_position=2,split=train"
     assert World.parse("chunks", text) == World(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PAD, BOS, EOS, UNKNOWN, MEM_START, MEM_END = SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<mem_start>", "<mem_end>")
-LINKS = 96  # link tokens: 4 a document for 24 documents
+LINKS_EACH = 4  # link tokens of a document
+LINKS = 24 * LINKS_EACH  # of 24 documents
 INSIDE = "##"  # begins a token that goes on where the one before ends
 
 

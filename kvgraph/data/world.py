@@ -129,6 +129,7 @@ class World:
     entity, as far as the edges tell.
     gold_position: where the answer stands, the same for all questions: as the document with this number where documents
     are kept together, as the segment where they are shuffled. Default anywhere.
+    statements (chunks): most of a chunk, 1 to 3; a longer one is cut into several.
 
     Raises WorldError for a setting that is none of these or doesn't fit the others.
     """
@@ -146,6 +147,7 @@ class World:
     share: float = 1.0
     prefix: str = NONE
     gold_position: int | None = None
+    statements: int = 3
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, KINDS)
@@ -170,6 +172,8 @@ class World:
             )
         if not 0 < self.share <= 1 or (self.share < 1 and self.edges == TRUE):
             raise WorldError(f"share is {self.share}; it is how much of the edges is changed, above 0 and at most 1")
+        if not 1 <= self.statements <= 3:
+            raise WorldError(f"statements is {self.statements}; a chunk has at most 1, 2 or 3")
         if self.kind == HOPS and (self.order, self.prefix) != (KEPT, NONE):
             raise WorldError(
                 "order and prefix are for chunks; documents of hops have one segment, which names its entity"
@@ -276,8 +280,9 @@ def _people_firms_cities(rng: random.Random, dealer: Dealer, years: list[str], c
     return made
 
 
-def _cut(rng: random.Random, dealer: Dealer, years: list[str], count: int, kind: str) -> list[_Entity]:
-    """`count` entities of a kind in chunks: one that names it, then one with 1 to 3 relations, or two with all three.
+def _cut(rng: random.Random, dealer: Dealer, years: list[str], count: int, kind: str, statements: int) -> list[_Entity]:
+    """`count` entities of a kind in chunks: one that names it, then one with 1 to 3 relations, or two with all three; in
+    more chunks where these would hold more than so many statements.
 
     The first two get two, so that every relation is stated at least twice: what is stated once needs no name.
     """
@@ -289,8 +294,9 @@ def _cut(rng: random.Random, dealer: Dealer, years: list[str], count: int, kind:
         told = _shuffled(rng, later)
         cut = rng.choice((1, 2))
         two = i < 2 or rng.random() < 0.5
-        parts = (told[:cut], told[cut:]) if two else (told[: rng.choice((1, 2, 3))],)
+        parts = [told[:cut], told[cut:]] if two else [told[: rng.choice((1, 2, 3))]]
         facts = {relation: values[relation][i] for relation in (first, *(r for part in parts for r in part))}
+        parts = [part[j : j + statements] for part in parts for j in range(0, len(part), statements)]
         made.append(_Entity(name, kind, facts, ((first,), *map(tuple, parts))))
     return made
 
@@ -385,7 +391,7 @@ class _Teller:
         def made(rng: random.Random, count: int) -> list[_Entity]:
             if self.world.kind == HOPS:
                 return _people_firms_cities(rng, dealer, years, count)
-            return _cut(rng, dealer, years, count, kind)
+            return _cut(rng, dealer, years, count, kind, self.world.statements)
 
         return made(rng, count), made(self._rng("distractors"), self.world.distractors)
 
@@ -547,7 +553,7 @@ def _parsed(name: str, value: str) -> Any:
             return int(few), int(many or few)
         if name == "types":
             return tuple(value.split("+"))
-        if name in ("seed", "count", "distractors", "questions", "gold_position"):
+        if name in ("seed", "count", "distractors", "questions", "gold_position", "statements"):
             return int(value)
         return float(value) if name == "share" else value
     except ValueError:

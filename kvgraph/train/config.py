@@ -29,6 +29,8 @@ class Component:
     relative to the configuration's `data`. weight: how often, against the other components. methods: as commands write
     them; each example is trained by one of them, drawn evenly, or by `every` one. edges: for methods that read edges,
     "links" (the data's own) or what `kvgraph.graph.named_edges` knows; one of them is drawn an example.
+    through_links: questions see the link tokens and not the documents, so that whatever they need has to pass through the
+    links (gist masking: Mu et al. 2023, arXiv 2304.08467). For kvlink only.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Component:
     weight: float = 1.0
     every: bool = False
     edges: tuple[str, ...] = ("links",)
+    through_links: bool = False
 
     def __post_init__(self) -> None:
         if not self.methods or not self.edges:
@@ -90,6 +93,7 @@ class Config:
     clip: Annotated[float, "highest norm of the gradient; 0: any"] = 1.0
     trained: Annotated[str, "all weights, the links' rows alone, or a lora adapter (saved merged)"] = WHOLE
     lora_rank: Annotated[int, "rank of the lora adapter"] = 16
+    deepen: Annotated[int, "copies of the last so many layers to put on top before the first step (stacking)"] = 0
     links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
     slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
     precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
@@ -145,7 +149,20 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 _LEAST = {
     **dict.fromkeys(("batch", "length", "lora_rank", "evaluate_every", "save_every", "keep"), 1),
-    **dict.fromkeys(("limit", "links", "slots", "threads", "evaluation", "document_weight", "weight_decay", "clip"), 0),
+    **dict.fromkeys(
+        (
+            "limit",
+            "deepen",
+            "links",
+            "slots",
+            "threads",
+            "evaluation",
+            "document_weight",
+            "weight_decay",
+            "clip",
+        ),
+        0,
+    ),
 }
 
 

@@ -90,18 +90,25 @@ class Joined:
     documents: tuple[Target, ...]
 
 
-def join(example: Example, method: Method, *, documents: bool = False) -> Joined:
+def join(example: Example, method: Method, *, documents: bool = False, through_links: bool = False) -> Joined:
     """All questions of an example on one layout of its context, which is what the method makes of it.
 
     An answer's token is learned from the live token before it. documents: learn the segments' tokens too, each distinct
-    segment where it is first encoded, from its second token on.
+    segment where it is first encoded, from its second token on. through_links: questions see what comes before them in the
+    live span, which is the links, and the prefix, but no document.
     Raises GraphError where the method can't plan the graph; PlanError where its plan can't be trained.
     """
-    shared, sees, lives = _lives(example, method)
-    n = _common(lives) if len(lives) > 1 else 0
+    shared, sees, lives, before = _lives(example, method)
+    n = before if through_links else _common(lives) if len(lives) > 1 else 0
     spans, roots = list(shared), []
     if n:
         spans.append(_live(lives[0][:n], sees, "beginning"))
+    if through_links:
+        if not before or min(map(len, lives)) == before:
+            raise PlanError(f"{method.name} has no link tokens for a question to see instead of the documents")
+        segments = set(example.graph.segments)
+        sees = tuple(place for place in sees if shared[place.span].tokens not in segments)
+    if n:
         sees = (*sees, Place(len(shared), spans[-1].start, 0, n))
     answers = []
     for i, (live, question) in enumerate(zip(lives, example.questions, strict=True)):
@@ -116,8 +123,18 @@ def join(example: Example, method: Method, *, documents: bool = False) -> Joined
     return Joined(tuple(spans), tuple(roots), tuple(answers), tuple(learned))
 
 
-def _lives(example: Example, method: Method) -> tuple[tuple[Span, ...], tuple[Place, ...], list[list[tuple[int, int]]]]:
-    """What the plans of all questions share: spans and the live span's places; and each one's live (token, position) pairs.
+class _Lives(NamedTuple):
+    """What plans share: spans and the live span's places; each one's live (token, position) pairs, of which `before` come
+    before its query."""
+
+    shared: tuple[Span, ...]
+    sees: tuple[Place, ...]
+    lives: list[list[tuple[int, int]]]
+    before: int
+
+
+def _lives(example: Example, method: Method) -> _Lives:
+    """What the plans of all questions share.
 
     The live span is what comes before the query, then the query, whatever it is. So two plans tell all: what the others
     would be is put together from them. tests/test_train_pack.py compares that with `Example.plans`.
@@ -139,7 +156,7 @@ def _lives(example: Example, method: Method) -> tuple[tuple[Span, ...], tuple[Pl
         raise PlanError(
             f"{method.name} weighs groups of keys, which no attention mask can do; train with another method"
         )
-    return shared, sees, lives
+    return _Lives(shared, sees, lives, len(before))
 
 
 def _live(tokens: Sequence[tuple[int, int]], sees: tuple[Place, ...], name: str) -> Span:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,9 +24,10 @@ from kvgraph.eval import prompt
 from kvgraph.eval.task import Item
 from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.graph import ContextGraph, named_edges
-from kvgraph.methods import Method
+from kvgraph.methods import KVLink, Method
 from kvgraph.train.config import Component, TrainError
 from kvgraph.train.example import Example
+from kvgraph.train.links import rows_of
 from kvgraph.train.pack import Packed, lay
 
 ENDLESS = 1 << 62
@@ -154,15 +156,26 @@ class Mixture:
         chosen = [methods.parse(name) for name in (names if component.every else (rng.choice(names),))]
         found = []
         for method in chosen:
+            if _spells_own_tokens(example, method):
+                return []
             told = with_edges(example, edges if methods.reads_edges(method) else "none")
             try:
-                laid = lay(told, method, documents=self.documents)
+                laid = lay(told, method, documents=self.documents, through_links=component.through_links)
             except (GraphError, PlanError):  # more documents than link tokens, for one
                 return []
             if len(laid) > self.length or int(laid.positions.max()) >= self.limit or not len(laid.rows):
                 return []
             found.append(Drawn(component.name, told, method, laid))
         return found
+
+
+def _spells_own_tokens(example: Example, method: Method) -> bool:
+    """Whether a text holds one of the method's link and memory tokens, which are there to mean something else."""
+    if not isinstance(method, KVLink) or not (method.links or method.mem_start is not None):
+        return False
+    own, graph = set(rows_of(method)), example.graph
+    texts = (*graph.prefix, *graph.segments, *(piece for q in example.questions for piece in (q.query, q.answer)))
+    return any(not own.isdisjoint(text) for text in texts)
 
 
 def with_edges(example: Example, edges: str) -> Example:
@@ -189,6 +202,6 @@ def validation(
     """`count` examples of every component, by each of its methods: what a run is evaluated with, the same every time."""
     for component, source in zip(components, sources, strict=True):
         for spec in component.methods:
-            one = Component(f"{component.name}/{spec}", component.source, (spec,), edges=component.edges)
+            one = replace(component, name=f"{component.name}/{spec}", methods=(spec,), every=False)
             mixture = Mixture([one], [source], seed, **sizes)
             yield [drawn for _ in range(min(count, len(source))) for drawn in mixture.draw()]

@@ -137,11 +137,11 @@ def first_fit(laid: Iterable[Packed], length: int) -> list[Packed]:
     return [_concatenated(sequence) for sequence in sequences]
 
 
-def lay(example: Example, method: Method, *, documents: bool = False) -> Packed:
+def lay(example: Example, method: Method, *, documents: bool = False, through_links: bool = False) -> Packed:
     """One example by itself, laid out by its method. Its targets are the answers' tokens, question by question, then the
     documents'. Raises GraphError, PlanError as `kvgraph.train.example.join` does.
     """
-    joined = join(example, method, documents=documents)
+    joined = join(example, method, documents=documents, through_links=through_links)
     laid = lay_out(joined.spans, joined.roots)
     spans = [joined.spans[x.span] for x in laid]
     bounds = list(accumulate(map(len, spans), initial=0))

@@ -3,26 +3,32 @@
 From purely random weights such a model sits on the floor of guessing for a long time: reading a fact off a document takes
 heads that know the tokens just before a token, and heads that find the same words again, and each pays only with the
 other. So both are there from the beginning (previous-token heads fixed for good, the others free to change), and
-training finds the rest.
+training finds the rest. It has three layers, which is what it takes to read one fact; for facts that lead to others the
+recipes stack copies of these on top (`kvgraph.models.deepen`).
+
+Tokens that mean something alike start alike: years differ along one direction by their order, and link tokens start as
+pronouns do, the same for every document, because they too stand for what was named before.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from kvgraph.data import tokenizer
+from kvgraph.data import tokenizer, world
 
-HIDDEN, LAYERS, HEADS, HEAD_DIM, MLP = 192, 6, 4, 48, 512
+HIDDEN, LAYERS, HEADS, HEAD_DIM, MLP = 192, 3, 4, 48, 512
 THETA = 10000.0
-# How far the heads that look back look, by layer: 3 tokens take in a relation and a name of two tokens, 4 lead from the
+# How far the heads of the first layer look back: 3 tokens take in a relation and a name of two tokens, 4 lead from the
 # relation that is asked last to the one before ("serves a firm that occupies").
-LOOK_BACK = {0: (1, 2, 3), 3: (1, 2, 3, 4)}
+LOOK_BACK = (1, 2, 3, 4)
 SHARP, FREQUENCIES = 6.0, 12  # of the heads that look back: their queries' and keys' size, and how many angles they use
 
 
@@ -54,20 +60,20 @@ def write(folder: str | Path, seed: int) -> None:
         "dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    weights = _weights(len(ids), torch.Generator().manual_seed(seed))
+    weights = _weights(ids, torch.Generator().manual_seed(seed))
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 def frozen(hf: Any) -> list[tuple[Tensor, slice]]:
     """Parameters of such a model with the rows that are never trained: where the heads that look back look."""
-    found = []
-    for i, distances in LOOK_BACK.items():
-        a, rows = hf.model.layers[i].self_attn, slice(0, len(distances) * HEAD_DIM)
+    found, rows = [], slice(0, len(LOOK_BACK) * HEAD_DIM)
+    for layer in hf.model.layers[::LAYERS]:
+        a = layer.self_attn
         found += [(p, rows) for p in (a.q_proj.weight, a.q_proj.bias, a.k_proj.weight, a.k_proj.bias)]
     return found
 
 
-def _weights(vocabulary: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _weights(ids: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
     """Weights by the names that Hugging Face gives a Granite's, [out, in] each."""
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -77,7 +83,7 @@ def _weights(vocabulary: int, generator: torch.Generator) -> dict[str, Tensor]:
         return torch.linalg.qr(normal(size, size, std=1.0))[0]
 
     weights = {
-        "model.embed_tokens.weight": normal(vocabulary, HIDDEN, std=HIDDEN**-0.5),
+        "model.embed_tokens.weight": _embeddings(ids, normal),
         "model.norm.weight": torch.ones(HIDDEN),
     }
     strength = [0.1, *[0.25] * (LAYERS - 2), 0.6]  # how much of what it reads a layer copies on
@@ -100,8 +106,20 @@ def _weights(vocabulary: int, generator: torch.Generator) -> dict[str, Tensor]:
     return weights
 
 
+def _embeddings(ids: Mapping[str, int], normal: Callable[..., Tensor]) -> Tensor:
+    """[vocabulary, HIDDEN] of length about 1, at random but for years and link tokens."""
+    rows = normal(len(ids), HIDDEN, std=HIDDEN**-0.5)
+    years = [ids[year] for year in world.YEARS]
+    rows[years] += torch.linspace(-1, 1, len(years))[:, None] * normalize(normal(HIDDEN, std=1.0), dim=0)
+    pronoun = normalize(rows[[ids[word] for word in ("She", "firm", "city")]].sum(0), dim=0)
+    links = [ids[f"<link_{i}>"] for i in range(tokenizer.LINKS)]
+    alike = normalize(pronoun + 0.7 * normal(tokenizer.LINKS_EACH, HIDDEN, std=HIDDEN**-0.5), dim=1)
+    rows[links] = alike.repeat(len(links) // len(alike), 1)
+    return rows
+
+
 def _look_back(weights: dict[str, Tensor], out: Tensor) -> None:
-    """Set the heads that look back by their biases alone, and let the layers after them match what these wrote.
+    """Set the heads that look back by their biases alone, and let the next layer match what these wrote.
 
     out [HIDDEN, HEAD_DIM]: where all of them write. A query turned back by so many positions looks at exactly that token.
     """
@@ -110,22 +128,18 @@ def _look_back(weights: dict[str, Tensor], out: Tensor) -> None:
     key = torch.zeros(HEAD_DIM)
     key[:FREQUENCIES] = SHARP
     x, y = key.chunk(2)
-    for i, distances in LOOK_BACK.items():
-        attention = f"model.layers.{i}.self_attn"
-        q, k, v, o = (weights[f"{attention}.{name}_proj.weight"] for name in "qkvo")
-        if i == 0:
-            o[:, len(distances) * HEAD_DIM :] *= 0.3
-        for head, distance in enumerate(distances):
-            rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-            cos, sin = (angles * distance).cos().float(), (angles * distance).sin().float()
-            q[rows] = k[rows] = 0.0
-            weights[f"{attention}.q_proj.bias"][rows] = torch.cat([x * cos + y * sin, y * cos - x * sin])
-            weights[f"{attention}.k_proj.bias"][rows] = key
-            v[rows] = value
-            o[:, rows] = out * (2.0 if i else 1.0)
+    attention = "model.layers.0.self_attn"
+    q, k, v, o = (weights[f"{attention}.{name}_proj.weight"] for name in "qkvo")
+    for head, distance in enumerate(LOOK_BACK):
+        rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        cos, sin = (angles * distance).cos().float(), (angles * distance).sin().float()
+        q[rows] = k[rows] = 0.0
+        weights[f"{attention}.q_proj.bias"][rows] = torch.cat([x * cos + y * sin, y * cos - x * sin])
+        weights[f"{attention}.k_proj.bias"][rows] = key
+        v[rows] = value
+        o[:, rows] = out
     written = torch.linalg.qr(out)[0]
-    for i in LOOK_BACK:  # the layer after it finds what they wrote
-        attention = f"model.layers.{i + 1}.self_attn"
-        matched = weights[f"{attention}.q_proj.weight"] @ written @ written.T * 1.4
-        weights[f"{attention}.q_proj.weight"] = matched
-        weights[f"{attention}.k_proj.weight"] = matched.clone()
+    attention = "model.layers.1.self_attn"
+    matched = weights[f"{attention}.q_proj.weight"] @ written @ written.T * 1.4
+    weights[f"{attention}.q_proj.weight"] = matched
+    weights[f"{attention}.k_proj.weight"] = matched.clone()

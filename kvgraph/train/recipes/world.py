@@ -1,36 +1,68 @@
-"""The synthetic world's recipe, for a small model that answers by every method. First settings: it learns questions that
-take one document within some 350 steps; those that take two haven't been learned so far.
+"""The synthetic world's recipes, for a small model that answers by every method. `runs/world.sh` runs them in a row.
+
+What a model can do is built up: a fact is read by three layers; copies of them on top read on from what was found
+(progressive stacking), once for two facts in a row and once more for three. All that in ordinary prompts, which gives
+"world-base". "world-mixed" then trains every method at once. What KVLink's link tokens have to find out about chunks that
+need each other comes first there, with one statement a chunk, and partly with the documents hidden from the questions.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from kvgraph.data.tokenizer import kvlink
+from kvgraph.data.tokenizer import LINKS_EACH, kvlink
 from kvgraph.train.config import MUON, TRAPEZOID, Component, Config, Stage
 
 START = "world"  # the untrained model of kvgraph.train.start
+LAYERS = 3  # that it has, and that are stacked
+LINKED = kvlink(LINKS_EACH)
+HOPS = "world:hops,questions=24"
+CHUNKS = "world:chunks,questions=16"
+ALL = "types=1-hop+2-hop+3-hop+comparison"
+
+
+def world_1hop() -> Config:
+    """A new model of three layers, on questions that take one document, in one ordinary prompt."""
+    one = Component("1-hop", f"{HOPS},entities=2-3,types=1-hop", ("full",))
+    return _config("world-1hop", Stage((one,), steps=400))
+
+
+def world_2hop() -> Config:
+    """With --model, on from world-1hop with three more layers: two documents in a row."""
+    two = Component("2-hop", f"{HOPS},entities=2-4,types=1-hop+2-hop+2-hop", ("full",))
+    return _config("world-2hop", Stage((two,), steps=450), deepen=LAYERS)
 
 
 def world_base() -> Config:
-    """A small new model, on questions that take one document, then two in a row, in one ordinary prompt."""
-    one = "world:hops,questions=32,entities=2-3,types=1-hop"
-    two = "world:hops,questions=24,entities=2-4,types=1-hop+1-hop+2-hop+2-hop+2-hop"
-    stages = (
-        Stage((Component("1-hop", one, ("full",)),), steps=350),
-        Stage((Component("2-hop", two, ("full",)),), steps=500),
-    )
-    return _config("world-base", stages)
+    """With --model, on from world-2hop with three more layers: all questions, in one ordinary prompt."""
+    hops = Component("hops", f"{HOPS},entities=2-5,{ALL}+comparison", ("full",), 2.0)
+    chunks = Component("chunks", f"{CHUNKS},entities=2-6,types=named+pronoun+pronoun", ("full",))
+    return _config("world-base", Stage((hops, chunks), steps=450), deepen=LAYERS)
 
 
 def world_mixed() -> Config:
-    """All hops by every method at once; with --model, on from what world-base made."""
-    hops = "world:hops,questions=24,types=1-hop+2-hop+3-hop+comparison"
-    stages = (Stage((Component("hops", hops, ("full", "block", kvlink(4), "graph-kv")),), steps=1000),)
-    return _config("world-mixed", stages)
+    """With --model, on from world-base: every method at once, after the links' own beginning."""
+    easy = f"{CHUNKS},entities=2-3,types=pronoun"
+    beginning = (
+        Component("hops", f"{HOPS},entities=2-4,{ALL}", ("full", "block", LINKED, "graph-kv"), 2.0),
+        Component("links-hops", f"{HOPS},entities=2-3,types=1-hop", (LINKED,), through_links=True),
+        Component("links-chunks", f"{easy},statements=1", (LINKED,), 2.0, through_links=True),
+        Component("easy-chunks", f"{easy},statements=1", (LINKED,)),
+        Component("chunks", easy, ("full", "graph-kv")),
+        Component("chunks-shuffled", f"{easy},order=shuffled", ("graph-kv",)),
+    )
+    chunks = f"{CHUNKS},entities=3-6,types=named+pronoun+pronoun"
+    every = (
+        Component("hops", f"{HOPS},entities=2-6,{ALL}", ("full", "block", LINKED, "graph-kv"), 4.0),
+        Component("easy-chunks", f"{CHUNKS},entities=2-4,types=pronoun,statements=1", (LINKED,)),
+        Component("links", chunks, (LINKED,), 2.0),
+        Component("chunks", chunks, ("full", "graph-kv"), 2.0),
+        Component("chunks-shuffled", f"{chunks},order=shuffled", ("graph-kv",)),
+    )
+    return _config("world-mixed", Stage(beginning, steps=350), Stage(every, steps=650), decay=0.35)
 
 
-def _config(name: str, stages: tuple[Stage, ...], **more: Any) -> Config:
+def _config(name: str, *stages: Stage, **more: Any) -> Config:
     settings: dict[str, Any] = {
         "model": START,
         "batch": 8,
@@ -40,10 +72,13 @@ def _config(name: str, stages: tuple[Stage, ...], **more: Any) -> Config:
         "lr": 5e-4,
         "matrix_lr": 0.01,
         "schedule": TRAPEZOID,
+        "warmup": 40 / sum(stage.steps for stage in stages),
+        "decay": 0.1,
         "weight_decay": 0.02,
         "betas": (0.9, 0.98),
         "threads": 1,
         "evaluate_every": 250,
+        "evaluation": 32,
         "save_every": 250,
     }
     return Config(name=name, stages=stages, **(settings | more))
