@@ -11,14 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 import typer
 
-from kvgraph import Engine, __version__, corpus, demo, methods
+from kvgraph import Engine, KVGraphError, __version__, corpus, demo, methods, models
 from kvgraph.cli import app, common, main
+from kvgraph.cli import demo as demo_command
+from kvgraph.data import tokenizer
+from kvgraph.data.world import records
+from kvgraph.eval import prompt
+from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 
 ROOT = Path(__file__).parent.parent
 # The command line sets this before transformers is imported; in this process it may have been imported already.
@@ -322,25 +331,87 @@ def test_bench_measures_cold_and_warm(run, model):
     assert row["method"] == "kvlink:links=1,link_start=259" and row["warm_computed"] == 6, err  # a link a document
 
 
-def test_demo_runs_to_the_end(run, monkeypatch):
-    few = demo.documents()[:3]
-    monkeypatch.setattr(demo, "documents", lambda: few)
-    names = {d.name for d in few}
-    kept = [edge for edge in demo.citations() if set(edge) <= names]
-    monkeypatch.setattr(demo, "citations", lambda: kept)
-    peaks, generate = [], Engine.generate
+CORE_ONLY = """
+import sys
+from dataclasses import replace
+sys.modules |= dict.fromkeys(("datasets", "fastapi", "matplotlib", "peft", "pyarrow", "rouge_score", "scipy"))
+from kvgraph.cli import demo, main
+demo.EACH = 3
+demo.DOCUMENTS, demo.SHUFFLED_CHUNKS = (replace(w, count=3) for w in (demo.DOCUMENTS, demo.SHUFFLED_CHUNKS))
+try:
+    main(["demo"])
+finally:
+    assert "kvgraph.eval" not in sys.modules
+"""
 
-    def noting_peak(engine, *args, **options):
-        peaks.append(engine.scheduler.peak_bytes)
-        return generate(engine, *args, **options)
 
-    monkeypatch.setattr(Engine, "generate", noting_peak)
+@pytest.fixture
+def shipped() -> Path:
+    """The folder of the model that ships with the package."""
+    try:
+        return demo.model()
+    except KVGraphError as error:
+        pytest.skip(str(error))
+
+
+def test_demo_runs_to_the_end_without_any_extra(shipped):
+    done = subprocess.run([sys.executable, "-c", CORE_ONLY], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    checks = [line for line in done.stdout.splitlines() if re.match(r" +[✓✗] ", line)]
+    assert len(checks) == 5 and all("✓" in line for line in checks)
+    rows = re.findall(r"^(\S+) +(cold|warm|restart) .* \d/3 +\d/3 +(\d+) +(\d+) +(\d+) +[\d.]+ m?s$", done.stdout, re.M)
+    assert [row[:2] for row in rows] == [(m, run) for m in demo_command.SPECS for run in demo_command.RUNS]
+    for cold, warm, restart in (rows[i : i + 3] for i in range(0, len(rows), 3)):
+        assert int(cold[2]) > 2 * int(warm[2]) == 2 * int(restart[2])  # documents are computed once
+        assert int(warm[3]) > 50 and int(restart[4]) > 50 and cold[4] == warm[4] == "0"
+    assert max(map(len, done.stdout.splitlines())) <= 104
+
+
+def test_the_demo_shows_what_edges_are_for(shipped):
+    model = models.load(shipped, dtype="float32")
+    chunks = demo_command._asked(demo_command.SHUFFLED_CHUNKS)
+    with Engine(model) as engine:
+        right = {
+            name: demo_command._right(chunks, [demo_command._answer(engine, methods.parse(spec), c) for c in chunks])
+            for name, spec in demo_command.SPECS.items()
+        }
+    assert right["graph-kv"] >= 17 and max(right["full"], right["block"]) <= 12
+
+
+def test_the_demo_asks_as_an_evaluation_does(tmp_path):
+    tokenizer.write(tmp_path)
+    model = SimpleNamespace(tokenizer=models.load_tokenizer(tmp_path))
+    for task, world in ((WORLD_HOPS, demo_command.DOCUMENTS), (WORLD_CHUNKS, demo_command.SHUFFLED_CHUNKS)):
+        items = task.items(records(world))
+        for asked, item in zip(demo_command._asked(world), items, strict=True):
+            assert (asked.question.answer,) == item.golds
+            for method, edges in (("full", ()), ("graph-kv", item.links)):
+                there = prompt.build(task, item, model.tokenizer).graph(edges)
+                assert asked.graph(model, methods.get(method)) == there
+
+
+def test_a_demo_without_its_model_is_one_clear_line(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "FOLDER", tmp_path)
     code, out, err = run("demo")
-    assert code == 0 and err == ""
-    assert peaks == [0] * (1 + 4 * 3)  # every question's peak is its own, not the one before's
-    assert out.count("✓") == 6 and "✗" not in out
-    assert max(map(len, out.splitlines())) <= 100
-    assert len(re.findall(r"^(?:full|block|kvlink|graph-kv) +restart +\d+ +0 ", out, re.M)) == 4
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert f"lacks config.json in {tmp_path}" in err and "install kvgraph again" in err
+
+
+def test_a_difference_ends_the_demo_with_an_error(run, monkeypatch, shipped):
+    small = [replace(world, count=1) for world in (demo_command.DOCUMENTS, demo_command.SHUFFLED_CHUNKS)]
+    monkeypatch.setattr(demo_command, "EACH", 1)
+    monkeypatch.setattr(demo_command, "DOCUMENTS", small[0])
+    monkeypatch.setattr(demo_command, "SHUFFLED_CHUNKS", small[1])
+    monkeypatch.setattr(demo_command, "TOLERANCE", -1.0)
+    code, out, err = run("demo")
+    assert code == 1 and "found a difference" in err
+    assert len(re.findall(r"✗ +\S+ +logits differ", out)) == 4
+
+
+def test_the_shipped_model_is_part_of_the_package():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+    for name in (*demo.MODEL_FILES, "README.md"):
+        assert any(fnmatch(name, pattern) for pattern in patterns), name
 
 
 def test_the_demo_documents_cite_each_other():

@@ -1,144 +1,226 @@
-"""`kvgraph demo`: the whole thing in a minute, with nothing to download."""
+"""`kvgraph demo`: a small model that ships with the package answers real questions by four methods."""
 
 from __future__ import annotations
 
+import statistics
 import tempfile
-import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
-from kvgraph import methods
+from kvgraph import chat, methods
+from kvgraph.chat import Document
 from kvgraph.cli import common
+from kvgraph.data import tokenizer
+from kvgraph.data.world import CHUNKS, HOPS, PRONOUN, SHUFFLED, WRONG, Corpus, Question, World
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from kvgraph.engine.engine import Engine
     from kvgraph.engine.result import Result
     from kvgraph.models import Model
 
-PREFIX = "Answer from these documents about the island of Tarn Veley.\n\n"
-NEW_TOKENS = 16
+Answers = Mapping[str, Mapping[str, Sequence["Result"]]]  # by method and run
+
+EACH = 20  # corpora of each kind, with one question each
+SEED = 122  # its first corpora are short enough to be shown
+DOCUMENTS = World(HOPS, seed=SEED, count=EACH, questions=1, entities=(2, 5), types=("1-hop", "2-hop"))
+SHUFFLED_CHUNKS = World(CHUNKS, seed=SEED, count=EACH, questions=1, types=(PRONOUN,), order=SHUFFLED)
+SPECS = {"full": "full", "block": "block", "kvlink": tokenizer.kvlink(4), "graph-kv": "graph-kv"}
+RUNS = ("cold", "warm", "restart")
+ANSWER_TOKENS = 8
 TOLERANCE = 1e-4  # largest difference of logits, in standard deviations
 
 
-def demo() -> None:
-    """See encoding, asking, restarting and exactness in a minute.
+class Asked(NamedTuple):
+    """A question about a corpus of the synthetic world."""
 
-    It uses documents that come with the package and builds a tiny random model on the spot, so the answers are gibberish; what to look at is what is computed and what
-    is reused, how long the first token takes, and that the answers stay the same. Nothing is downloaded or left behind.
+    corpus: Corpus
+    question: Question
+
+    def graph(self, model: Model, method: Method) -> ContextGraph:
+        """What the model is asked, as `kvgraph eval` asks it; with the corpus' edges where the method reads them."""
+        documents = [Document(segment.text) for segment in self.corpus.segments]
+        prompt = chat.plain(model.tokenizer, "\n\n", documents, self.question.text, "{text}\n")
+        return prompt.graph(self.corpus.edges if methods.reads_edges(method) else ())
+
+    def is_right(self, result: Result) -> bool:
+        """Whether the answer is the right one."""
+        return result.text.strip() == self.question.answer
+
+
+def demo() -> None:
+    """See a small model answer questions from stored KV, by four methods.
+
+    The model ships with kvgraph and knows only an invented world of short sentences. What to look at: which method
+    answers which questions, what is computed and what is reused, and how long the first token takes. Nothing is
+    downloaded or left behind. It takes less than a minute.
 
     \b
       kvgraph demo
     """
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="kvgraph-demo-") as folder:
-        warnings.simplefilter("ignore")  # of course this model isn't tuned for any method
-        _run(Path(folder))
-
-
-def _run(folder: Path) -> None:
     from kvgraph import demo as content
 
-    typer.echo("A tiny random Llama is built on the spot, so its answers are gibberish. What counts is what is")
-    typer.echo("computed, what is reused, how long the first token takes, and that the answers stay the same.\n")
-    content.write_model(folder)
-    model = common.load_model(str(folder), "auto", "cpu", False)
-    documents = content.documents()
-    graph = common.graph_of(documents, f"\nQuestion: {content.questions()[0]}\nAnswer:", PREFIX)
-    cited = ContextGraph(graph.segments, graph.query, graph.prefix, content.citations(), graph.names)
-    start = content.token_id("<|link_0|>")
-    kvlink = f"kvlink:links={content.LINKS},link_start={start},slots={content.LINK_SLOTS}"
-    cases = {name: (methods.parse(name), graph) for name in ("full", "block")}
-    cases["kvlink"] = methods.parse(kvlink), graph
-    cases["graph-kv"] = methods.parse("graph-kv"), cited
+    model = common.load_model(str(content.model()), "float32", "cpu", False)
+    with tempfile.TemporaryDirectory(prefix="kvgraph-demo-") as folder:
+        _run(model, Path(folder))
 
-    _encode_once(model, graph, folder / "corpus")
-    typer.echo(
-        "\n2. The same question by four methods. cold: nothing is stored; warm: asked again; restart: a new\n"
-        "   engine on the same disk store. graph-kv encodes a document again after those it cites, so it\n"
-        "   computes more when cold.\n"
-    )
-    table = common.table("method", "", "computed", "of docs", "reused from", "first token", "peak KV", left=2)
-    different = [
-        name for name, (m, g) in cases.items() if not _ask_three_times(table, model, g, name, m, folder / name)
-    ]
+
+def _run(model: Model, folder: Path) -> None:
+    documents, chunks = _asked(DOCUMENTS), _asked(SHUFFLED_CHUNKS)
+    _introduce(model, documents[0], chunks[0])
+    ready = {name: methods.parse(spec) for name, spec in SPECS.items()}
+    answers = _answers(model, ready, [*documents, *chunks], folder)
+    columns = ("method", "asked", "question 1", "question 2", "like 1", "like 2", "computed", "memory", "disk")
+    table = common.table(*columns, "first token", left=4)
+    for name, runs in answers.items():
+        for run, results in runs.items():
+            table.add_row(name, run, *_row(documents, chunks, results), end_section=run == RUNS[-1])
+    guesses = (f"{sum(one.question.floor for one in some):.0f}/{EACH}" for some in (documents, chunks))
+    table.add_row("guessing", "", "", "", *guesses)
     common.show(table)
-    _say(not different, "cold, warm and restarted answers are the same tokens, and only cold ones compute documents")
+    _explain(model, {name: _right(chunks, runs[RUNS[0]][EACH:]) for name, runs in answers.items()})
+    _check(model, ready, answers, [documents[0], chunks[0]])
 
-    typer.echo("\n3. Composed from stored KV, the logits are those of one dense forward over the same plan:\n")
-    worst = {name: _difference(model, m, g) for name, (m, g) in cases.items()}
+
+def _asked(world: World) -> list[Asked]:
+    return [Asked(corpus, corpus.questions[0]) for corpus in world]
+
+
+def _introduce(model: Model, about_documents: Asked, about_chunks: Asked) -> None:
+    size = sum(p.numel() for p in model.hf.parameters()) / 1e6
+    typer.echo(f"""\
+A small model that ships with kvgraph ({size:.1f} million parameters) answers questions about documents.
+It was trained on an invented world of short sentences and knows nothing else. The names below were
+never in its training, so what it gets right it has read here. What the model computes for a document,
+its KV cache, is kept and used again for every question.
+
+1. Short documents. The answer to some questions takes two of them.
+""")
+    _tell(about_documents, edges=False)
+    typer.echo("""
+2. Documents that were cut into chunks, and shuffled. Whom a chunk means by "she" is known from edges
+   alone: it reads the chunk that its document begins with.
+""")
+    _tell(about_chunks, edges=True)
+    typer.echo(f"""
+Both are asked by four methods, and {EACH - 1} more like each about other documents:
+
+   full      each document is computed after all those before it, as in an ordinary prompt
+   block     each document alone
+   kvlink    each alone; four link tokens after each are computed with the question
+   graph-kv  each alone, then once more after those it reads; the only one that knows the edges
+
+cold: nothing is stored yet. warm: asked again. restart: a new engine, which finds on disk what the
+first one stored. Tokens computed, or found in memory or on disk, are those of an average question;
+the time to the first token is the median.
+""")
+
+
+def _tell(asked: Asked, *, edges: bool) -> None:
+    """Show a corpus and the question about it."""
+    sources = {reader: source for source, reader in asked.corpus.edges}
+    for i, segment in enumerate(asked.corpus.segments):
+        reads = f"reads {sources[i]}" if edges and i in sources else ""
+        typer.echo(f"   {i:>2}  {reads:<9}  {segment.text}" if edges else f"   {i:>2}  {segment.text}")
+    typer.echo(f"\n   {asked.question.text} ...   (right: {asked.question.answer})")
+
+
+def _answers(model: Model, ready: Mapping[str, Method], asked: Sequence[Asked], folder: Path) -> Answers:
+    """The answers to all questions, one after the other, cold, warm, and from a new engine on the same disk store."""
+    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.progress import Progress
+
+    found: dict[str, dict[str, list[Result]]] = {name: {run: [] for run in RUNS} for name in ready}
+    with Progress("asking", len(ready) * len(RUNS) * len(asked)) as bar:
+        for (name, method), runs in product(ready.items(), (RUNS[:2], RUNS[2:])):
+            with Engine(model, store=folder / name) as engine:
+                for run, one in product(runs, asked):
+                    found[name][run].append(_answer(engine, method, one))
+                    engine.flush()  # so that no question pays for storing what the one before it computed
+                    bar.advance(1)
+    return found
+
+
+def _answer(engine: Engine, method: Method, asked: Asked) -> Result:
+    result: Result = engine.generate(asked.graph(engine.model, method), method, max_tokens=ANSWER_TOKENS, stop=(".",))
+    return result
+
+
+def _row(documents: Sequence[Asked], chunks: Sequence[Asked], results: Sequence[Result]) -> Iterator[str]:
+    """The columns of one run: the first answers of both kinds, how many are right, and what they cost."""
+    kinds = (documents, results[:EACH]), (chunks, results[EACH:])
+    for asked, found in kinds:
+        yield f"{found[0].text.strip()[:8] or 'nothing'} {'✓' if asked[0].is_right(found[0]) else '✗'}"
+    for asked, found in kinds:
+        yield f"{_right(asked, found)}/{EACH}"
+    usages = [result.usage for result in results]
+    yield f"{statistics.mean(usage.computed_tokens for usage in usages):,.0f}"
+    for tier in ("memory", "disk"):
+        yield f"{statistics.mean(usage.reused_tokens.get(tier, 0) for usage in usages):,.0f}"
+    yield common.human_time(statistics.median(usage.ttft for usage in usages))
+
+
+def _right(asked: Sequence[Asked], results: Sequence[Result]) -> int:
+    return sum(one.is_right(result) for one, result in zip(asked, results, strict=True))
+
+
+def _explain(model: Model, right: Mapping[str, int]) -> None:
+    """What edges did for the second kind of question. right: how many of them each method answered."""
+    from kvgraph.engine.engine import Engine
+
+    told = _asked(replace(SHUFFLED_CHUNKS, edges=WRONG))
+    with Engine(model) as engine:
+        results = [_answer(engine, methods.parse("graph-kv"), one) for one in told]
+    wrong = _right(told, results)
+    as_told = sum(result.text.strip() == one.question.edges_say for one, result in zip(told, results, strict=True))
+    others = ", ".join(f"{name} {count}" for name, count in right.items() if name != "graph-kv")
+    typer.echo(f"""
+Of the {EACH} questions like 2, graph-kv answers {right["graph-kv"]} ({others}). With wrong edges
+{wrong} of its answers are right, and {as_told} are what the wrong edges say. This is a tiny model in a synthetic
+world: it shows what edges can carry, not how good a method is on real text (`kvgraph eval` measures
+that), and there are ways to say the same in plain text (docs/world.md).
+""")
+
+
+def _check(model: Model, ready: Mapping[str, Method], answers: Answers, asked: Sequence[Asked]) -> None:
+    """Say whether reuse changed nothing. Raises KVGraphError where it did."""
+    different = [name for name, runs in answers.items() if not _same(runs)]
+    _say(not different, "cold, warm and restarted answers are the same tokens, and only cold ones compute documents")
+    worst = {name: max(_difference(model, method, one) for one in asked) for name, method in ready.items()}
     for name, difference in worst.items():
-        _say(difference <= TOLERANCE, f"{name:8}  largest difference {difference:.1e} standard deviations")
+        what = f"{name:8}  logits differ from those of one dense forward by {difference:.1e} standard deviations"
+        _say(difference <= TOLERANCE, what)
     typer.echo("\nNext: `kvgraph encode --help`, and `kvgraph check MODEL` for a model of your own.")
     if different or max(worst.values()) > TOLERANCE:
         raise KVGraphError("the demo found a difference: please report it, with the output above")
 
 
-def _encode_once(model: Model, graph: ContextGraph, folder: Path) -> None:
-    from kvgraph.engine.engine import Engine
-
-    typer.echo(
-        f"1. The corpus, {len(graph.segments)} documents, is encoded into a store on disk, each document alone.\n"
-    )
-    with Engine(model, store=folder) as engine:
-        done = engine.warm(
-            [ContextGraph([text], prefix=graph.prefix) for text in graph.segments], "block", progress=False
-        )
-    size = common.human_size(sum(f.stat().st_size for f in folder.rglob("*.safetensors")))
-    rate = done.computed_tokens / done.seconds
-    typer.echo(
-        f"   {done.computed_tokens:,} tokens computed in {common.human_time(done.seconds)} ({rate:,.0f} a second), {size}"
-    )
-    with Engine(model, store=folder) as engine:
-        usage = engine.generate(graph, "block", max_tokens=NEW_TOKENS, ignore_eos=True).usage
-    typer.echo(f"   first question, new engine: {common.reused(usage.reused_tokens)}, {usage.computed_tokens} computed")
-    _say(usage.document_tokens_computed == 0, "no document is ever computed again")
+def _same(runs: Mapping[str, Sequence[Result]]) -> bool:
+    """Whether all runs gave the same tokens, and all but the cold one computed no document."""
+    cold, *again = runs.values()
+    same = all(r.token_ids == c.token_ids for results in again for r, c in zip(results, cold, strict=True))
+    return same and not any(r.usage.document_tokens_computed for results in again for r in results)
 
 
-def _ask_three_times(table: Table, model: Model, graph: ContextGraph, name: str, method: Method, folder: Path) -> bool:
-    """Ask cold, warm and after a restart; whether the answers agree and only the cold one computed documents."""
-    from kvgraph.engine.engine import Engine
-
-    runs: list[Result] = []
-    for labels in (("cold", "warm"), ("restart",)):
-        with Engine(model, store=folder) as engine:
-            for label in labels:
-                engine.scheduler.peak_bytes = 0  # of this question alone
-                result = engine.generate(graph, method, max_tokens=NEW_TOKENS, ignore_eos=True)
-                engine.flush()
-                runs.append(result)
-                usage, peak = result.usage, common.human_size(engine.scheduler.peak_bytes)
-                sources = ", ".join(f"{n:,} {tier}" for tier, n in usage.reused_tokens.items()) or "-"
-                computed, of_documents = f"{usage.computed_tokens:,}", f"{usage.document_tokens_computed:,}"
-                first = common.human_time(usage.ttft)
-                table.add_row(name, label, computed, of_documents, sources, first, peak, end_section=label == "restart")
-    cold, *again = runs
-    return all(r.token_ids == cold.token_ids and r.usage.document_tokens_computed == 0 for r in again)
-
-
-def _difference(model: Model, method: Method, graph: ContextGraph) -> float:
-    """Largest difference of the engine's logits from one dense forward's, in standard deviations of those.
-
-    Over the first three documents: the dense forward attends with a mask of tokens × tokens.
-    """
+def _difference(model: Model, method: Method, asked: Asked) -> float:
+    """Largest difference of the engine's logits from one dense forward's, in standard deviations of those."""
     import torch
 
     from kvgraph.engine.engine import Engine
 
-    kept = range(3)
-    edges = [(s, r) for s, r in graph.edges if s in kept and r in kept]
-    few = ContextGraph([graph.segments[i] for i in kept], graph.query, graph.prefix, edges)
-    engine = Engine(model)
-    plan = engine.plan(few, method)
-    dense = plan.dense()
-    arrays = (torch.from_numpy(a) for a in (dense.tokens, dense.positions, dense.visible))
-    expected = model.dense(*arrays)[-1]
-    engine.logits(plan)  # so that the next one reads stored KV only
-    return float((engine.logits(plan) - expected).abs().max() / expected.std())
+    with Engine(model) as engine:
+        plan = engine.plan(asked.graph(model, method), method)
+        dense = plan.dense()
+        expected = model.dense(*(torch.from_numpy(a) for a in (dense.tokens, dense.positions, dense.visible)))[-1]
+        engine.logits(plan)  # so that the next one reads stored KV only
+        return float((engine.logits(plan) - expected).abs().max() / expected.std())
 
 
 def _say(ok: bool, what: str) -> None:

@@ -1,6 +1,6 @@
-"""What `kvgraph demo` works on: a small corpus about an invented island, and a tiny random model made on the spot.
+"""What ships with the package: the model of `kvgraph demo`, and a small corpus about an invented island.
 
-The documents were written for this project and are in the public domain (CC0 1.0; see LICENSE-documents.txt).
+`write_model` makes a random model of another size on the spot, for tests and examples. The documents were written for this project and are in the public domain (CC0 1.0; see LICENSE-documents.txt).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvgraph.corpus import Document, load
+from kvgraph.errors import KVGraphError
 from kvgraph.graph import Edge
 
 FOLDER = Path(str(files(__package__)))
 DOCUMENTS, QUESTIONS = FOLDER / "documents.jsonl", FOLDER / "questions.jsonl"
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 LINK_SLOTS, LINKS = 10, 2  # KVLink's link tokens: so many a document, for so many documents
 CHAT_TEMPLATE = (  # roles in words, one message a paragraph
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
@@ -43,6 +45,20 @@ def citations() -> tuple[Edge, ...]:
     """Edges (cited document, citing document): a document reads those it refers to."""
     rows = [json.loads(line) for line in DOCUMENTS.read_text(encoding="utf-8").split("\n") if line]
     return tuple((cited, row["id"]) for row in rows for cited in row["cites"])
+
+
+def model() -> Path:
+    """The folder of the model that ships with the package, trained on the synthetic world (kvgraph.data.world).
+
+    Raises KVGraphError when it isn't there.
+    """
+    folder = FOLDER / "model"
+    if missing := [name for name in MODEL_FILES if not (folder / name).is_file()]:
+        raise KVGraphError(
+            f"the model that ships with kvgraph lacks {missing[0]} in {folder}; install kvgraph again, or in a checkout "
+            "restore that folder with `git checkout -- kvgraph/demo/model`"
+        )
+    return folder
 
 
 def write_model(folder: Path, seed: int = 0) -> None:

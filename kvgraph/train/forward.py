@@ -83,7 +83,8 @@ def _masked(
     """q [H, T, D], k [G, T, D], v [G, T, Dv], mask [T, T] -> [H, T, Dv]. sinks [H]: scores that take weight and give nothing."""
     if softcap is None and sinks is None:
         q, k, v = q[None], k[None], v[None]
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0]
+        with torch.autocast(q.device.type, enabled=False):  # it would make 16 bits of them again
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0]
     dtype, (heads, length, _) = q.dtype, q.shape
     q, k, v = q.float(), *(t.float().repeat_interleave(heads // t.shape[0], 0) for t in (k, v))
     scores = q @ k.mT * scale

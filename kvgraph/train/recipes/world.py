@@ -17,6 +17,7 @@ START = "world"  # the untrained model of kvgraph.train.start
 LAYERS = 3  # that it has, and that are stacked
 LINKED = kvlink(LINKS_EACH)
 HOPS = "world:hops,questions=24"
+FEWER = "world:hops,questions=16"
 CHUNKS = "world:chunks,questions=16"
 ALL = "types=1-hop+2-hop+3-hop+comparison"
 
@@ -44,7 +45,7 @@ def world_mixed() -> Config:
     """With --model, on from world-base: every method at once, after the links' own beginning."""
     easy = f"{CHUNKS},entities=2-3,types=pronoun"
     beginning = (
-        Component("hops", f"{HOPS},entities=2-4,{ALL}", ("full", "block", LINKED, "graph-kv"), 2.0),
+        Component("hops", f"{FEWER},entities=2-4,{ALL}", ("full", "block", LINKED, "graph-kv"), 2.0),
         Component("links-hops", f"{HOPS},entities=2-3,types=1-hop", (LINKED,), through_links=True),
         Component("links-chunks", f"{easy},statements=1", (LINKED,), 2.0, through_links=True),
         Component("easy-chunks", f"{easy},statements=1", (LINKED,)),
@@ -53,13 +54,13 @@ def world_mixed() -> Config:
     )
     chunks = f"{CHUNKS},entities=3-6,types=named+pronoun+pronoun"
     every = (
-        Component("hops", f"{HOPS},entities=2-6,{ALL}", ("full", "block", LINKED, "graph-kv"), 4.0),
+        Component("hops", f"{FEWER},entities=2-6,{ALL}", ("full", "block", LINKED, "graph-kv"), 4.0),
         Component("easy-chunks", f"{CHUNKS},entities=2-4,types=pronoun,statements=1", (LINKED,)),
         Component("links", chunks, (LINKED,), 2.0),
         Component("chunks", chunks, ("full", "graph-kv"), 2.0),
         Component("chunks-shuffled", f"{chunks},order=shuffled", ("graph-kv",)),
     )
-    return _config("world-mixed", Stage(beginning, steps=350), Stage(every, steps=650), decay=0.35)
+    return _config("world-mixed", Stage(beginning, steps=300), Stage(every, steps=200), decay=0.2)
 
 
 def _config(name: str, *stages: Stage, **more: Any) -> Config:
