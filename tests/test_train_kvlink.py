@@ -213,7 +213,7 @@ def test_the_exported_model_is_served_as_kvlink(trained, llama, data):
                 extra_body={"documents": [{"text": text} for text in record["documents"]]},
             )
             assert answer.choices[0].message.content == wanted.text
-            did = answer.model_dump()["kvgraph"]
+            did = answer.usage.kvgraph
             assert did["method"].startswith("kvlink") and bool(did["document_tokens_computed"]) is computed
 
 
