@@ -256,19 +256,20 @@ def test_norms_biases_embeddings_and_fixed_parts_have_no_decay(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_the_new_model_keeps_what_it_starts_with(optimizer, tmp_path):
-    """Also when a second run goes on from what the first one saved."""
+    """Also when a second run goes on from what the first one saved, with copies of its layers on top."""
     hops = (Stage((HOPS,), steps=2),)
     settings = config("world", optimizer=optimizer, matrix_lr=0.01, weight_decay=0.3, stages=hops, evaluation=0)
     start.write(tmp_path / "start", settings.seed)
     before = models.load(tmp_path / "start").hf
     train(settings, tmp_path / "a")
-    train(replace(settings, model=str(tmp_path / "a" / "step-000002" / "model")), tmp_path / "b")
+    train(replace(settings, model=str(tmp_path / "a" / "step-000002" / "model"), deepen=start.LAYERS), tmp_path / "b")
     after = models.load(tmp_path / "b" / "step-000002" / "model").hf
-    kept = start.frozen(before)
-    for (old, part), (new, _) in zip(kept, start.frozen(after), strict=True):
+    for (old, part), (new, _) in zip([*start.frozen(before)] * 2, start.frozen(after), strict=True):
         assert torch.equal(old[part], new[part])
-        assert len(old) == len(old[part]) or not torch.equal(old, new)
-    assert any(len(old) > len(old[part]) for old, part in kept)
+    first, lowest, copied = (
+        m.model.layers[i].self_attn.v_proj.weight for m, i in ((before, 0), (after, 0), (after, 3))
+    )
+    assert not torch.equal(first, lowest) and not torch.equal(lowest, copied)
 
 
 def test_epochs_are_counted_over_what_has_an_end(llama, tmp_path):
