@@ -272,6 +272,12 @@ def test_the_new_model_keeps_what_it_starts_with(optimizer, tmp_path):
     assert not torch.equal(first, lowest) and not torch.equal(lowest, copied)
 
 
+def test_asking_through_links_needs_links(llama, tmp_path):
+    component = replace(HOPS, methods=("kvlink:links=0",), through_links=True)
+    with pytest.raises(TrainError, match="component hops asks through link tokens, but kvlink:links=0 has none"):
+        train(config(llama, stages=(Stage((component,), steps=1),)), tmp_path / "run")
+
+
 def test_epochs_are_counted_over_what_has_an_end(llama, tmp_path):
     folder = prepared(tmp_path / "few", 10)
     both = (Component("few", "few", ("full",), 1.0), replace(HOPS, weight=3.0))

@@ -124,7 +124,9 @@ class Mixture:
             if len(source) == 0:
                 raise TrainError(f"component {component.name} has no examples in {component.source}")
             for spec in component.methods:
-                methods.parse(spec)
+                method = methods.parse(spec)
+                if component.through_links and not getattr(method, "links", 0):
+                    raise TrainError(f"component {component.name} asks through link tokens, but {spec} has none")
 
     def draw(self) -> list[Drawn]:
         """The next example, by one of its component's methods or by every one. Never empty.
