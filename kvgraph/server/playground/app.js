@@ -295,7 +295,7 @@ function inspect(id) {
   const parts = state.columns.filter((column) => column.plan).map((column) => {
     const { spans } = column.plan;
     const lines = spans.filter((span) => owner(span) === id).map((span) => {
-      const sources = [...new Set(span.sees.map((view) => spans[view.span].segment).filter((s) => s !== null))];
+      const sources = [...new Set(span.sees.map((view) => spans[view.span].segment).filter((s) => state.documents[s]))]; // the plan may be older than the list
       const told = sources.length > 4 ? `${sources.length} documents` : sources.map((i) => label(state.documents[i], i)).join(", ");
       return h("li", {},
         h("b", {}, doc ? `version ${span.round}` : `${number(span.tokens)} tokens`),
