@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="kvgraph-tests-")  # what tests remember stays theirs
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -19,3 +20,19 @@ torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=30)
 settings.register_profile("soak", deadline=None, max_examples=500)
 settings.load_profile("soak" if os.environ.get("KVGRAPH_SOAK") == "1" else "default")
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    from kvgraph.cli import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(word) for word in words])
+        out = capsys.readouterr()
+        return int(exit_.value.code or 0), out.out, out.err
+
+    return run

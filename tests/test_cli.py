@@ -54,20 +54,6 @@ def documents(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(word) for word in words])
-        out = capsys.readouterr()
-        return int(exit_.value.code or 0), out.out, out.err
-
-    return run
-
-
 def figures(line: str) -> dict[str, int]:
     """{"computed": 12, "reused": 0, ...} of a line that says "12 tokens computed, 0 reused"."""
     return {

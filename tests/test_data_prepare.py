@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kvgraph.cli import main
 from kvgraph.demo import write_model
+from kvgraph.eval.folder import locked
 from kvgraph.eval.task import Hub
 from kvgraph.models import load_tokenizer
 from kvgraph.train import prepare
@@ -361,7 +362,7 @@ def test_another_preparation_in_the_same_folder_is_refused(cli, tulu, tmp_path):
 
 
 def test_two_processes_do_not_write_one_folder(cli, tulu, tmp_path):
-    with run._locked(tmp_path / "out"):
+    with locked(tmp_path / "out", PrepareError):
         code, _, err = cli("tulu", "--source", tulu, "--out", tmp_path / "out")
     assert code == 1 and "is being written by another process" in err
 

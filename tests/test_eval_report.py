@@ -14,7 +14,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 import eval_worker
 from eval_runs import METHODS, WRONG, write_run, write_set
 from kvgraph import Engine, demo, models
-from kvgraph.cli import main
 from kvgraph.eval import plots, report, runs, stats
 from kvgraph.eval.compare import compare
 from kvgraph.eval.plots import Panel
@@ -60,19 +59,6 @@ def real(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(built) -> str:
     return built.html()
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(map(str, words)))
-        out = capsys.readouterr()
-        return int(exit_.value.code or 0), out.out, out.err
-
-    return run
 
 
 def section(built: report.Report, task: str) -> report.Section:

@@ -23,7 +23,6 @@ import torch.distributed.checkpoint as dcp
 import transformers
 
 from kvgraph import ContextGraph, Engine, methods, models
-from kvgraph.cli import main
 from kvgraph.data import tokenizer
 from kvgraph.errors import KVGraphError
 from kvgraph.train import batches, checkpoint, model, optim, recipes, start
@@ -625,20 +624,6 @@ def test_an_incomplete_export_is_refused(llama, tmp_path):
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(word) for word in words])
-        out = capsys.readouterr()
-        return int(exit_.value.code or 0), out.out, out.err
-
-    return run
 
 
 def test_recipes_are_listed_and_shown(run):

@@ -60,7 +60,7 @@ def demo() -> None:
 
     The model ships with kvgraph and knows only an invented world of short sentences. What to look at: which method
     answers which questions, what is computed and what is reused, and how long the first token takes. Nothing is
-    downloaded or left behind. It takes less than a minute.
+    downloaded or left behind. It takes a minute or two.
 
     \b
       kvgraph demo

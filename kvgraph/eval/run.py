@@ -6,7 +6,6 @@ has its line, `summary.json`. docs/eval.md says what is in them.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import MISSING, asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -35,6 +34,7 @@ from kvgraph.engine.sampling import SamplingParams
 from kvgraph.engine.scheduler import Request
 from kvgraph.errors import KVGraphError
 from kvgraph.eval import prompt, stats
+from kvgraph.eval.folder import errors_named, locked
 from kvgraph.eval.metrics import EXTRACT, METRICS, SETS
 from kvgraph.eval.records import Data
 from kvgraph.eval.runs import FORMAT, RESULTS, SUMMARY, RunError, changes
@@ -85,7 +85,7 @@ def evaluate(
     _check(engine, task, items, edges)
     config = _config(engine, task, spec, method, params, items, data, edges, seed, ablation)
     folder = Path(out)
-    with _errors_named(folder), _locked(folder):
+    with errors_named(folder, RunError), locked(folder, RunError):
         _begin(folder, config)
         with closing(_Results(folder / RESULTS, items)) as results:
             if results.complete and (folder / SUMMARY).is_file():
@@ -308,33 +308,6 @@ class _Results:
 
 def _encoded(line: dict[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-@contextmanager
-def _errors_named(folder: Path) -> Iterator[None]:
-    """What the file system refuses, as one line that says where."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or folder
-        raise RunError(f"{where}: {error.strerror or error}; put that right and run the same again to go on") from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder, so that two processes can't both append to it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"{folder} is being written by another process; wait for it, or give another folder"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _begin(folder: Path, config: dict[str, Any]) -> None:

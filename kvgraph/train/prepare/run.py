@@ -6,20 +6,19 @@ and how long the two files were then: whatever a killed process left after that 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import kvgraph
 from kvgraph.errors import KVGraphError
+from kvgraph.eval.folder import errors_named, locked
 from kvgraph.train.prepare.rows import Reader
 from kvgraph.train.prepare.source import Job, Made, Outcome, PrepareError, Source
 from kvgraph.train.prepare.tokens import Tokens
@@ -61,7 +60,7 @@ def prepare(
         raise PrepareError(f"{source.name} measures texts in tokens; give --tokenizer, a model's folder or hub name")
     chosen = _settings(source, settings or {})
     folder = Path(out)
-    with _errors_named(folder), _locked(folder):
+    with errors_named(folder, PrepareError), locked(folder, PrepareError):
         state = _begin(folder, _described(source, reader, tokenizer, chosen, seed, validation), limit)
         if state["finished"]:
             return state
@@ -254,29 +253,3 @@ def _replace(path: Path, state: State) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-
-
-@contextmanager
-def _errors_named(folder: Path) -> Iterator[None]:
-    """What the file system refuses, as one line that says where."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or folder
-        reason = error.strerror or error
-        raise PrepareError(f"{where}: {reason}; put that right and run the same again to go on") from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder, so that two processes can't both append to it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PrepareError(f"{folder} is being written by another process; wait for it, or give another") from None
-        yield
-    finally:
-        os.close(descriptor)
