@@ -240,7 +240,7 @@ def words() -> list[str]:
     relations |= {r for first, later in CHUNK_RELATIONS.values() for r in (first, *later)}
     said = {word for again in AGAIN.values() for word in again.split()}
     question = _comparison("", "").replace(",", " ").replace("?", " ").split()
-    return [*".,:?", *sorted({"is", "a", "that", *AGAIN, *said, *question, *relations}), *IDS, *YEARS]
+    return [*".,:?", *sorted({"is", "a", "what", *AGAIN, *said, *question, *relations}), *IDS, *YEARS]
 
 
 # -- who does what ----------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def _shuffled(rng: random.Random, items: Sequence[Any]) -> list[Any]:
 
 
 def _chains(entities: Sequence[_Entity]) -> Iterator[_Draft]:
-    """All questions along relations: "Romi serves a firm that makes"."""
+    """All questions along relations: "Romi serves what makes"."""
     by_name = {entity.name: entity for entity in entities}
 
     def paths(entity: _Entity, length: int) -> Iterator[tuple[tuple[_Entity, str], ...]]:
@@ -327,7 +327,7 @@ def _chains(entities: Sequence[_Entity]) -> Iterator[_Draft]:
         for entity in entities:
             for path in paths(entity, length):
                 (_, first), *rest = path
-                text = f"{entity.name} {first}" + "".join(f" a {e.kind} that {relation}" for e, relation in rest)
+                text = f"{entity.name} {first}" + "".join(f" what {relation}" for _, relation in rest)
                 last, relation = path[-1]
                 yield _Draft(kind, text, last.facts[relation], tuple((e.name, r) for e, r in path))
 
@@ -343,7 +343,7 @@ def _comparisons(rng: random.Random, entities: Sequence[_Entity]) -> Iterator[_D
 
 
 def _comparison(one: str, other: str) -> str:
-    return f"Who {YEAR} earlier, {one} or {other}?"
+    return f"Who is earlier, {one} {YEAR} or {other} {YEAR}?"
 
 
 def _clozes(entities: Sequence[_Entity]) -> Iterator[_Draft]:

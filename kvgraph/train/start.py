@@ -26,9 +26,9 @@ from kvgraph.data import tokenizer, world
 
 HIDDEN, LAYERS, HEADS, HEAD_DIM, MLP = 192, 3, 4, 48, 512
 THETA = 10000.0
-# How far the heads of the first layer look back: 3 tokens take in a relation and a name of two tokens, 4 lead from the
-# relation that is asked last to the one before ("serves a firm that occupies").
-LOOK_BACK = (1, 2, 3, 4)
+# How far heads of the first layer look back: to a relation and a name of two tokens. What stands before a relation in a
+# question's middle ("serves what makes") is as far as a name's first token, so what was found there is read like a name.
+LOOK_BACK = (1, 2, 3)
 SHARP, FREQUENCIES = 6.0, 12  # of the heads that look back: their queries' and keys' size, and how many angles they use
 
 

@@ -29,20 +29,24 @@ def world_1hop() -> Config:
 
 
 def world_2hop() -> Config:
-    """With --model, on from world-1hop with three more layers: two documents in a row."""
-    two = Component("2-hop", f"{HOPS},entities=2-4,types=1-hop+2-hop+2-hop", ("full",))
-    return _config("world-2hop", Stage((two,), steps=450), deepen=LAYERS)
+    """With --model, on from world-1hop with three more layers: two documents in a row, or compared."""
+    two = Component("2-hop", f"{HOPS},entities=2-4,types=1-hop+2-hop+2-hop+comparison", ("full",))
+    return _config("world-2hop", Stage((two,), steps=350), deepen=LAYERS)
 
 
 def world_base() -> Config:
     """With --model, on from world-2hop with three more layers: all questions, in one ordinary prompt."""
-    hops = Component("hops", f"{HOPS},entities=2-5,{ALL}+comparison", ("full",), 2.0)
+    hops = Component("hops", f"{HOPS},entities=2-6,{ALL}", ("full",), 2.0)
     chunks = Component("chunks", f"{CHUNKS},entities=2-6,types=named+pronoun+pronoun", ("full",))
-    return _config("world-base", Stage((hops, chunks), steps=450), deepen=LAYERS)
+    return _config("world-base", Stage((hops, chunks), steps=450), deepen=LAYERS, decay=0.2)
 
 
 def world_mixed() -> Config:
-    """With --model, on from world-base: every method at once, after the links' own beginning."""
+    """With --model, on from world-base: every method at once, after the links' own beginning.
+
+    It also learns what stands in for edges (ids or names in the text) and edges the other way round, so that the world's
+    controls compare what can be learned, not what was.
+    """
     easy = f"{CHUNKS},entities=2-3,types=pronoun"
     beginning = (
         Component("hops", f"{FEWER},entities=2-4,{ALL}", ("full", "block", LINKED, "graph-kv"), 2.0),
@@ -53,14 +57,18 @@ def world_mixed() -> Config:
         Component("chunks-shuffled", f"{easy},order=shuffled", ("graph-kv",)),
     )
     chunks = f"{CHUNKS},entities=3-6,types=named+pronoun+pronoun"
+    shuffled = f"{chunks},order=shuffled"
     every = (
         Component("hops", f"{FEWER},entities=2-6,{ALL}", ("full", "block", LINKED, "graph-kv"), 4.0),
         Component("easy-chunks", f"{CHUNKS},entities=2-4,types=pronoun,statements=1", (LINKED,)),
         Component("links", chunks, (LINKED,), 2.0),
         Component("chunks", chunks, ("full", "graph-kv"), 2.0),
-        Component("chunks-shuffled", f"{chunks},order=shuffled", ("graph-kv",)),
+        Component("chunks-shuffled", shuffled, ("graph-kv",)),
+        Component("reversed", f"{shuffled},edges=reversed", ("graph-kv",)),
+        Component("names", f"{shuffled},prefix=name", ("full", "block")),
+        Component("ids", f"{shuffled},prefix=id", ("full",)),
     )
-    return _config("world-mixed", Stage(beginning, steps=300), Stage(every, steps=200), decay=0.2)
+    return _config("world-mixed", Stage(beginning, steps=300), Stage(every, steps=600), decay=0.3)
 
 
 def _config(name: str, *stages: Stage, **more: Any) -> Config:
