@@ -66,7 +66,7 @@ class Trainer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the process that prepares steps is forked
         if config.threads:
             torch.set_num_threads(config.threads)
-        torch.set_flush_denormal(True)  # sharp attention leaves numbers so small that CPUs take ten times as long for each
+        torch.set_flush_denormal(True)  # sharp attention leaves many numbers that small, and they are slow on CPUs
         before = _may_go_on(config, out, resume)
         self.config, self.out = config, out
         tracker = "wandb" if wandb else "tensorboard"
