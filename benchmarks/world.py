@@ -20,6 +20,7 @@ import math
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -340,20 +341,22 @@ def goals(found: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
 
 
 def measure(after: Sequence[str], before: Sequence[str], share: float = 1.0) -> dict[str, Any]:
-    """All cells for these model folders, with what was checked. share: of the corpora, for a quick look.
+    """All cells for these model folders, with what was checked; with several also `alone`, the same of the first ones.
+    share: of the corpora, for a quick look.
 
     Ends the program with an error if the engine judges an answer otherwise.
     """
     stages = [(stage, list(map(load, folders))) for stage, folders in ((AFTER, after), (BEFORE, before)) if folders]
     every = list(cases())
     found: list[dict[str, Any]] = []
-    checked = 0
+    alone: list[dict[str, Any]] = []
+    checked = Counter[tuple[str, int]]()
     with Progress("the world table", len(every) * (len(after) + len(before))) as bar:
         for case in every:
             these = asked(case, stages[0][1][0].engine.model.tokenizer, max(2, round(share * CORPORA[case.kind])))
             for stage, learned in stages:
                 answers = []
-                for model in learned:
+                for number, model in enumerate(learned):
                     answers.append(answered(model, these))
                     compare, different = compared(model, these, answers[-1])
                     if different:
@@ -361,10 +364,16 @@ def measure(after: Sequence[str], before: Sequence[str], share: float = 1.0) -> 
                             f"{model.name}, {case.row} ({case.kind} {case.settings}): the engine answers {different} of "
                             f"{compare} questions otherwise than the packed forward; please report it"
                         )
-                    checked += compare
+                    checked[stage, number] += compare
                     bar.advance(1, label=case.row)
                 found += cells(case, stage, these, answers)
-    return {"cells": found, "compared": checked, "models": {AFTER: list(after), BEFORE: list(before)}}
+                alone += cells(case, stage, these, answers[:1])
+
+    def told(cells: list[dict[str, Any]], count: int) -> dict[str, Any]:
+        asked_again = sum(n for (_, number), n in checked.items() if number < count)
+        return {"cells": cells, "compared": asked_again, "models": {AFTER: [*after[:count]], BEFORE: [*before[:count]]}}
+
+    return told(found, len(after)) | ({"alone": told(alone, 1)} if len(after) > 1 else {})
 
 
 def markdown(found: dict[str, Any]) -> list[str]:
@@ -406,7 +415,9 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of models of one recipe, one a seed")
     parser.add_argument("--before", nargs="+", default=[], metavar="BASE", help="what their mixed training began with")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write everything here, as JSON")
-    parser.add_argument("--card", action="store_true", help="put the tables into the README.md of the first MODEL")
+    parser.add_argument(
+        "--card", action="store_true", help="put the tables of the first MODEL, alone, into its README.md"
+    )
     parser.add_argument("--share", type=float, default=1.0, help="of the questions, for a quick look (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     args = parser.parse_args()
@@ -418,6 +429,7 @@ def main() -> None:
     for name, (value, goal) in goals(found["cells"]).items():
         print(f"{name}: {value} (goal: {goal})")
     print(f"\n{explained(found)}\n{time.perf_counter() - started:,.0f} s")
+    shipped = found.pop("alone", found)
     if args.out:
         environment = {
             "command": "python -m benchmarks.world " + " ".join(sys.argv[1:]), "hardware": cpu_name(),
@@ -429,7 +441,7 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(written, indent=1) + "\n")
     if args.card:
-        write_card(args.models[0], found)
+        write_card(args.models[0], shipped)
 
 
 def _print(title: str, rows: list[dict[str, str]]) -> None:

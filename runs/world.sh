@@ -1,7 +1,7 @@
 #!/bin/sh
 # Train the small default model on the synthetic world, from nothing: runs/world.sh [SEED ...] (default: 1 2 3).
 #
-# About 45 minutes a seed on one CPU core; several seeds may run at once. Each makes runs/world/SEED/world-base, trained in
+# About half an hour a seed on one CPU core; several seeds may run at once. Each makes runs/world/SEED/world-base, trained in
 # ordinary prompts alone, and runs/world/SEED/world-mixed, trained by every method. A stopped run goes on where it was.
 #
 # The table of what they can do, and the model that ships with kvgraph:

@@ -201,8 +201,14 @@ def test_the_command_writes_json_markdown_and_the_model_card(few, monkeypatch, f
         f"{table.MARKS[1]}\nafter\n"
     )
     assert "old" not in once and "| graph-kv, wrong edges: what these say |" in once
-    assert once.split(table.MARKS[0])[1].split(table.MARKS[1])[0].strip() in text  # the summary has the same tables
-    table.write_card(folder, found)
+    assert (
+        "100.0 [100.0, 100.0] 100.0–100.0" in text or "0.0 [0.0, 0.0] 0.0–0.0" in text
+    )  # of two models, so with a range
+    alone = table.measure([folder], [folder], 0.02)
+    assert "alone" not in alone
+    shown = once.split(table.MARKS[0])[1].split(table.MARKS[1])[0].strip()
+    assert shown == "\n".join(table.markdown(alone))  # the card has the first model's own tables
+    table.write_card(folder, alone)
     assert card.read_text() == once
 
 

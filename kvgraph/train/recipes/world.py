@@ -66,9 +66,10 @@ def world_mixed() -> Config:
         Component("chunks-shuffled", shuffled, ("graph-kv",)),
         Component("reversed", f"{shuffled},edges=reversed", ("graph-kv",)),
         Component("names", f"{shuffled},prefix=name", ("full", "block")),
-        Component("ids", f"{shuffled},prefix=id", ("full",)),
+        Component("ids", f"{chunks},prefix=id", ("full",)),
+        Component("ids-shuffled", f"{shuffled},prefix=id", ("full",)),
     )
-    return _config("world-mixed", Stage(beginning, steps=300), Stage(every, steps=600), decay=0.3)
+    return _config("world-mixed", Stage(beginning, steps=300), Stage(every, steps=650), decay=0.3)
 
 
 def _config(name: str, *stages: Stage, **more: Any) -> Config:
