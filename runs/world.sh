@@ -4,9 +4,10 @@
 # About half an hour a seed on one CPU core; several seeds may run at once. Each makes runs/world/SEED/world-base, trained in
 # ordinary prompts alone, and runs/world/SEED/world-mixed, trained by every method. A stopped run goes on where it was.
 #
-# The table of what they can do, and the model that ships with kvgraph:
-#   python -m benchmarks.world runs/world/*/world-mixed --before runs/world/*/world-base --out benchmarks/results/world.json
-#   runs/world.sh --ship 1
+# The model that ships with kvgraph, here of seed 2, and the tables of what the models can do:
+#   runs/world.sh --ship 2
+#   python -m benchmarks.world kvgraph/demo/model runs/world/[13]/world-mixed \
+#     --before runs/world/2/world-base runs/world/[13]/world-base --out benchmarks/results/world.json --card
 set -eu
 cd "$(dirname "$0")/.."
 KVGRAPH=${KVGRAPH:-.venv/bin/kvgraph}
