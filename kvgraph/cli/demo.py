@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Answers = Mapping[str, Mapping[str, Sequence["Result"]]]  # by method and run
 
 EACH = 20  # corpora of each kind, with one question each
-SEED = 122  # its first corpora are short enough to be shown
+SEED = 75  # its first corpora are short enough to be shown, and answered as most others are
 DOCUMENTS = World(HOPS, seed=SEED, count=EACH, questions=1, entities=(2, 5), types=("1-hop", "2-hop"))
 SHUFFLED_CHUNKS = World(CHUNKS, seed=SEED, count=EACH, questions=1, types=(PRONOUN,), order=SHUFFLED)
 SPECS = {"full": "full", "block": "block", "kvlink": tokenizer.kvlink(4), "graph-kv": "graph-kv"}
