@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from kvgraph import ContextGraph, Engine, demo, methods
 from kvgraph.engine.result import Result
 from kvgraph.graph import named_edges
+from kvgraph.server.openai import event
 from serving import serve, spawn
 
 BOS, OPEN, CLOSE = "<|mem_start|>", "<|link_0|>", "<|link_1|>"
@@ -519,3 +520,11 @@ def test_a_restart_on_the_same_store_computes_no_document_token(model, tmp_path)
     assert second.usage.kvgraph["document_tokens_computed"] == 0
     assert set(second.usage.kvgraph["reused_tokens"]) == {"disk"}
     assert second.choices == first.choices
+
+
+def test_an_event_is_one_line_whatever_its_text():
+    """httpx.iter_lines and str.splitlines cut at more than line feeds, and a model may write any of these."""
+    text = "".join(map(chr, range(0x3000)))
+    told = event({"text": text, "\u2028": "é"})
+    assert len(told.splitlines()) == 2 and json.loads(told.removeprefix("data: ")) == {"text": text, "\u2028": "é"}
+    assert "é" in told

@@ -350,6 +350,10 @@ def dumped(model: BaseModel) -> dict[str, Any]:
     return model.model_dump()
 
 
+# Line ends that JSON may have as they are, and at which clients that read by Python's idea of a line would cut.
+LINE_ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}
+
+
 def event(data: Any) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """One server-sent event, on one line whoever splits it."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':')).translate(LINE_ENDS)}\n\n"
