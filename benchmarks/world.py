@@ -77,6 +77,7 @@ SPECS = {
     "ape": "ape",
     "cacheblend": "cacheblend",
 }
+TRAINED = ("full", "block", "kvlink, 4 links", "graph-kv")  # that the world's recipes train
 EDGES = {  # what graph-kv's edges are in chunks, by settings of the world
     "edges=reversed": "reversed edges",
     "edges=random": "random edges",
@@ -314,24 +315,33 @@ def _shown(cell: dict[str, Any]) -> str:
 
 
 def goals(found: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """What was wanted of the one model: {figure: (measured, goal)}. The lowest of several cells is named."""
+    """What was wanted of the one model that ships, the first: {figure: (measured, goal)}. The lowest or the highest of
+    several cells is named."""
     after = [cell for cell in found if cell["stage"] == AFTER]
 
+    def share(cell: dict[str, Any]) -> float:
+        return float(cell["seeds"][0])
+
+    def shown(cell: dict[str, Any]) -> str:
+        return f"{100 * share(cell):.1f} ({', '.join((cell['row'], _column(cell)))})"
+
     def lowest(cells: Sequence[dict[str, Any]]) -> str:
-        worst = min(cells, key=lambda cell: cell["mean"])
-        return f"{100 * worst['mean']:.1f} ({', '.join((worst['row'], _column(worst)))})"
+        return shown(min(cells, key=share))
 
     def chunks(row: str, *orders: str) -> list[dict[str, Any]]:
         return [c for c in after if (c["kind"], c["row"]) == (CHUNKS, row) and c["order"] in orders]
 
     def best(question: str) -> str:
-        cells = [cell for cell in after if cell["question"] == question]
-        top = max(cells, key=lambda cell: cell["mean"])
-        low, floor = (f"{100 * top[key]:.1f}" for key in ("low", "floor"))
-        return f"{100 * top['mean']:.1f} ({top['row']}; interval from {low}, floor {floor})"
+        top = max((cell for cell in after if cell["question"] == question), key=share)
+        return f"{shown(top)}, floor {100 * top['floor']:.1f}"
 
+    few = [cell for cell in after if cell["question"] in ("1-hop", "2-hop")]
     return {
-        "1- and 2-hop, the lowest": (lowest([c for c in after if c["question"] in ("1-hop", "2-hop")]), "≥ 95"),
+        "1- and 2-hop by methods it was trained by, the lowest": (
+            lowest([c for c in few if c["row"] in TRAINED]),
+            "≥ 95",
+        ),
+        "1- and 2-hop by any method, the lowest": (lowest(few), "≥ 95"),
         "chunks by graph-kv, the lowest": (lowest(chunks("graph-kv", KEPT, SHUFFLED)), "≥ 95 in any order"),
         "chunks by full, the lowest": (lowest(chunks("full", KEPT)), "≥ 95 in order"),
         "chunks by kvlink, the lowest": (lowest(chunks("kvlink, 4 links", KEPT)), "≥ 95 in order"),
@@ -390,12 +400,13 @@ def explained(found: dict[str, Any]) -> str:
     """What the numbers are, in one paragraph."""
     after = len(found["models"][AFTER])
     seeds = f", then the lowest and the highest of {after} models trained with different seeds" if after > 1 else ""
+    first = " Goals, where they are told, are for the first of them, which ships." if after > 1 else ""
     counts = [cell["n"] for cell in found["cells"]]
     return (
         f"Whole answers that are right, in %, with 95 % intervals in which the questions about one corpus are a cluster{seeds}. "
         f"{min(counts):,} to {max(counts):,} questions a cell, about names that were never trained on. A guess that knows the asked "
         "relation and nothing else is right as often as the line `guessing` says. The lines `what these say` count how often wrong "
-        f"edges are believed, where they say something else. {found['compared']:,} answers were compared with the engine's; all were the same."
+        f"edges are believed, where they say something else. {found['compared']:,} answers were compared with the engine's; all were the same.{first}"
     )
 
 
