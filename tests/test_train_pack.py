@@ -17,6 +17,7 @@ from kvgraph import ContextGraph, Engine, GraphError, PlanError, models
 from kvgraph.graph import all_pairs
 from kvgraph.methods import APE, METHODS, Block, CacheBlend, Full, GraphKV, KVLink, Method
 from kvgraph.plan import Plan
+from kvgraph.train import forward
 from kvgraph.train.example import Example
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.links import add_link_tokens, rows_of, train_only_rows
@@ -169,6 +170,15 @@ def test_packed_gradients_are_those_of_plain_forwards_one_question_at_a_time(exa
     found, expected = packed_loss(exact, sequences, weight), alone(plain, mixture, weight)
     assert abs(found - expected).item() <= 1e-5 * expected.item()
     assert_same(gradients(exact.hf, found), gradients(plain, expected))
+
+
+def test_attention_on_the_cpu_is_no_less_precise_than_its_input(exact):
+    """16 bits are widened there; float64 must stay what it is."""
+    (packed,) = pack([(Example(GRAPH, QUESTIONS), Full())], LONG)
+    q, k, v = torch.randn(3, 2, len(packed), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores = (q @ k.mT * 0.3).masked_fill(~packed.visible(), -torch.inf)
+    found = forward._attention(exact, packed, False)(0, q, k, v, 0.3, None, None)
+    torch.testing.assert_close(found, scores.softmax(-1) @ v, rtol=0, atol=1e-13)
 
 
 def meanings(tokens, positions, visible) -> list[int]:

@@ -66,7 +66,8 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
         window = model.layers[layer].window
         dtype = v.dtype
         # Autocast leaves some in float32, which FlexAttention may refuse. On the CPU float32 is the faster one.
-        q, k, v = (t.to(dtype if t.is_cuda else torch.float32) for t in (q, k, v))
+        wide = dtype if v.is_cuda else torch.promote_types(dtype, torch.float32)
+        q, k, v = (t.to(wide) for t in (q, k, v))
         if flex and sinks is None:
             return _flex(q, k, v, blocks(window), scale, softcap)
         # Split, not sliced: the gradient of a slice is a tensor of the whole size.
