@@ -172,13 +172,19 @@ def test_packed_gradients_are_those_of_plain_forwards_one_question_at_a_time(exa
     assert_same(gradients(exact.hf, found), gradients(plain, expected))
 
 
-def test_attention_on_the_cpu_is_no_less_precise_than_its_input(exact):
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (5.0, False), (None, True)])
+def test_attention_on_the_cpu_is_no_less_precise_than_its_input(exact, softcap, sinks):
     """16 bits are widened there; float64 must stay what it is."""
     (packed,) = pack([(Example(GRAPH, QUESTIONS), Full())], LONG)
     q, k, v = torch.randn(3, 2, len(packed), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    scores = (q @ k.mT * 0.3).masked_fill(~packed.visible(), -torch.inf)
-    found = forward._attention(exact, packed, False)(0, q, k, v, 0.3, None, None)
-    torch.testing.assert_close(found, scores.softmax(-1) @ v, rtol=0, atol=1e-13)
+    scores = q @ k.mT * 0.3
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~packed.visible(), -torch.inf).exp()
+    sink = torch.tensor([0.1, -0.7], dtype=torch.float64) if sinks else None
+    total = scores.sum(-1, keepdim=True) + (sink.exp()[:, None, None] if sink is not None else 0)
+    found = forward._attention(exact, packed, False)(0, q, k, v, 0.3, softcap, sink)
+    torch.testing.assert_close(found, scores / total @ v, rtol=0, atol=1e-13)
 
 
 def meanings(tokens, positions, visible) -> list[int]:

@@ -87,13 +87,14 @@ def _masked(
         with torch.autocast(q.device.type, enabled=False):  # it would make 16 bits of them again
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0]
     dtype, (heads, length, _) = q.dtype, q.shape
-    q, k, v = q.float(), *(t.float().repeat_interleave(heads // t.shape[0], 0) for t in (k, v))
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v = q.to(wide), *(t.to(wide).repeat_interleave(heads // t.shape[0], 0) for t in (k, v))
     scores = q @ k.mT * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores + mask
     if sinks is not None:
-        scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, length, 1)], -1)
+        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(-1, length, 1)], -1)
     return (torch.softmax(scores, -1)[..., :length] @ v).to(dtype)
 
 
