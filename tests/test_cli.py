@@ -21,7 +21,7 @@ import pytest
 import transformers
 import typer
 
-from kvgraph import Engine, KVGraphError, __version__, corpus, demo, methods, models
+from kvgraph import Engine, __version__, corpus, demo, methods, models
 from kvgraph.cli import app, common, main
 from kvgraph.cli import demo as demo_command
 from kvgraph.data import tokenizer
@@ -334,10 +334,7 @@ finally:
 @pytest.fixture
 def shipped() -> Path:
     """The folder of the model that ships with the package."""
-    try:
-        return demo.model()
-    except KVGraphError as error:
-        pytest.skip(str(error))
+    return demo.model()
 
 
 def test_demo_runs_to_the_end_without_any_extra(shipped):

@@ -1,6 +1,7 @@
 """What ships with the package: the model of `kvgraph demo`, and a small corpus about an invented island.
 
-`write_model` makes a random model of another size on the spot, for tests and examples. The documents were written for this project and are in the public domain (CC0 1.0; see LICENSE-documents.txt).
+`write_model` makes a random model of another size on the spot, for tests and examples. The documents were written for
+this project and are in the public domain (CC0 1.0; see LICENSE-documents.txt).
 """
 
 from __future__ import annotations
