@@ -211,6 +211,40 @@ def test_the_command_writes_json_markdown_and_the_model_card(few, monkeypatch, f
     assert card.read_text() == once
 
 
+def test_goals_are_for_the_first_model_and_name_the_cell():
+    def cell(row, question, *seeds, kind="hops", order=""):
+        return {
+            "stage": AFTER,
+            "kind": kind,
+            "row": row,
+            "order": order,
+            "question": question,
+            "floor": 0.3,
+            "seeds": seeds,
+        }
+
+    questions = ("1-hop", "2-hop", "3-hop", "comparison")
+    found = [
+        cell(row, q, 0.97, 0.1) for row in ("full", "block", "kvlink, 4 links", "graph-kv", "ape") for q in questions
+    ]
+    rows = ("full", "kvlink, 4 links", "graph-kv")
+    found += [
+        cell(row, "pronoun", 0.96, 0.1, kind="chunks", order=order) for row in rows for order in ("kept", "shuffled")
+    ]
+    found[5]["seeds"], found[17]["seeds"] = (0.9, 1.0), (0.5, 1.0)  # block's and ape's 2-hop
+    found[10]["seeds"] = (0.99, 0.0)  # kvlink's 3-hop
+    found[-6]["seeds"], found[-5]["seeds"], found[-1]["seeds"] = (0.8, 1.0), (0.1, 1.0), (0.7, 1.0)
+    assert [measured for measured, _ in table.goals(found).values()] == [
+        "90.0 (block, 2-hop)",
+        "50.0 (ape, 2-hop)",
+        "70.0 (graph-kv, pronoun, shuffled)",
+        "80.0 (full, pronoun, in order)",
+        "96.0 (kvlink, 4 links, pronoun, in order)",
+        "99.0 (kvlink, 4 links, 3-hop), floor 30.0",
+        "97.0 (full, comparison), floor 30.0",
+    ]
+
+
 def test_an_answer_judged_otherwise_by_the_engine_ends_the_command(few, monkeypatch, folder):
     monkeypatch.setattr(table, "answered", lambda model, asked: [1.0] * len(asked.wanted))
     with pytest.raises(SystemExit, match=r"full \(hops .*: the engine answers 8 of 8 questions otherwise"):
