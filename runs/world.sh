@@ -14,7 +14,7 @@ KVGRAPH=${KVGRAPH:-.venv/bin/kvgraph}
 export OMP_NUM_THREADS=1
 
 if [ "${1-}" = --ship ]; then
-    seed=$2
+    seed=${2:?give the seed whose model to ship}
     cp "runs/world/$seed/world-mixed"/* kvgraph/demo/model/ # beside its card, README.md
     for stage in world-1hop world-2hop world-base world-mixed; do
         cp "runs/world/$seed/$stage.run/config.json" "kvgraph/demo/model/$stage.config.json"
