@@ -38,6 +38,7 @@ from kvgraph.data.world import CHUNKS, COMPARISON, HOPS, KEPT, SHUFFLED, TYPES
 from kvgraph.engine.probe import deviations
 from kvgraph.engine.progress import Progress
 from kvgraph.engine.sampling import SamplingParams
+from kvgraph.errors import ModelError
 from kvgraph.eval.stats import mean_interval
 from kvgraph.eval.tasks.world import WORLD_HOPS
 from kvgraph.methods import Method
@@ -193,8 +194,11 @@ class Learned(NamedTuple):
 
 
 def load(folder: str) -> Learned:
-    """The model in a folder, in float32. Ends the program where it doesn't speak the world's language."""
-    model = models.load(folder, dtype="float32")
+    """The model in a folder, in float32. Ends the program where there is none or it doesn't speak the world's language."""
+    try:
+        model = models.load(folder, dtype="float32")
+    except ModelError as error:
+        sys.exit(str(error))
     if model.tokenizer is None or model.tokenizer.get_vocab() != tokenizer.vocabulary():
         sys.exit(f"{folder} hasn't the world's tokenizer; train a model of the world first (docs/training.md)")
     model.tuned_for = tuple(methods.METHODS)  # no warnings: how much worse untuned methods are is what is measured

@@ -254,6 +254,8 @@ def test_an_answer_judged_otherwise_by_the_engine_ends_the_command(few, monkeypa
 def test_a_card_without_marks_and_a_foreign_model_are_clear_errors(tmp_path):
     with pytest.raises(SystemExit, match=r"README\.md must hold the lines"):
         table.write_card(tmp_path, {"cells": []})
+    with pytest.raises(SystemExit, match="there is no folder"):
+        table.load(str(tmp_path / "none"))
     build("Llama").save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="hasn't the world's tokenizer"):
         table.load(str(tmp_path))
