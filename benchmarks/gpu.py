@@ -29,7 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import LARGE, engine_on, ids, interleaved, median
 from kvgraph import ContextGraph, Engine, methods, models
-from kvgraph.graph import all_pairs, chain
+from kvgraph.edges import all_pairs, chain
 
 DEVICE = "cuda"
 SMALL = dict(LARGE, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, vocab_size=4096,
