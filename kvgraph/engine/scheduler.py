@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.step import Row, RowKV, Step, View
+from kvgraph.attention.rows import Row, RowKV, View
+from kvgraph.attention.step import Step
 from kvgraph.engine.request import UNCACHED, Encoding, Request, Sequence, sequence_of
 from kvgraph.engine.result import Result
 from kvgraph.errors import CapacityError, PlanError
