@@ -46,8 +46,10 @@ def tuning(dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
     """Tiles that fit the device's shared memory and hardly spill. dim: the larger head size."""
     processors, shared = 4, 99 << 10
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        processors, shared = properties.multi_processor_count, properties.shared_memory_per_block_optin
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        shared = {(8, 0): 163, (8, 7): 163}.get(torch.cuda.get_device_capability(device), 99) << 10
+        if torch.cuda.get_device_capability(device) >= (9, 0):
+            shared = 227 << 10 if torch.cuda.get_device_capability(device)[0] in (9, 10) else shared
     if dtype == torch.float32:  # IEEE products run without tensor cores
         return Tuning(64 if dim <= 128 else SMALL, 32 if dim <= 64 else 16, (8, 8), 2, (processors * 2, processors * 2))
     if dim > 128:
@@ -74,6 +76,11 @@ class Sizes(NamedTuple):
     def holds(self, other: Sizes) -> bool:
         """Whether a step of the other sizes fits."""
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
+
+
+def fixed_sizes(tokens: int, most: int) -> Sizes:
+    """Capacities of the tables of a captured step of `tokens` tokens; slots are those of the largest step, `most`."""
+    return Sizes(tokens, tokens, 1024, max(2048, 64 * tokens), 2048, 4096, 4096, tokens, 128 * most, 128 * most)
 
 
 @dataclass
@@ -177,9 +184,9 @@ def tables(blocks: Sequence[Block], tokens: int, repeat: int, groups: int, tune:
         entries = np.stack([slot, group[pair]], 1)
         more = np.zeros((len(who), int(group.max())))
         if sharp:
-            row = np.repeat(np.arange(len(who)), np.diff(np.append(starts, len(pair))))
+            reader = np.repeat(np.arange(len(who)), np.diff(np.append(starts, len(pair))))
             inside = group[pair] > 0
-            more[row[inside], group[pair][inside] - 1] = scale[pair][inside] - 1
+            more[reader[inside], group[pair][inside] - 1] = scale[pair][inside] - 1
     table = lambda found, width: np.array(found, dtype=np.int64).reshape(-1, width)  # noqa: E731
     return Window(
         shifts, pairs, table(rows_of, 5), table(small, 8), table(large, 8), merged, entries, more.astype(np.float32),
@@ -231,9 +238,7 @@ class Tables:
         self.layout = _Layout(sizes, len(windows), groups)
         self.buffer = torch.empty(self.layout.end, dtype=torch.int64, device=device)
 
-    def fill(
-        self, rows: Sequence[Row], want: Sequence[int], windows: Sequence[Window], staging: Tensor
-    ) -> None:
+    def fill(self, rows: Sequence[Row], want: Sequence[int], windows: Sequence[Window], staging: Tensor) -> None:
         """Write a step into the staging buffer (pinned) and start its upload."""
         host = staging.numpy()
         tokens = [t for row in rows for t in row.tokens]
@@ -244,7 +249,7 @@ class Tables:
         at = 0
         for row in rows:
             here = slice(at, at + len(row.tokens))
-            to[here, 0], to[here, 1] = address(row.kv)
+            to[here, :2] = address(row.kv)
             to[here, 2] = np.arange(row.kv.length, row.kv.length + len(row.tokens))
             at = here.stop
         self._put(host, self.layout.rows, to, rest=0)
@@ -301,12 +306,21 @@ class Flags(NamedTuple):
 class Attention:
     """Attention of a step's layers from its tables; call it as the model's `attend`."""
 
-    def __init__(self, tables: Tables, flags: Flags, layers: Sequence[Any], rotaries: Sequence[Rotary], tune: Tuning):
+    def __init__(
+        self,
+        tables: Tables,
+        flags: Flags,
+        layers: Sequence[Any],
+        rotaries: Sequence[Rotary],
+        tune: Tuning,
+        partial: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
+    ):
+        """partial: where to keep the scratch of partial results, to share it with others of the same sizes."""
         self.tables, self.flags, self.layers, self.rotaries, self.tune = tables, flags, layers, rotaries, tune
         numbers = [layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers]
         self.prefix = [0, *accumulate(numbers)]
         self._angles: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
-        self._partial: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._partial = {} if partial is None else partial
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -411,10 +425,13 @@ class CudaStep:
             any(len(t.large) for t in self.tables), any(len(t.merged) for t in self.tables),
         )  # fmt: skip
 
-    def on_device(self, staging: Tensor | None = None) -> tuple[Tables, Attention]:
-        """The tables on the device, of just the needed size, and attention from them."""
+    @property
+    def length(self) -> int:
+        """Entries of the tables, in int64."""
+        return _Layout(self.sizes, len(self.windows), self.flags.groups).end
+
+    def on_device(self, staging: Tensor) -> tuple[Tables, Attention]:
+        """The tables on the device, of just the needed size, and attention from them. staging: at least `length` int64."""
         made = Tables(self.device, self.sizes, self.windows, self.flags.groups)
-        if staging is None or len(staging) < made.layout.end:
-            staging = torch.empty(made.layout.end, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         made.fill(self.rows, self.want, self.tables, staging)
         return made, Attention(made, self.flags, self.layers, self.rotaries, self.tune)

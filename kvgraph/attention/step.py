@@ -62,7 +62,9 @@ class _Parts:
     primary: list[_Seen]
     extra: list[_Seen] = field(default_factory=list)
     token: Tensor = _NONE  # [E] the packed token of every extra pair
-    shifts: np.ndarray = field(default_factory=_NONE.numpy)  # [S] distinct rotations, position of the seen span's token 0
+    shifts: np.ndarray = field(
+        default_factory=_NONE.numpy
+    )  # [S] distinct rotations, position of the seen span's token 0
     shift: Tensor = _NONE  # [E] index into shifts
     buckets: list[_Bucket] = field(default_factory=list)  # of the packed tokens that have extra pairs
     sharpness: Tensor | None = None  # [E, 1] float32, 1 / temperature; None: no view is in a group

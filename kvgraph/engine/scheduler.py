@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from kvgraph.attention.rows import Row, RowKV, View
-from kvgraph.attention.step import Step
 from kvgraph.engine.admission import Memory
 from kvgraph.engine.request import Encoding, Request, Sequence, sequence_of
 from kvgraph.engine.result import Result
+from kvgraph.engine.runner import runner_for
 from kvgraph.errors import PlanError
 from kvgraph.models import Model
 from kvgraph.store.record import Record
@@ -47,6 +47,7 @@ class Scheduler:
         self.model, self.max_step_tokens = model, max_step_tokens
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
         self.fetch, self.save = fetch, save
+        self.runner = runner_for(model)
         self.shapes = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in model.layers]
         self.waiting: deque[Request] = deque()
         self.encodings: dict[str, Encoding] = {}  # in order of creation: sources before their readers
@@ -99,9 +100,8 @@ class Scheduler:
         self.memory.make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
         try:
             rows = [self._row(owner.sequence, count) for owner, count in work]
-            step = Step(rows, self.model.layers, self.model.rotaries, self.model.device)
-            want, counts = self._wanted(work, step)
-            logits = self.model.forward(step.tokens, step.positions, step, want)
+            want, counts = self._wanted(work)
+            logits = self.runner.run(rows, want)
         except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
             for owner, _ in work:
                 self._fail(owner, error)
@@ -148,18 +148,20 @@ class Scheduler:
         here = slice(sequence.done, sequence.done + count)
         return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
 
-    def _wanted(self, work: list[Work], step: Step) -> tuple[Tensor, list[int]]:
+    def _wanted(self, work: list[Work]) -> tuple[list[int], list[int]]:
         """Packed indices whose logits are needed, and how many of them belong to each row."""
         want: list[int] = []
         counts = []
-        for (owner, count), here in zip(work, step.spans, strict=True):
+        start = 0
+        for owner, count in work:
             before = len(want)
             if isinstance(owner, Request):
                 first = len(owner.plan.live.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
-                want.extend(range(here.start + skipped, here.start + count))
+                want.extend(range(start + skipped, start + count))
             counts.append(len(want) - before)
-        return torch.tensor(want, dtype=torch.int64, device=self.model.device), counts
+            start += count
+        return want, counts
 
     # -- results of a step --------------------------------------------------------------------------------------------
 
