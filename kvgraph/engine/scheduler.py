@@ -107,6 +107,7 @@ class Scheduler:
                 self._fail(owner, error)
             return
         self.peak_bytes = max(self.peak_bytes, self.memory.kv_bytes)
+        best = self._best(work, logits, counts)
         at = 0
         for (owner, _), row, n in zip(work, rows, counts, strict=True):
             with self._blaming(owner):
@@ -114,7 +115,7 @@ class Scheduler:
                 if isinstance(owner, Encoding):
                     self._encoded(owner)
                 else:
-                    self._decoded(owner, logits[at : at + n])
+                    self._decoded(owner, logits[at : at + n], best.get(owner))
             at += n
 
     def _choose(self) -> list[Work]:
@@ -180,7 +181,21 @@ class Scheduler:
         if encoding.persistent:
             self.save(record)  # last: it may wait for the disk, and be interrupted there
 
-    def _decoded(self, request: Request, logits: Tensor) -> None:
+    def _best(self, work: list[Work], logits: Tensor, counts: list[int]) -> dict[Request, tuple[int, float]]:
+        """The likeliest token and its logit of each request that takes it: one look at the device for all of them."""
+        last: dict[Request, int] = {}
+        at = 0
+        for (owner, count), n in zip(work, counts, strict=True):
+            at += n
+            if isinstance(owner, Request) and count == owner.sequence.left and owner.params.takes_best:
+                last[owner] = at - 1
+        if len(last) < 2:
+            return {}
+        rows = logits[torch.tensor(list(last.values()))] if len(last) < len(logits) else logits
+        found = torch.stack([rows.argmax(-1).double(), rows.amax(-1).double()]).tolist()
+        return {r: (int(token), logit) for r, token, logit in zip(last, *found, strict=True)}
+
+    def _decoded(self, request: Request, logits: Tensor, best: tuple[int, float] | None) -> None:
         sequence = request.sequence
         if request.answer:
             self._score(request, logits)
@@ -190,7 +205,7 @@ class Scheduler:
             return self._finish(request, "length")
         if not request.token_ids:
             self._first(request, logits)
-        choice = request.sampler(logits[-1])
+        choice = request.sampler(logits[-1], best)
         request.sampled.append(choice)
         request.token_ids.append(choice.token)
         ends = choice.token in request.params.stop_token_ids or (
