@@ -123,7 +123,7 @@ class CudaRunner(Runner):
         staging, event = self._staging.pop(0) if len(self._staging) >= UPLOADS else (None, torch.cuda.Event())
         event.synchronize()
         if staging is None or len(staging) < size:
-            staging = torch.empty(max(size, 1 << 15), dtype=torch.int64, pin_memory=True)
+            staging = torch.empty(max(size, 1 << 15), dtype=torch.int64, pin_memory=torch.cuda.is_available())
         self._staging.append((staging, event))
         return staging, event
 
