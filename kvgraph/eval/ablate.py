@@ -9,7 +9,6 @@ the new order; an item's own links are about documents, so they follow them.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from kvgraph.data import io
 from kvgraph.data.prompt import LINKS, edges_of
 from kvgraph.data.task import Item, Task
 from kvgraph.errors import GraphError
@@ -251,8 +251,8 @@ def run(
                 edges=variant.edges, seed=seed, ablation=None if variant is base else variant.name, **options,
             )  # fmt: skip
     table = compare([base, *made], out, left_out, seed)
-    (out / "table.md").write_text(table.markdown(), encoding="utf-8")
-    (out / "table.json").write_text(json.dumps(table.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    io.write(out / "table.md", table.markdown())
+    io.write_json(out / "table.json", table.as_json())
     return table
 
 

@@ -35,9 +35,9 @@ class Flip(NamedTuple):
     def cells(self) -> tuple[str, ...]:
         """Texts for a line of a table."""
         values = [f"{100 * line['scores'][self.metric]:.0f}" for line in (self.a, self.b)]
-        golds = " / ".join(self.a.get("golds", ()))
+        references = " / ".join(self.a.get("golds", ()))
         answers = [line.get("error") or line.get("extracted", "") for line in (self.a, self.b)]
-        return self.id[:40], *values, *(" ".join(text.split())[:60] for text in (golds, *answers))
+        return self.id[:40], *values, *(" ".join(text.split())[:60] for text in (references, *answers))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 
+from kvgraph.data import io
 from kvgraph.train.batches import Progress
 from kvgraph.train.config import TrainError
 
@@ -73,7 +74,7 @@ def save_state(folder: Path, module: nn.Module, optimizers: list[Optimizer], pro
     with _alone_or_not() as alone:
         dcp.save(_tensors(module, optimizers)[0], checkpoint_id=folder / STATE, no_dist=alone)
     if main:
-        (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+        io.write_json(folder / PROGRESS, asdict(progress))
 
 
 def load_state(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> Progress:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated
 
 from kvgraph.errors import KVGraphError
 
@@ -15,6 +15,7 @@ NONE, SELECTIVE, FULL = CHECKPOINTING = ("none", "selective", "full")
 COSINE, TRAPEZOID, CONSTANT = SCHEDULES = ("cosine", "trapezoid", "constant")
 ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
+STRICT = {"extra": "forbid"}  # pydantic refuses settings that don't exist
 
 
 class TrainError(KVGraphError, ValueError):
@@ -40,6 +41,7 @@ class Component:
     every: bool = False
     edges: tuple[str, ...] = ("links",)
     through_links: bool = False
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if not self.methods or not self.edges:
@@ -58,6 +60,7 @@ class Stage:
     components: tuple[Component, ...]
     steps: int = 0
     epochs: float = 0.0
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if (self.steps > 0) == (self.epochs > 0):
@@ -104,6 +107,7 @@ class Config:
     evaluation: Annotated[int, "examples of each component, by each of its methods; 0: don't evaluate"] = 64
     save_every: Annotated[int, "steps between checkpoints; one is at the end"] = 500
     keep: Annotated[int, "so many checkpoints, the latest"] = 2
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -123,16 +127,19 @@ class Config:
 
     def to_json(self) -> str:
         """The whole configuration, to be read again by `from_json`."""
-        return json.dumps(_plain(self), indent=1) + "\n"
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """What `to_json` wrote. Raises TrainError for anything else."""
+        """What `to_json` wrote. Raises TrainError, naming the setting, for anything else."""
+        from pydantic import TypeAdapter, ValidationError
+
+        from kvgraph.data.schema import first_error
+
         try:
-            found: Config = _built(cls, json.loads(text))
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise TrainError(f"this is no configuration of a training run: {error}") from None
-        return found
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            raise TrainError(f"this is no configuration of a training run: {first_error(error)}") from None
 
     @classmethod
     def read(cls, path: str | Path) -> Config:
@@ -164,25 +171,3 @@ _LEAST = {
         0,
     ),
 }
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as dicts and lists."""
-    if isinstance(value, (Config, Stage, Component)):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _built(cls: type, value: Mapping[str, Any]) -> Any:
-    """`_plain` undone: a dataclass of this kind."""
-    inner = {Config: ("stages", Stage), Stage: ("components", Component)}
-    unknown = set(value) - set(get_type_hints(cls))
-    if unknown:
-        raise TrainError(f"unknown settings: {', '.join(sorted(unknown))}")
-    field, kind = inner.get(cls, ("", None))
-    made = {
-        name: tuple(_built(kind, part) for part in given) if name == field and kind
-        else tuple(given) if isinstance(given, list) else given
-        for name, given in value.items()
-    }  # fmt: skip
-    return cls(**made)

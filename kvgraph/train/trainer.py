@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from kvgraph.data import io
 from kvgraph.train import batches, checkpoint, model, optim, parallel
 from kvgraph.train.batches import Exam, Planned, Progress, Step
 from kvgraph.train.config import MUON, Config, TrainError
@@ -98,7 +99,7 @@ class Trainer:
         self.saved = before
         if self.main:
             out.mkdir(parents=True, exist_ok=True)
-            (out / checkpoint.CONFIG).write_text(config.to_json(), encoding="utf-8")
+            io.write(out / checkpoint.CONFIG, config.to_json())
             name = "kvgraph" if wandb else tracker  # W&B's project, TensorBoard's folder
             self.accelerator.init_trackers(name, {"configuration": config.to_json()})
         self.log = Log(out, self.accelerator, self.progress.step, self.last)
@@ -256,7 +257,7 @@ class Trainer:
             weights = self._weights()
             if self.main:
                 model.save(self.student, weights, folder / checkpoint.MODEL)
-                (folder / checkpoint.CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+                io.write(folder / checkpoint.CONFIG, self.config.to_json())
         self.saved = checkpoint.found(self.out)[-1]
 
     def _weights(self) -> dict[str, Tensor]:

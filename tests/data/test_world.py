@@ -26,12 +26,12 @@ from kvgraph import methods
 from kvgraph.cli import main
 from kvgraph.data.chat import opening
 from kvgraph.data.items import read
+from kvgraph.data.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.data.world import names, tokenizer, world
 from kvgraph.data.world.names import Dealer, NamesError
 from kvgraph.data.world.world import Corpus, World, WorldError
 from kvgraph.eval import ablate, stats
 from kvgraph.eval.runs import Run
-from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 
 ROOT = Path(__file__).parents[2]
 HOPS = World("hops", count=150)
@@ -556,7 +556,7 @@ def test_a_file_of_records_gives_the_items_that_are_generated(kind, tmp_path, ca
     generated = read(task, f"generated:{settings},seed=2,count=5")
     assert written.items == generated.items and written.sha256 == generated.sha256
     first, corpus = written.items[0], World.parse(kind, f"{settings},seed=2").corpus(0)
-    assert first.golds == (corpus.questions[0].answer,) and first.links == corpus.edges
+    assert first.references == (corpus.questions[0].answer,) and first.links == corpus.edges
     assert [document.text for document in first.documents] == [segment.text for segment in corpus.segments]
     assert first.facts["floor"] == corpus.questions[0].floor and first.facts["edges"] == "random 0.5"
     assert {item.cluster for item in written.items} == {f"{kind}-held-out-2-{i}" for i in range(5)}
@@ -620,14 +620,14 @@ def test_ablations_keep_the_gold_segments():
     }
     for before, after in zip(items, made["distractors-0"].items, strict=True):
         assert len(after.documents) == len(before.facts["gold_positions"].split(","))
-        assert any(before.golds[0] in document.text for document in after.documents)
+        assert any(before.references[0] in document.text for document in after.documents)
         assert after.cluster == before.cluster
     assert all(len(a.links) == len(b.links) for a, b in zip(items, made["random-edges"].items, strict=True))
 
 
 def test_the_arrangements_of_one_question_are_a_cluster():
     from kvgraph.data.chat import Document
-    from kvgraph.eval.tasks.ego import Ego, arranged
+    from kvgraph.data.tasks.ego import Ego, arranged
 
     egos = [Ego(f"q{i}", "?", ("yes",), (Document(f"paper {i}"),), ()) for i in range(3)]
     lines = [

@@ -21,7 +21,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kvgraph.cli import main
-from kvgraph.data.folder import locked
+from kvgraph.data.io import locked
 from kvgraph.data.task import Hub
 from kvgraph.demo import write_model
 from kvgraph.models import load_tokenizer
@@ -376,7 +376,7 @@ def test_a_bad_record_is_named_and_once_it_is_mended_nothing_was_lost(cli, tulu,
     for bad, says in (
         (good[200][:-20], "tulu.jsonl:201 is not JSON in UTF-8"),
         ('{"id": "x"}', "tulu.jsonl:201: record 'x': messages: Field required"),
-        ('["x"]', "tulu.jsonl:201: record 1: "),
+        ('["x"]', "tulu.jsonl:201 holds a list"),
     ):
         source.write_text("\n".join([*good[:200], bad, *good[201:]]))
         code, _, err = cli("tulu", "--source", source, "--out", out)

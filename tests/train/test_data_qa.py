@@ -30,9 +30,8 @@ from safetensors.torch import load_file, save_file
 import serving
 from kvgraph import demo, models
 from kvgraph.cli import main
-from kvgraph.data import chat, prompt
+from kvgraph.data import chat, prompt, tasks
 from kvgraph.data.task import Item
-from kvgraph.eval import tasks
 from kvgraph.train.prepare import SOURCES, answers, qa, retriever
 from kvgraph.train.prepare.answers import Answers, AnswersError, Endpoint
 from kvgraph.train.prepare.retriever import Passages, RetrieverError, Rows

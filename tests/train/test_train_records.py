@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from families import build
 from kvgraph import Engine, demo, methods
-from kvgraph.data import prompt
+from kvgraph.data import prompt, tasks
 from kvgraph.data.chat import Document, chat
 from kvgraph.data.task import Item
-from kvgraph.eval import tasks
 from kvgraph.models import load_tokenizer, trainable, wrap
 from kvgraph.train import records
 from kvgraph.train.forward import logits, loss

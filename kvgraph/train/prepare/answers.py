@@ -7,7 +7,6 @@ KVLink lets gpt-4o-mini answer each question from its ten passages, at temperatu
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from kvgraph.data import io
 from kvgraph.errors import KVGraphError
 
 if TYPE_CHECKING:
@@ -245,10 +245,7 @@ class Answers:
             "reason": reply.reason,
             "tokens": reply.tokens,
         }
-        written, end = json.dumps(line, ensure_ascii=False).encode() + b"\n", self._file.tell()
-        if self._file.write(written) < len(written):
-            self._file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        io.append(self._file, io.line(line))
         self._keep(key, reply)
 
     def _keep(self, key: str, reply: Reply) -> None:
@@ -256,18 +253,13 @@ class Answers:
         self.spent.add(reply.tokens)
 
     def _read(self) -> None:
-        end = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
-                break
-            end += len(line)
+        for number, line in enumerate(io.whole_lines(self.path), 1):
             try:
                 row = json.loads(line)
                 read, written = row["tokens"]
                 self._keep(row["key"], Reply(row["answer"], row["reason"], (read, written)))
             except (ValueError, LookupError, TypeError):
                 raise AnswersError(f"{self.path}:{number} is no answer; mend or remove the line") from None
-        self._file.truncate(end)
 
 
 async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: Request) -> tuple[Reply, bool]:
@@ -282,7 +274,9 @@ async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: Request) -> t
             temperature=endpoint.temperature,
         )
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-        raise AnswersError(f"{client.base_url} refuses the model {endpoint.model} or the key: {_line(error)}") from None
+        raise AnswersError(
+            f"{client.base_url} refuses the model {endpoint.model} or the key: {io.first_line(error)}"
+        ) from None
     except openai.APIStatusError as error:
         busy = error.status_code == 429 or error.status_code >= 500
         return Reply(None, f"HTTP {error.status_code}", outage=busy), False
@@ -313,8 +307,3 @@ def _checked(completion: Any, endpoint: Endpoint) -> Reply:
     if not isinstance(text, str) or not text.strip():
         return Reply(None, "empty reply", tokens)
     return Reply(text.strip(), "", tokens)
-
-
-def _line(error: Exception) -> str:
-    """An error's first line."""
-    return str(error).split("\n")[0][:200]

@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 import xxhash
 from pydantic import BaseModel
 
+from kvgraph.data import io
 from kvgraph.data.chat import Document
+from kvgraph.data.schema import Answers as References
 from kvgraph.data.task import Hub, Task
-from kvgraph.eval.tasks import hotpotqa, triviaqa
-from kvgraph.eval.tasks.qa import Answers as Golds
-from kvgraph.eval.tasks.qa import joined
-from kvgraph.eval.tasks.wiki2 import WIKI2
+from kvgraph.data.tasks import hotpotqa, triviaqa
+from kvgraph.data.tasks.qa import joined
+from kvgraph.data.tasks.wiki2 import WIKI2
 from kvgraph.train.prepare.answers import Answers, Endpoint, Request
 from kvgraph.train.prepare.retriever import CONTRIEVER, Encoder, Passages, SentenceEncoder, best, ranked
 from kvgraph.train.prepare.rows import Files
@@ -63,7 +64,7 @@ class WithContexts(BaseModel):
     """A record of FiD's TriviaQA (github.com/facebookresearch/FiD, open_domain_data/TQA)."""
 
     question: str
-    answers: Golds
+    answers: References
     target: str = ""
     ctxs: list[Retrieved]
 
@@ -78,7 +79,7 @@ class Found(NamedTuple):
 
 def wiki(row: Row) -> Question:
     """A record of 2WikiMultiHopQA: a paragraph is a passage."""
-    record = checked(hotpotqa.Record, row)
+    record = checked(hotpotqa.HotpotRecord, row)
     passages = tuple({"title": title, "text": joined(sentences)} for title, sentences in record.context)
     return Question(record.question, record.answer[0], passages)
 
@@ -88,7 +89,7 @@ def trivia(row: Row) -> Question:
     if isinstance(row.record, Mapping) and "ctxs" in row.record:
         given = checked(WithContexts, row)
         return Question(given.question, given.target or given.answers[0], tuple(c.model_dump() for c in given.ctxs))
-    record = checked(triviaqa.Record, row)
+    record = checked(triviaqa.TriviaRecord, row)
     pages = [*record.entity_pages, *record.search_results]
     return Question(
         record.question, record.answer.value, tuple(p for page in pages for p in cut(page.title, page.text))
@@ -154,7 +155,7 @@ class Questions:
         if not question.passages and job.settings["corpus"] in (POOLED, OWN):
             raise PrepareError(f"{row.where} brings no passages; give a corpus to look for some, --set corpus=FILE")
         try:
-            _line(question)
+            io.line(question)
         except UnicodeEncodeError:
             raise PrepareError(
                 f"{row.where} has half of a surrogate pair, which is no text; mend or remove it"
@@ -187,7 +188,7 @@ class Questions:
         passages = None if pooled else Passages(Path(corpus))  # fails before anything that takes long
         if not asked.is_file():
             self._gather(job, asked, pool if pooled else None)
-        questions = [json.loads(line) for line in asked.read_bytes().splitlines()]
+        questions = [json.loads(line) for line in io.whole_lines(asked)]
         if passages is None:
             passages = Passages(pool)
         found = best(encoder, passages, questions, BEST, folder, Path(index) if index else folder, job.progress)
@@ -201,19 +202,17 @@ class Questions:
     def _gather(self, job: Job, asked: Path, pool: Path | None) -> None:
         """Write all questions, and all different passages that come with them, for the search."""
         seen: set[int] = set()
-        half = asked.with_suffix(".part")
-        with open(half, "wb") as questions, open(pool or os.devnull, "wb") as passages:
+        with io.replacing(asked) as questions, io.replacing(pool or Path(os.devnull)) as passages:
             for row in job.rows():
                 question = self._question(row, job)
-                questions.write(_line(question.question))
+                questions.write(io.line(question.question))
                 for passage in question.passages if pool else ():
-                    line = _line(passage)
+                    line = io.line(passage)
                     if (key := xxhash.xxh3_64_intdigest(line)) not in seen:
                         seen.add(key)
                         passages.write(line)
                 if (row.number + 1) % 1000 == 0:
                     job.progress(f"{row.number + 1:,} questions read, with {len(seen):,} passages")
-        half.rename(asked)
 
     def _request(self, row: Row, question: Question, passages: tuple[Passage, ...]) -> Request:
         """What the endpoint is asked: the task's own prompt, as `kvgraph.data.prompt.build` makes it for a chat model."""
@@ -242,10 +241,6 @@ def endpoint(settings: Mapping[str, str]) -> Endpoint:
     if concurrency < 1 or not (0 <= read < inf and 0 <= written < inf):
         raise PrepareError("prices are two numbers, as in 0.15/0.60, and concurrency is a number from 1")
     return Endpoint(settings["answers"], settings["url"] or None, concurrency, (read, written))
-
-
-def _line(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 SETTINGS = {

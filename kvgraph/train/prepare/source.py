@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
+from kvgraph.data import schema as schemas
 from kvgraph.data.task import Hub, Item, Task, TaskError
 from kvgraph.errors import KVGraphError
-from kvgraph.eval.tasks import qa
 
 Made = dict[str, Any]
 """A training record without its id: `docs/data.md` says what the three kinds hold."""
@@ -119,7 +119,7 @@ def each(
 def checked(schema: type[Schema], row: Row) -> Schema:
     """A row's record as an instance of the schema. Raises PrepareError naming the row and the field that doesn't fit."""
     try:
-        return next(qa.checked(schema, [row.record]))
+        return next(schemas.checked(schema, [row.record]))
     except TaskError as error:
         raise PrepareError(f"{row.where}: {error}") from None
 

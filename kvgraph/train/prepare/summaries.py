@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kvgraph.data.task import Hub, Item, Task, TaskError
-from kvgraph.eval.tasks.multi_news import MULTI_NEWS as MULTI_NEWS_TASK
-from kvgraph.eval.tasks.xsum import XSUM as XSUM_TASK
+from kvgraph.data.tasks.multi_news import MULTI_NEWS as MULTI_NEWS_TASK
+from kvgraph.data.tasks.xsum import XSUM as XSUM_TASK
 from kvgraph.train.prepare.source import Job, Outcome, PrepareError, Row, Skip, Source, task_record
 
 SHORTEST, LONGEST = 1000, 3000  # tokens of an article; of article and summary together, exclusive
@@ -20,7 +20,7 @@ def summaries(task: Task, check: Callable[[Item, Job], None]) -> Callable[[Itera
             try:
                 (item,) = task.items([row.record])
                 check(item, job)
-                yield Outcome(row, _articles(item), (task_record(task, item, item.golds[0]),))
+                yield Outcome(row, _articles(item), (task_record(task, item, item.references[0]),))
             except TaskError as error:
                 raise PrepareError(f"{row.where}: {error}") from None
             except Skip as reason:
@@ -37,7 +37,7 @@ def _xsum(item: Item, job: Job) -> None:
     tokens = job.tokenizer.count(_articles(item))
     if tokens < SHORTEST:
         raise Skip(f"shorter than {SHORTEST:,} tokens")
-    if tokens + job.tokenizer.count(item.golds[0]) >= LONGEST:
+    if tokens + job.tokenizer.count(item.references[0]) >= LONGEST:
         raise Skip(f"{LONGEST:,} tokens or longer")
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pydantic import BaseModel
 
 from kvgraph.data.task import Hub
-from kvgraph.eval.tasks.segments import SENTENCE_ENDS
+from kvgraph.data.tasks.segments import SENTENCE_ENDS
 from kvgraph.train.prepare.source import Job, Made, Skip, Source, each
 
 LONG = 2048  # tokens that a document to be cut must have

@@ -23,7 +23,7 @@ class Ego:
 
     id: str
     question: str
-    golds: tuple[str, ...]
+    references: tuple[str, ...]
     documents: tuple[Document, ...]
     links: tuple[tuple[int, int], ...]
     kind: str = ""
@@ -48,7 +48,7 @@ def arranged(egos: Sequence[Ego]) -> Iterator[Item]:
             yield Item(
                 id=f"{ego.id}/{count}-{related}" if count else ego.id,
                 question=ego.question,
-                golds=ego.golds,
+                references=ego.references,
                 documents=tuple(document for group in groups for document in group.documents),
                 kind=ego.kind,
                 facts={"distractors": count, "related": related, "gold_positions": gold},
