@@ -41,8 +41,8 @@ def world(
         str,
         typer.Option(
             metavar="NAME=VALUE,...",
-            help="How corpora are made and told: split, entities, distractors, questions, types, order, edges, share, "
-            "prefix, gold_position; docs/world.md explains them.",
+            help="How corpora are made and told: split, entities, questions, types, order, edges, share, "
+            "prefix, statements; docs/world.md explains them.",
         ),
     ] = "",
     out: Annotated[

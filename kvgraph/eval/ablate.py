@@ -169,7 +169,7 @@ def variants(base: Variant, names: Iterable[str], seed: int = 0) -> tuple[list[V
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow:
     """One variant's line: its run, and its difference to the base with Holm's correction over all lines."""
 
     run: runs.Run
@@ -182,7 +182,7 @@ class Row:
 class Table:
     """An ablation's result, base first. `left_out` says what was not run, and why."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[AblationRow, ...]
     left_out: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -261,8 +261,8 @@ def compare(ran: Sequence[Variant], out: Path, left_out: Iterable[str] = (), see
     base, *others = [runs.Run.load(out / variant.name) for variant in ran]
     found = [runs.compared(base, other, seed=seed) for other in others]
     corrected = stats.holm([difference.p for difference in found if difference])
-    rows = [Row(base, ran[0].about)]
-    rows += map(Row, others, (variant.about for variant in ran[1:]), found, corrected)
+    rows = [AblationRow(base, ran[0].about)]
+    rows += map(AblationRow, others, (variant.about for variant in ran[1:]), found, corrected)
     return Table(tuple(rows), tuple(left_out))
 
 

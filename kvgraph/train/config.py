@@ -15,6 +15,7 @@ NONE, SELECTIVE, FULL = CHECKPOINTING = ("none", "selective", "full")
 COSINE, TRAPEZOID, CONSTANT = SCHEDULES = ("cosine", "trapezoid", "constant")
 ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
+OLD_NAMES = {"deepen": "stack"}  # in the config.json of older runs
 STRICT = {"extra": "forbid"}  # pydantic refuses settings that don't exist
 
 
@@ -96,7 +97,7 @@ class Config:
     clip: Annotated[float, "highest norm of the gradient; 0: any"] = 1.0
     trained: Annotated[str, "all weights, the links' rows alone, or a lora adapter (saved merged)"] = WHOLE
     lora_rank: Annotated[int, "rank of the lora adapter"] = 16
-    deepen: Annotated[int, "copies of the last so many layers to put on top before the first step (stacking)"] = 0
+    stack: Annotated[int, "copies of the last so many layers to put on top before the first step (stacking)"] = 0
     links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
     slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
     precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
@@ -136,10 +137,16 @@ class Config:
 
         from kvgraph.data.schema import first_error
 
+        wrong = "this is no configuration of a training run"
         try:
-            return TypeAdapter(cls).validate_json(text)
+            given = json.loads(text)
+            if isinstance(given, dict):
+                given = {OLD_NAMES.get(name, name): value for name, value in given.items()}
+            return TypeAdapter(cls).validate_python(given)
         except ValidationError as error:
-            raise TrainError(f"this is no configuration of a training run: {first_error(error)}") from None
+            raise TrainError(f"{wrong}: {first_error(error)}") from None
+        except ValueError as error:
+            raise TrainError(f"{wrong}: it is not JSON: {error}") from None
 
     @classmethod
     def read(cls, path: str | Path) -> Config:
@@ -159,7 +166,7 @@ _LEAST = {
     **dict.fromkeys(
         (
             "limit",
-            "deepen",
+            "stack",
             "links",
             "slots",
             "threads",

@@ -4,7 +4,7 @@ From purely random weights such a model sits on the floor of guessing for a long
 heads that know the tokens just before a token, and heads that find the same words again, and each pays only with the
 other. So both are there from the beginning (previous-token heads fixed for good, the others free to change), and
 training finds the rest. It has three layers, which is what it takes to read one fact; for facts that lead to others the
-recipes stack copies of these on top (`kvgraph.models.deepen`).
+recipes stack copies of these on top (`kvgraph.models.stack`).
 
 Tokens that mean something alike start alike: years differ along one direction by their order, and link tokens start as
 pronouns do, the same for every document, because they too stand for what was named before.

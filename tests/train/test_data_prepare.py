@@ -130,7 +130,7 @@ def test_segments_are_cut_between_tokens_and_characters():
 
 
 def test_an_answer_that_goes_on_with_a_long_text_ends_with_a_sentence():
-    page = text.Page(text="This is a sentence of the text. " * 400)
+    page = text.WebPage(text="This is a sentence of the text. " * 400)
     job = type("Job", (), {"tokenizer": Tokens.of_bytes()})
     (record,) = text.text_inst(page, job, random.Random(0))
     answer = record["messages"][1]["content"]
@@ -452,7 +452,7 @@ def test_a_folder_that_lost_records_is_refused(tulu, tmp_path):
         (["nothing", "--out", "{}"], 1, "there is no source 'nothing'; there are fineweb-text, "),
         (["tulu", "--out", "{}", "--sample", "--source", "x.jsonl"], 2, "--sample or --source, not both"),
         (["tulu", "--out", "{}", "--source", "./nowhere.jsonl"], 1, "there is no file or folder"),
-        (["tulu", "--out", "{}", "--source", "."], 1, "holds no .jsonl, .ndjson, .json, .parquet file"),
+        (["tulu", "--out", "{}", "--source", "."], 1, "holds no .jsonl, .ndjson, .json, .csv, .parquet file"),
         (["tulu", "--out", "{}", "--sample", "--set", "size=3"], 1, "tulu has no setting 'size'; there are: none"),
         (["tulu", "--out", "{}", "--sample", "--set", "size"], 2, "--set size has no value; write NAME=VALUE"),
         (["xsum", "--out", "{}", "--source", "{}/x.jsonl"], 1, "xsum measures texts in tokens; give --tokenizer"),

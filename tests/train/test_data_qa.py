@@ -275,9 +275,9 @@ def test_passages_of_real_questions_equal_a_search_by_hand(encoder, tmp_path):
 
 
 def _row(record):
-    from kvgraph.train.prepare.source import Row
+    from kvgraph.train.prepare.source import RawRow
 
-    return Row(0, "here", record, {})
+    return RawRow(0, "here", record, {})
 
 
 # Answers
@@ -354,7 +354,7 @@ def misbehaving():
 
 
 def ask(path: Path, endpoint: Endpoint, said: list[str]) -> tuple[list[answers.Reply], answers.Spent]:
-    requests = ((answers.Request(text, [{"role": "user", "content": text}]), text) for text in said)
+    requests = ((answers.AnswerRequest(text, [{"role": "user", "content": text}]), text) for text in said)
     with Answers(path, endpoint) as made:
         got = list(made.ask(requests))
         assert [text for text, _ in got] == said  # in order
@@ -424,7 +424,7 @@ def test_the_same_question_twice_is_asked_once(misbehaving, tmp_path):
 def test_who_stops_early_pays_for_little_more(misbehaving, tmp_path):
     misbehaving.wait = 0.02
     endpoint = Endpoint("m", misbehaving.url, 3)
-    requests = ((answers.Request("", [{"role": "user", "content": f"fine {i}"}]), i) for i in range(1000))
+    requests = ((answers.AnswerRequest("", [{"role": "user", "content": f"fine {i}"}]), i) for i in range(1000))
     with Answers(tmp_path / "answers.jsonl", endpoint) as made:
         for i, _ in made.ask(requests):
             if i == 9:

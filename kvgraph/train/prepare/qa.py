@@ -32,10 +32,10 @@ from kvgraph.data.task import Hub, Task
 from kvgraph.data.tasks import hotpotqa, triviaqa
 from kvgraph.data.tasks.qa import joined
 from kvgraph.data.tasks.wiki2 import WIKI2
-from kvgraph.train.prepare.answers import Answers, Endpoint, Request
+from kvgraph.train.prepare.answers import AnswerRequest, Answers, Endpoint
 from kvgraph.train.prepare.retriever import CONTRIEVER, Encoder, Passages, SentenceEncoder, best, ranked
 from kvgraph.train.prepare.rows import Files
-from kvgraph.train.prepare.source import Job, Outcome, PrepareError, Row, Setting, Source, checked
+from kvgraph.train.prepare.source import Outcome, PrepareError, PrepareJob, RawRow, Setting, Source, checked
 
 BEST = 10  # passages a question
 WORDS = 100  # of a passage that is cut out of a page, as in DPR's Wikipedia (arXiv 2004.04906, section 4.1)
@@ -45,7 +45,7 @@ NONE, GOLD = "none", "gold"  # of `retriever` and `answers`
 Passage = dict[str, str]  # title and text
 
 
-class Question(NamedTuple):
+class RetrievalQuestion(NamedTuple):
     """A question of a data set. passages: what its record brings, in the record's order."""
 
     question: str
@@ -72,26 +72,28 @@ class WithContexts(BaseModel):
 class Found(NamedTuple):
     """A question with its best passages, best first."""
 
-    row: Row
-    question: Question
+    row: RawRow
+    question: RetrievalQuestion
     passages: tuple[Passage, ...]
 
 
-def wiki(row: Row) -> Question:
+def wiki(row: RawRow) -> RetrievalQuestion:
     """A record of 2WikiMultiHopQA: a paragraph is a passage."""
     record = checked(hotpotqa.HotpotRecord, row)
     passages = tuple({"title": title, "text": joined(sentences)} for title, sentences in record.context)
-    return Question(record.question, record.answer[0], passages)
+    return RetrievalQuestion(record.question, record.answer[0], passages)
 
 
-def trivia(row: Row) -> Question:
+def trivia(row: RawRow) -> RetrievalQuestion:
     """A record of TriviaQA: pages, which are cut into passages; or FiD's, which brings passages."""
     if isinstance(row.record, Mapping) and "ctxs" in row.record:
         given = checked(WithContexts, row)
-        return Question(given.question, given.target or given.answers[0], tuple(c.model_dump() for c in given.ctxs))
+        return RetrievalQuestion(
+            given.question, given.target or given.answers[0], tuple(c.model_dump() for c in given.ctxs)
+        )
     record = checked(triviaqa.TriviaRecord, row)
     pages = [*record.entity_pages, *record.search_results]
-    return Question(
+    return RetrievalQuestion(
         record.question, record.answer.value, tuple(p for page in pages for p in cut(page.title, page.text))
     )
 
@@ -129,9 +131,9 @@ class Questions:
 
     name: str
     task: Task
-    parse: Callable[[Row], Question]
+    parse: Callable[[RawRow], RetrievalQuestion]
 
-    def __call__(self, rows: Iterator[Row], job: Job) -> Iterator[Outcome]:
+    def __call__(self, rows: Iterator[RawRow], job: PrepareJob) -> Iterator[Outcome]:
         """See Source.outcomes. Unless they stay with their question, passages are pooled, embedded and searched first."""
         folder = job.folder / self.name
         folder.mkdir(exist_ok=True)
@@ -150,7 +152,7 @@ class Questions:
                         yield self._outcome(row, question, passages, reply.answer)
             job.progress(f"answers: {answers.spent}")
 
-    def _question(self, row: Row, job: Job) -> Question:
+    def _question(self, row: RawRow, job: PrepareJob) -> RetrievalQuestion:
         question = self.parse(row)
         if not question.passages and job.settings["corpus"] in (POOLED, OWN):
             raise PrepareError(f"{row.where} brings no passages; give a corpus to look for some, --set corpus=FILE")
@@ -162,7 +164,7 @@ class Questions:
             ) from None
         return question
 
-    def _found(self, rows: Iterator[Row], job: Job, folder: Path) -> Iterator[Found]:
+    def _found(self, rows: Iterator[RawRow], job: PrepareJob, folder: Path) -> Iterator[Found]:
         """The best passages of each row's question."""
         retriever, corpus = job.settings["retriever"], job.settings["corpus"]
         if retriever == NONE:
@@ -180,7 +182,7 @@ class Questions:
             question = self._question(row, job)
             yield Found(row, question, ranked(encoder, question.question, question.passages, BEST))
 
-    def _searched(self, rows: Iterator[Row], job: Job, folder: Path, encoder: Encoder) -> Iterator[Found]:
+    def _searched(self, rows: Iterator[RawRow], job: PrepareJob, folder: Path, encoder: Encoder) -> Iterator[Found]:
         """The best passages of each row's question in the pool or a collection."""
         corpus, index = job.settings["corpus"], job.settings["index"]
         asked, pool = folder / "questions.jsonl", folder / "passages.jsonl"
@@ -199,7 +201,7 @@ class Questions:
                 raise PrepareError(f"{folder} is about other questions than {row.where}; delete it, and start anew")
             yield Found(row, question, tuple(passages[int(i)] for i in found[row.number]))
 
-    def _gather(self, job: Job, asked: Path, pool: Path | None) -> None:
+    def _gather(self, job: PrepareJob, asked: Path, pool: Path | None) -> None:
         """Write all questions, and all different passages that come with them, for the search."""
         seen: set[int] = set()
         with io.replacing(asked) as questions, io.replacing(pool or Path(os.devnull)) as passages:
@@ -214,14 +216,14 @@ class Questions:
                 if (row.number + 1) % 1000 == 0:
                     job.progress(f"{row.number + 1:,} questions read, with {len(seen):,} passages")
 
-    def _request(self, row: Row, question: Question, passages: tuple[Passage, ...]) -> Request:
+    def _request(self, row: RawRow, question: RetrievalQuestion, passages: tuple[Passage, ...]) -> AnswerRequest:
         """What the endpoint is asked: the task's own prompt, as `kvgraph.data.prompt.build` makes it for a chat model."""
         documents = "".join(str(Document(p["text"], p["title"]).filled(self.task.document)) for p in passages)
         user = documents + self.task.question.format(question=question.question)
         system = self.task.instruction.strip()
-        return Request(row.where, [{"role": "system", "content": system}, {"role": "user", "content": user}])
+        return AnswerRequest(row.where, [{"role": "system", "content": system}, {"role": "user", "content": user}])
 
-    def _outcome(self, row: Row, question: Question, passages: tuple[Passage, ...], answer: str) -> Outcome:
+    def _outcome(self, row: RawRow, question: RetrievalQuestion, passages: tuple[Passage, ...], answer: str) -> Outcome:
         made = {
             "task": self.task.name,
             "question": question.question,

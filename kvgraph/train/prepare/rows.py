@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from kvgraph.data import hub, io
 from kvgraph.data.hub import Hub
-from kvgraph.train.prepare.source import PrepareError, Row, Source
+from kvgraph.train.prepare.source import PrepareError, RawRow, Source
 
 SAMPLES = Path(str(files(f"{__package__}.samples")))
 STATE_EVERY = 1000  # rows of a stream; its state is large, so a position is a state and some rows more
@@ -28,7 +28,7 @@ class Reader(Protocol):
 
     identity: Mapping[str, Any]
 
-    def rows(self, after: Position | None = None) -> Iterator[Row]:
+    def rows(self, after: Position | None = None) -> Iterator[RawRow]:
         """All rows, or those after a position. Raises PrepareError naming file and line, also where what stands before
         the position has changed."""
         ...
@@ -48,7 +48,7 @@ class Files:
         self.path, self.read = path, read
         self.identity: Mapping[str, Any] = {"path": str(path)} if identity is None else identity
 
-    def rows(self, after: Position | None = None) -> Iterator[Row]:
+    def rows(self, after: Position | None = None) -> Iterator[RawRow]:
         count, checksum = 0, 0
         known = after or {"rows": 0, "checksum": 0}
         for where, raw, parse in self._found():
@@ -56,7 +56,7 @@ class Files:
                 break
             count, checksum = count + 1, zlib.crc32(raw, checksum)
             if count > known["rows"]:
-                yield Row(count - 1, where, parse(), {"rows": count, "checksum": checksum})
+                yield RawRow(count - 1, where, parse(), {"rows": count, "checksum": checksum})
         if count < known["rows"] or (count == known["rows"] and checksum != known["checksum"]):
             raise PrepareError(
                 f"{self.path}: the first {known['rows']:,} records aren't those that were read before; "
@@ -83,7 +83,7 @@ class Stream:
         self.hub = data_set
         self.identity: Mapping[str, Any] = _identity(data_set)
 
-    def rows(self, after: Position | None = None) -> Iterator[Row]:
+    def rows(self, after: Position | None = None) -> Iterator[RawRow]:
         known = after or {"rows": 0, "stream": None, "more": 0}
         name, count, state, more = self.hub.name, known["rows"], known["stream"], 0
         data = hub.Stream(self.hub, _unreachable, state)
@@ -91,7 +91,7 @@ class Stream:
             more += 1
             if more > known["more"]:
                 count += 1
-                yield Row(count - 1, f"{name}, row {count}", record, {"rows": count, "stream": state, "more": more})
+                yield RawRow(count - 1, f"{name}, row {count}", record, {"rows": count, "stream": state, "more": more})
             if more == STATE_EVERY:
                 state, more = data.state(), 0
                 known = {**known, "more": 0}

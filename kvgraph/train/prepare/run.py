@@ -20,7 +20,7 @@ import kvgraph
 from kvgraph.data import io
 from kvgraph.errors import KVGraphError
 from kvgraph.train.prepare.rows import Reader
-from kvgraph.train.prepare.source import Job, Made, Outcome, PrepareError, Source
+from kvgraph.train.prepare.source import Made, Outcome, PrepareError, PrepareJob, Source
 from kvgraph.train.prepare.tokens import Tokens
 from kvgraph.train.records import PREPARED, SPLITS, TRAIN, VALIDATION, prepared, texts
 
@@ -64,7 +64,7 @@ def prepare(
         state = _begin(folder, _described(source, reader, tokenizer, chosen, seed, validation), limit)
         if state["finished"]:
             return state
-        job = Job(seed, tokenizer, folder, chosen, reader.rows, say)
+        job = PrepareJob(seed, tokenizer, folder, chosen, reader.rows, say)
         files = _Files(folder, state)
         try:
             for outcome in source.outcomes(reader.rows(state["position"]), job):
