@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field
 from kvgraph.data import io
 from kvgraph.data.chat import Document
 from kvgraph.data.schema import Answers, Text, checked
-from kvgraph.data.task import Item, Task, TaskError
-from kvgraph.data.tasks import ego, qa
+from kvgraph.data.task import Item, TaskError
+from kvgraph.data.tasks import ego
 
 
 class Neighbourhood(BaseModel):
@@ -67,17 +67,10 @@ def _ego(record: ArxivQARecord) -> ego.Ego:
     )
 
 
-ARXIV_QA = Task(
+ARXIV_QA = ego.task(
     name="arxiv-qa",
     about="Arxiv-QA: a paper and the works it cites in full text, among 0 to 2 such groups about something else",
     source="Graph-KV (arXiv 2506.07334) and its arxiv_inference.py; hub Graph-COM/GraphKV, folder arxiv",
     items=items,
     read=read,
-    instruction=ego.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
-    metrics=("substring_em", "f1"),
-    edges="links",
-    breakdowns=ego.BREAKDOWNS,
 )

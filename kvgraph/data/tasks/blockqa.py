@@ -46,15 +46,11 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
 
 
 def _task(name: str, about: str, folder: str) -> Task:
-    return Task(
+    return qa.task(
         name=name,
         about=f"{about} with ten passages ranked by a retriever, as processed by Block-Attention",
         source="Block-Attention (arXiv 2409.15355): github.com/TemporaryLoRA/Block-Attention, data_process/rag",
         items=items,
-        instruction=qa.INSTRUCTION,
-        question=qa.QUESTION,
-        max_tokens=qa.SHORT_ANSWER,
-        stop=qa.STOP,
         metrics=("substring_em", "em", "f1"),
         hub=Hub("Graph-COM/GraphKV", file=f"datahub/rag/{folder}/dataset"),
         breakdowns=(),

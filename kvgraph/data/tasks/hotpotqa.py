@@ -9,7 +9,7 @@ from pydantic import AliasChoices, BaseModel, Field
 
 from kvgraph.data.chat import Document
 from kvgraph.data.schema import Answers, Paragraphs, SupportingFacts, checked
-from kvgraph.data.task import Hub, Item, Task
+from kvgraph.data.task import Hub, Item
 from kvgraph.data.tasks import qa
 
 
@@ -45,15 +45,11 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
         )
 
 
-HOTPOTQA = Task(
+HOTPOTQA = qa.task(
     name="hotpotqa",
     about="HotpotQA (distractor): bridge and comparison questions over two of ten paragraphs",
     source="HotpotQA (arXiv 1809.09600): hotpotqa.github.io, hotpot_dev_distractor_v1.json",
     items=items,
-    instruction=qa.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
     metrics=("substring_em", "em", "hotpot_f1"),
     hub=Hub("hotpotqa/hotpot_qa", "distractor", "validation"),
     breakdowns=("kind", "level"),

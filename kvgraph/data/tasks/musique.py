@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from kvgraph.data.chat import Document
 from kvgraph.data.schema import Answers, checked, references
-from kvgraph.data.task import Hub, Item, Task
+from kvgraph.data.task import Hub, Item
 from kvgraph.data.tasks import qa
 
 
@@ -50,15 +50,11 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
         )
 
 
-MUSIQUE = Task(
+MUSIQUE = qa.task(
     name="musique",
     about="MuSiQue-Ans: questions of two to four hops over twenty paragraphs",
     source="MuSiQue (arXiv 2108.00573): github.com/StonyBrookNLP/musique, musique_ans_v1.0_dev.jsonl",
     items=items,
-    instruction=qa.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
     metrics=("substring_em", "em", "f1"),
     hub=Hub("dgslibisey/MuSiQue"),
     breakdowns=("hops", "kind"),

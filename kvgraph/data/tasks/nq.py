@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel
 
 from kvgraph.data.chat import Document
 from kvgraph.data.schema import Answers, checked
-from kvgraph.data.task import Item, Task, TaskError
+from kvgraph.data.task import Item, TaskError
 from kvgraph.data.tasks import qa
 
 
@@ -80,15 +80,11 @@ def _item(record: NQRecord, passages: Sequence[Passage], ids: qa.Ids) -> Item:
     )
 
 
-NQ = Task(
+NQ = qa.task(
     name="nq",
     about="Natural Questions, one gold passage among distractors: the gold_at_K files as they are",
     source="Lost in the Middle (arXiv 2307.03172): github.com/nelson-liu/lost-in-the-middle, qa_data/",
     items=items,
-    instruction=qa.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
     metrics=("substring_em", "em", "f1"),
     breakdowns=("gold_position",),
 )

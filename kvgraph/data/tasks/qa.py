@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
+
+from kvgraph.data.task import Task
 
 INSTRUCTION = "Here are documents that may help to answer a question. Some of them may have nothing to do with it."
 QUESTION = (
@@ -12,6 +15,9 @@ QUESTION = (
 )
 SHORT_ANSWER = 200  # tokens; KVLink's evaluation scripts allow as many
 STOP = ("\nQuestion:",)  # a model that goes on asks itself the next question; Graph-KV's server stops there too
+
+task = partial(Task, instruction=INSTRUCTION, question=QUESTION, max_tokens=SHORT_ANSWER, stop=STOP)
+"""A task with this prompt."""
 
 
 def joined(sentences: Iterable[str]) -> str:

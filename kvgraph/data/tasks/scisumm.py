@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field
 from kvgraph.data import io
 from kvgraph.data.chat import Document
 from kvgraph.data.schema import Text, checked
-from kvgraph.data.task import Item, Task, TaskError
-from kvgraph.data.tasks import ego, qa
+from kvgraph.data.task import Item, TaskError
+from kvgraph.data.tasks import ego
 
 FACETS = ("method", "result", "aim", "implication", "hypothesis")
 
@@ -98,18 +98,12 @@ def _ego(record: SciSummRecord) -> ego.Ego:
     )
 
 
-SCISUMM = Task(
+SCISUMM = ego.task(
     name="scisumm",
     about="CL-SciSumm: which paper a sentence cites, among 0 to 2 groups of papers around another one",
     source="CL-SciSumm 2019 (arXiv 1907.09854), github.com/WING-NUS/scisumm-corpus, its papers as JSON Lines; "
     "arrangements of Graph-KV's Arxiv-QA (arXiv 2506.07334)",
     items=items,
     read=read,
-    instruction=ego.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
-    metrics=("substring_em", "f1"),
-    edges="links",
     breakdowns=("kind", *ego.BREAKDOWNS),
 )

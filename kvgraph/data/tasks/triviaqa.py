@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from kvgraph.data import io
 from kvgraph.data.chat import Document
 from kvgraph.data.schema import checked, references, rows
-from kvgraph.data.task import Hub, Item, Task, TaskError
+from kvgraph.data.task import Hub, Item, TaskError
 from kvgraph.data.tasks import qa
 
 WORDS = 800  # of a page, from its beginning; as many as the data set's own convert_to_squad_format.py keeps
@@ -187,16 +187,12 @@ def _record(domain: str, question: OriginalQuestion, texts: Mapping[str, bytes],
     }
 
 
-TRIVIAQA = Task(
+TRIVIAQA = qa.task(
     name="triviaqa",
     about="TriviaQA (reading comprehension): trivia questions over Wikipedia or web pages, 800 words of each",
     source="TriviaQA (arXiv 1705.03551): nlp.cs.washington.edu/triviaqa, triviaqa-rc.tar.gz",
     items=items,
     read=read,
-    instruction=qa.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
     metrics=("substring_em", "em", "f1"),
     hub=Hub("mandarjoshi/trivia_qa", "rc.wikipedia"),
     breakdowns=("kind", "answer_shown"),

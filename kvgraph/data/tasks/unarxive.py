@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from kvgraph.data.chat import Document
 from kvgraph.data.schema import checked
-from kvgraph.data.task import Item, Task
-from kvgraph.data.tasks import ego, qa
+from kvgraph.data.task import Item
+from kvgraph.data.tasks import ego
 
 MARKER = re.compile(r"\{\{(\w+):([^}]*)\}\}")  # {{cite:ID}}, {{formula:ID}}, {{figure:ID}}, {{table:ID}}
 
@@ -135,17 +135,10 @@ def _shown(record: UnarxiveRecord, text: str, numbers: Mapping[str, int]) -> str
     return MARKER.sub(shown, text)
 
 
-UNARXIVE = Task(
+UNARXIVE = ego.task(
     name="unarxive",
     about="unarXive: the section in which a paper cites a work, among 0 to 2 other papers with their references",
     source="unarXive 2022 (arXiv 2303.14957), github.com/IllDepence/unarXive: its JSON Lines; arrangements of Graph-KV's "
     "Arxiv-QA (arXiv 2506.07334)",
     items=items,
-    instruction=ego.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
-    metrics=("substring_em", "f1"),
-    edges="links",
-    breakdowns=ego.BREAKDOWNS,
 )
