@@ -612,7 +612,7 @@ def test_the_endpoint_is_asked_what_the_evaluation_would_ask(tmp_path):
         built = prompt.build(task, Item("i", "Who?", ("x",), documents), tokenizer)
         found = qa.Found(
             SimpleNamespace(where="here"),
-            qa.Question("Who?", "x", ()),
+            qa.RetrievalQuestion("Who?", "x", ()),
             tuple({"title": d.title, "text": d.text} for d in documents),
         )
         asked = SOURCES[{"2wiki": "qa-2wiki", "triviaqa": "qa-trivia"}[name]].outcomes._request(*found)
@@ -726,7 +726,7 @@ def test_a_pool_that_was_half_gathered_is_gathered_anew(encoder, tmp_path):
     half = tmp_path / "half/qa-2wiki"
     half.mkdir(parents=True)
     (half / "passages.jsonl").write_bytes(pool[:100])
-    (half / "questions.part").write_bytes(b'"Who')
+    (half / ".questions.jsonl.0.part").write_bytes(b'"Who')
     assert prepared(tmp_path / "half", "qa-2wiki", source, **settings) == whole
     assert (half / "passages.jsonl").read_bytes() == pool and pool.count(b"\n") == 21  # "c" comes once
 
