@@ -124,8 +124,8 @@ def text(raw: bytes, where: Path | str, error: Error = DataError) -> str:
     """UTF-8 bytes as text, without a byte order mark."""
     try:
         return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as wrong:
-        raise error(f"{where} is not UTF-8 text: {wrong}; convert it") from None
+    except UnicodeDecodeError:
+        raise error(f"{where} is not UTF-8 text; convert it") from None
 
 
 def read_text(path: Path, error: Error = DataError) -> str:

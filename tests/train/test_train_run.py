@@ -206,7 +206,7 @@ def test_an_evaluation_counts_tokens_and_whole_answers(llama, tmp_path):
             exact.append(bool((found.argmax(-1) == torch.tensor(answer)).all()))
             example = Example(graph, [(query, answer)])
             drawn.append(Drawn("c", example, method, lay(example, method)))
-    row = trainer._taken(batches._exam("c", "block", drawn, 20))
+    row = trainer._taken(batches._validation_set("c", "block", drawn, 20))
     trainer.log.close()
     assert row["answers"] == 6 and row["exact"] == pytest.approx(sum(exact) / 6) and 0 < sum(exact) < 6
     assert row["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
