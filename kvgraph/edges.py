@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvgraph.errors import GraphError
 from kvgraph.graph import Edge, Ref, is_int
@@ -65,69 +64,34 @@ def layered(layers: Iterable[Iterable[Ref]]) -> tuple[Edge, ...]:
     return tuple((s, r) for above, below in pairwise(lists) for r in below for s in above)
 
 
-class Shape(NamedTuple):
-    """A named shape of edges. build: (number of segments, text after the colon, whether sources read themselves) -> edges.
-
-    argument: the text after the colon, as messages show it ("N"); "" for a shape without one. accepts: whether a text is
-    one. self_edges: whether the shape takes "+self".
-    """
-
-    build: Callable[[int, str, bool], tuple[Edge, ...]]
-    argument: str = ""
-    self_edges: bool = False
-    accepts: Callable[[str], bool] = str.isdigit
-
-
-def _is_number(text: str) -> bool:
-    """Whether it is a plain number; nothing here needs more digits, and Python refuses thousands of them."""
-    return text.isascii() and text.isdigit() and len(text) <= 18
-
-
-def _are_sizes(text: str) -> bool:
-    return all(map(_is_number, text.split("-")))
-
-
-_SHAPES: dict[str, Shape] = {
-    "all": Shape(lambda n, _, own: all_pairs(n, own), self_edges=True),
-    "chain": Shape(lambda n, _, own: chain(n)),
-    "top-k": Shape(lambda n, k, own: top_k(n, int(k), own), "N", True, _is_number),
-    "last-k": Shape(lambda n, k, own: top_k(n, int(k), own, last=True), "N", True, _is_number),
-    "layers": Shape(
-        lambda n, sizes, own: layered(_layers(list(map(int, sizes.split("-"))), n)), "1-3", False, _are_sizes
-    ),
-    "star": Shape(lambda n, i, own: star(int(i), [j for j in range(n) if j != int(i)]), "N", False, _is_number),
-}
-SHAPES: Mapping[str, Shape] = MappingProxyType(_SHAPES)
-"""Shapes by name."""
-
-
-def register(name: str, shape: Shape) -> None:
-    """Add a shape that isn't part of this package. Raises GraphError when its name is taken or can't be one."""
-    if name in {*_SHAPES, "", "none"} or any(sign in name for sign in "+:>, "):
-        raise GraphError(f"{name!r} is taken or holds one of + : > , and space; give the shape another name")
-    _SHAPES[name] = shape
-
-
 def named_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
     """Edges among segments with these names, from one line of text: what commands, requests and evaluations accept.
 
     "" or "none"; "all" (every segment reads every other), "chain", "top-k:N" and "last-k:N" (all read the first or last
     N); "layers:1-3" (segment 0 is read by 1-3, these by the rest; any number of sizes), "star:N" (segment N reads all
-    others); "all", "top-k" and "last-k" with "+self" let sources read themselves; shapes that were registered. Else pairs
-    "source>reader" by name or number: "0>2,1>2". Raises GraphError when it is none of these.
+    others); "all", "top-k" and "last-k" with "+self" let sources read themselves. Else pairs "source>reader" by name or
+    number: "0>2,1>2". Raises GraphError when it is none of these.
     """
-    before, plus, after = spec.strip().partition("+self")
-    name, colon, argument = before.partition(":")
-    if name in ("", "none") and not plus and not colon:
+    count = len(names)
+    shape, plus, after = spec.strip().partition("+self")
+    shape, colon, rest = shape.partition(":")
+    if shape in ("", "none") and not plus and not colon:
         return ()
-    shape = _SHAPES.get(name)
-    if shape is not None and not after and bool(colon) == bool(shape.argument) and (not plus or shape.self_edges):
-        if not colon or shape.accepts(argument):
-            return shape.build(len(names), argument, bool(plus))
+    if shape == "chain" and not plus and not colon:
+        return chain(count)
+    if shape == "all" and not colon and not after:
+        return all_pairs(count, self_edges=bool(plus))
+    if shape in ("top-k", "last-k") and _is_number(rest) and not after:
+        return top_k(count, int(rest), self_edges=bool(plus), last=shape == "last-k")
+    if shape == "star" and _is_number(rest) and not plus:
+        return star(int(rest), [i for i in range(count) if i != int(rest)])
+    if shape == "layers" and all(map(_is_number, rest.split("-"))) and not plus:
+        return layered(_layers([int(size) for size in rest.split("-")], count))
     pairs = [pair.split(">") for pair in spec.split(",")]
     if any(len(pair) != 2 for pair in pairs):
-        known_shapes = ", ".join(f"{name}:{shape.argument}".rstrip(":") for name, shape in _SHAPES.items())
-        raise GraphError(f"edges {spec[:80]!r} are none of {known_shapes}, or pairs like 0>2,1>2")
+        raise GraphError(
+            f"edges {spec[:80]!r} are none of all, chain, top-k:N, last-k:N, layers:1-3, star:N, or pairs like 0>2,1>2"
+        )
     known = set(names)
 
     def ref(text: str) -> Ref:
@@ -143,6 +107,11 @@ def _layers(sizes: Sequence[int], count: int) -> list[range]:
         raise GraphError("a layer of 0 segments would cut the graph in two; leave it out")
     starts = [0, *accumulate(sizes), count]
     return [r for a, b in pairwise(starts) if (r := range(min(a, count), min(b, count)))]
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a plain number; nothing here needs more digits, and Python refuses thousands of them."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 def _count(what: str, value: Any) -> None:

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from kvgraph import demo, edges
+from kvgraph import demo
 from kvgraph.data import tasks
 from kvgraph.data.task import TaskError
-from kvgraph.errors import GraphError
 from kvgraph.train import recipes
 from kvgraph.train.config import TrainError
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending-data.md"
-REGISTRIES = (tasks._TASKS, recipes._RECIPES, edges._SHAPES)
+REGISTRIES = (tasks._TASKS, recipes._RECIPES)
 BLOCK = re.compile(r'```python(?: title="(.*?)")?\n(.*?)```', re.DOTALL)
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning:UserWarning")
@@ -91,22 +90,5 @@ def test_a_recipe_is_listed_and_trains(page, run, tmp_path):
         recipes.register("short", recipes.RECIPES["short"])
 
 
-def test_a_graph_builder_is_a_name_for_edges(page, run, tmp_path):
-    page("A graph builder")
-    assert edges.named_edges("ring:2", "abc") == ((1, 0), (2, 1), (0, 2))
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"title": "", "text": f"fact {i}"}) + "\n" for i in range(3)))
-    (tmp_path / "model").mkdir()
-    demo.write_model(tmp_path / "model")
-    code, shown, err = run(
-        "explain", tmp_path / "model", "--documents", tmp_path / "d.jsonl", "--method", "graph-kv", "--edges", "ring:1"
-    )
-    assert code == 0, err
-    with pytest.raises(GraphError, match="none of .*ring:N, or pairs"):
-        edges.named_edges("rings", "abc")
-    for taken in ("ring", "all", "none", "a+b", ""):
-        with pytest.raises(GraphError, match="is taken or holds"):
-            edges.register(taken, edges.SHAPES["ring"])
-
-
 def test_what_a_part_registers_is_gone_in_the_next_test():
-    assert "colours" not in tasks.TASKS and "short" not in recipes.RECIPES and "ring" not in edges.SHAPES
+    assert "colours" not in tasks.TASKS and "short" not in recipes.RECIPES
