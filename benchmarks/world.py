@@ -33,13 +33,13 @@ from rich.table import Table
 
 from benchmarks.common import cpu_name
 from kvgraph import Engine, methods, models
+from kvgraph.data.tasks.world import WORLD_HOPS
 from kvgraph.data.world import tokenizer
 from kvgraph.data.world.world import CHUNKS, COMPARISON, HOPS, KEPT, SHUFFLED, TYPES
 from kvgraph.engine.probe import deviations
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import ModelError
 from kvgraph.eval.stats import mean_interval
-from kvgraph.eval.tasks.world import WORLD_HOPS
 from kvgraph.methods import Method
 from kvgraph.methods.base import Probing
 from kvgraph.progress import Progress

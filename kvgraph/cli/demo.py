@@ -17,7 +17,7 @@ from kvgraph.cli import common
 from kvgraph.data import chat
 from kvgraph.data.chat import Document
 from kvgraph.data.world import tokenizer
-from kvgraph.data.world.world import CHUNKS, HOPS, PRONOUN, SHUFFLED, WRONG, Corpus, Question, World
+from kvgraph.data.world.world import CHUNKS, HOPS, PRONOUN, SHUFFLED, WRONG, Corpus, World, WorldQuestion
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
@@ -43,7 +43,7 @@ class Asked(NamedTuple):
     """A question about a corpus of the synthetic world."""
 
     corpus: Corpus
-    question: Question
+    question: WorldQuestion
 
     def graph(self, model: Model, method: Method) -> ContextGraph:
         """What the model is asked, as `kvgraph eval` asks it; with the corpus' edges where the method reads them."""

@@ -125,7 +125,9 @@ def _unlogged(name: str) -> Iterator[None]:
         logger.disabled = False
 
 
-def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals) -> None:
+def _encode(
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method, prefix: str, totals: _Totals
+) -> None:
     from kvgraph.progress import Progress
 
     started = time.perf_counter()
@@ -152,7 +154,7 @@ def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method
 
 
 def _planned(
-    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method, prefix: str, totals: _Totals
 ) -> list[tuple[ContextGraph, Plan]]:
     """Tokenized graphs and plans, one a document; documents that are empty or too big go to totals.skipped."""
     planned = []
@@ -187,7 +189,7 @@ def _tokens(plan: Plan) -> int:
 
 
 def _estimate(
-    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, store: Path | None
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method, prefix: str, store: Path | None
 ) -> None:
     """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
     totals = _Totals()

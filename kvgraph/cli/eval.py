@@ -87,9 +87,9 @@ def evaluate(
     if len(set(specs)) < len(specs):
         raise typer.BadParameter("the same --method is given twice")
     parsed = list(map(methods.parse, specs))
+    from kvgraph.data import tasks
     from kvgraph.data.items import read
     from kvgraph.eval import ablate as ablations
-    from kvgraph.eval import tasks
     from kvgraph.eval.run import evaluate, slug
 
     names = ablations.parse(ablate)
@@ -133,7 +133,7 @@ def evaluate(
 
 def _list() -> None:
     """Print the tasks and methods there are."""
-    from kvgraph.eval.tasks import TASKS
+    from kvgraph.data.tasks import TASKS
 
     tasks = common.table("task", "metric", "what it is", left=3)
     for task in TASKS.values():

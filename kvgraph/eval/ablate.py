@@ -9,7 +9,6 @@ the new order; an item's own links are about documents, so they follow them.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from kvgraph.data import io
 from kvgraph.data.prompt import LINKS, edges_of
 from kvgraph.data.task import Item, Task
 from kvgraph.errors import GraphError
@@ -169,7 +169,7 @@ def variants(base: Variant, names: Iterable[str], seed: int = 0) -> tuple[list[V
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow:
     """One variant's line: its run, and its difference to the base with Holm's correction over all lines."""
 
     run: runs.Run
@@ -182,7 +182,7 @@ class Row:
 class Table:
     """An ablation's result, base first. `left_out` says what was not run, and why."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[AblationRow, ...]
     left_out: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -251,8 +251,8 @@ def run(
                 edges=variant.edges, seed=seed, ablation=None if variant is base else variant.name, **options,
             )  # fmt: skip
     table = compare([base, *made], out, left_out, seed)
-    (out / "table.md").write_text(table.markdown(), encoding="utf-8")
-    (out / "table.json").write_text(json.dumps(table.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    io.write(out / "table.md", table.markdown())
+    io.write_json(out / "table.json", table.as_json())
     return table
 
 
@@ -261,8 +261,8 @@ def compare(ran: Sequence[Variant], out: Path, left_out: Iterable[str] = (), see
     base, *others = [runs.Run.load(out / variant.name) for variant in ran]
     found = [runs.compared(base, other, seed=seed) for other in others]
     corrected = stats.holm([difference.p for difference in found if difference])
-    rows = [Row(base, ran[0].about)]
-    rows += map(Row, others, (variant.about for variant in ran[1:]), found, corrected)
+    rows = [AblationRow(base, ran[0].about)]
+    rows += map(AblationRow, others, (variant.about for variant in ran[1:]), found, corrected)
     return Table(tuple(rows), tuple(left_out))
 
 

@@ -19,11 +19,11 @@ from kvgraph import methods
 from kvgraph.data import prompt
 from kvgraph.data.chat import Document
 from kvgraph.data.task import Item
+from kvgraph.data.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.data.world.names import HELD_OUT_SPLIT, TRAIN
 from kvgraph.data.world.world import CHUNKS, World
 from kvgraph.edges import named_edges
 from kvgraph.errors import GraphError, PlanError
-from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import KVLink, Method
 from kvgraph.train.config import Component, TrainError

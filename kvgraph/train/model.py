@@ -66,8 +66,8 @@ def build(config: Config) -> Student:
     torch.manual_seed(config.seed)
     loaded = _started(config.seed) if config.model == NEW else models.load(config.model)
     hf, dtype = loaded.hf.float(), loaded.dtype
-    if config.deepen:
-        models.deepen(hf, config.deepen)
+    if config.stack:
+        models.deepen(hf, config.stack)
     stages = config.stages
     if config.slots:
         stages = _with_links(stages, add_link_tokens(hf, config.links, config.slots))

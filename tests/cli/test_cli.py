@@ -25,9 +25,9 @@ from kvgraph import Engine, __version__, demo, methods, models
 from kvgraph.cli import app, common, main
 from kvgraph.cli import demo as demo_command
 from kvgraph.data import corpus, prompt
+from kvgraph.data.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.data.world import tokenizer
 from kvgraph.data.world.world import records
-from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 
 ROOT = Path(__file__).parents[2]
 # The command line sets this before transformers is imported; in this process it may have been imported already.
@@ -367,7 +367,7 @@ def test_the_demo_asks_as_an_evaluation_does(tmp_path):
     for task, world in ((WORLD_HOPS, demo_command.DOCUMENTS), (WORLD_CHUNKS, demo_command.SHUFFLED_CHUNKS)):
         items = task.items(records(world))
         for asked, item in zip(demo_command._asked(world), items, strict=True):
-            assert (asked.question.answer,) == item.golds
+            assert (asked.question.answer,) == item.references
             for method, edges in (("full", ()), ("graph-kv", item.links)):
                 there = prompt.build(task, item, model.tokenizer).graph(edges)
                 assert asked.graph(model, methods.get(method)) == there

@@ -41,7 +41,7 @@ def item(name: str = "a", links=((1, 0), (2, 0), (3, 2)), **facts) -> Item:
     return Item(
         id=name,
         question=f"which, {name}?",
-        golds=("e",),
+        references=("e",),
         documents=tuple(Document(f"{text} {name}", f"T{i}") for i, text in enumerate(texts)),
         links=links,
         facts=facts or {"gold_positions": "1,3", "distractors": 3},

@@ -5,10 +5,10 @@ Ids: special tokens, KVLink's link tokens, words, first syllables, second syllab
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvgraph.data import io
 from kvgraph.data.world import names, world
 
 if TYPE_CHECKING:
@@ -63,4 +63,4 @@ def write(folder: str | Path) -> None:
         "unk_token": UNKNOWN,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    io.write_json(folder / "tokenizer_config.json", config)

@@ -12,24 +12,30 @@ from kvgraph.train.recipes.graph_kv import graph_kv
 from kvgraph.train.recipes.kvlink import kvlink
 from kvgraph.train.recipes.world import world_1hop, world_2hop, world_base, world_mixed
 
-RECIPES: Mapping[str, Callable[[], Config]] = MappingProxyType(
-    {
-        "kvlink-0": partial(kvlink, 0),
-        "kvlink-1": partial(kvlink, 1),
-        "kvlink-5": partial(kvlink, 5),
-        "kvlink-5-3b": partial(kvlink, 5, "3B"),
-        "kvlink-5-no-sum": partial(kvlink, 5, without="no-sum"),
-        "kvlink-5-no-sft-mem": partial(kvlink, 5, without="no-sft-mem"),
-        "kvlink-5-qa-only": partial(kvlink, 5, without="qa-only"),
-        "block-attention": block_attention,
-        "graph-kv": graph_kv,
-        "world-1hop": world_1hop,
-        "world-2hop": world_2hop,
-        "world-base": world_base,
-        "world-mixed": world_mixed,
-    }
-)
+_RECIPES: dict[str, Callable[[], Config]] = {
+    "kvlink-0": partial(kvlink, 0),
+    "kvlink-1": partial(kvlink, 1),
+    "kvlink-5": partial(kvlink, 5),
+    "kvlink-5-3b": partial(kvlink, 5, "3B"),
+    "kvlink-5-no-sum": partial(kvlink, 5, without="no-sum"),
+    "kvlink-5-no-sft-mem": partial(kvlink, 5, without="no-sft-mem"),
+    "kvlink-5-qa-only": partial(kvlink, 5, without="qa-only"),
+    "block-attention": block_attention,
+    "graph-kv": graph_kv,
+    "world-1hop": world_1hop,
+    "world-2hop": world_2hop,
+    "world-base": world_base,
+    "world-mixed": world_mixed,
+}
+RECIPES: Mapping[str, Callable[[], Config]] = MappingProxyType(_RECIPES)
 """Configurations by name."""
+
+
+def register(name: str, recipe: Callable[[], Config]) -> None:
+    """Add a recipe that isn't part of this package. Raises TrainError when its name is taken."""
+    if name in _RECIPES:
+        raise TrainError(f"there is a recipe {name!r} already; give the new one another name")
+    _RECIPES[name] = recipe
 
 
 def get(name: str) -> Config:

@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from kvgraph.data.chat import Document
-from kvgraph.data.task import Item, Task
-from kvgraph.eval.tasks import ego, qa
+from kvgraph.data.schema import checked
+from kvgraph.data.task import Item
+from kvgraph.data.tasks import ego
 
 MARKER = re.compile(r"\{\{(\w+):([^}]*)\}\}")  # {{cite:ID}}, {{formula:ID}}, {{figure:ID}}, {{table:ID}}
 
@@ -42,7 +43,7 @@ class Referred(BaseModel):
     caption: str = ""
 
 
-class Record(BaseModel):
+class UnarxiveRecord(BaseModel):
     """A line of unarXive's JSON Lines."""
 
     paper_id: str
@@ -61,11 +62,11 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     that not most answers are "Introduction", then the work. Papers without such a work, or with one heading in all,
     make no items.
     """
-    egos = (_ego(record) for record in qa.checked(Record, records))
+    egos = (_ego(record) for record in checked(UnarxiveRecord, records))
     return ego.arranged([found for found in egos if found])
 
 
-def _ego(record: Record) -> ego.Ego | None:
+def _ego(record: UnarxiveRecord) -> ego.Ego | None:
     headings = _cited_under(record)
     numbers = {work: number for number, work in enumerate(headings, 1)}
     asked: dict[str, list[str]] = {}  # works by the one heading that they are cited under
@@ -86,13 +87,13 @@ def _ego(record: Record) -> ego.Ego | None:
     return ego.Ego(
         id=record.paper_id,
         question=f'Under which heading does the paper "{title}" cite this work: {works[work]}',
-        golds=(heading.strip(),),
+        references=(heading.strip(),),
         documents=(*cited, Document(_text(record, numbers), title, record.paper_id)),
         links=tuple((i, len(cited)) for i in range(len(cited))),
     )
 
 
-def _cited_under(record: Record) -> dict[str, list[str]]:
+def _cited_under(record: UnarxiveRecord) -> dict[str, list[str]]:
     """The headings that each work is cited under, in the order of first citation."""
     headings: dict[str, list[str]] = {}
     for paragraph in record.body_text:
@@ -109,7 +110,7 @@ def _plain(heading: str) -> bool:
     return bool(heading.strip()) and not MARKER.search(heading)
 
 
-def _text(record: Record, numbers: Mapping[str, int]) -> str:
+def _text(record: UnarxiveRecord, numbers: Mapping[str, int]) -> str:
     """The paper: abstract, then paragraphs, each heading once before its paragraphs."""
     parts, heading = [record.abstract.text if record.abstract else ""], None
     for paragraph in record.body_text:
@@ -121,7 +122,7 @@ def _text(record: Record, numbers: Mapping[str, int]) -> str:
     return "\n\n".join(filter(None, shown))
 
 
-def _shown(record: Record, text: str, numbers: Mapping[str, int]) -> str:
+def _shown(record: UnarxiveRecord, text: str, numbers: Mapping[str, int]) -> str:
     """The text with citations as numbers, formulas as LaTeX, and figures and tables as their captions."""
 
     def shown(marker: re.Match[str]) -> str:
@@ -134,17 +135,10 @@ def _shown(record: Record, text: str, numbers: Mapping[str, int]) -> str:
     return MARKER.sub(shown, text)
 
 
-UNARXIVE = Task(
+UNARXIVE = ego.task(
     name="unarxive",
     about="unarXive: the section in which a paper cites a work, among 0 to 2 other papers with their references",
     source="unarXive 2022 (arXiv 2303.14957), github.com/IllDepence/unarXive: its JSON Lines; arrangements of Graph-KV's "
     "Arxiv-QA (arXiv 2506.07334)",
     items=items,
-    instruction=ego.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
-    metrics=("substring_em", "f1"),
-    edges="links",
-    breakdowns=ego.BREAKDOWNS,
 )

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, Field
 
+from kvgraph.data.schema import Answers, Text, checked
 from kvgraph.data.task import Hub, Item, Task
-from kvgraph.eval.tasks import qa
-from kvgraph.eval.tasks.segments import DOCUMENT, Text, segments
+from kvgraph.data.tasks import qa
+from kvgraph.data.tasks.segments import DOCUMENT, segments
 
 SEGMENT = 400  # characters, about 100 tokens
 H2O_HEAD, H2O_TAIL = "###\nArticle: ", "\n\nSummarize the above article in 1 sentence.\n"
@@ -20,23 +21,23 @@ def _article(text: str) -> str:
     return text.removeprefix(H2O_HEAD).removesuffix(H2O_TAIL)
 
 
-class Record(BaseModel):
+class XSumRecord(BaseModel):
     """A row of the hub's table (document, summary, id), or a line of H2O's xsum_0shot.jsonl (article, summary_gt)."""
 
     document: Annotated[Text, AfterValidator(_article)] = Field(validation_alias=AliasChoices("document", "article"))
-    summary: qa.Answers = Field(validation_alias=AliasChoices("summary", "summary_gt"))
+    summary: Answers = Field(validation_alias=AliasChoices("summary", "summary_gt"))
     id: str = ""
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     """One item a record: the article in segments, in reading order."""
     ids = qa.Ids()
-    for record in qa.checked(Record, records):
+    for record in checked(XSumRecord, records):
         documents = segments(record.document, SEGMENT)
         yield Item(
             id=record.id or ids(record.document),
             question="Summarize the article above in one sentence.",
-            golds=record.summary,
+            references=record.summary,
             documents=documents,
             facts={"segments": len(documents)},
         )

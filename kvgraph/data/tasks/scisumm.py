@@ -10,16 +10,16 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from kvgraph.data import io
 from kvgraph.data.chat import Document
-from kvgraph.data.task import Item, Task, TaskError
-from kvgraph.eval.tasks import ego, qa
-from kvgraph.eval.tasks.files import rows
-from kvgraph.eval.tasks.segments import Text
+from kvgraph.data.schema import Text, checked
+from kvgraph.data.task import Item, TaskError
+from kvgraph.data.tasks import ego
 
 FACETS = ("method", "result", "aim", "implication", "hypothesis")
 
 
-class Section(BaseModel):
+class PaperSection(BaseModel):
     """A section of a paper."""
 
     title: str
@@ -32,7 +32,7 @@ class Paper(BaseModel):
     paper_id: str
     title: str
     abstract: str
-    sections: list[Section]
+    sections: list[PaperSection]
 
     def document(self) -> Document:
         """The whole paper, under its title, or its id where it has none."""
@@ -49,7 +49,7 @@ class Annotation(BaseModel):
     facet: str = Field(alias="Discourse Facet")
 
 
-class Record(BaseModel):
+class SciSummRecord(BaseModel):
     """What `read` makes of a row of egos.jsonl: the papers in place of their ids."""
 
     reference_paper: Paper
@@ -59,14 +59,13 @@ class Record(BaseModel):
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a folder with papers.jsonl and egos.jsonl, both possibly .gz. Raises TaskError naming the file."""
-    papers = {paper.get("paper_id"): paper for paper in rows(_file(path, "papers.jsonl"))}
-    egos = _file(path, "egos.jsonl")
-    for number, row in enumerate(rows(egos), 1):
+    papers = {paper.get("paper_id"): paper for _, paper in io.records(_file(path, "papers.jsonl"), TaskError)}
+    for where, row in io.records(_file(path, "egos.jsonl"), TaskError):
         try:
             citing = [papers[name] for name in row["citing_papers"]]
             yield {**row, "reference_paper": papers[row["reference_paper"]], "citing_papers": citing}
         except KeyError as error:
-            raise TaskError(f"{egos}, line {number}: there is no field or paper {error}") from None
+            raise TaskError(f"{where}: there is no field or paper {error}") from None
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -82,35 +81,29 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     The question quotes the first annotated sentence and asks for the title of what it cites; the kind is what the
     sentence is about, by the annotation ("method", "result", ...).
     """
-    return ego.arranged([_ego(record) for record in qa.checked(Record, records)])
+    return ego.arranged([_ego(record) for record in checked(SciSummRecord, records)])
 
 
-def _ego(record: Record) -> ego.Ego:
+def _ego(record: SciSummRecord) -> ego.Ego:
     cited, first = record.reference_paper.document(), record.annotations[0]
     sentence = html.unescape(re.sub(r"<[^>]*>", " ", first.sentence))
     return ego.Ego(
         id=cited.id,
         question=f'The paper {re.sub(r"[.](xml|txt)$", "", first.citing)} says: "{" ".join(sentence.split())}" '
         f'What is the title (the first line) of the paper that it cites there as "{first.marker}"?',
-        golds=(cited.title,),
+        references=(cited.title,),
         documents=(cited, *(paper.document() for paper in record.citing_papers)),
         links=tuple((0, 1 + i) for i in range(len(record.citing_papers))),
         kind=next((facet for facet in FACETS if facet in first.facet.lower()), ""),
     )
 
 
-SCISUMM = Task(
+SCISUMM = ego.task(
     name="scisumm",
     about="CL-SciSumm: which paper a sentence cites, among 0 to 2 groups of papers around another one",
     source="CL-SciSumm 2019 (arXiv 1907.09854), github.com/WING-NUS/scisumm-corpus, its papers as JSON Lines; "
     "arrangements of Graph-KV's Arxiv-QA (arXiv 2506.07334)",
     items=items,
     read=read,
-    instruction=ego.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
-    metrics=("substring_em", "f1"),
-    edges="links",
     breakdowns=("kind", *ego.BREAKDOWNS),
 )

@@ -9,20 +9,20 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, Field
 
 from kvgraph.data.chat import Document
+from kvgraph.data.schema import Answers, Text, checked
 from kvgraph.data.task import Hub, Item, Task
-from kvgraph.eval.tasks import qa
-from kvgraph.eval.tasks.segments import Text
+from kvgraph.data.tasks import qa
 
 BETWEEN = re.compile(r"(?:^|\n)Passage \d+:\n|\|\|\|\|\|")
 NEWLINE = re.compile(r" ?NEWLINE_CHAR ?")
 
 
-class Record(BaseModel):
+class MultiNewsRecord(BaseModel):
     """A row of the hub's table (document, summary), its articles between |||||; or a line of LongBench's
     multi_news.jsonl (context, answers, _id), its articles under "Passage N:"."""
 
     document: Text = Field(validation_alias=AliasChoices("document", "context"))
-    summary: qa.Answers = Field(validation_alias=AliasChoices("summary", "answers"))
+    summary: Answers = Field(validation_alias=AliasChoices("summary", "answers"))
     id: str = Field("", validation_alias=AliasChoices("_id", "id"))
 
 
@@ -35,12 +35,12 @@ def articles(text: str) -> tuple[Document, ...]:
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     """One item a record, its articles in the record's order."""
     ids = qa.Ids()
-    for record in qa.checked(Record, records):
+    for record in checked(MultiNewsRecord, records):
         documents = articles(record.document)
         yield Item(
             id=record.id or ids(record.document),
             question="Write one summary of all the news above.",
-            golds=record.summary,
+            references=record.summary,
             documents=documents,
             facts={"articles": len(documents)},
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 import zlib
@@ -13,9 +12,11 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel
 
+from kvgraph.data import io
 from kvgraph.data.chat import Document
-from kvgraph.data.task import Hub, Item, Task, TaskError
-from kvgraph.eval.tasks import qa
+from kvgraph.data.schema import checked, references, rows
+from kvgraph.data.task import Hub, Item, TaskError
+from kvgraph.data.tasks import qa
 
 WORDS = 800  # of a page, from its beginning; as many as the data set's own convert_to_squad_format.py keeps
 WIKIPEDIA, WEB = "evidence/wikipedia/", "evidence/web/"
@@ -36,14 +37,14 @@ class Answer(BaseModel):
     aliases: list[str] = []
 
 
-class Record(BaseModel):
+class TriviaRecord(BaseModel):
     """A row of the hub's table. `read` makes the same of the original files, and says which domain they are of."""
 
     question: str
     question_id: str
     domain: str = "wikipedia"
-    entity_pages: Annotated[list[Page], qa.rows("filename", "title", "wiki_context")] = []
-    search_results: Annotated[list[Page], qa.rows("filename", "title", "search_context")] = []
+    entity_pages: Annotated[list[Page], rows("filename", "title", "wiki_context")] = []
+    search_results: Annotated[list[Page], rows("filename", "title", "search_context")] = []
     answer: Answer
 
 
@@ -84,8 +85,8 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     Only the first 800 words of a page are kept, whether or not the answer is in them: `answer_shown` tells. A page
     counts as gold where one of the answer's names stands in what is kept; nobody has checked that it answers.
     """
-    for record in qa.checked(Record, records):
-        answers = qa.golds([record.answer.value, record.answer.aliases])
+    for record in checked(TriviaRecord, records):
+        answers = references([record.answer.value, record.answer.aliases])
         pages = [*record.entity_pages, *record.search_results]
         documents = tuple(Document(_beginning(page.text), page.title, page.filename) for page in pages)
         names = [answer.casefold() for answer in answers]
@@ -93,7 +94,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
         yield Item(
             id=f"{record.domain}-{record.question_id}",
             question=record.question,
-            golds=answers,
+            references=answers,
             documents=documents,
             kind=record.domain,
             facts={"answer_shown": "yes" if gold else "no", **qa.support(gold, len(documents))},
@@ -153,9 +154,10 @@ def _is_dev(name: str) -> bool:
 
 def _questions(where: str, content: bytes) -> Iterator[tuple[str, OriginalQuestion]]:
     """The questions of a file of qa/, each with the file's domain: "web" or "wikipedia"."""
+    raw = io.parse(content, where, TaskError)
     try:
-        (file,) = qa.checked(OriginalFile, [json.loads(content)])
-    except ValueError as error:  # a TaskError too
+        (file,) = checked(OriginalFile, [raw])
+    except TaskError as error:
         raise TaskError(f"{where}: {error}") from None
     for question in file.Data:
         yield file.Domain.lower(), question
@@ -185,16 +187,12 @@ def _record(domain: str, question: OriginalQuestion, texts: Mapping[str, bytes],
     }
 
 
-TRIVIAQA = Task(
+TRIVIAQA = qa.task(
     name="triviaqa",
     about="TriviaQA (reading comprehension): trivia questions over Wikipedia or web pages, 800 words of each",
     source="TriviaQA (arXiv 1705.03551): nlp.cs.washington.edu/triviaqa, triviaqa-rc.tar.gz",
     items=items,
     read=read,
-    instruction=qa.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
     metrics=("substring_em", "em", "f1"),
     hub=Hub("mandarjoshi/trivia_qa", "rc.wikipedia"),
     breakdowns=("kind", "answer_shown"),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
+from kvgraph.data import io
 from kvgraph.data.chat import Document
+from kvgraph.data.schema import Answers, checked
 from kvgraph.data.task import Hub, Item, Task, TaskError
-from kvgraph.eval.tasks import qa
+from kvgraph.data.tasks import qa
 
 
 class Evidence(BaseModel):
@@ -30,29 +31,29 @@ class Article(BaseModel):
     body: str
 
 
-class Chunk(BaseModel):
+class RetrievedChunk(BaseModel):
     """One of `retrieval_list`. Its text has the article's title in it; the score is the retriever's, higher is better."""
 
     text: str
     score: float = Field(allow_inf_nan=False)
 
 
-class Record(BaseModel):
+class MultiHopRAGRecord(BaseModel):
     """An element of MultiHopRAG.json; or of what the public retrieval script makes of it, with `retrieval_list`.
 
     articles: those the evidence is from, in its order, when the file is read together with corpus.json.
     """
 
     query: str
-    answer: qa.Answers
+    answer: Answers
     question_type: str
     evidence_list: list[Evidence] | None = None
     gold_list: list[Evidence] = []
-    retrieval_list: list[Chunk] | None = None
+    retrieval_list: list[RetrievedChunk] | None = None
     articles: list[Article] | None = None
 
     @model_validator(mode="after")
-    def _has_documents(self) -> Record:
+    def _has_documents(self) -> MultiHopRAGRecord:
         if self.evidence_list is None and self.retrieval_list is None:
             raise ValueError("there must be an evidence_list or a retrieval_list")
         return self
@@ -64,9 +65,9 @@ def read(path: Path) -> Iterator[Mapping[str, Any]]:
         yield from _load(path)
         return
     articles = _load(path / "corpus.json")
-    corpus = {article.url: raw for article, raw in zip(qa.checked(Article, articles), articles, strict=True)}
+    corpus = {article.url: raw for article, raw in zip(checked(Article, articles), articles, strict=True)}
     records = _load(path / "MultiHopRAG.json")
-    for record, raw in zip(qa.checked(Record, records), records, strict=True):
+    for record, raw in zip(checked(MultiHopRAGRecord, records), records, strict=True):
         urls = dict.fromkeys(evidence.url for evidence in _evidence(record))
         if missing := [url for url in urls if url not in corpus]:
             raise TaskError(f"{path / 'corpus.json'} has no article {missing[0]!r}, which {record.query[:60]!r} needs")
@@ -74,15 +75,7 @@ def read(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _load(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TaskError(f"can't read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise TaskError(f"{path} is not JSON: {error}") from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise TaskError(f"{path} must hold a list of objects")
-    return records
+    return [record for _, record in io.records(path, TaskError)]
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
@@ -92,23 +85,23 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     A null_query has no evidence, so no documents unless chunks were retrieved for it.
     """
     ids = qa.Ids()
-    for record in qa.checked(Record, records):
+    for record in checked(MultiHopRAGRecord, records):
         documents, gold = _documents(record)
         yield Item(
             id=ids(record.query),
             question=record.query,
-            golds=record.answer,
+            references=record.answer,
             documents=documents,
             kind=record.question_type,
             facts={"hops": len(_evidence(record)), **qa.support(gold, len(documents))},
         )
 
 
-def _evidence(record: Record) -> list[Evidence]:
+def _evidence(record: MultiHopRAGRecord) -> list[Evidence]:
     return record.gold_list if record.evidence_list is None else record.evidence_list
 
 
-def _documents(record: Record) -> tuple[tuple[Document, ...], list[int]]:
+def _documents(record: MultiHopRAGRecord) -> tuple[tuple[Document, ...], list[int]]:
     """The documents, and which of them hold evidence."""
     if record.retrieval_list is not None:
         ranked = sorted(record.retrieval_list, key=lambda chunk: chunk.score, reverse=True)

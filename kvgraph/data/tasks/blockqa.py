@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from kvgraph.data.chat import Document
+from kvgraph.data.schema import Answers, checked
 from kvgraph.data.task import Hub, Item, Task
-from kvgraph.eval.tasks import qa
+from kvgraph.data.tasks import qa
 
 
 class Passage(BaseModel):
@@ -20,11 +21,11 @@ class Passage(BaseModel):
     score: float = Field(allow_inf_nan=False)
 
 
-class Record(BaseModel):
+class BlockQARecord(BaseModel):
     """A line of datahub/rag/*/dataset. Its `prompt`, `generated` and `inputs` are for training."""
 
     question: str
-    answers: qa.Answers
+    answers: Answers
     documents: Annotated[list[Passage], Field(min_length=1)]
 
 
@@ -34,26 +35,22 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     Graph-KV's own runs put the best one last.
     """
     ids = qa.Ids()
-    for record in qa.checked(Record, records):
+    for record in checked(BlockQARecord, records):
         ranked = sorted(record.documents, key=lambda document: document.score, reverse=True)
         yield Item(
             id=ids(record.question),
             question=record.question,
-            golds=record.answers,
+            references=record.answers,
             documents=tuple(Document(d.text, d.title) for d in ranked),
         )
 
 
 def _task(name: str, about: str, folder: str) -> Task:
-    return Task(
+    return qa.task(
         name=name,
         about=f"{about} with ten passages ranked by a retriever, as processed by Block-Attention",
         source="Block-Attention (arXiv 2409.15355): github.com/TemporaryLoRA/Block-Attention, data_process/rag",
         items=items,
-        instruction=qa.INSTRUCTION,
-        question=qa.QUESTION,
-        max_tokens=qa.SHORT_ANSWER,
-        stop=qa.STOP,
         metrics=("substring_em", "em", "f1"),
         hub=Hub("Graph-COM/GraphKV", file=f"datahub/rag/{folder}/dataset"),
         breakdowns=(),

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
-
-from pydantic import StringConstraints
 
 from kvgraph.data.chat import Document
-
-Text = Annotated[str, StringConstraints(pattern=r"\S")]
-"""A field that holds more than white space."""
 
 DOCUMENT = "{text}"  # segments keep their white space, so that in a row they are the text again
 

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from kvgraph.data.chat import Document
+from kvgraph.data.schema import checked
 from kvgraph.data.task import Item, Task
 from kvgraph.data.world import world
-from kvgraph.eval.tasks import qa
 
 
 class Told(BaseModel):
@@ -22,7 +22,7 @@ class Told(BaseModel):
     text: str
 
 
-class Record(BaseModel):
+class WorldRecord(BaseModel):
     """A line that `kvgraph data world` writes."""
 
     id: str
@@ -38,11 +38,11 @@ class Record(BaseModel):
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     """One item a record; those over one corpus are a cluster. Facts are those of the record, floor among them: how often
     a guess is right that knows only the asked relation."""
-    for record in qa.checked(Record, records):
+    for record in checked(WorldRecord, records):
         yield Item(
             id=record.id,
             question=record.question,
-            golds=(record.answer,),
+            references=(record.answer,),
             documents=tuple(Document(told.text, id=told.id) for told in record.documents),
             kind=record.kind,
             facts=record.facts,

@@ -8,20 +8,21 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, Field
 
 from kvgraph.data.chat import Document
-from kvgraph.data.task import Hub, Item, Task
-from kvgraph.eval.tasks import qa
+from kvgraph.data.schema import Answers, Paragraphs, SupportingFacts, checked
+from kvgraph.data.task import Hub, Item
+from kvgraph.data.tasks import qa
 
 
-class Record(BaseModel):
+class HotpotRecord(BaseModel):
     """An element of hotpot_dev_distractor_v1.json, or a row of the hub's table."""
 
     id: str = Field(validation_alias=AliasChoices("_id", "id"))
     question: str
-    answer: qa.Answers
+    answer: Answers
     type: str
     level: str = ""
-    context: qa.Paragraphs
-    supporting_facts: qa.SupportingFacts
+    context: Paragraphs
+    supporting_facts: SupportingFacts
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
@@ -30,29 +31,25 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     Some files in circulation have records without `context`. Without documents it would be another task, so they raise
     TaskError like any record of a wrong schema.
     """
-    for record in qa.checked(Record, records):
+    for record in checked(HotpotRecord, records):
         supporting = {title for title, _ in record.supporting_facts}
         gold = [i for i, (title, _) in enumerate(record.context) if title in supporting]
         level = {"level": record.level} if record.level else {}
         yield Item(
             id=record.id,
             question=record.question,
-            golds=record.answer,
+            references=record.answer,
             documents=tuple(Document(qa.joined(sentences), title) for title, sentences in record.context),
             kind=record.type,
             facts={"hops": len(supporting), **level, **qa.support(gold, len(record.context))},
         )
 
 
-HOTPOTQA = Task(
+HOTPOTQA = qa.task(
     name="hotpotqa",
     about="HotpotQA (distractor): bridge and comparison questions over two of ten paragraphs",
     source="HotpotQA (arXiv 1809.09600): hotpotqa.github.io, hotpot_dev_distractor_v1.json",
     items=items,
-    instruction=qa.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
     metrics=("substring_em", "em", "hotpot_f1"),
     hub=Hub("hotpotqa/hotpot_qa", "distractor", "validation"),
     breakdowns=("kind", "level"),

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel
 
 from kvgraph.data.chat import Document
-from kvgraph.data.task import Item, Task, TaskError
-from kvgraph.eval.tasks import qa
+from kvgraph.data.schema import Answers, checked
+from kvgraph.data.task import Item, TaskError
+from kvgraph.data.tasks import qa
 
 
 class Passage(BaseModel):
@@ -28,11 +29,11 @@ def _one_gold(passages: list[Passage]) -> list[Passage]:
     return passages
 
 
-class Record(BaseModel):
+class NQRecord(BaseModel):
     """A line of nq-open-*_total_documents_gold_at_*.jsonl.gz."""
 
     question: str
-    answers: qa.Answers
+    answers: Answers
     ctxs: Annotated[list[Passage], AfterValidator(_one_gold)]
 
 
@@ -40,7 +41,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     """One item a record, its passages as they stand in the file: distractors in the retriever's order, the gold one
     where the file put it. Files with the gold passage at several positions can be read as one."""
     ids = qa.Ids()
-    for record in qa.checked(Record, records):
+    for record in checked(NQRecord, records):
         yield _item(record, record.ctxs, ids)
 
 
@@ -52,7 +53,7 @@ def items_at_every_position(records: Iterable[Mapping[str, Any]]) -> Iterator[It
     """
     ids = qa.Ids()
     position = None
-    for record in qa.checked(Record, records):
+    for record in checked(NQRecord, records):
         given = _gold(record.ctxs)
         position = given if position is None else position
         if given != position:
@@ -68,26 +69,22 @@ def _gold(passages: Sequence[Passage]) -> int:
     return next(i for i, passage in enumerate(passages) if passage.isgold)
 
 
-def _item(record: Record, passages: Sequence[Passage], ids: qa.Ids) -> Item:
+def _item(record: NQRecord, passages: Sequence[Passage], ids: qa.Ids) -> Item:
     position = _gold(passages)
     return Item(
         id=ids(record.question, f"@{position}"),
         question=record.question,
-        golds=record.answers,
+        references=record.answers,
         documents=tuple(Document(p.text, p.title, p.id) for p in passages),
         facts={"gold_position": position, **qa.support([position], len(passages))},
     )
 
 
-NQ = Task(
+NQ = qa.task(
     name="nq",
     about="Natural Questions, one gold passage among distractors: the gold_at_K files as they are",
     source="Lost in the Middle (arXiv 2307.03172): github.com/nelson-liu/lost-in-the-middle, qa_data/",
     items=items,
-    instruction=qa.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
     metrics=("substring_em", "em", "f1"),
     breakdowns=("gold_position",),
 )

@@ -8,22 +8,23 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, Field, model_validator
 
+from kvgraph.data.schema import Answers, Text, checked
 from kvgraph.data.task import Hub, Item, Task
-from kvgraph.eval.tasks import qa
-from kvgraph.eval.tasks.segments import DOCUMENT, Text, segments
+from kvgraph.data.tasks import qa
+from kvgraph.data.tasks.segments import DOCUMENT, segments
 
 SEGMENT = 1000  # characters; a needle is one sentence, so none is cut in two
 INTRODUCTION = re.compile(r"^.* I will quiz you about .*\n")
 
 
-class Record(BaseModel):
+class RulerRecord(BaseModel):
     """A line that RULER's niah.py writes (input, outputs, length), or a row of the hub's table (context, question,
     answer_prefix, answer, task). An input is an introduction, the haystack and a question, each from a new line."""
 
     context: Text
     question: Text
     answer_prefix: str = ""
-    outputs: qa.Answers = Field(validation_alias=AliasChoices("outputs", "answer"))
+    outputs: Answers = Field(validation_alias=AliasChoices("outputs", "answer"))
     length: int | None = None
     task: str = ""
 
@@ -36,7 +37,7 @@ class Record(BaseModel):
         return record
 
     @model_validator(mode="after")
-    def _has_needles(self) -> Record:
+    def _has_needles(self) -> RulerRecord:
         self.context = INTRODUCTION.sub("", self.context, count=1)
         if not self.task or self.task.startswith("niah"):
             for value in self.outputs:
@@ -53,7 +54,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     gold_position, the segment it is in; needles, the number of values; length, the tokens RULER aimed at (a power of 2).
     """
     ids = qa.Ids()
-    for record in qa.checked(Record, records):
+    for record in checked(RulerRecord, records):
         if record.task and not record.task.startswith("niah"):
             continue
         documents = segments(record.context, SEGMENT)
@@ -68,7 +69,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
         yield Item(
             id=ids(record.question),
             question=" ".join(filter(None, (record.question.strip(), record.answer_prefix.strip()))),
-            golds=record.outputs,
+            references=record.outputs,
             documents=documents,
             kind=record.task or _sought(record.question),
             facts=facts,

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kvgraph.data.chat import Document
 from kvgraph.data.task import Item
+from kvgraph.data.tasks import qa
 
 INSTRUCTION = "Here are research papers and works that they cite.\n\n"
 BREAKDOWNS = ("distractors", "related")
+task = partial(qa.task, instruction=INSTRUCTION, metrics=("substring_em", "f1"), edges="links", breakdowns=BREAKDOWNS)
+"""A task about one group of papers."""
+
 ARRANGEMENTS = ((0, "alone"), (1, "first"), (1, "last"), (2, "first"), (2, "last"))
 
 
@@ -23,7 +28,7 @@ class Ego:
 
     id: str
     question: str
-    golds: tuple[str, ...]
+    references: tuple[str, ...]
     documents: tuple[Document, ...]
     links: tuple[tuple[int, int], ...]
     kind: str = ""
@@ -48,7 +53,7 @@ def arranged(egos: Sequence[Ego]) -> Iterator[Item]:
             yield Item(
                 id=f"{ego.id}/{count}-{related}" if count else ego.id,
                 question=ego.question,
-                golds=ego.golds,
+                references=ego.references,
                 documents=tuple(document for group in groups for document in group.documents),
                 kind=ego.kind,
                 facts={"distractors": count, "related": related, "gold_positions": gold},

@@ -8,24 +8,25 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from kvgraph.data.chat import Document
+from kvgraph.data.schema import Answers, Paragraphs, checked
 from kvgraph.data.task import Hub, Item, Task
-from kvgraph.eval.tasks import qa
+from kvgraph.data.tasks import qa
 
 
-class Step(BaseModel):
+class ReasoningStep(BaseModel):
     """One of a record's `question_decomposition`; steps that need no paragraph have an empty title."""
 
     paragraph_support_title: str = ""
 
 
-class Record(BaseModel):
+class MoreHopRecord(BaseModel):
     """An element of morehopqa_final.json."""
 
     id: str = Field(validation_alias="_id")
     question: str
-    answer: qa.Answers
-    context: qa.Paragraphs
-    question_decomposition: list[Step]
+    answer: Answers
+    context: Paragraphs
+    question_decomposition: list[ReasoningStep]
     answer_type: str
     no_of_hops: int
     reasoning_type: str
@@ -36,13 +37,13 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
 
     The kind is `reasoning_type` with its parts in alphabetical order: the records have them in any.
     """
-    for record in qa.checked(Record, records):
+    for record in checked(MoreHopRecord, records):
         supporting = {step.paragraph_support_title for step in record.question_decomposition}
         gold = [i for i, (title, _) in enumerate(record.context) if title in supporting]
         yield Item(
             id=record.id,
             question=record.question,
-            golds=record.answer,
+            references=record.answer,
             documents=tuple(Document(qa.joined(sentences), title) for title, sentences in record.context),
             kind=", ".join(sorted(record.reasoning_type.split(", "))),
             facts={

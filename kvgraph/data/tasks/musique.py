@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from kvgraph.data.chat import Document
-from kvgraph.data.task import Hub, Item, Task
-from kvgraph.eval.tasks import qa
+from kvgraph.data.schema import Answers, checked, references
+from kvgraph.data.task import Hub, Item
+from kvgraph.data.tasks import qa
 
 
 class Paragraph(BaseModel):
@@ -20,12 +21,12 @@ class Paragraph(BaseModel):
     is_supporting: bool
 
 
-class Record(BaseModel):
+class MuSiQueRecord(BaseModel):
     """A line of musique_ans_v1.0_dev.jsonl; the unanswerable questions of musique_full_v1.0 are refused."""
 
     id: str = Field(pattern=r"^\dhop")
     question: str
-    answer: qa.Answers
+    answer: Answers
     answer_aliases: list[str] = []
     answerable: Literal[True] = True
     paragraphs: Annotated[list[Paragraph], Field(min_length=1)]
@@ -37,27 +38,23 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
 
     The kind is the shape of the reasoning, as the id begins with it: "2hop", "3hop1", "3hop2", "4hop1", ...
     """
-    for record in qa.checked(Record, records):
+    for record in checked(MuSiQueRecord, records):
         gold = [i for i, paragraph in enumerate(record.paragraphs) if paragraph.is_supporting]
         yield Item(
             id=record.id,
             question=record.question,
-            golds=qa.golds([record.answer, record.answer_aliases]),
+            references=references([record.answer, record.answer_aliases]),
             documents=tuple(Document(p.paragraph_text, p.title) for p in record.paragraphs),
             kind=record.id.partition("_")[0],
             facts={"hops": len(record.question_decomposition), **qa.support(gold, len(record.paragraphs))},
         )
 
 
-MUSIQUE = Task(
+MUSIQUE = qa.task(
     name="musique",
     about="MuSiQue-Ans: questions of two to four hops over twenty paragraphs",
     source="MuSiQue (arXiv 2108.00573): github.com/StonyBrookNLP/musique, musique_ans_v1.0_dev.jsonl",
     items=items,
-    instruction=qa.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
     metrics=("substring_em", "em", "f1"),
     hub=Hub("dgslibisey/MuSiQue"),
     breakdowns=("hops", "kind"),

@@ -7,29 +7,29 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from kvgraph.data.schema import Answers, Text, checked
 from kvgraph.data.task import Hub, Item, Task
-from kvgraph.eval.tasks import qa
-from kvgraph.eval.tasks.segments import DOCUMENT, Text, segments
+from kvgraph.data.tasks.segments import DOCUMENT, segments
 
 SEGMENT = 400  # characters, about 100 tokens
 
 
-class Record(BaseModel):
+class SAMSumRecord(BaseModel):
     """A row of the hub's table or an element of the original files: one utterance a line."""
 
     id: str
     dialogue: Text
-    summary: qa.Answers
+    summary: Answers
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     """One item a record: the dialogue in segments that end after an utterance, in reading order."""
-    for record in qa.checked(Record, records):
+    for record in checked(SAMSumRecord, records):
         documents = segments(record.dialogue.replace("\r\n", "\n"), SEGMENT)
         yield Item(
             id=record.id,
             question="Summarize the conversation above in one or two sentences.",
-            golds=record.summary,
+            references=record.summary,
             documents=documents,
             facts={"segments": len(documents)},
         )

@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from kvgraph.data.schema import Text, checked
 from kvgraph.data.task import Hub, Item, Task
-from kvgraph.eval.tasks import qa
-from kvgraph.eval.tasks.segments import DOCUMENT, Text, segments
+from kvgraph.data.tasks.segments import DOCUMENT, segments
 
 SEGMENT = 4000  # characters, about 1,000 tokens
 DOMAIN = "Single-Document QA"
 
 
-class Record(BaseModel):
+class LongBenchRecord(BaseModel):
     """A row of the hub's table or an element of data.json."""
 
     id: str = Field(alias="_id")
@@ -34,7 +34,7 @@ class Record(BaseModel):
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     """One item a record of the domain "Single-Document QA"; the other five domains make none."""
-    for record in qa.checked(Record, records):
+    for record in checked(LongBenchRecord, records):
         if record.domain != DOMAIN:
             continue
         documents = segments(record.context, SEGMENT)
@@ -43,7 +43,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
         yield Item(
             id=record.id,
             question="\n".join((record.question, *listed)),
-            golds=(record.answer,),
+            references=(record.answer,),
             documents=documents,
             kind=record.sub_domain,
             facts={"difficulty": record.difficulty, "length": record.length, "segments": len(documents)},

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from kvgraph.data import io
 from kvgraph.data.chat import Document
-from kvgraph.data.task import Item, Task, TaskError
-from kvgraph.eval.tasks import ego, qa
-from kvgraph.eval.tasks.segments import Text
+from kvgraph.data.schema import Answers, Text, checked
+from kvgraph.data.task import Item, TaskError
+from kvgraph.data.tasks import ego
 
 
 class Neighbourhood(BaseModel):
@@ -22,13 +22,13 @@ class Neighbourhood(BaseModel):
     cited: dict[str, str | None] = Field(alias="1")
 
 
-class Record(BaseModel):
+class ArxivQARecord(BaseModel):
     """What `read` makes of a question: text is the content of text_data/ID.json, one neighbourhood under a name."""
 
     id: str
     text: Annotated[dict[str, Neighbourhood], Field(min_length=1, max_length=1)]
     question: Text
-    answer: qa.Answers
+    answer: Answers
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -41,14 +41,10 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         raise TaskError(f"{path} has no text_data/ID.json; give the folder that holds text_data, questions and answers")
     for file in files:
         name = file.stem
-        try:
-            texts = [(path / kind / f"{name}.txt").read_text(encoding="utf-8") for kind in ("questions", "answers")]
-            papers = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise TaskError(f"can't read {error.filename}: {error.strerror}") from None
-        except ValueError as error:
-            raise TaskError(f"{file}, or the question or answer of that name, is broken: {error}") from None
-        yield {"id": name, "text": papers, "question": texts[0].strip(), "answer": texts[1].strip()}
+        question, answer = (
+            io.read_text(path / kind / f"{name}.txt", TaskError).strip() for kind in ("questions", "answers")
+        )
+        yield {"id": name, "text": io.read_json(file, TaskError), "question": question, "answer": answer}
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
@@ -56,32 +52,25 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
 
     Cited works without a text are left out, as in the released code.
     """
-    return ego.arranged([_ego(record) for record in qa.checked(Record, records)])
+    return ego.arranged([_ego(record) for record in checked(ArxivQARecord, records)])
 
 
-def _ego(record: Record) -> ego.Ego:
+def _ego(record: ArxivQARecord) -> ego.Ego:
     (name, around), *_ = record.text.items()
     cited = [Document(text, "Related work", f"{record.id}/{key}") for key, text in around.cited.items() if text]
     return ego.Ego(
         id=record.id,
         question=record.question,
-        golds=record.answer,
+        references=record.answer,
         documents=(*cited, Document(around.paper, "Paper", f"{record.id}/{name}")),
         links=tuple((i, len(cited)) for i in range(len(cited))),
     )
 
 
-ARXIV_QA = Task(
+ARXIV_QA = ego.task(
     name="arxiv-qa",
     about="Arxiv-QA: a paper and the works it cites in full text, among 0 to 2 such groups about something else",
     source="Graph-KV (arXiv 2506.07334) and its arxiv_inference.py; hub Graph-COM/GraphKV, folder arxiv",
     items=items,
     read=read,
-    instruction=ego.INSTRUCTION,
-    question=qa.QUESTION,
-    max_tokens=qa.SHORT_ANSWER,
-    stop=qa.STOP,
-    metrics=("substring_em", "f1"),
-    edges="links",
-    breakdowns=ego.BREAKDOWNS,
 )

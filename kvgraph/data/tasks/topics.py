@@ -9,10 +9,8 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from kvgraph.data.chat import Document
+from kvgraph.data.schema import Text, checked
 from kvgraph.data.task import Item, Task, TaskError
-from kvgraph.eval.tasks import qa
-from kvgraph.eval.tasks.files import rows
-from kvgraph.eval.tasks.segments import Text
 
 NEIGHBOURS = 20  # at most; few nodes have more, but those have hundreds
 QUOTED = 80  # characters of a text that name it in the question
@@ -25,7 +23,7 @@ def _listed(value: Any) -> Any:
 Id = Annotated[str, BeforeValidator(str)]
 
 
-class Record(BaseModel):
+class NodeRecord(BaseModel):
     """A row of a text-attributed graph: a node, its text, its category's name, and the nodes it points to."""
 
     node_id: Id
@@ -40,8 +38,8 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
     Needs the whole graph, and one graph at a time. The question names the text by its beginning, since its place among
     the documents may be changed, and lists all categories of the graph. A node isn't its own neighbour.
     """
-    nodes: dict[str, Record] = {}
-    for record in qa.checked(Record, records):
+    nodes: dict[str, NodeRecord] = {}
+    for record in checked(NodeRecord, records):
         if nodes.setdefault(record.node_id, record) is not record:
             raise TaskError(f"node_id {record.node_id} comes twice; give one graph at a time")
     categories = ", ".join(sorted({node.category for node in nodes.values()}))
@@ -53,7 +51,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
             id=node.node_id,
             question=f'Which of these categories is right for the text that begins "{node.text[:QUOTED].strip()}"?\n'
             f"Categories: {categories}",
-            golds=(node.category,),
+            references=(node.category,),
             documents=tuple(Document(nodes[name].text, id=name) for name in (*near, node.node_id)),
             kind=node.category,
             facts={"neighbours": len(near), "gold_positions": str(len(near))},
@@ -67,7 +65,6 @@ TOPICS = Task(
     source="Graph-KV (arXiv 2506.07334), paper topic classification; tables as in github.com/sktsherlock/TAG-Benchmark: "
     "node_id, raw_text, category, neighbor_ids, as .csv or .jsonl",
     items=items,
-    read=rows,
     instruction="Here are texts of a network. Linked texts are often, but not always, of the same category.\n\n",
     question="{question}\nAnswer with one of the categories and nothing else.\nCategory:",
     max_tokens=20,

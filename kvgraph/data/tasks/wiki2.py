@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvgraph.data.task import Hub
-from kvgraph.eval.tasks.hotpotqa import HOTPOTQA
+from kvgraph.data.tasks.hotpotqa import HOTPOTQA
 
 WIKI2 = replace(
     HOTPOTQA,
