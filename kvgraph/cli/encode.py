@@ -57,7 +57,7 @@ def encode(
     model: ModelName,
     documents: Annotated[Path, typer.Argument(metavar="CORPUS", help="JSON Lines (also .gz), text file, or folder.")],
     store: StoreFolder = None,
-    method: MethodName = "block",
+    method: MethodName = None,
     template: Template = None,
     prefix: Prefix = "",
     dtype: Dtype = "auto",
@@ -80,7 +80,7 @@ def encode(
     """
     if store is None and not dry_run:
         raise typer.BadParameter("encode needs --store FOLDER (or --dry-run)")
-    chosen = methods.parse(method)
+    chosen = None if method is None else methods.parse(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
     where = None if dry_run else store
     from kvgraph.engine.engine import Engine
@@ -125,7 +125,9 @@ def _unlogged(name: str) -> Iterator[None]:
         logger.disabled = False
 
 
-def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals) -> None:
+def _encode(
+    engine: Engine, documents: Sequence[corpus.Document], method: Method | None, prefix: str, totals: _Totals
+) -> None:
     from kvgraph.progress import Progress
 
     started = time.perf_counter()
@@ -152,7 +154,7 @@ def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method
 
 
 def _planned(
-    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals
+    engine: Engine, documents: Sequence[corpus.Document], method: Method | None, prefix: str, totals: _Totals
 ) -> list[tuple[ContextGraph, Plan]]:
     """Tokenized graphs and plans, one a document; documents that are empty or too big go to totals.skipped."""
     planned = []
@@ -187,7 +189,7 @@ def _tokens(plan: Plan) -> int:
 
 
 def _estimate(
-    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, store: Path | None
+    engine: Engine, documents: Sequence[corpus.Document], method: Method | None, prefix: str, store: Path | None
 ) -> None:
     """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
     totals = _Totals()

@@ -168,7 +168,7 @@ class Scheduler:
         for (owner, count), here in zip(work, step.spans, strict=True):
             before = len(want)
             if isinstance(owner, Request):
-                first = len(owner.plan.live.tokens) - max(1, len(owner.answer))
+                first = len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
                 want.extend(range(here.start + skipped, here.start + count))
             counts.append(len(want) - before)
@@ -309,7 +309,7 @@ class Scheduler:
     def _resolve(self, request: Request) -> None:
         """Find or start everything the live span reads; what is missing pulls in its own sources, transitively."""
         usage, spans = request.usage, request.plan.spans
-        need = sorted({p.span for p in request.plan.live.sees})
+        need = sorted({p.span for p in request.plan.prompt.sees})
         seen: set[str] = set()
         stack = need[::-1]
         started: list[int] = []
@@ -353,7 +353,7 @@ class Scheduler:
     def _ready(self, request: Request) -> None:
         """Everything the live span reads is in the pool: intermediate versions are no longer needed."""
         request.usage.encoded = time.perf_counter() - request.submitted
-        wanted = {request.keys[p.span] for p in request.plan.live.sees}
+        wanted = {request.keys[p.span] for p in request.plan.prompt.sees}
         for key in [k for k in request.held if k not in wanted]:
             self._release(request, key)
         request.usage.kv_bytes = sum(self.holds[k][0] for k in wanted) + self._own_bytes(request)

@@ -142,15 +142,15 @@ def _lives(example: Example, method: Method) -> _Lives:
     asked = [(*question.query, *question.answer[:-1]) for question in example.questions]
     planned = sorted(asked, key=len, reverse=True)[:2]  # the longest isn't empty, so it tells where queries start
     plans = [method.plan(example.graph.with_query(query)) for query in planned]
-    shared, sees = plans[0].spans[:-1], plans[0].live.sees
+    shared, sees = plans[0].spans[:-1], plans[0].prompt.sees
     before, *others = (
-        list(zip(plan.live.tokens, plan.live.positions, strict=True))[: len(plan.live) - len(query)]
+        list(zip(plan.prompt.tokens, plan.prompt.positions, strict=True))[: len(plan.prompt) - len(query)]
         for plan, query in zip(plans, planned, strict=True)
     )
-    same = all(plan.spans[:-1] == shared and plan.live.sees == sees for plan in plans)
+    same = all(plan.spans[:-1] == shared and plan.prompt.sees == sees for plan in plans)
     if not same or any(other != before for other in others):
         raise PlanError(f"{method.name} encodes documents by the question; give every question an example of its own")
-    start = plans[0].live.positions[-1] + 1 - len(planned[0])
+    start = plans[0].prompt.positions[-1] + 1 - len(planned[0])
     lives = [[*before, *zip(query, range(start, start + len(query)), strict=True)] for query in asked]
     if any(span.groups for plan in plans for span in plan.spans):
         raise PlanError(

@@ -29,7 +29,7 @@ DOC = contiguous([1, 2, 3], 0, name="doc")
     ("spans", "message"),
     [
         ([], "a plan needs at least one span"),
-        ([DOC], "the last span of a plan is the live prompt"),
+        ([DOC], "the last span of a plan is the prompt span"),
         ([Span((), range(0), cached=False)], "span 0 is empty"),
         ([Span((1, 2), range(3), cached=False)], "span 0 has 2 tokens but 3 positions"),
         ([Span((1, 2), (4, 4), cached=False)], "span 0: positions must be strictly ascending"),
@@ -48,15 +48,15 @@ def test_refused(spans, message):
 
 def test_places_are_normalised():
     plan = Plan((DOC, live(3, [Place(0, 0), Place(0, 5, 1)])))
-    assert plan.live.sees == (Place(0, 0, 0, 3), Place(0, 5, 1, 3))
+    assert plan.prompt.sees == (Place(0, 0, 0, 3), Place(0, 5, 1, 3))
     assert plan.highest_position == 3
 
 
-def test_pruned_drops_what_nothing_live_reads():
+def test_pruned_drops_what_the_prompt_does_not_read():
     a, b, c = DOC, contiguous([4], 3, [Place(0, 0)]), contiguous([5], 3, [Place(0, 0)])
     plan = pruned([a, b, c, live(4, [Place(2, 3)])])
     assert [s.tokens for s in plan.spans] == [(1, 2, 3), (5,), (99,)]
-    assert plan.spans[1].sees == (Place(0, 0, 0, 3),) and plan.live.sees == (Place(1, 3, 0, 1),)
+    assert plan.spans[1].sees == (Place(0, 0, 0, 3),) and plan.prompt.sees == (Place(1, 3, 0, 1),)
 
 
 def key(span: Span, earlier: Sequence[Span] = (DOC,), fingerprint: str = "model", salt: str = "") -> str:
@@ -132,8 +132,8 @@ def test_groups_that_make_no_sense(groups, group, message):
 def test_groups_are_floats_and_survive_pruning():
     reader = replace(live(4, [Place(1, 3), Place(0, 0, group=1)]), groups=((1, 2),))
     plan = pruned([DOC, contiguous([4], 3), contiguous([5], 3), reader])
-    assert plan.live.groups == (Group(1.0, 2.0),) and type(plan.live.groups[0].scale) is float
-    assert plan.live.sees == (Place(1, 3, 0, 1), Place(0, 0, 0, 3, 1))
+    assert plan.prompt.groups == (Group(1.0, 2.0),) and type(plan.prompt.groups[0].scale) is float
+    assert plan.prompt.sees == (Place(1, 3, 0, 1), Place(0, 0, 0, 3, 1))
 
 
 def test_a_key_changes_with_model_salt_and_what_is_read():
@@ -191,7 +191,7 @@ def test_dense_by_hand():
     dense = plan.dense()
     rows = sorted(zip(dense.span.tolist(), dense.tokens.tolist(), dense.positions.tolist(), strict=True))
     assert rows == [(0, 1, 1), (0, 1, 3), (0, 2, 2), (0, 2, 4), (0, 3, 3), (0, 3, 5), (1, 4, 6), (1, 5, 7), (2, 99, 9)]
-    assert dense.live == 1
+    assert dense.prompt == 1
     seen = dense.visible[-1]
     assert sorted(zip(dense.tokens[seen].tolist(), dense.positions[seen].tolist(), strict=True)) == [
         (1, 1),
@@ -266,7 +266,7 @@ def meaning_of_dense(plan: Plan) -> list[str]:
         group = np.zeros_like(d.visible, int) if d.group is None else d.group
         seen = [(int(group[i, j]), int(d.positions[j] - d.positions[i]), meanings[j]) for j in columns]
         meanings.append(_meaning(int(d.tokens[i]), seen, d.groups))
-    return meanings[-d.live :]
+    return meanings[-d.prompt :]
 
 
 def _meaning(token: int, seen: list[tuple[int, int, str]], groups: Sequence[Group]) -> str:
@@ -284,8 +284,8 @@ def _meaning(token: int, seen: list[tuple[int, int, str]], groups: Sequence[Grou
 def test_dense_means_what_the_plan_means(plan):
     assert meaning_of_dense(plan) == meaning_of_plan(plan)[-1]
     dense = plan.dense()
-    assert dense.positions[-dense.live :].tolist() == list(plan.live.positions)
-    assert dense.tokens[-dense.live :].tolist() == list(plan.live.tokens)
+    assert dense.positions[-dense.prompt :].tolist() == list(plan.prompt.positions)
+    assert dense.tokens[-dense.prompt :].tolist() == list(plan.prompt.tokens)
 
 
 @settings(deadline=None, max_examples=100)

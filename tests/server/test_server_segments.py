@@ -422,9 +422,9 @@ def test_a_part_of_a_graph_plans_what_the_whole_graph_plans(tmp_path, rounds, la
 
         def facts(plan):
             keys = dict(zip(plan.spans, plan.keys("m"), strict=True))
-            return {keys[s] for s in plan.spans}, {(keys[plan.spans[p.span]], p.at) for p in plan.live.sees}
+            return {keys[s] for s in plan.spans}, {(keys[plan.spans[p.span]], p.at) for p in plan.prompt.sees}
 
-        assert facts(part) == facts(plan) and part.live.start == plan.live.start
+        assert facts(part) == facts(plan) and part.prompt.start == plan.prompt.start
     assert len(library.part(stored, ["s4"]).segments) == {1: 2, 2: 3, 3: 5}[rounds]
 
 

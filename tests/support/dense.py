@@ -26,7 +26,7 @@ def dense_greedy(model: models.Model, plan: Plan, n: int) -> list[int]:
     out = []
     for _ in range(n):
         out.append(int(dense_logits(model, plan).argmax()))
-        live = plan.live
+        live = plan.prompt
         positions = (*live.positions, live.positions[-1] + 1)
         plan = Plan((*plan.spans[:-1], replace(live, tokens=(*live.tokens, out[-1]), positions=positions)))
     return out

@@ -135,7 +135,7 @@ class DenseLlama:
         Needs everything the live span sees to lie below its last position, as in all oracle cases.
         """
         dense = plan.dense()
-        at = plan.live.positions[-1]
+        at = plan.prompt.positions[-1]
         assert dense.positions.max() == at
         past: list[tuple[np.ndarray, np.ndarray]] = []
         logits = first = self.forward(dense.tokens, dense.positions, dense.visible, past)
