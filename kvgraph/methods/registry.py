@@ -1,16 +1,13 @@
-"""The methods and presets that there are, by name: kvgraph's own, then those that installed packages add.
+"""The methods and presets that there are, by name.
 
-A package adds a method by an entry point in the group "kvgraph.methods", whose name is the method's, and a preset by one
-in "kvgraph.presets". It is imported when somebody asks for it, and nothing can be added while a program runs.
+Other packages add methods by entry points in the group "kvgraph.methods", each named as its method is, and presets by
+entry points in "kvgraph.presets"; see kvgraph.registry.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields, replace
-from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from kvgraph.errors import GraphError
@@ -32,77 +29,30 @@ from kvgraph.methods.presets import (
     kvlink_llama3_5,
 )
 from kvgraph.methods.prompt_cache import PromptCache
+from kvgraph.registry import Registry
 
 BASELINE = Full.name
 """The method that other methods are measured against, and that every model answers by."""
 
 
-class Registry(Mapping[str, Callable[[], Method]]):
-    """What makes a method with its default fields, by name. Read-only.
-
-    own: kvgraph's. group: the entry points of other packages. One that is called as an own one is left out, with a
-    warning. Looking one up raises GraphError if its package can't be imported or gives something else.
-    """
-
-    def __init__(self, own: Mapping[str, Callable[[], Method]], group: str):
-        self._own, self._group = dict(own), group
-        self._loaded: dict[str, Callable[[], Method]] = {}
-
-    def __getitem__(self, name: str) -> Callable[[], Method]:
-        if name in self._own:
-            return self._own[name]
-        if name not in self._loaded:
-            self._loaded[name] = _loaded(self._added[name])
-        return self._loaded[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._own
-        yield from self._added
-
-    def __len__(self) -> int:
-        return len(self._own) + len(self._added)
-
-    @cached_property
-    def _added(self) -> dict[str, EntryPoint]:
-        found = {entry.name: entry for entry in entry_points(group=self._group)}
-        for name in sorted(found.keys() & self._own.keys()):
-            warnings.warn(f"{_source(found.pop(name))} calls a method {name!r}, which is kvgraph's own", stacklevel=2)
-        return dict(sorted(found.items()))
-
-
-def _source(entry: EntryPoint) -> str:
-    """The package that an entry point is of, for messages."""
-    return f"the package {entry.dist.name}" if entry.dist is not None else entry.value
-
-
-def _loaded(entry: EntryPoint) -> Callable[[], Method]:
-    try:
-        make: Any = entry.load()
-        made = make()
-    except Exception as error:
-        raise GraphError(
-            f"{_source(entry)} adds the method {entry.name!r}, which can't be made "
-            f"({type(error).__name__}: {error}); mend or uninstall it"
-        ) from error
+def _wrong(name: str, make: Any) -> str:
+    """What is wrong with a method class or preset of another package, or nothing."""
+    made = make()
     if not isinstance(made, Method):
-        raise GraphError(
-            f"{_source(entry)} adds the method {entry.name!r}, but {entry.value} makes no kvgraph.methods.Method"
-        )
-    if entry.group == "kvgraph.methods" and made.name != entry.name:
-        raise GraphError(
-            f"{_source(entry)} adds the method {entry.name!r}, but {entry.value} has the name {made.name!r}"
-        )
-    checked: Callable[[], Method] = make
-    return checked
+        return "it makes no kvgraph.methods.Method"
+    if isinstance(make, type) and made.name != name:
+        return f"the method's name is {made.name!r}"
+    return ""
 
 
-METHODS = Registry(
+METHODS: Registry[Callable[[], Method]] = Registry(
     {cls.name: cls for cls in (Full, Block, KVLink, GraphKV, PCW, APE, PromptCache, Epic, CacheBlend)},
     "kvgraph.methods",
+    _wrong,
 )
 """Method classes by name."""
 
-PRESETS = Registry(
+PRESETS: Registry[Callable[[], Method]] = Registry(
     {
         "graph-kv-rag": graph_kv_rag,
         "graph-kv-rag-top-k": graph_kv_rag_top_k,
@@ -112,6 +62,7 @@ PRESETS = Registry(
         "kvlink-llama3-5": kvlink_llama3_5,
     },
     "kvgraph.presets",
+    _wrong,
 )
 """Configured methods by name: functions whose docstrings say what they reproduce."""
 

@@ -280,7 +280,7 @@ def test_a_graph_may_bring_its_texts_and_no_id(live):
         ({"segments": ["a", "b"], "edges": "spiral"}, 400, "none of all, chain"),
         ({"segments": ["a"], "method": "full"}, 400, "full reads no edges"),
         ({"segments": ["a"], "method": "magic"}, 400, "no method 'magic'"),
-        ({"segments": ["a"], "method": "graph-kv-rag"}, 400, "hangs on the whole graph"),
+        ({"segments": ["a"], "method": "graph-kv-rag"}, 400, "depends on every segment of the graph"),
         ({"segments": ["a"], "band": 3}, 400, "more than the band of 3"),
         ({"segments": ["a"], "rounds": -1}, 400, "rounds must be"),
         ({"segments": ["a"], "colour": 1}, 400, "colour: neither an option nor a field"),
