@@ -82,7 +82,8 @@ class Method(ABC):
         By it a part of the graph, the segments a query reads and those up to `reach` edges before them, is encoded as in
         the whole. Raises GraphError where that can't be.
         """
-        raise GraphError(f"{self.name} reads no edges; name stored segments in a request's documents instead")
+        why = "can't encode a part of a graph as in the whole" if self.reads_edges else "reads no edges"
+        raise GraphError(f"{self.name} {why}; name stored segments in a request's documents instead")
 
     @property
     def reach(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from kvgraph.errors import GraphError
@@ -79,10 +80,9 @@ def _value(text: str) -> Any:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     for kind, longest in ((int, 18), (float, 32)):  # nothing here needs more digits, and Python refuses thousands
-        try:
-            return kind(text) if len(text) <= longest else text
-        except ValueError:
-            continue
+        with suppress(ValueError):
+            if len(text) <= longest:
+                return kind(text)
     return text
 
 
