@@ -64,7 +64,7 @@ def ask(
     of a chat template, into --prefix and QUESTION.
 
     \b
-      kvgraph ask ./llama "\\nWho dug the harbour?\\n" --documents corpus.jsonl --pick 0,3,7 --store kv
+      kvgraph ask ./llama "\\nWho dug the harbour?\\n" --documents corpus.jsonl --pick 0,3,7 --method block --store kv
       kvgraph ask ./llama "..." --documents corpus.jsonl --method graph-kv --edges top-k:3
     """
     chosen = None if method is None else methods.parse(method)

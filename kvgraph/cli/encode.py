@@ -75,8 +75,8 @@ def encode(
     was, and documents that are already stored cost nothing.
 
     \b
-      kvgraph encode ./llama corpus.jsonl --store kv --dry-run
-      kvgraph encode ./llama corpus.jsonl --store kv --template '{title}\\n{text}\\n'
+      kvgraph encode ./llama corpus.jsonl --method block --store kv --dry-run
+      kvgraph encode ./llama corpus.jsonl --method block --store kv --template '{title}\\n{text}\\n'
     """
     if store is None and not dry_run:
         raise typer.BadParameter("encode needs --store FOLDER (or --dry-run)")

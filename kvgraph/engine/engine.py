@@ -259,7 +259,7 @@ class Engine:
         """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
 
         encode_only: stop when every cached span is encoded. answer: score these tokens instead of decoding; all but the
-        last of them end the plan's live span. salt: another tenant's than the engine's. Raises PlanError or
+        last of them end the plan's prompt span. salt: another tenant's than the engine's. Raises PlanError or
         CapacityError if the request could never run.
         """
         params = params or SamplingParams()
@@ -332,7 +332,7 @@ class Engine:
             self.scheduler.cancel(request)
 
     def logits(self, plan: Plan) -> Tensor:
-        """Next-token logits [V] float32 after a plan's live span."""
+        """Next-token logits [V] float32 after a plan's prompt span."""
         result = self.wait(self.submit(plan, SamplingParams(max_tokens=1, ignore_eos=True), first_logits=True))
         assert result.first_logits is not None
         return result.first_logits
@@ -478,7 +478,7 @@ def on_device(record: Record, device: torch.device) -> Record:
 
 
 def prompt_tokens(plan: Plan) -> Iterator[int]:
-    """Every token the answer can attend to before decoding: what the live span sees, and the live span itself."""
+    """Every token the answer can attend to before decoding: what the prompt span sees, and the prompt span itself."""
     for place in plan.prompt.sees:
         yield from plan.spans[place.span].tokens[place.lo : place.hi]
     yield from plan.prompt.tokens

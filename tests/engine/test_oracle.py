@@ -51,7 +51,7 @@ def test_case(case):
 
 
 def _cached(run: Engine, plan) -> dict[tuple[int, int], list[torch.Tensor]]:
-    """(token, position) -> keys and values [layers, 2, kv heads, D] of what the live span reads, keys turned to place."""
+    """(token, position) -> keys and values [layers, 2, kv heads, D] of what the prompt span reads, keys turned to place."""
     found: dict[tuple[int, int], list[torch.Tensor]] = {}
     keys, rotary = plan.keys(run.model.fingerprint), run.model.rotaries[0]
     for place in plan.prompt.sees:

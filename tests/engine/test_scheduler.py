@@ -104,7 +104,7 @@ def distinct(request: Request) -> dict[str, int]:
 
 
 def own_tokens(request: Request) -> int:
-    """Tokens of a request's own KV: the live span and the answer, whose last token needs none."""
+    """Tokens of a request's own KV: the prompt span and the answer, whose last token needs none."""
     return 0 if request.encode_only else len(request.plan.prompt) + request.params.max_tokens - 1
 
 

@@ -39,7 +39,7 @@ def random_graph(seed: int, lengths=(12, 7, 0, 20), prefix: int = 4) -> ContextG
 
 
 def places(plan: Plan) -> list[tuple]:
-    """What the live span sees: (name, position of token 0, lo, hi)."""
+    """What the prompt span sees: (name, position of token 0, lo, hi)."""
     return [(plan.spans[p.span].name, p.at, p.lo, p.hi) for p in plan.prompt.sees]
 
 

@@ -22,7 +22,7 @@ def dense_logits(model: models.Model, plan: Plan) -> torch.Tensor:
 
 
 def dense_greedy(model: models.Model, plan: Plan, n: int) -> list[int]:
-    """Greedy tokens by the slow reference: the live span grows by one token a step and all is computed anew."""
+    """Greedy tokens by the slow reference: the prompt span grows by one token a step and all is computed anew."""
     out = []
     for _ in range(n):
         out.append(int(dense_logits(model, plan).argmax()))

@@ -130,9 +130,9 @@ class DenseLlama:
         return DenseLlama(config, weights, _frequencies(config))
 
     def greedy(self, plan: Plan, n: int) -> tuple[np.ndarray, list[int]]:
-        """(first-step logits [vocab], n greedy tokens, whatever the end token) continuing from the plan's live span.
+        """(first-step logits [vocab], n greedy tokens, whatever the end token) continuing from the plan's prompt span.
 
-        Needs everything the live span sees to lie below its last position, as in all oracle cases.
+        Needs everything the prompt span sees to lie below its last position, as in all oracle cases.
         """
         dense = plan.dense()
         at = plan.prompt.positions[-1]
