@@ -93,7 +93,7 @@ class Method(ABC):
     # -- ablations ----------------------------------------------------------------------------------------------------
 
     def variations(self) -> Mapping[str, Sequence[Variation]]:
-        """What to compare the method with, by the name of the ablation (see `kvgraph.eval.ablate`)."""
+        """What to compare the method with, by the ablation that asks: "mask-positions", "rounds" or "keep"."""
         return {}
 
     def outline(self, graph: ContextGraph) -> Any:

@@ -581,15 +581,6 @@ def test_folders_of_different_methods_differ():
     assert all("/" not in name and len(name) < 120 for name in names)
 
 
-@pytest.mark.parametrize(
-    "spec", [*methods.METHODS, "graph-kv:rounds=2,layout=tight", "graph-kv:band=99", "kvlink-llama3-5"]
-)
-def test_a_method_is_written_as_it_is_read(spec):
-    method = methods.parse(spec)
-    assert methods.parse(methods.format(method)) == method
-    assert spec.startswith("kvlink-") or methods.format(method) == spec
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
