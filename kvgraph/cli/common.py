@@ -56,10 +56,11 @@ AllowUntested = Annotated[
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the exactness gate (`kvgraph check`) while loading.")]
 StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of the store of KV records.")]
 MethodName = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--method",
-        help="full, block, kvlink, graph-kv or a preset; fields after a colon: graph-kv:rounds=2,layout=tight.",
+        help="full, block, kvlink, graph-kv, ... or a preset; fields after a colon: graph-kv:rounds=2,layout=tight "
+        "[default: the first that the model declares tuning for, else full].",
     ),
 ]
 Edges = Annotated[

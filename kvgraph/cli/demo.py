@@ -49,7 +49,7 @@ class Asked(NamedTuple):
         """What the model is asked, as `kvgraph eval` asks it; with the corpus' edges where the method reads them."""
         documents = [Document(segment.text) for segment in self.corpus.segments]
         prompt = chat.plain(model.tokenizer, "\n\n", documents, self.question.text, "{text}\n")
-        return prompt.graph(self.corpus.edges if methods.reads_edges(method) else ())
+        return prompt.graph(self.corpus.edges if method.reads_edges else ())
 
     def is_right(self, result: Result) -> bool:
         """Whether the answer is the right one."""

@@ -57,7 +57,7 @@ def encode(
     model: ModelName,
     documents: Annotated[Path, typer.Argument(metavar="CORPUS", help="JSON Lines (also .gz), text file, or folder.")],
     store: StoreFolder = None,
-    method: MethodName = "block",
+    method: MethodName = None,
     template: Template = None,
     prefix: Prefix = "",
     dtype: Dtype = "auto",
@@ -75,12 +75,12 @@ def encode(
     was, and documents that are already stored cost nothing.
 
     \b
-      kvgraph encode ./llama corpus.jsonl --store kv --dry-run
-      kvgraph encode ./llama corpus.jsonl --store kv --template '{title}\\n{text}\\n'
+      kvgraph encode ./llama corpus.jsonl --method block --store kv --dry-run
+      kvgraph encode ./llama corpus.jsonl --method block --store kv --template '{title}\\n{text}\\n'
     """
     if store is None and not dry_run:
         raise typer.BadParameter("encode needs --store FOLDER (or --dry-run)")
-    chosen = methods.parse(method)
+    chosen = None if method is None else methods.parse(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
     where = None if dry_run else store
     from kvgraph.engine.engine import Engine
@@ -126,7 +126,7 @@ def _unlogged(name: str) -> Iterator[None]:
 
 
 def _encode(
-    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method, prefix: str, totals: _Totals
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, totals: _Totals
 ) -> None:
     from kvgraph.progress import Progress
 
@@ -154,7 +154,7 @@ def _encode(
 
 
 def _planned(
-    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method, prefix: str, totals: _Totals
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, totals: _Totals
 ) -> list[tuple[ContextGraph, Plan]]:
     """Tokenized graphs and plans, one a document; documents that are empty or too big go to totals.skipped."""
     planned = []
@@ -189,7 +189,7 @@ def _tokens(plan: Plan) -> int:
 
 
 def _estimate(
-    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method, prefix: str, store: Path | None
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, store: Path | None
 ) -> None:
     """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
     totals = _Totals()

@@ -95,7 +95,7 @@ def evaluate(
     names = ablations.parse(ablate)
 
     chosen = tasks.get(task)
-    if edges is not None and not any(map(methods.reads_edges, parsed)):
+    if edges is not None and not any(m.reads_edges for m in parsed):
         raise typer.BadParameter(f"none of these methods reads edges: {', '.join(specs)}; leave --edges out")
     found = read(chosen, data, limit, shuffle=shuffle, seed=seed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does

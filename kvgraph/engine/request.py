@@ -22,7 +22,7 @@ Seen = tuple[str, tuple[Any, ...]]  # (a record's key, how a View sees it, in th
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens on their way through the model, in one frame: a span being encoded, or a live span and its answer."""
+    """Tokens on their way through the model, in one frame: a span being encoded, or a prompt span and its answer."""
 
     tokens: list[int]
     positions: np.ndarray  # [len(tokens)], the frame's own
@@ -59,9 +59,9 @@ class Request:
     params: SamplingParams
     sampler: Sampler
     stream: TextStream
-    sequence: Sequence  # the live span, and the answer as it grows
-    encode_only: bool  # finished as soon as everything its live span reads is encoded
-    answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the live span
+    sequence: Sequence  # the prompt span, and the answer as it grows
+    encode_only: bool  # finished as soon as everything its prompt span reads is encoded
+    answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the prompt span
     keep_logits: bool
     submitted: float
     usage: Usage

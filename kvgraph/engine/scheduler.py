@@ -1,6 +1,6 @@
 """Continuous batching: which rows run in the next step, and what their results change.
 
-Everything is a row: a span being encoded, a live span being prefilled, a request decoding one token. A step serves
+Everything is a row: a span being encoded, a prompt span being prefilled, a request decoding one token. A step serves
 decoding rows first, then prefill, then encoding, up to a number of tokens; long rows run in chunks.
 
 A request is admitted when it fits `kvgraph.engine.admission.Memory`. What it then misses is encoded once for everyone
@@ -156,7 +156,7 @@ class Scheduler:
         for owner, count in work:
             before = len(want)
             if isinstance(owner, Request):
-                first = len(owner.plan.live.tokens) - max(1, len(owner.answer))
+                first = len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
                 want.extend(range(start + skipped, start + count))
             counts.append(len(want) - before)
@@ -291,9 +291,9 @@ class Scheduler:
                     self._ready(request)
 
     def _resolve(self, request: Request) -> None:
-        """Find or start everything the live span reads; what is missing pulls in its own sources, transitively."""
+        """Find or start everything the prompt span reads; what is missing pulls in its own sources, transitively."""
         usage, spans = request.usage, request.plan.spans
-        need = sorted({p.span for p in request.plan.live.sees})
+        need = sorted({p.span for p in request.plan.prompt.sees})
         seen: set[str] = set()
         stack = need[::-1]
         started: list[int] = []
@@ -335,9 +335,9 @@ class Scheduler:
         return Encoding(request.keys[index], sequence_of(span, request.keys), persistent=span.cached)
 
     def _ready(self, request: Request) -> None:
-        """Everything the live span reads is in the pool: intermediate versions are no longer needed."""
+        """Everything the prompt span reads is in the pool: intermediate versions are no longer needed."""
         request.usage.encoded = time.perf_counter() - request.submitted
-        wanted = {request.keys[p.span] for p in request.plan.live.sees}
+        wanted = {request.keys[p.span] for p in request.plan.prompt.sees}
         for key in [k for k in request.held if k not in wanted]:
             self.memory.release(request, key)
         request.usage.kv_bytes = self.memory.held_bytes(request, wanted)

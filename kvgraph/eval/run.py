@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -79,9 +79,9 @@ def evaluate(
     call goes on where it was.
     """
     params = SamplingParams(max_tokens=task.max_tokens if max_tokens is None else max_tokens, stop=task.stop)
-    spec = method if isinstance(method, str) else spec_of(method)
-    method = methods.parse(method) if isinstance(method, str) else method
-    edges = (task.edges if edges is None else edges) if methods.reads_edges(method) else "none"
+    spec = method if isinstance(method, str) else methods.format(method)
+    method = methods.resolve(method)
+    edges = (task.edges if edges is None else edges) if method.reads_edges else "none"
     _check(engine, task, items, edges)
     config = _config(engine, task, spec, method, params, items, data, edges, seed, ablation)
     folder = Path(out)
@@ -108,16 +108,6 @@ def evaluate(
         summary = config | _scores(task, lines, seed) | _costs(engine, lines, session)
         io.write_json(folder / SUMMARY, summary)
         return summary
-
-
-def spec_of(method: Method) -> str:
-    """The text that `kvgraph.methods.parse` reads as this method: its name, and the fields that aren't the default."""
-    changed = {}
-    for field in fields(method):  # type: ignore[arg-type]  # methods are dataclasses
-        value = getattr(method, field.name)
-        if field.default is MISSING or value != field.default:
-            changed[field.name] = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-    return method.name + (":" if changed else "") + ",".join(f"{name}={value}" for name, value in changed.items())
 
 
 def slug(spec: str) -> str:
@@ -343,7 +333,7 @@ def _config(
         "task": task.name,
         "headline": task.metrics[0],
         "metrics": task.metrics,
-        "method": {"spec": spec, "name": method.name, "fields": asdict(method)},  # type: ignore[call-overload]
+        "method": {"spec": spec, "name": method.name, "fields": methods.configuration(method)},
         "model": {
             "name": model.name,
             "fingerprint": model.fingerprint,

@@ -6,7 +6,7 @@ Everything here may take long (tokenizing, planning, hashing) and runs on worker
 from __future__ import annotations
 
 from collections.abc import Sized
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvgraph import methods
@@ -67,19 +67,19 @@ def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionReques
 
 def method_of(server: Server, options: GraphOptions) -> Method:
     """The method a request asks for, or the server's default. Raises GraphError listing what there is."""
-    method = server.method if options.method is None else methods.parse(options.method)
+    method = server.method if options.method is None else methods.resolve(options.method)
     return with_fields(method, options.model_extra, "kvgraph.")
 
 
 def with_fields(method: Method, given: dict[str, Any] | None, where: str = "") -> Method:
     """The method with fields of a request's object. Raises GraphError for one that it doesn't have."""
-    known = {f.name for f in fields(method)}  # type: ignore[arg-type]
-    if unknown := sorted(set(given or ()) - known):
+    known = methods.configuration(method)
+    if unknown := sorted((given or {}).keys() - known):
         raise GraphError(
             f"{where}{unknown[0]}: neither an option nor a field of {method.name}, which has "
             f"{', '.join(sorted(known)) or 'no fields'}"
         )
-    return replace(method, **given) if given else method  # type: ignore[type-var]
+    return methods.with_fields(method, given or {})
 
 
 def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
@@ -252,7 +252,7 @@ def _with_edges(graph: ContextGraph, context: _Context, kept: int, whole: Contex
 
 def _check_room(server: Server, body: Generation, plan: Plan) -> None:
     """Raise PlanError unless the prompt and the answer, where its length is given, fit the model's positions."""
-    last, limit, wanted = plan.live.positions[-1], server.engine.model.limit, max_tokens(body) or 1
+    last, limit, wanted = plan.prompt.positions[-1], server.engine.model.limit, max_tokens(body) or 1
     if wanted > limit - last:
         raise PlanError(
             f"the prompt ends at position {last} and the answer may have {wanted} tokens, but the model's limit is {limit}; "

@@ -177,8 +177,7 @@ class Server:
     @property
     def method(self) -> Method:
         """The default method: the setting, else the first that the model declares tuning for, else full."""
-        tuned = [name for name in self.engine.model.tuned_for if name in methods.METHODS or name in methods.PRESETS]
-        return methods.parse(self.settings.method or (tuned[0] if tuned else "full"))
+        return methods.resolve(self.settings.method, self.engine.model.tuned_for)
 
     def card(self) -> schema.ModelCard:
         """What `/v1/models` says of the model."""

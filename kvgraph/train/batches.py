@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kvgraph import methods
 from kvgraph.errors import KVGraphError
-from kvgraph.methods import KVLink
 from kvgraph.train.config import Component, Config, Stage, TrainError
 from kvgraph.train.example import Example, join
 from kvgraph.train.mixture import ENDLESS, VALIDATION, Drawn, Mixture, Source, open_source, validation
@@ -78,9 +77,8 @@ def _sources(config: Config, stage: Stage, tokenizer: Any, split: str) -> list[S
 
 
 def _room(config: Config, component: Component) -> int:
-    """Tokens that an example may have, so that a text that is cut still fits with its link and memory tokens."""
-    linked = [method for method in map(methods.parse, component.methods) if isinstance(method, KVLink)]
-    return config.length - max((method.links * method.slots + 2 for method in linked), default=0)
+    """Tokens that an example may have, so that a text that is cut still fits with its methods' own tokens."""
+    return config.length - max(len(method.own_tokens) for method in map(methods.parse, component.methods))
 
 
 class Batches(IterableDataset):

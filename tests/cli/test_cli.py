@@ -73,20 +73,21 @@ def ask(run, model, documents, *more) -> dict:
 
 def test_encode_then_ask_computes_no_document(run, model, documents, tmp_path):
     store = tmp_path / "kv"
-    code, out, err = run("encode", model, documents, "--store", store)
+    block = ["--method", "block"]
+    code, out, err = run("encode", model, documents, "--store", store, *block)
     tokens = sum(len(d.text) for d in corpus.load(documents))  # one token a byte
     assert code == 0
     assert figures(out) == {"documents": 3, "computed": tokens, "reused": 0}
     assert err.count("\n") == 1 and "doesn't declare tuning for 'block'" in err
     assert len(list(store.glob(RECORDS))) == 3
 
-    code, out, _ = run("encode", model, documents, "--store", store)
+    code, out, _ = run("encode", model, documents, "--store", store, *block)
     assert figures(out) == {"documents": 3, "computed": 0, "reused": tokens}
 
-    stored = ask(run, model, documents, "--store", store)
+    stored = ask(run, model, documents, "--store", store, *block)
     assert stored["usage"]["document_tokens_computed"] == 0
     assert stored["usage"]["reused_tokens"] == {"disk": tokens}
-    unstored = ask(run, model, documents)
+    unstored = ask(run, model, documents, *block)
     assert unstored["usage"]["document_tokens_computed"] == tokens
     assert stored["token_ids"] == unstored["token_ids"]
 
@@ -236,7 +237,7 @@ def test_explain_shows_the_plan_without_weights(run, model, documents, tmp_path)
     ids = tmp_path / "ids.jsonl"
     ids.write_text('{"tokens": [5, 6, 7]}\n{"tokens": [8]}\n')
     code, out, _ = run("explain", "--ids", "--documents", ids, "--template", "{tokens}", "--question", "9 9")
-    assert code == 0 and re.search(r"query +2 +4–5 +live", out)
+    assert code == 0 and re.search(r"query +2 +4–5 +prompt", out)
 
 
 def test_check_prints_the_gate_and_the_price_of_a_method(run, model, tmp_path):

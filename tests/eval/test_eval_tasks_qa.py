@@ -162,7 +162,7 @@ def planned_by_all_methods(task: Task, items: tuple[Item, ...]) -> None:
         made = prompt.build(task, item, tokenizer)
         for name in methods.METHODS:
             method = methods.get(name)
-            edges = prompt.edges_of(item, task.edges) if methods.reads_edges(method) else ()
+            edges = prompt.edges_of(item, task.edges) if method.reads_edges else ()
             graph = made.graph(edges).tokenized(lambda text: list(text.encode()))
             if getattr(method, "needs_probe", False):
                 method = method.selecting([[float(i) for i in range(len(s))] for s in graph.segments])

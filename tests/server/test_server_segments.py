@@ -280,7 +280,7 @@ def test_a_graph_may_bring_its_texts_and_no_id(live):
         ({"segments": ["a", "b"], "edges": "spiral"}, 400, "none of all, chain"),
         ({"segments": ["a"], "method": "full"}, 400, "full reads no edges"),
         ({"segments": ["a"], "method": "magic"}, 400, "no method 'magic'"),
-        ({"segments": ["a"], "method": "graph-kv-rag"}, 400, "hangs on the whole graph"),
+        ({"segments": ["a"], "method": "graph-kv-rag"}, 400, "depends on every segment of the graph"),
         ({"segments": ["a"], "band": 3}, 400, "more than the band of 3"),
         ({"segments": ["a"], "rounds": -1}, 400, "rounds must be"),
         ({"segments": ["a"], "colour": 1}, 400, "colour: neither an option nor a field"),
@@ -422,9 +422,9 @@ def test_a_part_of_a_graph_plans_what_the_whole_graph_plans(tmp_path, rounds, la
 
         def facts(plan):
             keys = dict(zip(plan.spans, plan.keys("m"), strict=True))
-            return {keys[s] for s in plan.spans}, {(keys[plan.spans[p.span]], p.at) for p in plan.live.sees}
+            return {keys[s] for s in plan.spans}, {(keys[plan.spans[p.span]], p.at) for p in plan.prompt.sees}
 
-        assert facts(part) == facts(plan) and part.live.start == plan.live.start
+        assert facts(part) == facts(plan) and part.prompt.start == plan.prompt.start
     assert len(library.part(stored, ["s4"]).segments) == {1: 2, 2: 3, 3: 5}[rounds]
 
 

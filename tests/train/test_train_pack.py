@@ -41,7 +41,7 @@ texts = st.lists(token, min_size=1, max_size=4)
 def items(draw: st.DrawFn) -> tuple[Example, Method]:
     """An example with one to three questions that may begin alike, and any method that can be trained."""
     method, graph = draw(strategies.problems(VOCAB))
-    assume(not isinstance(method, APE))
+    assume(method.trains_by_mask)
     beginning = draw(st.lists(token, max_size=2))
     questions = draw(st.lists(st.tuples(texts, texts), max_size=2))
     return Example(

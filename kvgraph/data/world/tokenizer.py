@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvgraph import methods
 from kvgraph.data import io
 from kvgraph.data.world import names, world
 
@@ -34,7 +35,8 @@ def kvlink(links: int) -> str:
     """
     ids = vocabulary()
     slots, start = LINKS // links, len(SPECIAL)
-    return f"kvlink:links={links},link_start={start},slots={slots},mem_start={ids[MEM_START]},mem_end={ids[MEM_END]}"
+    markers = {"mem_start": ids[MEM_START], "mem_end": ids[MEM_END]}
+    return methods.format(methods.get("kvlink", links=links, link_start=start, slots=slots, **markers))
 
 
 def build() -> Tokenizer:
