@@ -69,6 +69,17 @@ class Registry(Mapping[str, T]):
         return value
 
 
+def named(kind: type[Any]) -> Callable[[str, Any], str]:
+    """A registry's `wrong` for instances of `kind`, which say in `name` what they are called."""
+
+    def wrong(name: str, value: Any) -> str:
+        if not isinstance(value, kind):
+            return f"it is no {kind.__module__}.{kind.__name__}"
+        return "" if value.name == name else f"its name is {value.name!r}"
+
+    return wrong
+
+
 def _source(entry: EntryPoint) -> str:
     """What an entry point is of, for messages."""
     return entry.value if entry.dist is None else f"{entry.value} of the package {entry.dist.name}"

@@ -1,51 +1,51 @@
-"""What docs/extending-data.md tells people to write works: its code runs, and the new parts run through the commands."""
+"""What docs/extending-data.md tells people to write works: its code, installed as a package, runs through the commands."""
 
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import installed
 from kvgraph import demo
-from kvgraph.data import tasks
-from kvgraph.data.task import TaskError
-from kvgraph.train import recipes
-from kvgraph.train.config import TrainError
+from kvgraph.data.tasks import TASKS
+from kvgraph.train.recipes import RECIPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending-data.md"
-REGISTRIES = (tasks._TASKS, recipes._RECIPES)
-BLOCK = re.compile(r'```python(?: title="(.*?)")?\n(.*?)```', re.DOTALL)
+FILE = re.compile(r'```python title="(.*?)"\n(.*?)```', re.DOTALL)
+DECLARED = re.compile(r"```toml\n(.*?)```", re.DOTALL)
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning:UserWarning")
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
-    """Runs the code of a part of the page; what it registers is gone afterwards."""
-    before = [dict(registry) for registry in REGISTRIES]
-    monkeypatch.syspath_prepend(str(tmp_path))
+def install(tmp_path, monkeypatch):
+    """Install a part of the page as a package: its files, and the entry points that it declares."""
 
-    def run(part: str) -> None:
+    def install(part: str) -> None:
         (text,) = re.findall(
             rf"^## {part}\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
         )
-        for file, code in BLOCK.findall(text):
-            if file:
-                (tmp_path / file).write_text(code)
-            else:
-                exec(compile(code, str(PAGE), "exec"), {})
+        for file, code in FILE.findall(text):
+            (tmp_path / file).write_text(code)
+        (declared,) = DECLARED.findall(text)
+        groups = tomllib.loads(declared)["project"]["entry-points"]
+        lines = [
+            [f"[{group}]", *(f"{name} = {value}" for name, value in names.items())] for group, names in groups.items()
+        ]
+        installed.declare(tmp_path, "extension", "\n".join(sum(lines, [])) + "\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
 
-    yield run
-    for registry, kept in zip(REGISTRIES, before, strict=True):
-        registry.clear()
-        registry.update(kept)
+    with installed.looked_up_again((TASKS, RECIPES)):
+        yield install
     for module in ("colours", "short"):
         sys.modules.pop(module, None)
 
 
-def test_a_task_runs_through_eval_ablation_report_and_training_records(page, run, tmp_path):
-    page("An evaluation task")
+def test_a_task_runs_through_eval_ablation_report_and_training_records(install, run, tmp_path):
+    install("An evaluation task")
     facts = [f"The thing {i} is {colour}." for i, colour in enumerate(("red", "green", "blue"))]
     rows = [
         {"id": f"q{i}", "question": f"Which colour has thing {i}?", "answer": "red", "facts": facts, "gold": i}
@@ -77,18 +77,14 @@ def test_a_task_runs_through_eval_ablation_report_and_training_records(page, run
     record = {"task": "colours", "question": "Which?", "answer": "red"}
     made = example(record | {"documents": [{"title": "", "text": facts[0]}]}, load_tokenizer(model))
     assert made is not None and len(made.graph.segments) == 1
-    with pytest.raises(TaskError, match="there is a task 'colours' already"):
-        tasks.register(tasks.get("colours"))
 
 
-def test_a_recipe_is_listed_and_trains(page, run, tmp_path):
-    page("A training recipe")
+def test_a_recipe_is_listed_and_trains(install, run, tmp_path):
+    install("A training recipe")
     assert "short" in run("train", "--list")[1]
     code, _, err = run("train", "--recipe", "short", "--out", tmp_path / "run", "--precision", "float32")
     assert code == 0 and (tmp_path / "run" / "step-000002" / "model").is_dir(), err
-    with pytest.raises(TrainError, match="there is a recipe 'short' already"):
-        recipes.register("short", recipes.RECIPES["short"])
 
 
-def test_what_a_part_registers_is_gone_in_the_next_test():
-    assert "colours" not in tasks.TASKS and "short" not in recipes.RECIPES
+def test_what_a_part_declares_is_gone_in_the_next_test():
+    assert "colours" not in TASKS and "short" not in RECIPES

@@ -11,6 +11,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import installed
+
 MODULE = '''
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -77,10 +79,7 @@ ring = mirror:ring
 def write(folder: Path, module: str = MODULE, entry_points: str = ENTRY_POINTS) -> None:
     """The package as an installer leaves it: one file, and what it declares."""
     (folder / "mirror.py").write_text(module)
-    info = folder / "mirror-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mirror\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(entry_points)
+    installed.declare(folder, "mirror", entry_points)
 
 
 def main(folder: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from kvgraph.data.task import Task, TaskError
 from kvgraph.data.tasks.arxiv_qa import ARXIV_QA
 from kvgraph.data.tasks.blockqa import BLOCK_2WIKI, BLOCK_HOTPOTQA, BLOCK_NQ, BLOCK_TRIVIAQA
@@ -24,47 +21,43 @@ from kvgraph.data.tasks.unarxive import UNARXIVE
 from kvgraph.data.tasks.wiki2 import WIKI2
 from kvgraph.data.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.data.tasks.xsum import XSUM
+from kvgraph.registry import Registry, named
 
-__all__ = ["TASKS", "get", "register"]
+__all__ = ["TASKS", "get"]
 
-_TASKS = {
-    task.name: task
-    for task in (
-        NQ,
-        NQ_POSITIONS,
-        TRIVIAQA,
-        HOTPOTQA,
-        WIKI2,
-        MUSIQUE,
-        MULTIHOP_RAG,
-        MOREHOPQA,
-        BLOCK_NQ,
-        BLOCK_TRIVIAQA,
-        BLOCK_HOTPOTQA,
-        BLOCK_2WIKI,
-        XSUM,
-        MULTI_NEWS,
-        SAMSUM,
-        RULER,
-        LONGBENCH_V2,
-        ARXIV_QA,
-        SCISUMM,
-        UNARXIVE,
-        TOPICS,
-        WORLD_HOPS,
-        WORLD_CHUNKS,
-    )
-}
-TASKS: Mapping[str, Task] = MappingProxyType(_TASKS)
-"""Tasks by name."""
-
-
-def register(task: Task) -> Task:
-    """Add a task that isn't part of this package. Returns it; raises TaskError when its name is taken."""
-    if task.name in _TASKS:
-        raise TaskError(f"there is a task {task.name!r} already; give the new one another name")
-    _TASKS[task.name] = task
-    return task
+TASKS: Registry[Task] = Registry(
+    {
+        task.name: task
+        for task in (
+            NQ,
+            NQ_POSITIONS,
+            TRIVIAQA,
+            HOTPOTQA,
+            WIKI2,
+            MUSIQUE,
+            MULTIHOP_RAG,
+            MOREHOPQA,
+            BLOCK_NQ,
+            BLOCK_TRIVIAQA,
+            BLOCK_HOTPOTQA,
+            BLOCK_2WIKI,
+            XSUM,
+            MULTI_NEWS,
+            SAMSUM,
+            RULER,
+            LONGBENCH_V2,
+            ARXIV_QA,
+            SCISUMM,
+            UNARXIVE,
+            TOPICS,
+            WORLD_HOPS,
+            WORLD_CHUNKS,
+        )
+    },
+    "kvgraph.tasks",
+    named(Task),
+)
+"""Tasks by name. Other packages add some in the group "kvgraph.tasks"; see `kvgraph.registry`."""
 
 
 def get(name: str) -> Task:

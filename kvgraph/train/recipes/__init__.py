@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
+from typing import Any
 
+from kvgraph.registry import Registry
 from kvgraph.train.config import Config, TrainError
 from kvgraph.train.recipes.block_attention import block_attention
 from kvgraph.train.recipes.graph_kv import graph_kv
 from kvgraph.train.recipes.kvlink import kvlink
 from kvgraph.train.recipes.world import world_1hop, world_2hop, world_base, world_mixed
 
-_RECIPES: dict[str, Callable[[], Config]] = {
-    "kvlink-0": partial(kvlink, 0),
-    "kvlink-1": partial(kvlink, 1),
-    "kvlink-5": partial(kvlink, 5),
-    "kvlink-5-3b": partial(kvlink, 5, "3B"),
-    "kvlink-5-no-sum": partial(kvlink, 5, without="no-sum"),
-    "kvlink-5-no-sft-mem": partial(kvlink, 5, without="no-sft-mem"),
-    "kvlink-5-qa-only": partial(kvlink, 5, without="qa-only"),
-    "block-attention": block_attention,
-    "graph-kv": graph_kv,
-    "world-1hop": world_1hop,
-    "world-2hop": world_2hop,
-    "world-base": world_base,
-    "world-mixed": world_mixed,
-}
-RECIPES: Mapping[str, Callable[[], Config]] = MappingProxyType(_RECIPES)
-"""Configurations by name."""
+
+def _wrong(name: str, recipe: Any) -> str:
+    """What is wrong with a recipe of another package, or nothing."""
+    made = recipe()
+    if not isinstance(made, Config):
+        return "it makes no kvgraph.train.config.Config"
+    return "" if made.name == name else f"the name of its configuration is {made.name!r}"
 
 
-def register(name: str, recipe: Callable[[], Config]) -> None:
-    """Add a recipe that isn't part of this package. Raises TrainError when its name is taken."""
-    if name in _RECIPES:
-        raise TrainError(f"there is a recipe {name!r} already; give the new one another name")
-    _RECIPES[name] = recipe
+RECIPES: Registry[Callable[[], Config]] = Registry(
+    {
+        "kvlink-0": partial(kvlink, 0),
+        "kvlink-1": partial(kvlink, 1),
+        "kvlink-5": partial(kvlink, 5),
+        "kvlink-5-3b": partial(kvlink, 5, "3B"),
+        "kvlink-5-no-sum": partial(kvlink, 5, without="no-sum"),
+        "kvlink-5-no-sft-mem": partial(kvlink, 5, without="no-sft-mem"),
+        "kvlink-5-qa-only": partial(kvlink, 5, without="qa-only"),
+        "block-attention": block_attention,
+        "graph-kv": graph_kv,
+        "world-1hop": world_1hop,
+        "world-2hop": world_2hop,
+        "world-base": world_base,
+        "world-mixed": world_mixed,
+    },
+    "kvgraph.recipes",
+    _wrong,
+)
+"""Configurations by name. Other packages add some in the group "kvgraph.recipes"; see `kvgraph.registry`."""
 
 
 def get(name: str) -> Config:
