@@ -145,7 +145,7 @@ def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method
                 totals.reused += sum(usage.reused_tokens.values())
                 bar.advance(1, tokens=totals.computed)
 
-            engine.warm(graphs, method, progress=False, on_done=done)
+            engine.encode(graphs, method, progress=False, on_done=done)
             totals.seconds = time.perf_counter() - started
             if engine.store_error is not None:
                 raise engine.store_error
@@ -158,7 +158,7 @@ def _planned(
     planned = []
     for document in documents:
         # The query changes no document. The name is for errors: every document is the only one of its graph.
-        graph = ContextGraph([document.text], [0], prefix, names=[document.where]).tokenized(engine.encode)
+        graph = ContextGraph([document.text], [0], prefix, names=[document.where]).tokenized(engine.tokenize)
         if not graph.segments[0]:
             totals.skipped.append(f"{document.where}: no tokens")
             continue
@@ -205,9 +205,9 @@ def _estimate(
     typer.echo(f"tokens      {tokens:,}")
     typer.echo(f"KV on disk  {common.human_size(tokens * engine.model.kv_bytes_per_token)}{_free(store)}")
     if graphs:
-        first = engine.warm(graphs[:1], method)  # slower than the others
+        first = engine.encode(graphs[:1], method)  # slower than the others
         more = graphs[1 :: max(1, len(graphs) // SAMPLE)]
-        sample = engine.warm(more, method, progress=False) if more else first
+        sample = engine.encode(more, method, progress=False) if more else first
         if sample.computed_tokens:
             rate = sample.computed_tokens / sample.seconds
             typer.echo(f"time        about {common.human_time(tokens / rate)} at {rate:,.0f} tokens/s, without writing")

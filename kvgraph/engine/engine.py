@@ -1,7 +1,7 @@
 """The engine: execute any plan, on one model, with one pool of KV and one store behind it.
 
 It knows nothing about methods or text beyond turning a graph into a plan with the method's own function. The loop is
-`submit -> step -> step -> ... -> result`; `generate`, `stream`, `warm` and `score` are short uses of it.
+`submit -> step -> step -> ... -> result`; `generate`, `stream`, `encode` and `score` are short uses of it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ WRITES = 64  # records waiting to be written before encoding waits for the disk
 
 
 @dataclass
-class Warmed:
-    """What `Engine.warm` did. Tokens and bytes are of the spans that queries of these graphs will read."""
+class Encoded:
+    """What `Engine.encode` did. Tokens and bytes are of the spans that queries of these graphs will read."""
 
     graphs: int = 0
     computed_tokens: int = 0
@@ -133,7 +133,7 @@ class Engine:
         """The plan of a graph: text is tokenized piece by piece with the model's tokenizer, then the method decides.
 
         A method that asks what the model makes of the documents (cacheblend) is told, by running its first layer here.
-        probe=False doesn't look: such a method then recomputes nothing, which is what `warm` encodes documents for.
+        probe=False doesn't look: such a method then recomputes nothing, which is what `encode` encodes documents for.
         """
         if not isinstance(graph, ContextGraph):
             raise GraphError(f"give a ContextGraph (or a list of them), not {type(graph).__name__}")
@@ -141,7 +141,7 @@ class Engine:
             raise GraphError(f"give a method's name or an instance, such as {method.__name__}(), not the class")
         method = methods.get(method) if isinstance(method, str) else method
         if not graph.is_tokenized:
-            graph = graph.tokenized(self.encode)
+            graph = graph.tokenized(self.tokenize)
         self._warn_untuned(method)
         if isinstance(method, Probing) and method.needs_probe:
             if probe:
@@ -180,21 +180,21 @@ class Engine:
         """
         yield from self.chunks(self.submit(self.plan(graph, method), params_of(params, sampling)))
 
-    def warm(
+    def encode(
         self,
         graph: ContextGraph | Sequence[ContextGraph],
         method: str | Method = "full",
         *,
         progress: bool | None = None,
         on_done: Callable[[int, Usage], None] | None = None,
-    ) -> Warmed:
+    ) -> Encoded:
         """Encode what queries over these graphs will read, into the pool and the store; a query isn't needed.
 
         progress: a bar on the terminal (default: when there is one and several graphs). on_done(i, usage) is called as
         graph i is finished. Returns totals.
         """
         graphs = list(graph) if isinstance(graph, Sequence) else [graph]
-        started, total = time.perf_counter(), Warmed(graphs=len(graphs))
+        started, total = time.perf_counter(), Encoded(graphs=len(graphs))
         pending: dict[Request, int] = {}  # -> the graph's number, in order of submission
 
         def finish(most: int) -> None:
@@ -227,8 +227,8 @@ class Engine:
     def submit_score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method = "full") -> Request:
         """Queue what `score` does; `wait` gives the result."""
         if not graph.is_tokenized:
-            graph = graph.tokenized(self.encode)
-        ids = self.encode(answer) if isinstance(answer, str) else list(answer)
+            graph = graph.tokenized(self.tokenize)
+        ids = self.tokenize(answer) if isinstance(answer, str) else list(answer)
         if not ids or not graph.has_query:
             raise GraphError("scoring needs a query and an answer of at least one token each")
         plan = self.plan(graph.with_query([*graph.query, *ids[:-1]]), method)
@@ -271,7 +271,7 @@ class Engine:
             keys=pool_keys,
             params=params,
             sampler=Sampler(params, prompt_tokens(plan)),
-            stream=TextStream(self.decode, params.stop),
+            stream=TextStream(self.detokenize, params.stop),
             sequence=sequence_of(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
             answer=tuple(answer),
@@ -335,7 +335,7 @@ class Engine:
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Token ids of one piece of text, no special tokens added."""
         if self.model.tokenizer is None:
             raise GraphError("this model has no tokenizer; give token ids instead of text")
@@ -347,7 +347,7 @@ class Engine:
             ) from None
         return self.model.tokenizer.encode(text, add_special_tokens=False)
 
-    def decode(self, tokens: list[int]) -> str:
+    def detokenize(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out; empty for a model without a tokenizer."""
         return "" if self.model.tokenizer is None else self.model.tokenizer.decode(tokens, skip_special_tokens=True)
 

@@ -52,7 +52,7 @@ class Encoding:
 
 @dataclass(eq=False)
 class Request:
-    """One plan to be answered (or only warmed), from submission to its result."""
+    """One plan to be answered (or only encoded), from submission to its result."""
 
     plan: Plan
     keys: list[str]

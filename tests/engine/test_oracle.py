@@ -72,7 +72,7 @@ def test_stored_kv_is_what_the_original_cached(case):
     method, graph = oracle.problem(case)
     run = engine(case["model"])
     plan = run.plan(graph, method)
-    run.warm(graph, method)
+    run.encode(graph, method)
     ours, theirs = _cached(run, plan), oracle.kv_cache(case)
     compared = 0
     for slot, at in enumerate(zip(case["context_tokens"], case["context_positions"], strict=True)):

@@ -162,8 +162,8 @@ def test_many_runs_of_one_document_are_seen_exactly(family, step_tokens):
 
 def deviations_from_records(engine: Engine, graph: ContextGraph) -> list[list[float]]:
     """The same from what the engine stores: a segment's record as `full` and as `block` encode it, both in its frame."""
-    engine.warm([graph, graph], "full")
-    engine.warm(graph, "block")
+    engine.encode([graph, graph], "full")
+    engine.encode(graph, "block")
     found = []
     records = {}
     for method in (Full(), Block()):
@@ -236,8 +236,8 @@ def test_the_selection_does_not_depend_on_what_is_stored(llama, tmp_path):
 
 def test_warming_encodes_documents_without_a_probe(llama, monkeypatch):
     engine, graph = engine_on(llama), random_graph(6)
-    warmed = engine.warm(graph.with_query(""), "cacheblend")
-    assert warmed.computed_tokens == 4 + 39
+    encoded = engine.encode(graph.with_query(""), "cacheblend")
+    assert encoded.computed_tokens == 4 + 39
     assert engine.generate(graph, "cacheblend", GREEDY).usage.document_tokens_computed == 0
     assert engine.plan(graph, "cacheblend", probe=False).spans == CacheBlend(0).plan(graph).spans
 
