@@ -35,10 +35,9 @@ from kvgraph.methods import Method
 from kvgraph.methods.base import Probing
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
-from kvgraph.store.base import Store
+from kvgraph.store.base import Found, Store
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.record import Record
-from kvgraph.store.tiered import TieredStore
 
 log = logging.getLogger("kvgraph.engine")
 
@@ -357,7 +356,7 @@ class Engine:
         """Where a span's KV is now: "memory" or the store's first tier that has it; None: nowhere. Changes nothing."""
         if self.scheduler.memory.pool.contains(key):
             return self.scheduler.memory.pool.name
-        tiers = self.store.tiers if isinstance(self.store, TieredStore) else [self.store] if self.store else []
+        tiers = () if self.store is None else self.store.tiers
         return next((tier.name for tier in tiers if tier.contains(key)), None)
 
     def forget(self, keys: Iterable[str]) -> None:
@@ -412,14 +411,9 @@ class Engine:
                 self.cancel(request)
             raise
 
-    def _fetch(self, key: str) -> tuple[Record | None, str]:
-        if self.store is None:
-            return None, ""
-        if isinstance(self.store, TieredStore):
-            record, tier = self.store.get_with_tier(key)
-        else:
-            record, tier = self.store.get(key), self.store.name
-        return (None, "") if record is None else (on_device(record, self.model.device), tier)
+    def _fetch(self, key: str) -> Found | None:
+        found = None if self.store is None else self.store.get(key)
+        return None if found is None else (on_device(found[0], self.model.device), found[1])
 
     def _save(self, record: Record) -> None:
         """Hand a record to the writer thread; a full queue makes encoding wait for the disk."""

@@ -31,6 +31,7 @@ log = logging.getLogger("kvgraph.server")
 State = Literal["pending", "running", "ready", "failed"]
 
 SCHEMA = 1
+LIBRARY = "library.sqlite"  # in the folder of the store
 BUSY_TIMEOUT = 10.0  # seconds a writer waits for another process
 _CREATE = """
 CREATE TABLE segments (

@@ -22,14 +22,14 @@ from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
 from kvgraph.server import logs, schema
 from kvgraph.server.errors import APIError
-from kvgraph.server.library import Library
+from kvgraph.server.library import LIBRARY, Library
 from kvgraph.server.metrics import Metrics
 from kvgraph.server.precompute import Precompute
 from kvgraph.server.runner import Runner
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.tenants import Caller, Tenants
 from kvgraph.server.tracing import Tracing
-from kvgraph.store.disk import LIBRARY, DiskStore
+from kvgraph.store.disk import DiskStore
 
 log = logging.getLogger("kvgraph.server")
 

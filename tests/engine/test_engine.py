@@ -29,6 +29,7 @@ from kvgraph.attention.step import Step
 from kvgraph.engine.sampling import SamplingError
 from kvgraph.plan import Plan, contiguous
 from kvgraph.store.disk import DiskStore
+from store_worker import got
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -90,7 +91,7 @@ def test_nothing_stored_is_copied_or_changed(llama, monkeypatch):
     graph = random_graph(2)
     engine.encode(graph, "block")
     pool = engine.scheduler.memory.pool
-    records = {k: pool.get(k) for k in engine.plan(graph, "block").keys(llama.fingerprint) if k}
+    records = {k: got(pool, k) for k in engine.plan(graph, "block").keys(llama.fingerprint) if k}
     before = {k: [t.clone() for t in (*r.keys, *r.values)] for k, r in records.items()}
     storages = {t.untyped_storage().data_ptr() for r in records.values() for t in r.keys}
     seen = set()

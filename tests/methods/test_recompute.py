@@ -12,6 +12,7 @@ from kvgraph import ContextGraph, Engine, GraphError, PlanError, SamplingParams,
 from kvgraph.engine.probe import deviations
 from kvgraph.methods import Block, CacheBlend, Epic, Full
 from kvgraph.plan import Plan
+from store_worker import got
 
 VOCAB = 128
 PREFIX, A, B, C, QUERY = [1, 2], [10, 11, 12], [20, 21], [30, 31, 32, 33], [90, 91]
@@ -169,7 +170,7 @@ def deviations_from_records(engine: Engine, graph: ContextGraph) -> list[list[fl
     for method in (Full(), Block()):
         plan = method.plan(graph)
         for span, key in zip(plan.spans, plan.keys(engine.model.fingerprint), strict=True):
-            records[method.name, span.name] = key and engine.scheduler.memory.pool.get(key)
+            records[method.name, span.name] = key and got(engine.scheduler.memory.pool, key)
     for name, segment in zip(graph.names, graph.segments, strict=True):
         if not segment:
             found.append([])
