@@ -114,7 +114,8 @@ class Index:
     def total(self) -> tuple[int, int]:
         """(bytes of all records, bytes of the pinned ones)."""
         sums = "SELECT coalesce(sum(size), 0), coalesce(sum(size * pinned), 0) FROM records"
-        return self.db.execute(sums).fetchone()
+        total, pinned = self.db.execute(sums).fetchone()
+        return total, pinned
 
     def entries(self) -> Iterator[Entry]:
         """All rows, most recently used first."""
