@@ -236,8 +236,8 @@ def _through_engine(model: Learned, asked: Asked) -> list[float]:
     found = []
     for example in asked.examples:
         graphs = [(example.graph.with_query(question.query), question.answer) for question in example.questions]
-        requests = [model.engine.submit_score(graph, answer, asked.method) for graph, answer in graphs]
-        found += [math.inf if model.engine.wait(request).greedy else -math.inf for request in requests]
+        results = dict(model.engine.run(model.engine.prepare_score(*graph, asked.method) for graph in graphs))
+        found += [math.inf if results[i].greedy else -math.inf for i in range(len(graphs))]
     return found
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from kvgraph.data import io
-from kvgraph.engine.engine import Engine
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph, Text
 from kvgraph.methods import Method
 from kvgraph.progress import Progress
+
+# Log-probabilities [n] of the tokens of an answer after a graph's query, under a method; see `Engine.scores`.
+Score = Callable[[ContextGraph, Text, str | Method], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Quality:
 
 
 def quality(
-    engine: Engine, method: str | Method, items: Iterable[tuple[ContextGraph, Text]], progress: bool | None = None
+    score: Score, method: str | Method, items: Iterable[tuple[ContextGraph, Text]], progress: bool | None = None
 ) -> Quality:
     """Score every (graph, answer) with `method` and with `full` on identical tokens."""
     pairs = list(items)
@@ -40,7 +44,7 @@ def quality(
     with Progress(f"scoring {name} against full", len(pairs), enabled=progress) as bar:
         for graph, answer in pairs:
             plain = ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix)
-            scores = [engine.score(graph, answer, method).scores, engine.score(plain, answer, "full").scores]
+            scores = [score(graph, answer, method), score(plain, answer, "full")]
             for i, s in enumerate(scores):
                 sums[i] -= float(s.sum())
             tokens += len(scores[0])

@@ -66,17 +66,14 @@ def bench(
     names = method or list(METHODS)
     chosen = [methods.parse(name) for name in names]
     pairs = named_edges(edges, [""] * documents)
-    loaded = common.load_model(model, dtype, device, allow_untested)
     import torch
 
-    from kvgraph.checks.gate import require
-    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.engine import Engine, load_model
     from kvgraph.progress import Progress
 
     if threads is not None:
         torch.set_num_threads(threads)
-    if not no_check:
-        require(loaded)
+    loaded = load_model(model, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check)
     rows = []
     with Progress("measuring", len(names) * repeats) as bar:
         for name, m in zip(names, chosen, strict=True):

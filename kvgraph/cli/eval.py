@@ -99,12 +99,9 @@ def evaluate(
         raise typer.BadParameter(f"none of these methods reads edges: {', '.join(specs)}; leave --edges out")
     found = read(chosen, data, limit, shuffle=shuffle, seed=seed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    from kvgraph.checks.gate import require
-    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.engine import Engine, load_model
 
-    loaded = common.load_model(model, dtype, device, allow_untested)
-    if not no_check:
-        require(loaded)
+    loaded = load_model(model, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check)
     assert out is not None
     options: dict[str, Any] = {"data": found, "edges": edges, "max_tokens": max_tokens, "seed": seed}
     summaries = []

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def _second_layer(model: Model, sequences: Sequence[tuple[Sequence[int], int]], 
     while rows := _next_rows(sequences, kvs, step_tokens):
         step = Step(rows, layers, model.rotaries, model.device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *more, step: Step = step) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *more: Any, step: Step = step) -> Tensor:
             if layer < LAYER:
                 return step(layer, q, k, v, *more)
             for row, here in zip(step.rows, step.spans, strict=True):

@@ -25,6 +25,7 @@ from kvgraph.engine.result import Result
 from kvgraph.engine.runner import runner_for
 from kvgraph.errors import PlanError
 from kvgraph.models import Model
+from kvgraph.store.base import Found
 from kvgraph.store.record import Record
 
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
@@ -33,7 +34,7 @@ Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its
 class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
-    fetch(key): a record from the backing store and its tier's name, or None. save(record): hand a new record to it.
+    fetch(key): a record of the backing store and its tier's name, or None. save(record): hand a new record to it.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Scheduler:
         model: Model,
         budget: int,
         max_step_tokens: int,
-        fetch: Callable[[str], tuple[Record | None, str]],
+        fetch: Callable[[str], Found | None],
         save: Callable[[Record], None],
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
@@ -321,11 +322,12 @@ class Scheduler:
 
     def _find(self, key: str) -> str | None:
         """Where a record was found ("memory" or a tier of the store); it is in the pool afterwards."""
-        if self.memory.pool.get(key) is not None:
+        if key in self.memory.pool:
             return "memory"
-        record, tier = self.fetch(key)
-        if record is None:
+        found = self.fetch(key)
+        if found is None:
             return None
+        record, tier = found
         self.memory.make_room(record.nbytes)
         self.memory.keep(record)
         return tier

@@ -155,35 +155,23 @@ def _answers(
     window: int,
 ) -> Generator[tuple[_Asked, Result | KVGraphError]]:
     """Answers as they finish; a new item enters as soon as fewer than `window` are in the engine."""
-    pending: dict[Request, _Asked] = {}
+    entered: dict[int, _Asked] = {}  # by number, until their answer
 
-    def finished() -> Iterator[tuple[_Asked, Result | KVGraphError]]:
-        engine.step()
-        for request in [r for r in pending if r.finished]:
-            asked = pending.pop(request)
-            try:
-                yield asked, engine.wait(request)
-            except KVGraphError as error:
-                yield asked, error
-
-    try:
-        for item in items:
-            asked = _Asked(item, ContextGraph([]), 0)
+    def requests() -> Iterator[Request | KVGraphError]:
+        for i, item in enumerate(items):
+            asked = entered[i] = _Asked(item, ContextGraph([]), 0)
             try:
                 graph = prompt.build(task, item, engine.model.tokenizer).graph(prompt.edges_of(item, edges))
-                asked = asked._replace(graph=graph)
+                asked = entered[i] = asked._replace(graph=graph)
                 plan = engine.plan(graph, method)
-                asked = asked._replace(plan_tokens=_tokens(plan))
-                pending[engine.submit(plan, params)] = asked
+                entered[i] = asked._replace(plan_tokens=_tokens(plan))
+                yield engine.prepare(plan, params)
             except KVGraphError as error:
-                yield asked, error
-            while len(pending) >= window:
-                yield from finished()
-        while pending:
-            yield from finished()
-    finally:
-        for request in pending:
-            engine.cancel(request)
+                yield error
+
+    with closing(engine.run(requests(), in_flight=window)) as outcomes:
+        for i, outcome in outcomes:
+            yield entered.pop(i), outcome
 
 
 def _tokens(plan: Plan) -> int:

@@ -32,6 +32,7 @@ State = Literal["pending", "running", "ready", "failed"]
 
 SCHEMA = 1
 DEFAULT_METHOD = "graph-kv"  # of the graphs that don't name theirs: it was the only one when this schema was made
+LIBRARY = "library.sqlite"  # in the folder of the store
 BUSY_TIMEOUT = 10.0  # seconds a writer waits for another process
 _CREATE = """
 CREATE TABLE segments (

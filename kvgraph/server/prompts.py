@@ -183,14 +183,14 @@ def _chat_graph(server: Server, body: ChatRequest, context: _Context) -> Context
 
 def _plain_graph(server: Server, body: CompletionRequest, prompt: str | list[int], context: _Context) -> ContextGraph:
     tokenizer, engine = server.tokenizer, server.engine
-    query = engine.encode(prompt) if isinstance(prompt, str) else prompt
+    query = engine.tokenize(prompt) if isinstance(prompt, str) else prompt
     bos = opening(tokenizer)
     prefix = body.kvgraph.prefix
     if not context.documents and prefix is None:
         if isinstance(prompt, str) and tuple(query[: len(bos)]) != bos:
             query = [*bos, *query]
         return ContextGraph([], query)
-    start = engine.encode(prefix or "")
+    start = engine.tokenize(prefix or "")
     template = server.settings.document_template or DOCUMENT
     segments = [d.filled(template) for d in context.documents]
     first = start if tuple(start[: len(bos)]) == bos else [*bos, *start]
@@ -204,7 +204,7 @@ def prompt_list(prompt: Any) -> list[str | list[int]]:
 
 
 def _tokenized(engine: Engine, graph: ContextGraph) -> ContextGraph:
-    return graph if graph.is_tokenized else graph.tokenized(engine.encode)
+    return graph if graph.is_tokenized else graph.tokenized(engine.tokenize)
 
 
 def _fitting(server: Server, caller: Caller, body: Generation, graph: ContextGraph, context: _Context) -> Laid:

@@ -17,19 +17,19 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from kvgraph import methods
-from kvgraph.engine.engine import Engine
+from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
 from kvgraph.server import logs, schema
 from kvgraph.server.errors import APIError
-from kvgraph.server.library import Library
+from kvgraph.server.library import LIBRARY, Library
 from kvgraph.server.metrics import Metrics
 from kvgraph.server.precompute import Precompute
 from kvgraph.server.runner import Runner
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.tenants import Caller, Tenants
 from kvgraph.server.tracing import Tracing
-from kvgraph.store.disk import LIBRARY, DiskStore
+from kvgraph.store.open import open_store
 
 log = logging.getLogger("kvgraph.server")
 
@@ -39,10 +39,7 @@ WORKERS = 2  # threads that tokenize, plan and hash
 
 def load_engine(settings: Settings) -> Engine:
     """The engine that the settings describe; its model has passed the gate. Raises KVGraphError."""
-    from kvgraph import models
-    from kvgraph.checks.gate import require
-
-    model = models.load(
+    model = load_model(
         settings.model, dtype=settings.dtype, device=settings.device, allow_untested=settings.allow_untested
     )
     if model.tokenizer is None:
@@ -52,10 +49,9 @@ def load_engine(settings: Settings) -> Engine:
             model.tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"can't read the chat template {settings.chat_template}: {error}") from None
-    require(model)
     store = None
     if settings.store is not None:
-        store = DiskStore(settings.store, capacity_bytes=settings.store_size, fingerprint=model.fingerprint)
+        store = open_store(settings.store, model.fingerprint, capacity_bytes=settings.store_size)
     return Engine(model, store=store, kv_budget=settings.kv_budget, max_step_tokens=settings.max_step_tokens)
 
 

@@ -83,7 +83,7 @@ class _Made(NamedTuple):
 
 
 def _encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
-    """`Engine.encode`."""
+    """`Engine.tokenize`."""
     return lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
 
 

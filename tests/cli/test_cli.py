@@ -286,6 +286,9 @@ def test_store_commands(run, model, documents, tmp_path):
     assert code == 1 and f"moved aside {bad.stem}" in out and "2 records are good" in out
 
     key = sorted(store.glob(RECORDS))[0].stem
+    assert run("store", "pin", "--store", store, key[:12])[1] == f"pinned {key}\n"
+    assert "1 (" in run("store", "stat", "--store", store)[1].split("pinned")[1]
+    assert run("store", "unpin", "--store", store, key[:12])[1] == f"unpinned {key}\n"
     assert run("store", "rm", "--store", store, key[:12])[:2] == (0, f"removed {key}\n")
     assert run("store", "prune", "--store", store, "--older-than", "7d")[1].startswith("removed 0 records")
     assert run("store", "prune", "--store", store, "--max-size", "1B")[1].startswith("removed 1 records")

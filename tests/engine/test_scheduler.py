@@ -591,7 +591,7 @@ def test_finished_requests_keep_no_kv_alive(llama):
     request = engine.submit(plan, GREEDY, first_logits=True)
     engine.step()
     pool = engine.scheduler.memory.pool
-    stored = [weakref.ref(pool.get(k).keys[0]) for k in plan.keys(llama.fingerprint) if k in pool]
+    stored = [weakref.ref(pool.get(k)[0].keys[0]) for k in plan.keys(llama.fingerprint) if k in pool]
     engine.step()
     own = weakref.ref(request.sequence.kv)
     run(engine)

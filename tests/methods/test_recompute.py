@@ -12,6 +12,7 @@ from kvgraph import ContextGraph, Engine, GraphError, PlanError, SamplingParams,
 from kvgraph.engine.probe import deviations
 from kvgraph.methods import Block, CacheBlend, Epic, Full
 from kvgraph.plan import Plan
+from store_worker import got
 
 VOCAB = 128
 PREFIX, A, B, C, QUERY = [1, 2], [10, 11, 12], [20, 21], [30, 31, 32, 33], [90, 91]
@@ -162,14 +163,14 @@ def test_many_runs_of_one_document_are_seen_exactly(family, step_tokens):
 
 def deviations_from_records(engine: Engine, graph: ContextGraph) -> list[list[float]]:
     """The same from what the engine stores: a segment's record as `full` and as `block` encode it, both in its frame."""
-    engine.warm([graph, graph], "full")
-    engine.warm(graph, "block")
+    engine.encode([graph, graph], "full")
+    engine.encode(graph, "block")
     found = []
     records = {}
     for method in (Full(), Block()):
         plan = method.plan(graph)
         for span, key in zip(plan.spans, plan.keys(engine.model.fingerprint), strict=True):
-            records[method.name, span.name] = key and engine.scheduler.memory.pool.get(key)
+            records[method.name, span.name] = key and got(engine.scheduler.memory.pool, key)
     for name, segment in zip(graph.names, graph.segments, strict=True):
         if not segment:
             found.append([])
@@ -236,8 +237,8 @@ def test_the_selection_does_not_depend_on_what_is_stored(llama, tmp_path):
 
 def test_warming_encodes_documents_without_a_probe(llama, monkeypatch):
     engine, graph = engine_on(llama), random_graph(6)
-    warmed = engine.warm(graph.with_query(""), "cacheblend")
-    assert warmed.computed_tokens == 4 + 39
+    encoded = engine.encode(graph.with_query(""), "cacheblend")
+    assert encoded.computed_tokens == 4 + 39
     assert engine.generate(graph, "cacheblend", GREEDY).usage.document_tokens_computed == 0
     assert engine.plan(graph, "cacheblend", probe=False).spans == CacheBlend(0).plan(graph).spans
 

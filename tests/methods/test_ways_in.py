@@ -70,7 +70,7 @@ def test_all_ways_take_the_same(spec, engine, url, corpus, run):
     graph = ContextGraph(TEXTS, "?")
     plan = engine.plan(graph, spec)
     assert plan == engine.plan(graph, method) == engine.plan(graph, methods.format(method))
-    assert engine.warm(graph, spec).kv_bytes == engine.warm(graph, method).kv_bytes
+    assert engine.encode(graph, spec).kv_bytes == engine.encode(graph, method).kv_bytes
     assert engine.score(graph, "!", spec).scores.tolist() == engine.score(graph, "!", method).scores.tolist()
     results = [
         engine.generate(graph, spec, max_tokens=2),
@@ -99,7 +99,7 @@ def test_all_ways_refuse_the_same(spec, engine, url, corpus, run, tmp_path):
     with pytest.raises(GraphError) as refused:
         methods.parse(spec)
     told = str(refused.value)
-    for call in (engine.plan, engine.generate, engine.warm, lambda *words: next(engine.stream(*words))):
+    for call in (engine.plan, engine.generate, engine.encode, lambda *words: next(engine.stream(*words))):
         with pytest.raises(GraphError, match=f"^{re.escape(told)}$"):
             call(graph, spec)
     with pytest.raises(GraphError, match=f"^{re.escape(told)}$"):
@@ -127,12 +127,12 @@ def test_no_method_is_the_same_default_everywhere(tuned_for, default, corpus, ru
     graph = ContextGraph(TEXTS, "?")
     with Engine.load(folder, check=False) as engine:
         plan = engine.plan(graph)
-        assert plan.method == method.name and plan == method.plan(graph.tokenized(engine.encode))
+        assert plan.method == method.name and plan == method.plan(graph.tokenized(engine.tokenize))
         assert (
             engine.generate(graph, max_tokens=1).usage.kv_bytes
             == engine.generate(graph, default, max_tokens=1).usage.kv_bytes
         )
-        assert engine.warm(graph).kv_bytes == engine.warm(graph, method).kv_bytes
+        assert engine.encode(graph).kv_bytes == engine.encode(graph, method).kv_bytes
         with serve(engine) as url:
             assert over_http(url, engine).json()["method"] == method.name
             card = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]
@@ -157,4 +157,4 @@ def test_every_method_and_preset_can_be_a_configuration(engine):
     graph = ContextGraph(TEXTS, "?")
     for name in (*METHODS, *PRESETS):
         if not name.startswith("kvlink-"):  # their ids are outside this model's vocabulary
-            assert engine.warm(graph, name).graphs == 1
+            assert engine.encode(graph, name).graphs == 1

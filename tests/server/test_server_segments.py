@@ -386,7 +386,7 @@ def test_an_unfinished_graph_goes_on_where_it_was(model, tmp_path):
     """The library says that two of three segments are done, though nothing is: so only the third is encoded."""
     engine = Engine.load(model, check=False, store=tmp_path)
     library = Library(tmp_path / "library.sqlite", engine.model.fingerprint)
-    library.add("", [Segment(n, tuple(engine.encode(t))) for n, t in TEXTS.items()], most=3)
+    library.add("", [Segment(n, tuple(engine.tokenize(t))) for n, t in TEXTS.items()], most=3)
     graph = library.add_graph("", "g", GraphKV(band=50), list(TEXTS), [(0, 1), (1, 2)], spans=3, tokens=1)
     library.progress(graph, "running", 2)
     library.close()

@@ -11,6 +11,7 @@ from kvgraph import demo, methods, models
 from kvgraph.engine.engine import Engine
 from kvgraph.graph import ContextGraph
 from kvgraph.store.disk import DiskStore
+from store_worker import got
 
 DATA = Path(__file__).parents[1] / "data"
 FIXTURE = DATA / "store_0_1_0"
@@ -74,7 +75,7 @@ def test_records_are_written_with_the_same_bytes(store, tmp_path):
         old = DiskStore(store, fingerprint=expected["fingerprint"])
         new = DiskStore(tmp_path / "new", fingerprint=expected["fingerprint"])
         for key in keys:
-            record = old.get(key)
+            record = got(old, key)
             assert record is not None
             new.put(record)
         old.close()

@@ -128,7 +128,7 @@ def _engine(engine, graph, method) -> None:
     plan = engine.plan(graph, method)
     assert [span.segment for span in plan.spans] == [None, 2, 1, 0, None] and plan.spans[2].sees
     assert (engine.logits(plan) - dense_logits(engine.model, plan)).abs().max() < 1e-4
-    assert engine.warm(graph, "mirror:gap=2").computed_tokens == 0
+    assert engine.encode(graph, "mirror:gap=2").computed_tokens == 0
     results = [engine.generate(graph, given, max_tokens=3) for given in (method, "mirror:gap=2")]
     assert results[0].token_ids == results[1].token_ids and not results[1].usage.document_tokens_computed
 
@@ -146,7 +146,7 @@ def _training(model, graph, method) -> None:
 
     answer = [7, 8, 9]
     with Engine(model) as engine:
-        told = graph.tokenized(engine.encode)
+        told = graph.tokenized(engine.tokenize)
         scores = engine.score(told, answer, method).scores
     packed = lay(Example.of(told, answer), method)
     with torch.no_grad():

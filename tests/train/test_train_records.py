@@ -134,13 +134,13 @@ def test_a_conversation_is_what_the_server_makes_of_it_turn_by_turn(name):
     engine = Engine(wrap(build("Llama", vocab_size=len(using)), using))
     (question,) = made.questions
     for turn in (1, 3) if name != "thinking" else (1,):  # there, an answer is told otherwise once it isn't the last
-        served = chat(using, EXCHANGES[:turn]).graph().tokenized(engine.encode)
+        served = chat(using, EXCHANGES[:turn]).graph().tokenized(engine.tokenize)
         asked = [t for piece in (*served.prefix, served.query) for t in piece]
         assert whole(made)[: len(asked)] == asked
         if turn == 1:
             assert made.graph == served.with_query(()) and question.query == served.query
         said = whole(made)[len(asked) :]
-        assert said[: len(engine.encode(EXCHANGES[turn]["content"]))] == engine.encode(EXCHANGES[turn]["content"])
+        assert said[: len(engine.tokenize(EXCHANGES[turn]["content"]))] == engine.tokenize(EXCHANGES[turn]["content"])
     first = "The guild." + ("<|eot|>" if name != "words" else "")
     assert learned(made, using) == f"{first}|In 1731.{ENDS[name]}"
 
@@ -232,8 +232,8 @@ def test_a_task_is_asked_as_in_evaluation(name, template):
     graph = prompt.build(tasks.get(name), item, using).graph(prompt.edges_of(item, "links"))
     answer = {None: " the guild<|end|>", "thinking": "<|body|>\n\n<|body|>\n\nthe guild<|eot|>"}
     scored = answer.get(template) or "the guild" + ENDS[template]
-    tokenized = graph.tokenized(engine.encode)
-    expected = tokenized.with_query([*tokenized.query, *engine.encode(scored)[:-1]])
+    tokenized = graph.tokenized(engine.tokenize)
+    expected = tokenized.with_query([*tokenized.query, *engine.tokenize(scored)[:-1]])
     assert made.plans(methods.get("graph-kv")) == [engine.plan(expected, "graph-kv")]
     assert learned(made, using) == scored
 

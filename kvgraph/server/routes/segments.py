@@ -223,7 +223,7 @@ def _tokenized(server: Server, given: Sequence[SegmentIn]) -> list[Segment]:
     segments = []
     for i, item in enumerate(given):
         text = Document(item.text, item.title or "").filled(template)
-        tokens = tuple(server.engine.encode(text) if isinstance(text, str) else text)
+        tokens = tuple(server.engine.tokenize(text) if isinstance(text, str) else text)
         if not tokens:
             raise APIError(400, f"segment {item.id or i!r} holds no tokens; give it a text", param=f"segments.{i}.text")
         segments.append(Segment(item.id or _name(tokens), tokens, item.title or "", item.text))
