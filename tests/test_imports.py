@@ -40,9 +40,6 @@ ONLY_IN = {"transformers": {"models"}, "torch": set(LEVEL) - PURE}
 EXCEPTIONS = {
     ("kvgraph.plan", "kvgraph.explain"),  # for __str__ alone, inside the function
     ("kvgraph.engine.engine", "kvgraph.checks.gate"),  # Engine.load runs the gate
-    ("kvgraph.server.logs", "kvgraph.server.runner"),
-    ("kvgraph.server.metrics", "kvgraph.server.state"),
-    ("kvgraph.server.precompute", "kvgraph.server.state"),
     ("kvgraph.train.mixture", "kvgraph.eval.tasks.world"),
     ("kvgraph.train.prepare.qa", "kvgraph.eval.tasks"),
     ("kvgraph.train.prepare.qa", "kvgraph.eval.tasks.hotpotqa"),

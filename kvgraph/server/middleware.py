@@ -59,7 +59,6 @@ class Observed:
                 await answer(scope, receive, noted)
         finally:
             self.server.metrics.in_flight.dec()
-            exchange.ended = True
             seconds = time.perf_counter() - exchange.started
             told = LEFT if exchange.left or not status else status
             route = getattr(scope.get("route"), "path", "unknown")

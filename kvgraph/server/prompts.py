@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Laid:
+class PreparedPrompt:
     """A prompt ready to be asked: its graph, method and plan, and one engine request a choice.
 
     dropped: the names of documents that were left out because they didn't fit.
@@ -55,7 +55,7 @@ class _Context:
     chosen: tuple[int, ...] | None = None
 
 
-def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionRequest) -> list[Laid]:
+def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionRequest) -> list[PreparedPrompt]:
     """The prompts of a request. Raises APIError or GraphError for what can't be laid out."""
     context = _documents(server, caller, body) if body.kvgraph.graph is None else _stored_graph(server, caller, body)
     if isinstance(body, ChatRequest):
@@ -207,17 +207,21 @@ def _tokenized(engine: Engine, graph: ContextGraph) -> ContextGraph:
     return graph if graph.is_tokenized else graph.tokenized(engine.encode)
 
 
-def _fitting(server: Server, caller: Caller, body: Generation, graph: ContextGraph, context: _Context) -> Laid:
+def _fitting(
+    server: Server, caller: Caller, body: Generation, graph: ContextGraph, context: _Context
+) -> PreparedPrompt:
     """The prompt over all documents, or, under the policy "drop", over as many of the first as fit."""
     whole = _with_edges(graph, context, len(graph.segments if context.chosen is None else context.chosen))
     total = len(whole.read)
 
-    def laid(kept: int) -> Laid:
+    def laid(kept: int) -> PreparedPrompt:
         fitted = whole if kept == total else _with_edges(graph, context, kept, whole)
         plan = server.engine.plan(fitted, context.method)
         _check_room(server, body, plan)
         made = (server.engine.prepare(plan, sampling(server, body, i), salt=caller.salt) for i in range(body.n))
-        return Laid(fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:]))
+        return PreparedPrompt(
+            fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:])
+        )
 
     best, low, high, middle = None, 0, total, total
     while low <= high:  # fewer documents need less room, so the most that fit are found by halving

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kvgraph import ContextGraph, Engine, demo, methods
 from kvgraph.edges import named_edges
 from kvgraph.engine.result import Result
-from kvgraph.server.routes.openai import event
+from kvgraph.server.lifecycle import event
 from serving import serve, spawn
 
 BOS, OPEN, CLOSE = "<|mem_start|>", "<|link_0|>", "<|link_1|>"
