@@ -35,6 +35,7 @@ from kvgraph.server.tenants import Caller
 T = TypeVar("T")
 
 LINGER = 5.0  # seconds a client has for reading its last events
+ALIVE_EVERY = 5.0  # seconds between signs of life until the first event, so that no proxy takes a stream for dead
 
 
 class ClientLeft(APIError):
@@ -173,9 +174,21 @@ class EventStream(StreamingResponse):
 
 
 async def events(chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
-    """Chunks as server-sent events. An error in the middle is an event of its own, after which nothing follows."""
+    """Chunks as server-sent events, and comments before the first.
+
+    An error in the middle is an event of its own, after which nothing follows.
+    """
     try:
         async with aclosing(chunks):
+            first = asyncio.ensure_future(anext(chunks, None))
+            try:
+                while not (await asyncio.wait({first}, timeout=ALIVE_EVERY))[0]:
+                    yield ": the answer hasn't begun\n\n"
+                if (chunk := first.result()) is not None:
+                    yield event(chunk.model_dump())
+            finally:
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
             async for chunk in chunks:
                 yield event(chunk.model_dump())
         yield "data: [DONE]\n\n"

@@ -169,7 +169,8 @@ def test_nobody_chooses_a_tenant(live):
     answer = server.ask({**BEN, **forged}, documents=DOCUMENTS, user="anna", metadata={"tenant": "anna"})
     assert answer.json()["usage"]["kvgraph"]["reused_tokens"] == {}
     for name in ("tenant", "salt"):
-        assert error(server.ask(BEN, **{name: "anna"}), 400)["param"] == name
+        answer = server.ask(BEN, documents=[{"text": "hers"}], **{name: "anna"}).json()["usage"]["kvgraph"]
+        assert answer["ignored"] == [name] and server.server.tenants.caller(BEN["Authorization"]).salt == "ben"
         assert name in error(server.ask(BEN, kvgraph={name: "anna"}), 400)["message"]
     for authorization in ("Bearer anna", "Basic " + SECRETS[2], "Bearer", SECRETS[2]):
         assert error(server.ask({"Authorization": authorization}), 401)["code"] == "invalid_api_key"

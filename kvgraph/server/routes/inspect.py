@@ -84,6 +84,7 @@ class PlanResponse(BaseModel):
 async def show_plan(body: PlanRequest, call: TheCall) -> PlanResponse:
     """The plan of a chat or completion request (same body), without answering it; nothing is encoded or counted as used."""
     call.server.require_name(body.model)
+    prompts.ignored(call.server, body)
     async with call.admitted(timeout=body.kvgraph.timeout):
         return await call.prepared(_planned, call.server, call.caller, body.model_copy(update={"n": 1}))
 

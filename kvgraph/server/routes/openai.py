@@ -81,9 +81,10 @@ async def _answer(body: ChatRequest | CompletionRequest, call: Call, shape: type
     """Answer at once or as a stream."""
     call.server.require_name(body.model)
     choices = body.n * (len(prompts.prompt_list(body.prompt)) if isinstance(body, CompletionRequest) else 1)
+    ignored = prompts.ignored(call.server, body)
     async with call.admitted(choices, body.kvgraph.timeout):
         laid = await call.prepared(prompts.lay_out, call.server, call.caller, body)
-        answer = shape(call.server, body, laid)
+        answer = shape(call.server, body, laid, ignored)
         updates = call.updates(request for prompt in laid for request in prompt.requests)
         if body.stream:
             return call.streamed(answer.chunks(updates))
@@ -105,8 +106,8 @@ class _Shape:
 
     prefix: str
 
-    def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt]):
-        self.server, self.body, self.laid = server, body, laid
+    def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt], ignored: list[str]):
+        self.server, self.body, self.laid, self.ignored = server, body, laid, ignored
         self.choices = [_Choice() for prompt in laid for _ in prompt.requests]
         self.head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
@@ -145,11 +146,11 @@ class _Shape:
             for tier, n in result.usage.reused_tokens.items():
                 reused[tier] = reused.get(tier, 0) + n
         cached = sum(max(0, min(u.prompt_tokens - u.live_tokens, sum(u.reused_tokens.values()))) for u in firsts)
-        u = firsts[0]
+        u, with_documents = firsts[0], any(prompt.graph.segments for prompt in self.laid)
         details = schema.Details(
             method=self.laid[0].method.name,
             computed_tokens=sum(r.usage.computed_tokens for r in results),
-            document_tokens_computed=sum(r.usage.document_tokens_computed for r in results),
+            document_tokens_computed=sum(r.usage.document_tokens_computed for r in results) if with_documents else 0,
             reused_tokens=reused,
             kv_bytes=u.kv_bytes,
             queued=u.queued,
@@ -157,6 +158,7 @@ class _Shape:
             ttft=u.ttft,
             decode=u.decode,
             dropped=[name for prompt in self.laid for name in prompt.dropped],
+            ignored=self.ignored,
         )
         return schema.UsageOut(
             prompt_tokens=prompt,
