@@ -37,12 +37,6 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Libraries that only these may import; whatever else imports them would drag a model library into text-only work.
 PURE = {"errors", "memo", "progress", "registry", "graph", "edges", "plan", "explain", "methods", "data", "__init__"}
 ONLY_IN = {"transformers": {"models"}, "torch": set(LEVEL) - PURE}
-# (module, what it imports against the order, or in a circle). No new ones: these are to go.
-EXCEPTIONS = {
-    ("kvgraph.server.logs", "kvgraph.server.runner"),
-    ("kvgraph.server.metrics", "kvgraph.server.state"),
-    ("kvgraph.server.precompute", "kvgraph.server.state"),
-}
 
 Sources = dict[str, str]  # dotted name of a module -> its source
 
@@ -89,8 +83,7 @@ def violations(sources: Sources, packages: frozenset[str] = frozenset()) -> list
             top = name.split(".")[0]
             if top == "kvgraph":
                 there = room(name)
-                known = any(module == a and (name == b or name.startswith(f"{b}.")) for a, b in EXCEPTIONS)
-                if there != here and LEVEL.get(there, len(ORDER)) >= LEVEL[here] and not known:
+                if there != here and LEVEL.get(there, len(ORDER)) >= LEVEL[here]:
                     wrong.add(f"{module} imports {there}, which stands beside or below {here}")
             elif here not in ONLY_IN.get(top, {here}):
                 wrong.add(f"{module} imports {top}, which only {sorted(ONLY_IN[top])} may")
@@ -107,7 +100,6 @@ def circle(sources: Sources, packages: frozenset[str] = frozenset()) -> list[str
             if name in sources
             and name != module
             and not module.startswith(f"{name}.")  # a file imports its own package in any case
-            and (module, name) not in EXCEPTIONS
         }
         for module, source in sources.items()
     }
@@ -137,12 +129,6 @@ def test_the_package_keeps_the_order():
 
 def test_no_files_import_each_other_in_a_circle():
     assert circle(*package()) == []
-
-
-def test_every_exception_is_still_needed():
-    sources, packages = package()
-    found = {(module, name) for module in sources for name in imported(sources[module], module, module in packages)}
-    assert EXCEPTIONS <= found
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from itertools import groupby
 from typing import Annotated, Any
 
@@ -11,8 +10,9 @@ from pydantic import BaseModel, Discriminator, Tag
 
 from kvgraph.server import errors, prompts
 from kvgraph.server.errors import APIError
+from kvgraph.server.lifecycle import TheCall
 from kvgraph.server.schema import ChatRequest, CompletionRequest
-from kvgraph.server.state import Server, TheCaller, TheServer
+from kvgraph.server.state import Server
 from kvgraph.server.tenants import Caller
 
 router = APIRouter(prefix="/v1", responses=errors.DECLARED)
@@ -78,12 +78,12 @@ class PlanResponse(BaseModel):
 
 
 @router.post("/plan", response_model=PlanResponse)
-async def show_plan(body: PlanRequest, server: TheServer, caller: TheCaller) -> PlanResponse:
+async def show_plan(body: PlanRequest, call: TheCall) -> PlanResponse:
     """The plan of a chat or completion request (same body), without answering it; nothing is encoded or counted as used."""
-    async with AsyncExitStack() as held:
-        server.require_name(body.model)
-        server.admit(caller, 1, held)
-        return await server.off_loop(_planned, server, caller, body.model_copy(update={"n": 1}))
+    call.server.require_name(body.model)
+    prompts.ignored(call.server, body)
+    async with call.admitted(timeout=body.kvgraph.timeout):
+        return await call.prepared(_planned, call.server, call.caller, body.model_copy(update={"n": 1}))
 
 
 def _planned(server: Server, caller: Caller, body: ChatRequest | CompletionRequest) -> PlanResponse:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from array import array
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
@@ -23,7 +23,8 @@ from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server import errors
 from kvgraph.server.errors import APIError
-from kvgraph.server.library import DEFAULT_METHOD, Segment, State, StoredGraph
+from kvgraph.server.library import DEFAULT_METHOD, State, StoredGraph, StoredSegment
+from kvgraph.server.lifecycle import Call, TheCall
 from kvgraph.server.precompute import QUERY, encoded, encoding, keys_of, segment_plan
 from kvgraph.server.prompts import with_fields
 from kvgraph.server.schema import Name, Ref, Strict
@@ -167,24 +168,18 @@ class Deleted(BaseModel):
 
 
 @router.put("/segments")
-async def put_segments(body: SegmentsIn, server: TheServer, caller: TheCaller) -> SegmentsEncoded:
+async def put_segments(body: SegmentsIn, call: TheCall) -> SegmentsEncoded:
     """Store one text or several, and encode them; answers when that is done. Putting the same again changes nothing."""
-    async with AsyncExitStack() as held:
-        server.admit(caller, 1, held)
-        try:
-            async with asyncio.timeout_at(server.deadline(None)):
-                segments, requests = await server.off_loop(_stored, server, caller, body.texts)
-                async with aclosing(encoded(server.runner, _each(requests))) as results:
-                    usages = [usage async for usage in results]
-        except TimeoutError:
-            raise APIError(504, "encoding took longer than the deadline; put fewer at once", code="timeout") from None
-    return SegmentsEncoded(data=[_encoded(server, *pair) for pair in zip(segments, usages, strict=True)])
+    async with call.admitted():
+        segments, requests = await call.prepared(_stored, call.server, call.caller, body.texts)
+        usages = await call.collected(_usages(call, requests))
+    return SegmentsEncoded(data=[_encoded(call.server, *pair) for pair in zip(segments, usages, strict=True)])
 
 
 @router.get("/segments")
 async def list_segments(server: TheServer, caller: TheCaller, after: After = "", limit: Limit = 100) -> SegmentList:
     """The stored segments, a page at a time."""
-    found = await server.off_loop(server.library.segments, caller.tenant, after, limit + 1)
+    found = await server.workers.run(server.library.segments, caller.tenant, after, limit + 1)
     return SegmentList(data=[SegmentOut(**_facts(server, s)) for s in found[:limit]], has_more=len(found) > limit)
 
 
@@ -197,25 +192,25 @@ async def get_segment(id: InPath, server: TheServer, caller: TheCaller) -> Segme
         (key,) = keys_of(server.engine, segment_plan(segment.tokens), caller.salt)
         return SegmentDetails(**_facts(server, segment), text=segment.text, tier=server.engine.tier(key))
 
-    return await server.off_loop(look)
+    return await server.workers.run(look)
 
 
 @router.delete("/segments/{id}")
 async def delete_segment(id: InPath, server: TheServer, caller: TheCaller) -> Deleted:
     """Forget a segment and its KV; refused while a graph uses it."""
-    segment = await server.off_loop(server.library.remove, caller.tenant, id)
+    segment = await server.workers.run(server.library.remove, caller.tenant, id)
     await _forget(server, caller, [segment_plan(segment.tokens)])
     return Deleted(id=id, object="segment.deleted")
 
 
-def _stored(server: Server, caller: Caller, given: Sequence[SegmentIn]) -> tuple[list[Segment], list[Request]]:
+def _stored(server: Server, caller: Caller, given: Sequence[SegmentIn]) -> tuple[list[StoredSegment], list[Request]]:
     """The segments of texts, kept in the library, and the requests that encode them."""
     segments = _tokenized(server, given)
     requests = [encoding(server.engine, segment_plan(s.tokens), caller.salt) for s in segments]
     return server.library.add(caller.tenant, segments, server.settings.max_segments), requests
 
 
-def _tokenized(server: Server, given: Sequence[SegmentIn]) -> list[Segment]:
+def _tokenized(server: Server, given: Sequence[SegmentIn]) -> list[StoredSegment]:
     """Texts, filled into the document template, as segments. Raises APIError for too many, or one without tokens."""
     if len(given) > server.settings.max_documents:
         raise APIError(400, f"{len(given)} texts at once, but at most {server.settings.max_documents} are taken")
@@ -226,7 +221,7 @@ def _tokenized(server: Server, given: Sequence[SegmentIn]) -> list[Segment]:
         tokens = tuple(server.engine.tokenize(text) if isinstance(text, str) else text)
         if not tokens:
             raise APIError(400, f"segment {item.id or i!r} holds no tokens; give it a text", param=f"segments.{i}.text")
-        segments.append(Segment(item.id or _name(tokens), tokens, item.title or "", item.text))
+        segments.append(StoredSegment(item.id or _name(tokens), tokens, item.title or "", item.text))
     return segments
 
 
@@ -235,12 +230,18 @@ def _name(tokens: Sequence[int]) -> str:
     return f"seg-{hashlib.sha256(array('i', tokens).tobytes()).hexdigest()[:24]}"
 
 
+async def _usages(call: Call, requests: Sequence[Request]) -> list[Usage]:
+    """What each encoding took."""
+    async with aclosing(encoded(call.submit, _each(requests))) as usages:
+        return [usage async for usage in usages]
+
+
 async def _each(requests: Sequence[Request]) -> AsyncIterator[Request]:
     for request in requests:
         yield request
 
 
-def _facts(server: Server, segment: Segment) -> dict[str, Any]:
+def _facts(server: Server, segment: StoredSegment) -> dict[str, Any]:
     """What every answer says of a segment."""
     return {
         "id": segment.id,
@@ -251,7 +252,7 @@ def _facts(server: Server, segment: Segment) -> dict[str, Any]:
     }
 
 
-def _encoded(server: Server, segment: Segment, usage: Usage) -> SegmentEncoded:
+def _encoded(server: Server, segment: StoredSegment, usage: Usage) -> SegmentEncoded:
     return SegmentEncoded(
         **_facts(server, segment), computed_tokens=usage.computed_tokens, reused_tokens=usage.reused_tokens
     )
@@ -264,7 +265,7 @@ async def _forget(server: Server, caller: Caller, plans: Sequence[Plan]) -> None
     def keys() -> list[str]:
         return [key for plan in plans for key in keys_of(engine, plan, caller.salt)]
 
-    found = await server.off_loop(keys)
+    found = await server.workers.run(keys)
     await asyncio.wrap_future(server.runner.call(lambda: engine.forget(found)))
 
 
@@ -272,33 +273,32 @@ async def _forget(server: Server, caller: Caller, plans: Sequence[Plan]) -> None
 
 
 @router.post("/graphs", status_code=202)
-async def post_graph(body: GraphIn, server: TheServer, caller: TheCaller) -> GraphOut:
+async def post_graph(body: GraphIn, call: TheCall) -> GraphOut:
     """Store a graph and encode every round of it in the background; `GET` tells how far that is. The same graph again
     changes nothing, but starts one that failed anew."""
-    async with AsyncExitStack() as held:
-        server.admit(caller, 1, held)
-        graph = await server.off_loop(_kept, server, caller, body)
-    server.precompute.start(graph)
-    return _shown(server, graph)
+    async with call.admitted():  # to the end, whether or not the client stays: what is kept must be started too
+        graph = await call.server.workers.run(_kept, call.server, call.caller, body)
+    call.server.precompute.start(graph)
+    return _shown(call.server, graph)
 
 
 @router.get("/graphs")
 async def list_graphs(server: TheServer, caller: TheCaller, after: After = "", limit: Limit = 100) -> GraphList:
     """The stored graphs, a page at a time."""
-    found = await server.off_loop(server.library.graphs, caller.tenant, after, limit + 1)
+    found = await server.workers.run(server.library.graphs, caller.tenant, after, limit + 1)
     return GraphList(data=[_shown(server, graph) for graph in found[:limit]], has_more=len(found) > limit)
 
 
 @router.get("/graphs/{id}")
 async def get_graph(id: InPath, server: TheServer, caller: TheCaller) -> GraphOut:
     """A stored graph, and how far its encoding is."""
-    return _shown(server, await server.off_loop(server.library.graph, caller.tenant, id))
+    return _shown(server, await server.workers.run(server.library.graph, caller.tenant, id))
 
 
 @router.delete("/graphs/{id}")
 async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Deleted:
     """Forget a graph and the KV of segments that were encoded along its edges. Its segments and their own KV stay."""
-    graph = await server.off_loop(server.library.graph, caller.tenant, id)
+    graph = await server.workers.run(server.library.graph, caller.tenant, id)
     await server.precompute.stop(graph)
 
     def removed() -> list[str]:
@@ -307,7 +307,7 @@ async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Dele
         server.library.remove_graph(graph)
         return [key for key, span in zip(keys, plan.spans, strict=True) if key is not None and span.sees]
 
-    keys = await server.off_loop(removed)
+    keys = await server.workers.run(removed)
     await asyncio.wrap_future(server.runner.call(lambda: server.engine.forget(keys)))
     return Deleted(id=id, object="graph.deleted")
 
