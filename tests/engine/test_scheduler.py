@@ -29,7 +29,6 @@ from kvgraph import CapacityError, ContextGraph, Engine, SamplingParams, methods
 from kvgraph.attention.step import Step
 from kvgraph.engine.request import UNCACHED, Request
 from kvgraph.engine.sampling import Sampler
-from kvgraph.errors import ModelError
 from kvgraph.plan import Place, Plan, Span, contiguous
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.memory import MemoryStore

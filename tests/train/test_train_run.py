@@ -339,7 +339,10 @@ def test_reserved_links_are_trained_alone(llama, tmp_path):
     ("changes", "message"),
     [
         ({"slots": 4}, "no component has it"),
-        ({"trained": "links", "stages": (Stage((HOPS,), steps=1),)}, "no component has a kvlink method"),
+        (
+            {"trained": "links", "stages": (Stage((HOPS,), steps=1),)},
+            "no component has a method with tokens of its own",
+        ),
         ({"lr": 1e30, "clip": 0.0, "warmup": 0.0}, r"the loss of step \d+ is .*lower lr"),
         ({"stages": (Stage((Component("few", "few", ("full",)),), steps=1),)}, "few"),
         ({"model": "/nowhere"}, "there is no folder /nowhere"),
