@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import families
 import strategies
-from kvgraph import CapacityError, ContextGraph, Engine, SamplingParams, methods, models
+from kvgraph import CapacityError, ContextGraph, Engine, ModelError, SamplingParams, methods, models
 from kvgraph.attention.step import Step
 from kvgraph.engine.request import UNCACHED, Request
 from kvgraph.engine.sampling import Sampler
