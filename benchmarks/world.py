@@ -33,15 +33,14 @@ from rich.table import Table
 
 from benchmarks.common import cpu_name
 from kvgraph import Engine, methods, models
+from kvgraph.data.tasks.world import WORLD_HOPS
 from kvgraph.data.world import tokenizer
 from kvgraph.data.world.world import CHUNKS, COMPARISON, HOPS, KEPT, SHUFFLED, TYPES
 from kvgraph.engine.probe import deviations
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import ModelError
 from kvgraph.eval.stats import mean_interval
-from kvgraph.eval.tasks.world import WORLD_HOPS
 from kvgraph.methods import Method
-from kvgraph.methods.base import Probing
 from kvgraph.progress import Progress
 from kvgraph.train.example import Example, Question
 from kvgraph.train.forward import logits
@@ -164,7 +163,7 @@ def asked(case: Case, tokens: Any, corpora: int) -> Asked:
     examples, wanted = [], []
     for number in range(corpora):
         corpus = source.world.corpus(number)
-        example = with_edges(source[number], "links" if methods.reads_edges(method) else "none")
+        example = with_edges(source[number], "links" if method.reads_edges else "none")
         questions = list(example.questions)
         wanted += [Wanted(question.kind, corpus.id, question.floor) for question in corpus.questions]
         for question, told in zip(corpus.questions, example.questions, strict=True):
@@ -172,7 +171,7 @@ def asked(case: Case, tokens: Any, corpora: int) -> Asked:
                 questions.append(Question(told.query, source.encode(f"{question.edges_say}.")))
                 wanted.append(Wanted(question.kind, corpus.id, 0.0, follows=True))
         examples.append(Example(example.graph, questions))
-    alike = not isinstance(method, methods.APE | Probing)
+    alike = method.trains_by_mask and not method.needs_probe
     return Asked(method, examples, wanted, laid_out(examples, [method] * corpora) if alike else [])
 
 
@@ -208,10 +207,10 @@ def load(folder: str) -> Learned:
 def answered(model: Learned, asked: Asked) -> list[float]:
     """For each question by how much the answer leads: its logit - the best other one, of the token where that is least.
 
-    Above 0 greedy decoding gives this answer, below 0 another. By ape it is infinite: the engine alone can run it, and
+    Above 0 greedy decoding gives this answer, below 0 another. By a method that no mask expresses (ape) it is infinite: the engine alone can run it, and
     doesn't tell more.
     """
-    if isinstance(asked.method, methods.APE):
+    if not asked.method.trains_by_mask:
         return _through_engine(model, asked)
     packed = asked.packed or laid_out(asked.examples, [_selecting(model, e, asked.method) for e in asked.examples])
     with torch.no_grad():
@@ -228,7 +227,7 @@ def _leads(model: Learned, packed: Packed) -> torch.Tensor:
 
 def _selecting(model: Learned, example: Example, method: Method) -> Method:
     """The method itself or, if it asks the model which tokens to recompute, the one that knows: all questions share it."""
-    if not isinstance(method, Probing):
+    if not method.needs_probe:
         return method
     return method.selecting(deviations(model.engine.model, example.graph, 1 << 30)[0])
 
@@ -237,8 +236,8 @@ def _through_engine(model: Learned, asked: Asked) -> list[float]:
     found = []
     for example in asked.examples:
         graphs = [(example.graph.with_query(question.query), question.answer) for question in example.questions]
-        requests = [model.engine.submit_score(graph, answer, asked.method) for graph, answer in graphs]
-        found += [math.inf if model.engine.wait(request).greedy else -math.inf for request in requests]
+        results = dict(model.engine.run(model.engine.prepare_score(*graph, asked.method) for graph in graphs))
+        found += [math.inf if results[i].greedy else -math.inf for i in range(len(graphs))]
     return found
 
 

@@ -7,7 +7,8 @@ Rules, in full:
   <= i of its own span. Nothing else.
 - RoPE is relative, so every span lives in its own frame: only differences of positions matter, and a span's key is the
   same wherever it is placed.
-- Cached spans see only cached spans. The last span is live: decoding continues from it.
+- Cached spans see only cached spans. The last span is the prompt span: it is computed every time, and decoding
+  continues from it.
 - All a token attends to enters one softmax, except that places may form groups whose joint weight is changed: see Group.
 """
 
@@ -15,9 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -58,9 +57,11 @@ class Group(NamedTuple):
 class Span:
     """Tokens computed together.
 
-    tokens: token ids. positions: strictly ascending, one a token; contiguous for documents, with gaps for live spans
+    tokens: token ids. positions: strictly ascending, one a token; contiguous for documents, with gaps for prompt spans
     that hold link tokens. sees: views of earlier spans. cached: False for what is recomputed each time.
-    name: for people only; it is in no key and no comparison. groups: what the groups of its places mean.
+    groups: what the groups of its places mean. segment: the graph's segment that the span is a version of, by index,
+    and round: which version, 0 for the first; None for every other span. name: what people call it.
+    A key and a comparison cover neither name nor segment nor round.
     """
 
     tokens: tuple[int, ...]
@@ -69,6 +70,8 @@ class Span:
     cached: bool = True
     name: str = field(default="", compare=False)
     groups: tuple[Group, ...] = ()
+    segment: int | None = field(default=None, compare=False)
+    round: int | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -83,7 +86,7 @@ class Span:
 class Dense:
     """A plan as one problem. tokens [T], positions [T] (may be negative), visible [T, T] bool (row attends to column).
 
-    The live span is the last `live` rows; `span` [T] is the index of the span each row copies. group [T, T]: where a row
+    The prompt span is the last `prompt` rows; `span` [T] is the index of the span each row copies. group [T, T]: where a row
     attends to a column as part of groups[i], the number i + 1, elsewhere 0; None for a plan without groups.
     """
 
@@ -91,14 +94,14 @@ class Dense:
     positions: np.ndarray
     visible: np.ndarray
     span: np.ndarray
-    live: int
+    prompt: int
     group: np.ndarray | None = None
     groups: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Spans in encoding order; the last is the live prompt. `method` names what made it, for people."""
+    """Spans in encoding order; the last is the prompt span. `method` names what made it, for people."""
 
     spans: tuple[Span, ...]
     method: str = field(default="", compare=False)
@@ -106,13 +109,13 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "spans", tuple(_checked(i, s, self.spans) for i, s in enumerate(self.spans)))
         if not self.spans:
-            raise PlanError("a plan needs at least one span: the live prompt")
+            raise PlanError("a plan needs at least one span: the prompt span")
         if self.spans[-1].cached:
-            raise PlanError("the last span of a plan is the live prompt and can't be cached; set cached=False")
+            raise PlanError("the last span of a plan is the prompt span and can't be cached; set cached=False")
 
     @property
-    def live(self) -> Span:
-        """The last span: the prompt that decoding continues from."""
+    def prompt(self) -> Span:
+        """The last span, which decoding continues from."""
         return self.spans[-1]
 
     @property
@@ -135,14 +138,9 @@ class Plan:
         """Lay the plan out as one (tokens, positions, visibility) problem; see `lay_out`."""
         return _dense(self)
 
-    def __str__(self) -> str:
-        from kvgraph.explain import explain  # text for people lives apart from the rules
-
-        return explain(self)
-
 
 def pruned(spans: Sequence[Span], method: str = "") -> Plan:
-    """The plan of `spans` without those that nothing live reads (directly or through another span)."""
+    """The plan of `spans` without those that its prompt span doesn't read, directly or through another span."""
     wanted = {i for i, s in enumerate(spans) if not s.cached}
     for i in reversed(range(len(spans))):
         if i in wanted:
@@ -186,14 +184,14 @@ def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
     return replace(span, sees=tuple(places), groups=groups)
 
 
-def _place(place: Place | tuple) -> Place:
+def _place(place: Place | tuple[int, ...]) -> Place:
     try:
         return Place(*place)
     except TypeError:
         raise PlanError(f"{place!r} is no Place(span, at, lo, hi, group)") from None
 
 
-def _group(group: Group | tuple, what: str) -> Group:
+def _group(group: Group | tuple[float, ...], what: str) -> Group:
     """The group as floats; PlanError unless both lie where float32 scores stay finite, with room to spare."""
     try:
         checked = Group(*map(float, group))
@@ -257,35 +255,49 @@ def lay_out(spans: Sequence[Span], roots: Sequence[int]) -> list[Laid]:
     A span read at two positions is laid out twice, with its ancestors; exact, because KV is relative. So is one that a
     reader sees twice, because a duplicate counts twice in the softmax.
     """
-    found: dict[tuple[int, int, int], int] = {}  # (span, start, copy) -> its index in the result
+    reads: dict[_Standing, list[tuple[_Standing, Place]]] = {}
+    found: dict[_Standing, int] = {}  # -> its index in the result
     laid: list[Laid] = []
-
-    def lay(index: int, start: int, copy: int) -> int:
-        if (index, start, copy) in found:
-            return found[index, start, copy]
-        span = spans[index]
-        copies: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}
-        views = []
-        for p in span.sees:
-            at = p.at - span.start + start
-            hi = p.hi or 0
-            slices = copies.setdefault((p.span, at), [])
-            # Views of one copy mustn't overlap: its columns would then count once.
-            n = 0
-            while n < len(slices) and any(lo < hi and p.lo < h for lo, h in slices[n]):
-                n += 1
-            if n == len(slices):
-                slices.append([])
-            slices[n].append((p.lo, hi))
-            views.append((lay(p.span, at, n), p))
-        found[index, start, copy] = len(laid)
-        laid.append(Laid(index, start, tuple(views)))
-        return found[index, start, copy]
-
-    with _recursion(4 * len(spans) + 1000):
-        for root in roots:
-            lay(root, spans[root].start, 0)
+    for root in roots:
+        stack = [_Standing(root, spans[root].start)]
+        while stack:  # depth first, without recursion: plans may be thousands of spans deep
+            here = stack[-1]
+            if here not in reads:
+                reads[here] = _reads(spans[here.span], here.start)
+                stack += [child for child, _ in reversed(reads[here]) if child not in found]
+                continue
+            stack.pop()
+            if here not in found:
+                found[here] = len(laid)
+                sees = tuple((found[child], place) for child, place in reads[here])
+                laid.append(Laid(here.span, here.start, sees))
     return laid
+
+
+class _Standing(NamedTuple):
+    """A span at a position. copy: which of several there, since the views of one reader of one copy don't overlap."""
+
+    span: int
+    start: int
+    copy: int = 0
+
+
+def _reads(span: Span, start: int) -> list[tuple[_Standing, Place]]:
+    """What a span that stands at `start` reads, and by which of its places."""
+    copies: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}  # (span, start) -> slices seen of each copy
+    found = []
+    for place in span.sees:
+        at, hi = place.at - span.start + start, place.hi or 0
+        slices = copies.setdefault((place.span, at), [])
+        # Views of one copy mustn't overlap: its columns would then count once.
+        n = 0
+        while n < len(slices) and any(lo < hi and place.lo < h for lo, h in slices[n]):
+            n += 1
+        if n == len(slices):
+            slices.append([])
+        slices[n].append((place.lo, hi))
+        found.append((_Standing(place.span, at, n), place))
+    return found
 
 
 def _dense(plan: Plan) -> Dense:
@@ -310,17 +322,6 @@ def _dense(plan: Plan) -> Dense:
     return Dense(tokens, pos, visible, span_of, len(spans[-1]), grouped, groups)
 
 
-@contextmanager
-def _recursion(limit: int) -> Iterator[None]:
-    """Room for plans nested deeper than Python's default recursion limit."""
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(before, limit))
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(before)
-
-
 def contiguous(
     tokens: Iterable[int],
     start: int,
@@ -329,7 +330,9 @@ def contiguous(
     cached: bool = True,
     name: str = "",
     groups: Sequence[Group] = (),
+    segment: int | None = None,
+    round: int | None = None,
 ) -> Span:
     """A span of `tokens` at positions start, start+1, ..."""
     ids = tuple(tokens)
-    return Span(ids, range(start, start + len(ids)), tuple(sees), cached, name, tuple(groups))
+    return Span(ids, range(start, start + len(ids)), tuple(sees), cached, name, tuple(groups), segment, round)

@@ -78,9 +78,9 @@ class Memory:
 
     def pooled(self, key: str) -> Record:
         """A record that is pinned."""
-        record = self.pool.get(key)
-        assert record is not None, "what a row reads is pinned"
-        return record
+        found = self.pool.get(key)
+        assert found is not None, "what a row reads is pinned"
+        return found[0]
 
     def keep(self, record: Record) -> None:
         """Put a record into the pool, pinned if it is held."""

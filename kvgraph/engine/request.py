@@ -12,7 +12,7 @@ from torch import Tensor
 from kvgraph.attention.rows import RowKV, View
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.result import Result, Usage
-from kvgraph.engine.sampling import Sampler, SamplingParams
+from kvgraph.engine.sampling import Sampled, Sampler, SamplingParams
 from kvgraph.plan import Group, Plan, Span
 
 MOST_SLICES = 4  # of one record, each attended to on its own; more of them cost more than a mask over all of it
@@ -22,7 +22,7 @@ Seen = tuple[str, tuple[Any, ...]]  # (a record's key, how a View sees it, in th
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens on their way through the model, in one frame: a span being encoded, or a live span and its answer."""
+    """Tokens on their way through the model, in one frame: a span being encoded, or a prompt span and its answer."""
 
     tokens: list[int]
     positions: np.ndarray  # [len(tokens)], the frame's own
@@ -52,23 +52,23 @@ class Encoding:
 
 @dataclass(eq=False)
 class Request:
-    """One plan to be answered (or only warmed), from submission to its result."""
+    """One plan to be answered (or only encoded), from submission to its result."""
 
     plan: Plan
     keys: list[str]
     params: SamplingParams
     sampler: Sampler
     stream: TextStream
-    sequence: Sequence  # the live span, and the answer as it grows
-    encode_only: bool  # finished as soon as everything its live span reads is encoded
-    answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the live span
+    sequence: Sequence  # the prompt span, and the answer as it grows
+    encode_only: bool  # finished as soon as everything its prompt span reads is encoded
+    answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the prompt span
     keep_logits: bool
     submitted: float
     usage: Usage
     missing: set[str] = field(default_factory=set)  # encodings it waits for
     held: set[str] = field(default_factory=set)
     token_ids: list[int] = field(default_factory=list)
-    sampled: list = field(default_factory=list)
+    sampled: list[Sampled] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     greedy: bool = True  # whether every scored token was the likeliest
     first_logits: Tensor | None = None
@@ -93,7 +93,7 @@ def sequence_of(span: Span, keys: list[str], room: int = 0) -> Sequence:
 
 def _joined(places: list[Seen]) -> list[Seen]:
     """The places, but where many slices of one record are seen, these as one with the gaps between them hidden."""
-    slices: dict[tuple, list[tuple[int, int]]] = {}
+    slices: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     for key, (at, lo, hi, *weights) in places:
         slices.setdefault((key, at, *weights), []).append((lo, hi))
     joined: list[Seen] = []

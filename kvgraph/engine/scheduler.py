@@ -1,6 +1,6 @@
 """Continuous batching: which rows run in the next step, and what their results change.
 
-Everything is a row: a span being encoded, a live span being prefilled, a request decoding one token. A step serves
+Everything is a row: a span being encoded, a prompt span being prefilled, a request decoding one token. A step serves
 decoding rows first, then prefill, then encoding, up to a number of tokens; long rows run in chunks.
 
 A request is admitted when it fits `kvgraph.engine.admission.Memory`. What it then misses is encoded once for everyone
@@ -25,6 +25,7 @@ from kvgraph.engine.result import Result
 from kvgraph.engine.runner import runner_for
 from kvgraph.errors import PlanError
 from kvgraph.models import Model
+from kvgraph.store.base import Found
 from kvgraph.store.record import Record
 
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
@@ -33,7 +34,7 @@ Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its
 class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
-    fetch(key): a record from the backing store and its tier's name, or None. save(record): hand a new record to it.
+    fetch(key): a record of the backing store and its tier's name, or None. save(record): hand a new record to it.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Scheduler:
         model: Model,
         budget: int,
         max_step_tokens: int,
-        fetch: Callable[[str], tuple[Record | None, str]],
+        fetch: Callable[[str], Found | None],
         save: Callable[[Record], None],
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
@@ -177,7 +178,7 @@ class Scheduler:
         for owner, count in work:
             before = len(want)
             if isinstance(owner, Request):
-                first = len(owner.plan.live.tokens) - max(1, len(owner.answer))
+                first = len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
                 want.extend(range(start + skipped, start + count))
             counts.append(len(want) - before)
@@ -326,9 +327,9 @@ class Scheduler:
                     self._ready(request)
 
     def _resolve(self, request: Request) -> None:
-        """Find or start everything the live span reads; what is missing pulls in its own sources, transitively."""
+        """Find or start everything the prompt span reads; what is missing pulls in its own sources, transitively."""
         usage, spans = request.usage, request.plan.spans
-        need = sorted({p.span for p in request.plan.live.sees})
+        need = sorted({p.span for p in request.plan.prompt.sees})
         seen: set[str] = set()
         stack = need[::-1]
         started: list[int] = []
@@ -356,11 +357,12 @@ class Scheduler:
 
     def _find(self, key: str) -> str | None:
         """Where a record was found ("memory" or a tier of the store); it is in the pool afterwards."""
-        if self.memory.pool.get(key) is not None:
+        if key in self.memory.pool:
             return "memory"
-        record, tier = self.fetch(key)
-        if record is None:
+        found = self.fetch(key)
+        if found is None:
             return None
+        record, tier = found
         self.memory.make_room(record.nbytes)
         self.memory.keep(record)
         return tier
@@ -370,9 +372,9 @@ class Scheduler:
         return Encoding(request.keys[index], sequence_of(span, request.keys), persistent=span.cached)
 
     def _ready(self, request: Request) -> None:
-        """Everything the live span reads is in the pool: intermediate versions are no longer needed."""
+        """Everything the prompt span reads is in the pool: intermediate versions are no longer needed."""
         request.usage.encoded = time.perf_counter() - request.submitted
-        wanted = {request.keys[p.span] for p in request.plan.live.sees}
+        wanted = {request.keys[p.span] for p in request.plan.prompt.sees}
         for key in [k for k in request.held if k not in wanted]:
             self.memory.release(request, key)
         request.usage.kv_bytes = self.memory.held_bytes(request, wanted)
