@@ -193,24 +193,24 @@ def load(
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"there is no folder {name}")
     source = str(Path(name).expanduser()) if local else name
-    with _one_line(f"can't read the config of {name}" + ("" if local else " (no such folder; tried as a hub name)")):
+    with one_line(f"can't read the config of {name}" + ("" if local else " (no such folder; tried as a hub name)")):
         config = AutoConfig.from_pretrained(source)
     _refuse(config, allow_untested)
     if not local:
         from huggingface_hub import snapshot_download
 
-        with _one_line(f"can't get {name} from the hub"):
+        with one_line(f"can't get {name} from the hub"):
             kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
             source = snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"])
     files = _weight_files(Path(source), name)
-    with _one_line(f"can't load {name}"), _shapes_explained():
+    with one_line(f"can't load {name}"), _shapes_explained():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
     hf, info = loaded
     if info["missing_keys"]:
         raise ModelError(f"{name} lacks weights, for example {min(info['missing_keys'])}; is the download complete?")
-    with _one_line(f"can't put {name} on {target}"):
+    with one_line(f"can't put {name} on {target}"):
         hf = hf.to(target)
     weights = [_file_hash(f) for f in files]
     model = _build(hf, _tokenizer(Path(source), name), name, weights, allow_untested)
@@ -298,7 +298,7 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
     name = str(path_or_name)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        with _one_line(f"can't get the tokenizer of {name} (no such folder; tried as a hub name)"):
+        with one_line(f"can't get the tokenizer of {name} (no such folder; tried as a hub name)"):
             return AutoTokenizer.from_pretrained(name)
     tokenizer = _tokenizer(folder, name)
     if tokenizer is None:
@@ -311,7 +311,7 @@ def _build(hf: PreTrainedModel, tokenizer: Any, name: str, weights: list[str], a
         raise ModelError(f"{name} is in {hf.dtype}, which isn't supported; use {', '.join(_DTYPES)}")
     hf.eval()
     tested = hf.config.model_type in TESTED
-    with nullcontext() if tested else _one_line(f"{name} can't be run"):
+    with nullcontext() if tested else one_line(f"{name} can't be run"):
         plain = None if tested else _plain(hf)
         rotaries, layers = _probe(hf, _exact_angles(hf))
         model = Model(hf, tokenizer, name, _fingerprint(hf, weights, rotaries, layers), rotaries, layers)
@@ -789,7 +789,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        with _one_line(f"can't read {index}"):
+        with one_line(f"can't read {index}"):
             shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelError(f"{index} has no weight map")
@@ -810,12 +810,12 @@ def _tokenizer(folder: Path, name: str) -> Any:
         (folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
         return None
-    with _one_line(f"can't load the tokenizer of {name}"):
+    with one_line(f"can't load the tokenizer of {name}"):
         return AutoTokenizer.from_pretrained(str(folder))
 
 
 def _device(device: str | torch.device) -> torch.device:
-    with _one_line(f"unknown device {device}"):
+    with one_line(f"unknown device {device}"):
         target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device} isn't available: torch sees no GPU here")
@@ -848,7 +848,7 @@ def _shapes_explained() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
     """Turn whatever a library raises into one ModelError line; its errors have no common base."""
     try:
         yield
