@@ -58,7 +58,7 @@ def world(
       kvgraph data world --kind chunks --settings order=shuffled
       kvgraph data world --kind chunks --count 100 --settings order=shuffled,edges=wrong --out wrong.jsonl
     """
-    from kvgraph.data.world import World, records
+    from kvgraph.data.world.world import World, records
 
     made = World.parse(kind, settings)
     if seed is not None:
@@ -75,7 +75,7 @@ def world(
                 written += 1
         typer.echo(f"{written:,} questions over {made.count:,} corpora in {out}")
     if tokenizer is not None:
-        from kvgraph.data.tokenizer import write
+        from kvgraph.data.world.tokenizer import write
 
         write(tokenizer)
         typer.echo(f"the world's tokenizer in {tokenizer}")

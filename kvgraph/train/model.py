@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kvgraph import methods, models
 from kvgraph.methods import KVLink
 from kvgraph.models import Trainable
+from kvgraph.models.loading import one_line
 from kvgraph.train import start
 from kvgraph.train.config import ANSWERS, DISTILL, FULL, LINKS, NONE, WHOLE, Config, Stage, TrainError
 from kvgraph.train.links import add_link_tokens, rows_of
@@ -150,7 +151,7 @@ def _went_on(hf: Any, config: Config) -> nn.Module:
     """A peft model with the adapter that the configuration names, twice: one is trained, the other one may teach."""
     from peft import PeftModel
 
-    with models.one_line(f"can't load the adapter {config.adapter}"):
+    with one_line(f"can't load the adapter {config.adapter}"):
         module = PeftModel.from_pretrained(hf, config.adapter, adapter_name=STUDENT, is_trainable=True)
         if config.objective == DISTILL:
             module.load_adapter(config.adapter, TEACHER)
