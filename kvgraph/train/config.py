@@ -16,6 +16,7 @@ COSINE, TRAPEZOID, CONSTANT = SCHEDULES = ("cosine", "trapezoid", "constant")
 ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
 ANSWERS, DISTILL = OBJECTIVES = ("answers", "distill")
+AUTO, FLEX, SDPA = ATTENTIONS = ("auto", "flex", "sdpa")
 
 
 class TrainError(KVGraphError, ValueError):
@@ -111,6 +112,7 @@ class Config:
     links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
     slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
     precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
+    attention: Annotated[str, "flex (FlexAttention), sdpa (masks of whole examples), or auto: flex on a GPU"] = AUTO
     checkpointing: Annotated[str, "of activations: in none, every second (selective) or all (full) layers"] = NONE
     threads: Annotated[int, "of the CPU; 0: torch's choice"] = 0
     workers: Annotated[int, "processes that lay examples out ahead of the training"] = 1
@@ -170,6 +172,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
     "checkpointing": CHECKPOINTING,
     "objective": OBJECTIVES,
+    "attention": ATTENTIONS,
 }
 _LEAST = {
     **dict.fromkeys(("batch", "length", "workers", "lora_rank", "evaluate_every", "save_every", "keep"), 1),

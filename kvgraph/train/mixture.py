@@ -239,13 +239,10 @@ def _shuffled(graph: ContextGraph, rng: random.Random) -> tuple[Edge, ...]:
     """
     made: list[Edge] = []
     for reader in sorted({reader for _, reader in graph.edges}):
-        read = {source for source, to in graph.edges if to == reader}
+        read = sorted({source for source, to in graph.edges if to == reader} - {reader})
         others = [i for i in range(len(graph.segments)) if i != reader and i not in read]
-        rest = sorted(read - {reader}) if len(others) < len(read) else []
-        sources = rng.sample(others, min(len(read), len(others))) + rng.sample(
-            rest, min(len(rest), len(read) - len(others))
-        )
-        made += [(source, reader) for source in sources]
+        sources = [*rng.sample(others, len(others)), *rng.sample(read, len(read))]
+        made += [(source, reader) for source in sources[: len(read)]]
     return tuple(made)
 
 

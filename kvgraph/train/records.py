@@ -132,11 +132,12 @@ def _conversation(record: Record, tokenizer: Any) -> _Made:
 def _task(record: Record, tokenizer: Any) -> _Made:
     """The prompt of the evaluation task, and the answer: with what the chat template puts around it, or after a space.
 
-    A record has one question and its answer, or several under `questions`, maybe none.
+    A record has one question and its answer, or several under `questions`, maybe none. plain: they are asked as they are, as
+    in a chat, without the task's instruction.
     """
     if template := _template(tokenizer):
         _around(tokenizer, template)  # raises what is wrong with every answer
-    task = tasks.get(record["task"])
+    task = _task_of(record)
     asked = record["questions"] if "questions" in record else [record]
     links = tuple((source, reader) for source, reader in record.get("links", ()))
     documents = tuple(Document(document["text"], document["title"]) for document in record["documents"])
@@ -145,6 +146,11 @@ def _task(record: Record, tokenizer: Any) -> _Made:
     graph = made.graph(links).with_query("").tokenized(_encoder(tokenizer))
     some = documents[:1]
     return _Made(graph, [_asked(task, some, one["question"], one["answer"], tokenizer) for one in asked])
+
+
+def _task_of(record: Record) -> Task:
+    task = tasks.get(record["task"])
+    return replace(task, instruction="", question="{question}") if record.get("plain") else task
 
 
 def _asked(
@@ -165,7 +171,7 @@ def _asked(
 
 def _recitations(record: Record, tokenizer: Any, count: int, rng: random.Random) -> list[Question]:
     """Questions for some of a task's documents, in the place of its own kind of question."""
-    task, documents = replace(tasks.get(record["task"]), question="{question}"), record["documents"]
+    task, documents = replace(_task_of(record), question="{question}"), record["documents"]
     told = [i for i, document in enumerate(documents) if document["text"].strip()]
     chosen, some = rng.sample(told, min(count, len(told))), (Document("-"),)
     return [_asked(task, some, recitation(documents, i), documents[i]["text"], tokenizer, most=RECITED) for i in chosen]

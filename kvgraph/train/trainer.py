@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from kvgraph.train import batches, checkpoint, distill, model, optim, parallel
 from kvgraph.train.batches import Exam, Planned, Progress, Step
-from kvgraph.train.config import MUON, WHOLE, Config, TrainError
+from kvgraph.train.config import AUTO, FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
 from kvgraph.train.pack import Packed
@@ -88,6 +88,8 @@ class Trainer:
             raise TrainError(
                 "muon needs whole matrices, which several processes share out; train in one, or with adamw"
             )
+        on_gpu = self.accelerator.device.type == "cuda"
+        self.flex = on_gpu if config.attention == AUTO else config.attention == FLEX
         self.student = model.build(config)
         self.module = self.student.module
         if self.count > 1:
@@ -184,9 +186,9 @@ class Trainer:
             yield number, self._placed(sequences[number]), weight
 
     def _placed(self, packed: Packed) -> Packed:
-        """The sequence on this process's device, of one length on a GPU, where kernels are compiled for it."""
+        """The sequence on this process's device, of one length where kernels are compiled for it."""
         placed = packed.to(self.accelerator.device)
-        return placed.padded(self.config.length) if placed.tokens.is_cuda else placed
+        return placed.padded(self.config.length) if self.flex and placed.tokens.is_cuda else placed
 
     def _loss(self, step: Step, number: int, packed: Packed) -> Tensor:
         """Sequence number `number`'s part of the step's loss."""
@@ -212,7 +214,7 @@ class Trainer:
 
     def _logits(self, packed: Packed) -> Tensor:
         with self.accelerator.autocast():
-            return logits(self.student.trainable, packed, module=self.module)
+            return logits(self.student.trainable, packed, module=self.module, flex=self.flex)
 
     def _agreed(self, wanted: bool) -> bool:
         """Whether any process wants it; all have to end after the same step."""
