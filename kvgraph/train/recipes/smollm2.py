@@ -19,7 +19,7 @@ def smollm2_answers() -> Config:
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         data="data",
         stages=(Stage(_components(recite=1), steps=4000),),
-        batch=24,
+        batch=16,
         length=16384,
         lr=1e-3,
         warmup=0.05,
