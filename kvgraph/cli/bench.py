@@ -12,7 +12,7 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName, NoCheck
+from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBudget, ModelName, NoCheck
 from kvgraph.edges import named_edges
 from kvgraph.graph import ContextGraph, Edge
 from kvgraph.methods import METHODS
@@ -52,6 +52,7 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
@@ -66,7 +67,7 @@ def bench(
     names = method or list(METHODS)
     chosen = [methods.parse(name) for name in names]
     pairs = named_edges(edges, [""] * documents)
-    loaded = common.load_model(model, dtype, device, allow_untested)
+    loaded = common.load_model(model, dtype, device, allow_untested, adapter)
     import torch
 
     from kvgraph.checks.gate import require

@@ -10,7 +10,7 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import AllowUntested, Device, Dtype, KVBudget, NoCheck, StoreFolder
+from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, KVBudget, NoCheck, StoreFolder
 
 if TYPE_CHECKING:
     from kvgraph.eval.ablate import Table
@@ -62,6 +62,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
     list_all: Annotated[bool, typer.Option("--list", help="Show tasks and methods, and exit.")] = False,
@@ -102,7 +103,7 @@ def evaluate(
     from kvgraph.checks.gate import require
     from kvgraph.engine.engine import Engine
 
-    loaded = common.load_model(model, dtype, device, allow_untested)
+    loaded = common.load_model(model, dtype, device, allow_untested, adapter)
     if not no_check:
         require(loaded)
     assert out is not None

@@ -106,6 +106,7 @@ class Engine:
         cls,
         model: str | Path,
         *,
+        adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         allow_untested: bool = False,
@@ -115,12 +116,13 @@ class Engine:
         max_step_tokens: int | None = None,
         salt: str = "",
     ) -> Engine:
-        """Load a Hugging Face causal LM from a folder or hub name, run the gate, and return an engine on it.
+        """Load a Hugging Face causal LM from a folder, hub name or GGUF file, run the gate, and return an engine on it.
 
+        adapter: a LoRA adapter in PEFT's format to merge into it. A folder with an adapter alone stands for its base with it.
         check=False skips the gate (`kvgraph check`), which refuses a model whose composed logits differ from a plain
         forward. The other arguments: see Engine. Raises ModelError with the reason.
         """
-        loaded = models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
+        loaded = models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
         if check:
             from kvgraph.checks.gate import require
 

@@ -168,6 +168,10 @@ def _build(
 
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files that transformers will load from a folder."""
+    if (folder / adapters.CONFIG).exists():
+        raise ModelError(
+            f"{name} holds a model and an adapter; give the adapter a folder of its own, or merge it into the model"
+        )
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]

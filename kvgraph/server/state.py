@@ -43,7 +43,11 @@ def load_engine(settings: Settings) -> Engine:
     from kvgraph.checks.gate import require
 
     model = models.load(
-        settings.model, dtype=settings.dtype, device=settings.device, allow_untested=settings.allow_untested
+        settings.model,
+        adapter=settings.adapter,
+        dtype=settings.dtype,
+        device=settings.device,
+        allow_untested=settings.allow_untested,
     )
     if model.tokenizer is None:
         raise SettingsError(f"{settings.model} has no tokenizer; a server needs one")
