@@ -12,6 +12,7 @@ import typer
 from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import (
+    Adapter,
     AllowUntested,
     Device,
     Documents,
@@ -53,6 +54,7 @@ def ask(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
@@ -85,6 +87,7 @@ def ask(
     )
     engine = Engine.load(
         model,
+        adapter=adapter,
         dtype=dtype,
         device=device,
         allow_untested=allow_untested,

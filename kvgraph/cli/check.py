@@ -12,7 +12,7 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName
+from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBudget, ModelName
 
 if TYPE_CHECKING:
     from kvgraph.checks.gate import Case
@@ -36,6 +36,7 @@ def check(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    adapter: Adapter = None,
     allow_untested: AllowUntested = False,
 ) -> None:
     """Check that a model composes exactly, and what a method costs.
@@ -58,7 +59,14 @@ def check(
     chosen = None if method is None else methods.parse(method)
     items = read_items(data, limit) if data else []
     engine = Engine.load(
-        model, dtype=dtype, device=device, allow_untested=allow_untested, check=False, kv_budget=kv_budget, store=None
+        model,
+        adapter=adapter,
+        dtype=dtype,
+        device=device,
+        allow_untested=allow_untested,
+        check=False,
+        kv_budget=kv_budget,
+        store=None,
     )
     cases = gate(engine.model, composed(engine.model))
     quality = None if chosen is None else measured(engine.scores, chosen, items)

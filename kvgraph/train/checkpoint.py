@@ -1,6 +1,7 @@
 """Checkpoints: folders `step-000500` in a run's folder that are complete or not there at all.
 
 step-000500/model/         the model in Hugging Face's format, to be served
+step-000500/adapter/       of a run that trains one: the adapter by itself, in PEFT's format
 step-000500/state/         weights and optimizer in float32, in torch.distributed.checkpoint's format
 step-000500/progress.json  steps taken, examples drawn and left out
 step-000500/config.json    the run's configuration
@@ -30,7 +31,7 @@ from kvgraph.data import io
 from kvgraph.train.batches import Cursor
 from kvgraph.train.config import TrainError
 
-MODEL, STATE, PROGRESS, CONFIG = "model", "state", "progress.json", "config.json"
+MODEL, ADAPTER, STATE, PROGRESS, CONFIG = "model", "adapter", "state", "progress.json", "config.json"
 
 
 def found(run: Path) -> list[Path]:

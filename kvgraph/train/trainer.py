@@ -25,15 +25,25 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from kvgraph.data import io
-from kvgraph.train import batches, checkpoint, model, optim, parallel
+from kvgraph.train import batches, checkpoint, distill, model, optim, parallel
 from kvgraph.train.batches import Batch, Cursor, Planned, ValidationSet
-from kvgraph.train.config import MUON, Config, TrainError
+from kvgraph.train.config import AUTO, FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
 from kvgraph.train.pack import Packed
 
 LOG_EVERY = 10  # steps, between looks at losses: on a GPU every look waits for it
-MAY_CHANGE = {"limit", "data", "threads", "evaluate_every", "evaluation", "save_every", "keep"}  # when a run goes on
+MAY_CHANGE = {
+    "limit",
+    "minutes",
+    "data",
+    "threads",
+    "workers",
+    "evaluate_every",
+    "evaluation",
+    "save_every",
+    "keep",
+}  # when a run goes on
 
 
 class TrainResult(NamedTuple):
@@ -79,6 +89,8 @@ class Trainer:
             raise TrainError(
                 "muon needs whole matrices, which several processes share out; train in one, or with adamw"
             )
+        on_gpu = self.accelerator.device.type == "cuda"
+        self.flex = on_gpu if config.attention == AUTO else config.attention == FLEX
         self.student = model.build(config)
         self.module = self.student.module
         if self.count > 1:
@@ -97,6 +109,7 @@ class Trainer:
         self.validation_sets: tuple[Planned | None, list[ValidationSet]] = (None, [])
         self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         self.saved = before
+        self.began = time.monotonic()
         if self.main:
             out.mkdir(parents=True, exist_ok=True)
             io.write(out / checkpoint.CONFIG, config.to_json())
@@ -105,7 +118,7 @@ class Trainer:
         self.log = Log(out, self.accelerator, self.progress.step, self.last)
 
     def run(self) -> TrainResult:
-        """Train to the last step, or until a signal comes."""
+        """Train to the last step, or until the time is over or a signal comes."""
         if self.progress.step:
             self.log.say(f"going on after step {self.progress.step:,} of {self.last:,}")
         for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
@@ -129,7 +142,7 @@ class Trainer:
     def _look_after(self, stopping: bool) -> bool:
         """Log, evaluate and save after a step, if it's time to. Returns whether it was the last step."""
         config, step = self.config, self.progress.step
-        last = step == self.last
+        last = step == self.last or self._spent() >= 1
         ends = self._agreed(stopping) or last
         evaluates, saves = step % config.evaluate_every == 0 or last, step % config.save_every == 0 or ends
         if step % LOG_EVERY == 0 or evaluates or saves:
@@ -141,8 +154,7 @@ class Trainer:
         return ends
 
     def _steps(self) -> Iterator[Batch]:
-        limit = self.student.trainable.limit
-        return batches.ahead(batches.Batches(self.config, self.planned, self.progress, limit, self.last))
+        return batches.ahead(self.config, self.planned, self.progress, self.student.trainable.limit, self.last)
 
     def _step(self, step: Batch) -> tuple[Tensor, Tensor]:
         """Take an optimizer step. Returns this process's part of the loss, and the gradient's norm."""
@@ -152,14 +164,14 @@ class Trainer:
         for i, (number, packed, weight) in enumerate(shares):
             parallel.synchronize(self.module, i == len(shares) - 1)
             torch.manual_seed(hash((self.config.seed, step.progress.step, number)))  # dropout, where a model has some
-            value = loss(self._logits(packed), packed, document_weight=self.config.document_weight, totals=step.totals)
+            value = self._loss(step, number, packed)
             (value * weight).backward()
             total += value.detach() * weight
         for p, mask in self.masks:
             if p.grad is not None:
                 p.grad.mul_(mask)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
-        optim.set_rate(self.optimizers, optim.share(self.config, step.progress.step, self.total))
+        optim.set_rate(self.optimizers, self._rate(step.progress.step))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -172,12 +184,38 @@ class Trainer:
         for first in range(0, len(sequences), self.count):
             mine = first + self.rank
             number, weight = (mine, 1.0) if mine < len(sequences) else (0, 0.0)
-            packed = sequences[number].to(self.accelerator.device)
-            yield number, packed.padded(self.config.length) if packed.tokens.is_cuda else packed, weight
+            yield number, self._placed(sequences[number]), weight
+
+    def _placed(self, packed: Packed) -> Packed:
+        """The sequence on this process's device, of one length where kernels are compiled for it."""
+        placed = packed.to(self.accelerator.device)
+        return placed.padded(self.config.length) if self.flex and placed.tokens.is_cuda else placed
+
+    def _loss(self, step: Batch, number: int, packed: Packed) -> Tensor:
+        """Sequence number `number`'s part of the step's loss."""
+        config = self.config
+        if step.lessons is None:
+            return loss(self._logits(packed), packed, document_weight=config.document_weight, totals=step.totals)
+        lesson = step.lessons[number]
+        with torch.no_grad(), self.student.teaching():
+            taught = self._logits(self._placed(lesson.taught))
+        held = lesson.held.to(packed.tokens.device)
+        return distill.loss(self._logits(packed), taught, held, hold=config.hold, totals=step.totals)
+
+    def _rate(self, step: int) -> float:
+        """The share of the highest learning rate: by the steps, or by the time where that ends the run first."""
+        return optim.share(self.config, max(step, min(math.ceil(self._spent() * self.total), self.total)), self.total)
+
+    def _spent(self) -> float:
+        """The share of the time that is over, the same in all processes."""
+        if not self.config.minutes:
+            return 0.0
+        share = (time.monotonic() - self.began) / (60 * self.config.minutes)
+        return share if self.count == 1 else float(self._sum(torch.tensor(share))) / self.count
 
     def _logits(self, packed: Packed) -> Tensor:
         with self.accelerator.autocast():
-            return logits(self.student.trainable, packed, module=self.module)
+            return logits(self.student.trainable, packed, module=self.module, flex=self.flex)
 
     def _agreed(self, wanted: bool) -> bool:
         """Whether any process wants it; all have to end after the same step."""
@@ -195,7 +233,7 @@ class Trainer:
     def _row(self, step: Batch, seconds: float) -> dict[str, Any]:
         return {
             "step": step.progress.step,
-            "lr": self.config.lr * optim.share(self.config, step.progress.step, self.total),
+            "lr": self.config.lr * self._rate(step.progress.step),
             "tokens": sum(map(len, step.sequences)),
             "sequences": len(step.sequences),
             "examples": step.examples,
@@ -257,6 +295,8 @@ class Trainer:
             weights = self._weights()
             if self.main:
                 model.save(self.student, weights, folder / checkpoint.MODEL)
+                if self.config.trained != WHOLE:
+                    model.save_adapter(self.student, weights, folder / checkpoint.ADAPTER)
                 io.write(folder / checkpoint.CONFIG, self.config.to_json())
         self.saved = checkpoint.found(self.out)[-1]
 
