@@ -140,7 +140,6 @@ restart: again, by a new process. Computed and reused are tokens.
 def graph_of(model: Model, question: str, method: methods.Method) -> ContextGraph:
     """The question over the articles that share most words with it, asked as `kvgraph eval` asks."""
     from kvgraph import demo as content
-    from kvgraph.models import adapters
 
     chosen = ranked(question, content.articles())[:READ]
     number = {document.id: i for i, document in enumerate(chosen)}
