@@ -9,9 +9,9 @@ from pathlib import Path
 
 from benchmarks.common import arguments, interleaved, median, report
 from kvgraph import Engine, demo, models
-from kvgraph.chat import Document
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Item, Task
 from kvgraph.eval.run import WINDOW, evaluate
-from kvgraph.eval.task import Item, Task
 
 TASK = Task(
     name="island",

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.common import arguments, median, report
 from kvgraph import Engine, models
-from kvgraph.engine.check import _plans
+from kvgraph.checks.gate import _plans
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 import families  # noqa: E402
 
 

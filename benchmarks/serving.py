@@ -22,8 +22,8 @@ import httpx
 
 from benchmarks.common import arguments, report
 from kvgraph import ContextGraph, Engine, demo, methods
+from kvgraph.edges import named_edges
 from kvgraph.engine.result import Result
-from kvgraph.graph import named_edges
 
 CORPUS = [d.text[:200] for d in demo.documents()[:8]]
 METHODS = (("block", "none"), ("full", "none"), ("pcw", "none"), ("kvlink:links=0", "none"), ("graph-kv", "chain"))

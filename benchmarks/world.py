@@ -33,16 +33,16 @@ from rich.table import Table
 
 from benchmarks.common import cpu_name
 from kvgraph import Engine, methods, models
-from kvgraph.data import tokenizer
-from kvgraph.data.world import CHUNKS, COMPARISON, HOPS, KEPT, SHUFFLED, TYPES
+from kvgraph.data.world import tokenizer
+from kvgraph.data.world.world import CHUNKS, COMPARISON, HOPS, KEPT, SHUFFLED, TYPES
 from kvgraph.engine.probe import deviations
-from kvgraph.engine.progress import Progress
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import ModelError
 from kvgraph.eval.stats import mean_interval
 from kvgraph.eval.tasks.world import WORLD_HOPS
 from kvgraph.methods import Method
 from kvgraph.methods.base import Probing
+from kvgraph.progress import Progress
 from kvgraph.train.example import Example, Question
 from kvgraph.train.forward import logits
 from kvgraph.train.mixture import WorldSource, with_edges

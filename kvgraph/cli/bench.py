@@ -13,7 +13,8 @@ import typer
 from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName, NoCheck
-from kvgraph.graph import ContextGraph, Edge, named_edges
+from kvgraph.edges import named_edges
+from kvgraph.graph import ContextGraph, Edge
 from kvgraph.methods import METHODS
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def bench(
     loaded = common.load_model(model, dtype, device, allow_untested)
     import torch
 
-    from kvgraph.engine.check import require
+    from kvgraph.checks.gate import require
     from kvgraph.engine.engine import Engine
-    from kvgraph.engine.progress import Progress
+    from kvgraph.progress import Progress
 
     if threads is not None:
         torch.set_num_threads(threads)

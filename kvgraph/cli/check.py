@@ -15,7 +15,8 @@ from kvgraph.cli import common
 from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName
 
 if TYPE_CHECKING:
-    from kvgraph.engine.check import Case, Quality
+    from kvgraph.checks.gate import Case
+    from kvgraph.checks.quality import Quality
     from kvgraph.engine.engine import Engine
 
 CLOSE = 0.01  # nats a token: a difference that no reader of the answers would notice
@@ -49,16 +50,18 @@ def check(
     """
     if (method is None) != (data is None):
         raise typer.BadParameter("--method and --data belong together")
-    from kvgraph.engine import check as checks
+    from kvgraph.checks.gate import gate
+    from kvgraph.checks.quality import quality as measured
+    from kvgraph.checks.quality import read_items
     from kvgraph.engine.engine import Engine
 
     chosen = None if method is None else methods.parse(method)
-    items = checks.read_items(data, limit) if data else []
+    items = read_items(data, limit) if data else []
     engine = Engine.load(
         model, dtype=dtype, device=device, allow_untested=allow_untested, check=False, kv_budget=kv_budget, store=None
     )
-    cases = checks.gate(engine.model)
-    quality = None if chosen is None else checks.quality(engine, chosen, items)
+    cases = gate(engine.model)
+    quality = None if chosen is None else measured(engine, chosen, items)
     passed = all(case.passed for case in cases)
     if as_json:
         found = {

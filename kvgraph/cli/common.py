@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvgraph import corpus
-from kvgraph.graph import ContextGraph, Text, named_edges
+from kvgraph.data import corpus
+from kvgraph.edges import named_edges
+from kvgraph.graph import ContextGraph, Text
 
 if TYPE_CHECKING:
     from rich.table import Table

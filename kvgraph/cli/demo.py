@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
-from kvgraph import chat, methods
-from kvgraph.chat import Document
+from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.data import tokenizer
-from kvgraph.data.world import CHUNKS, HOPS, PRONOUN, SHUFFLED, WRONG, Corpus, Question, World
+from kvgraph.data import chat
+from kvgraph.data.chat import Document
+from kvgraph.data.world import tokenizer
+from kvgraph.data.world.world import CHUNKS, HOPS, PRONOUN, SHUFFLED, WRONG, Corpus, Question, World
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
@@ -135,7 +136,7 @@ def _tell(asked: Asked, *, edges: bool) -> None:
 def _answers(model: Model, ready: Mapping[str, Method], asked: Sequence[Asked], folder: Path) -> Answers:
     """The answers to all questions, one after the other, cold, warm, and from a new engine on the same disk store."""
     from kvgraph.engine.engine import Engine
-    from kvgraph.engine.progress import Progress
+    from kvgraph.progress import Progress
 
     found: dict[str, dict[str, list[Result]]] = {name: {run: [] for run in RUNS} for name in ready}
     with Progress("asking", len(ready) * len(RUNS) * len(asked)) as bar:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvgraph import corpus, methods
+from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import (
     AllowUntested,
@@ -27,6 +27,7 @@ from kvgraph.cli.common import (
     StoreFolder,
     Template,
 )
+from kvgraph.data import corpus
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
@@ -125,7 +126,7 @@ def _unlogged(name: str) -> Iterator[None]:
 
 
 def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals) -> None:
-    from kvgraph.engine.progress import Progress
+    from kvgraph.progress import Progress
 
     started = time.perf_counter()
     with Progress("encoding", len(documents)) as bar:

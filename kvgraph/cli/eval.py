@@ -87,8 +87,9 @@ def evaluate(
     if len(set(specs)) < len(specs):
         raise typer.BadParameter("the same --method is given twice")
     parsed = list(map(methods.parse, specs))
+    from kvgraph.data.items import read
     from kvgraph.eval import ablate as ablations
-    from kvgraph.eval import records, tasks
+    from kvgraph.eval import tasks
     from kvgraph.eval.run import evaluate, slug
 
     names = ablations.parse(ablate)
@@ -96,9 +97,9 @@ def evaluate(
     chosen = tasks.get(task)
     if edges is not None and not any(map(methods.reads_edges, parsed)):
         raise typer.BadParameter(f"none of these methods reads edges: {', '.join(specs)}; leave --edges out")
-    found = records.read(chosen, data, limit, shuffle=shuffle, seed=seed)
+    found = read(chosen, data, limit, shuffle=shuffle, seed=seed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    from kvgraph.engine.check import require
+    from kvgraph.checks.gate import require
     from kvgraph.engine.engine import Engine
 
     loaded = common.load_model(model, dtype, device, allow_untested)

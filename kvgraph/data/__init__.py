@@ -1,1 +1,1 @@
-"""Data to train and evaluate on."""
+"""Everything that is text before it is tokens: corpora, chat templates, prompts, the records and items of tasks."""

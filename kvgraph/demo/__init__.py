@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from kvgraph.corpus import Document, load
+from kvgraph.data.corpus import Document, load
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import Edge
 

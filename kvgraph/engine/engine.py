@@ -23,16 +23,18 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
+from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.probe import cost, probed
-from kvgraph.engine.progress import Progress
+from kvgraph.engine.request import UNCACHED, Request, sequence_of
 from kvgraph.engine.result import Chunk, Result, Usage
-from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams, TextStream
-from kvgraph.engine.scheduler import UNCACHED, Request, Scheduler, sequence_of
+from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
+from kvgraph.engine.scheduler import Scheduler
 from kvgraph.errors import CapacityError, GraphError, KVGraphError, StoreError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.methods.base import Probing
 from kvgraph.plan import Plan
+from kvgraph.progress import Progress
 from kvgraph.store.base import Store
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.record import Record
@@ -120,7 +122,7 @@ class Engine:
         """
         loaded = models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
         if check:
-            from kvgraph.engine.check import require
+            from kvgraph.checks.gate import require
 
             require(loaded)
         return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt)

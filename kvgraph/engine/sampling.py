@@ -1,7 +1,6 @@
-"""From logits to text: one decode policy for every method.
+"""From logits to tokens: one decode policy for every method.
 
-`SamplingParams` says what is wanted, `Sampler` picks tokens from logits, `TextStream` turns tokens into text that can
-be shown as it comes, and ends it at stop strings.
+`SamplingParams` says what is wanted, `Sampler` picks tokens from logits. `kvgraph.engine.detokenize` makes them text.
 
 A token is chosen in this order, that of Hugging Face's `GenerationMixin._get_logits_processor`:
 repetition penalty -> temperature -> top-k -> top-p -> min-p -> one draw from what is left, renormalised.
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -21,9 +20,6 @@ import torch
 from torch import Tensor
 
 from kvgraph.errors import KVGraphError, ModelError
-
-REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no whole character (yet)
-LONGEST_WAIT = 16  # tokens that may wait for a character to be completed; a real one needs at most 4
 
 
 class SamplingError(KVGraphError, ValueError):
@@ -89,7 +85,7 @@ class SamplingParams:
             "None or an integer >= 0",
         )
         _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop", stop_strings(self.stop))
         ids = self.stop_token_ids
         _require(
             isinstance(ids, Iterable) and not isinstance(ids, str | bytes),
@@ -177,99 +173,6 @@ def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
     return scores.softmax(-1)
 
 
-class TextStream:
-    """Text of one answer as its tokens come, for any tokenizer, cut at the first stop string.
-
-    decode: token ids -> text. It may strip a leading space, merge tokens, or give U+FFFD for half a character: a few
-    tokens before the new ones are always decoded with them, so the pieces concatenate to decode(all tokens), at a cost
-    a token that doesn't grow with the answer. (Exception: a decoder that rewrites text it gave earlier, as byte
-    fallback does when whole characters are followed by broken bytes; what was shown stays.)
-
-    stop: strings that end the answer. The one that is *completed* first counts, and of several completed by the same
-    character the longest, so how the text is split into tokens makes no difference.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str], stop: Iterable[str] = ()):
-        self.stopped = False
-        self._decode = decode
-        self._stop = _stop_strings(stop)
-        self._pieces: list[str] = []
-        self._held = ""  # decoded, but it may be the beginning of a stop string
-        # Two neighbouring groups of tokens, each ending with a whole character: the earlier one, whose text is known,
-        # is the context in which the later, still growing one is decoded (TGI's and vLLM's prefix offset).
-        self._context: list[int] = []
-        self._waiting: list[int] = []
-
-    @property
-    def text(self) -> str:
-        """Everything shown so far."""
-        return "".join(self._pieces)
-
-    def push(self, token: int) -> str:
-        """Take the next token; returns the text that can now be shown, often "". Nothing comes after a stop."""
-        if self.stopped:
-            return ""
-        self._waiting.append(token)
-        text = self._fresh()
-        if text and not text.endswith(REPLACEMENT):
-            self._settle(len(self._waiting))
-        elif len(self._waiting) <= LONGEST_WAIT:
-            return ""
-        elif text:  # not half a character but bytes that are none
-            whole = self._last_whole(text)
-            settled = self._fresh(whole)
-            self._settle(whole)
-            text = settled
-        else:  # special tokens that have no text
-            self._waiting.clear()
-        return self._show(text)
-
-    def finish(self) -> str:
-        """Returns what was held back, half characters included; "" after a stop or a second time."""
-        if self.stopped:
-            return ""
-        shown = self._show(self._fresh())
-        self._settle(len(self._waiting))
-        if not self.stopped and self._held:
-            shown += self._held
-            self._pieces.append(self._held)
-        self._held = ""
-        return shown
-
-    def _fresh(self, n: int | None = None) -> str:
-        """Text that the first n waiting tokens (None: all) add to what came before."""
-        waiting = self._waiting[:n]
-        before = self._decode(self._context)
-        text = self._decode(self._context + waiting)
-        # A decoder that rewrote the context can't be followed: go on with the new tokens alone.
-        return text[len(before) :] if text.startswith(before) else self._decode(waiting)
-
-    def _settle(self, n: int) -> None:
-        """The text of the first n waiting tokens is final; they become the context of the others."""
-        if n:
-            self._context, self._waiting = self._waiting[:n], self._waiting[n:]
-
-    def _last_whole(self, text: str) -> int:
-        """How many waiting tokens, whose text this is, surely end before the character that is still unfinished."""
-        for n in range(len(self._waiting) - 1, 0, -1):
-            if self._fresh(n) + self._decode(self._waiting[n:]) == text:  # cutting here breaks nothing
-                return n
-        return len(self._waiting)
-
-    def _show(self, text: str) -> str:
-        """The part of what was held and `text` that can be shown: up to a stop, or to what may become one."""
-        text = self._held + text
-        stops = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if stops:
-            self.stopped = True
-            shown, self._held = text[: min(stops)[1]], ""
-        else:
-            held = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-            shown, self._held = text[: len(text) - held], text[len(text) - held :]
-        self._pieces.append(shown)
-        return shown
-
-
 def _best(logprobs: Tensor, n: int) -> tuple[tuple[int, float], ...]:
     """The n highest of logprobs [V] with their ids, best first, ties by id."""
     n = min(n, len(logprobs))
@@ -280,7 +183,7 @@ def _best(logprobs: Tensor, n: int) -> tuple[tuple[int, float], ...]:
     return tuple(zip(ids[order].tolist(), logprobs[ids[order]].tolist(), strict=True))
 
 
-def _stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
+def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
     wanted = "a string or a sequence of strings, none of them empty"
     _require(isinstance(stop, Iterable) and not isinstance(stop, bytes), "stop", stop, wanted)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)

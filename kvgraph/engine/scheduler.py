@@ -14,92 +14,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.rows import Row, RowKV, Step, View
-from kvgraph.engine.result import Result, Usage
-from kvgraph.engine.sampling import Sampler, SamplingParams, TextStream
+from kvgraph.attention.step import Row, RowKV, Step, View
+from kvgraph.engine.request import UNCACHED, Encoding, Request, Sequence, sequence_of
+from kvgraph.engine.result import Result
 from kvgraph.errors import CapacityError, PlanError
 from kvgraph.models import Model
-from kvgraph.plan import Group, Plan, Span
 from kvgraph.store.memory import MemoryStore
 from kvgraph.store.record import Record
-
-MOST_SLICES = 4  # of one record, each attended to on its own; more of them cost more than a mask over all of it
-UNCACHED = "uncached-"  # pool keys of spans that a plan computes each time; the rest of the key is unique
-
-
-Seen = tuple[str, tuple[Any, ...]]  # (a record's key, how a View sees it, in the reader's frame)
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Tokens on their way through the model, in one frame: a span being encoded, or a live span and its answer."""
-
-    tokens: list[int]
-    positions: np.ndarray  # [len(tokens)], the frame's own
-    places: list[Seen]
-    capacity: int  # tokens its KV has room for
-    kv: RowKV | None = None  # made when its first row runs
-    views: list[View] = field(default_factory=list)
-
-    @property
-    def done(self) -> int:
-        return 0 if self.kv is None else self.kv.length
-
-    @property
-    def left(self) -> int:
-        return len(self.tokens) - self.done
-
-
-@dataclass(eq=False)
-class Encoding:
-    """A missing span being encoded once for all requests that wait for it."""
-
-    key: str
-    sequence: Sequence
-    persistent: bool  # goes to the store, not only to the pool
-    waiters: set[Request] = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class Request:
-    """One plan to be answered (or only warmed), from submission to its result."""
-
-    plan: Plan
-    keys: list[str]
-    params: SamplingParams
-    sampler: Sampler
-    stream: TextStream
-    sequence: Sequence  # the live span, and the answer as it grows
-    encode_only: bool  # finished as soon as everything its live span reads is encoded
-    answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the live span
-    keep_logits: bool
-    submitted: float
-    usage: Usage
-    missing: set[str] = field(default_factory=set)  # encodings it waits for
-    held: set[str] = field(default_factory=set)
-    token_ids: list[int] = field(default_factory=list)
-    sampled: list = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
-    greedy: bool = True  # whether every scored token was the likeliest
-    first_logits: Tensor | None = None
-    first_token_at: float = 0.0
-    fresh: list[tuple[str, int]] = field(default_factory=list)  # (text, token) not yet handed to a stream
-    result: Result | None = None
-    error: BaseException | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is a result or an error."""
-        return self.result is not None or self.error is not None
-
 
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
 
@@ -475,27 +401,3 @@ class Scheduler:
         """Evict what nobody holds until `size` more bytes fit beside all own KV and running encodings."""
         encoding = sum(e.sequence.kv.nbytes for e in self.encodings.values() if e.sequence.kv is not None)
         self.pool.evict_to(max(0, self.budget - self.row_bytes - encoding - size))
-
-
-def sequence_of(span: Span, keys: list[str], room: int = 0) -> Sequence:
-    """A span in its own frame (first position 0), with its places' keys and `room` for tokens to come."""
-    positions = np.asarray(span.positions, dtype=np.int64) - span.start
-    groups = (Group(), *span.groups)
-    places = [(keys[p.span], (p.at - span.start, p.lo, p.hi or 0, p.group, *groups[p.group])) for p in span.sees]
-    return Sequence(list(span.tokens), positions, _joined(places), len(span) + room)
-
-
-def _joined(places: list[Seen]) -> list[Seen]:
-    """The places, but where many slices of one record are seen, these as one with the gaps between them hidden."""
-    slices: dict[tuple, list[tuple[int, int]]] = {}
-    for key, (at, lo, hi, *weights) in places:
-        slices.setdefault((key, at, *weights), []).append((lo, hi))
-    joined: list[Seen] = []
-    for (key, at, *weights), found in slices.items():
-        found.sort()
-        gaps = [(hi, lo) for (_, hi), (lo, _) in pairwise(found)]
-        if len(found) > MOST_SLICES and all(lo <= hi for lo, hi in gaps):  # what overlaps counts twice
-            joined.append((key, (at, found[0][0], found[-1][1], *weights, gaps)))
-        else:
-            joined += [(key, (at, lo, hi, *weights)) for lo, hi in found]
-    return joined

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from kvgraph.data.prompt import LINKS, edges_of
+from kvgraph.data.task import Item, Task
 from kvgraph.errors import GraphError
 from kvgraph.eval import runs, stats
-from kvgraph.eval.prompt import LINKS, edges_of
 from kvgraph.eval.stats import Difference
-from kvgraph.eval.task import Item, Task
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import GraphKV, Method, reads_edges
 

@@ -22,13 +22,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from kvgraph import methods
+from kvgraph.edges import named_edges
 from kvgraph.engine.engine import Engine
-from kvgraph.engine.progress import Progress
+from kvgraph.engine.request import Request
 from kvgraph.engine.result import Result
 from kvgraph.engine.sampling import SamplingParams
-from kvgraph.engine.scheduler import Request
 from kvgraph.errors import KVGraphError
-from kvgraph.graph import ContextGraph, named_edges
+from kvgraph.graph import ContextGraph
+from kvgraph.progress import Progress
 
 WINDOW = 32  # requests in the scheduler at once
 BLANK_LINES = re.compile(r"\n\n+")

@@ -27,21 +27,22 @@ import torch
 
 import kvgraph
 from kvgraph import methods
+from kvgraph.data import prompt
+from kvgraph.data.folder import errors_named, locked
+from kvgraph.data.items import Data
+from kvgraph.data.task import Item, Task, TaskError
 from kvgraph.engine.engine import Engine
-from kvgraph.engine.progress import Progress
+from kvgraph.engine.request import Request
 from kvgraph.engine.result import Result, Usage
 from kvgraph.engine.sampling import SamplingParams
-from kvgraph.engine.scheduler import Request
 from kvgraph.errors import KVGraphError
-from kvgraph.eval import prompt, stats
-from kvgraph.eval.folder import errors_named, locked
+from kvgraph.eval import stats
 from kvgraph.eval.metrics import EXTRACT, METRICS, SETS
-from kvgraph.eval.records import Data
 from kvgraph.eval.runs import FORMAT, RESULTS, SUMMARY, RunError, changes
-from kvgraph.eval.task import Item, Task, TaskError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
+from kvgraph.progress import Progress
 
 CONFIG = "config.json"
 WINDOW = 32  # requests in the engine at once

@@ -9,10 +9,11 @@ from fastapi import FastAPI
 
 from kvgraph import __version__
 from kvgraph.engine.engine import Engine
-from kvgraph.server import compat, errors, health, inspect, metrics, openai, playground, segments
-from kvgraph.server.core import Server, load_engine
+from kvgraph.server import errors, playground
 from kvgraph.server.middleware import BodyLimit, Observed
+from kvgraph.server.routes import compat, health, inspect, metrics, openai, segments
 from kvgraph.server.settings import Settings
+from kvgraph.server.state import Server, load_engine
 
 
 def create_app(settings: Settings, load: Callable[[Settings], Engine] = load_engine) -> FastAPI:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvgraph import methods
-from kvgraph.chat import Document
+from kvgraph.data.chat import Document
 from kvgraph.errors import StoreError
 from kvgraph.graph import ContextGraph, Text
 from kvgraph.methods import GraphKV

@@ -11,8 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import generate_latest as written
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
@@ -23,9 +22,8 @@ from kvgraph.store.disk import DiskStore
 from kvgraph.store.tiered import TieredStore
 
 if TYPE_CHECKING:
-    from kvgraph.server.core import Server
+    from kvgraph.server.state import Server
 
-router = APIRouter()
 
 PATIENCE = 0.5  # seconds a scrape waits for the size of a store, which is else the one of the scrape before
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
@@ -173,9 +171,3 @@ class _State(Collector):
         store = self._server.engine.store if self._server.loaded else None
         tiers = store.tiers if isinstance(store, TieredStore) else (store,)
         return [tier for tier in tiers if isinstance(tier, DiskStore)]
-
-
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def metrics(request: Request) -> Response:
-    """Metrics in Prometheus' text format. Needs no key: it holds nothing of any tenant."""
-    return Response(await request.app.state.server.metrics.page(), media_type=CONTENT_TYPE_LATEST)

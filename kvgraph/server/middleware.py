@@ -16,7 +16,7 @@ from kvgraph.server.errors import APIError
 from kvgraph.server.logs import Exchange
 
 if TYPE_CHECKING:
-    from kvgraph.server.core import Server
+    from kvgraph.server.state import Server
 
 access = logging.getLogger("kvgraph.access")
 

@@ -11,9 +11,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from kvgraph.engine.engine import Engine
+from kvgraph.engine.request import Request
 from kvgraph.engine.result import Usage
 from kvgraph.engine.sampling import SamplingParams
-from kvgraph.engine.scheduler import Request
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Block
@@ -23,7 +23,7 @@ from kvgraph.server.runner import Job, Runner, Stopped
 from kvgraph.server.tenants import Caller
 
 if TYPE_CHECKING:
-    from kvgraph.server.core import Server
+    from kvgraph.server.state import Server
 
 log = logging.getLogger("kvgraph.server")
 

@@ -10,19 +10,20 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from kvgraph import methods
-from kvgraph.chat import DOCUMENT, Document, chat, opening
+from kvgraph.data.chat import DOCUMENT, Document, chat, opening
+from kvgraph.edges import named_edges
 from kvgraph.engine.engine import Engine
+from kvgraph.engine.request import Request
 from kvgraph.engine.sampling import SamplingParams
-from kvgraph.engine.scheduler import Request
 from kvgraph.errors import CapacityError, GraphError, PlanError
-from kvgraph.graph import ContextGraph, named_edges
+from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server.errors import APIError
 from kvgraph.server.schema import ChatRequest, CompletionRequest, Generation, GraphOptions, StoredDocument
 
 if TYPE_CHECKING:
-    from kvgraph.server.core import Server
+    from kvgraph.server.state import Server
     from kvgraph.server.tenants import Caller
 
 

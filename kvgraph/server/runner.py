@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kvgraph.engine.engine import Engine
+from kvgraph.engine.request import Request
 from kvgraph.engine.result import Result
 from kvgraph.engine.sampling import Sampled
-from kvgraph.engine.scheduler import Request
 from kvgraph.errors import KVGraphError
 from kvgraph.server import logs
 

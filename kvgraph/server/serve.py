@@ -13,8 +13,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from kvgraph.server import logs
 from kvgraph.server.app import create_app
-from kvgraph.server.core import Server
 from kvgraph.server.settings import Settings, SettingsError
+from kvgraph.server.state import Server
 
 log = logging.getLogger("kvgraph.server")
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, Secret
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from kvgraph import methods
-from kvgraph.chat import check_template
+from kvgraph.data.chat import check_template
 from kvgraph.errors import KVGraphError
 
 Size = Annotated[ByteSize, Field(gt=0)]

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 
 from kvgraph import __version__
-from kvgraph.engine.scheduler import Request
+from kvgraph.engine.request import Request
 from kvgraph.server.logs import Exchange
 from kvgraph.server.settings import Settings, SettingsError
 

@@ -28,7 +28,7 @@ class Component:
     source: where they come from: "world:KIND,SETTINGS" (kvgraph.data.world) or a folder that `kvgraph data prepare` made,
     relative to the configuration's `data`. weight: how often, against the other components. methods: as commands write
     them; each example is trained by one of them, drawn evenly, or by `every` one. edges: for methods that read edges,
-    "links" (the data's own) or what `kvgraph.graph.named_edges` knows; one of them is drawn an example.
+    "links" (the data's own) or what `kvgraph.edges.named_edges` knows; one of them is drawn an example.
     through_links: questions see the link tokens and not the documents, so that whatever they need has to pass through the
     links (gist masking: Mu et al. 2023, arXiv 2304.08467). For kvlink only.
     """

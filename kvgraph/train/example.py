@@ -137,7 +137,7 @@ def _lives(example: Example, method: Method) -> _Lives:
     """What the plans of all questions share.
 
     The live span is what comes before the query, then the query, whatever it is. So two plans tell all: what the others
-    would be is put together from them. tests/test_train_pack.py compares that with `Example.plans`.
+    would be is put together from them. tests/train/test_train_pack.py compares that with `Example.plans`.
     """
     asked = [(*question.query, *question.answer[:-1]) for question in example.questions]
     planned = sorted(asked, key=len, reverse=True)[:2]  # the longest isn't empty, so it tells where queries start

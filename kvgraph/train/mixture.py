@@ -16,14 +16,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from kvgraph import methods
-from kvgraph.chat import Document
-from kvgraph.data.names import HELD_OUT_SPLIT, TRAIN
-from kvgraph.data.world import CHUNKS, World
+from kvgraph.data import prompt
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Item
+from kvgraph.data.world.names import HELD_OUT_SPLIT, TRAIN
+from kvgraph.data.world.world import CHUNKS, World
+from kvgraph.edges import named_edges
 from kvgraph.errors import GraphError, PlanError
-from kvgraph.eval import prompt
-from kvgraph.eval.task import Item
 from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
-from kvgraph.graph import ContextGraph, named_edges
+from kvgraph.graph import ContextGraph
 from kvgraph.methods import KVLink, Method
 from kvgraph.train.config import Component, TrainError
 from kvgraph.train.example import Example

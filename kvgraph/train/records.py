@@ -1,7 +1,7 @@
 """Training records, and what they are to a model: examples with the tokens that evaluation and server would give it.
 
 `docs/data.md` says what the three kinds of records hold. Records are text without prompts; the prompt is made here, by
-the code that evaluation (`kvgraph.eval.prompt`) and server (`kvgraph.chat`) use.
+the code that evaluation (`kvgraph.data.prompt`) and server (`kvgraph.data.chat`) use.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvgraph import chat
-from kvgraph.chat import Document, Prompt
+from kvgraph.data import chat
+from kvgraph.data import prompt as prompts
+from kvgraph.data.chat import Document, Prompt
+from kvgraph.data.task import Item, TaskError
 from kvgraph.errors import GraphError, KVGraphError
-from kvgraph.eval import prompt as prompts
 from kvgraph.eval import tasks
-from kvgraph.eval.task import Item, TaskError
 from kvgraph.graph import ContextGraph
 from kvgraph.train.example import Example, Question
 

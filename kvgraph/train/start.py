@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kvgraph.data import tokenizer, world
+from kvgraph.data.world import tokenizer, world
 
 HIDDEN, LAYERS, HEADS, HEAD_DIM, MLP = 192, 3, 4, 48, 512
 THETA = 10000.0

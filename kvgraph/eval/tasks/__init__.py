@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from kvgraph.eval.task import Task, TaskError
+from kvgraph.data.task import Task, TaskError
 from kvgraph.eval.tasks.arxiv_qa import ARXIV_QA
 from kvgraph.eval.tasks.blockqa import BLOCK_2WIKI, BLOCK_HOTPOTQA, BLOCK_NQ, BLOCK_TRIVIAQA
 from kvgraph.eval.tasks.hotpotqa import HOTPOTQA

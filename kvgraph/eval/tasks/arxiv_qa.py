@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from kvgraph.chat import Document
-from kvgraph.eval.task import Item, Task, TaskError
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Item, Task, TaskError
 from kvgraph.eval.tasks import ego, qa
 from kvgraph.eval.tasks.segments import Text
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvgraph.chat import Document
-from kvgraph.eval.task import Item
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Item
 
 INSTRUCTION = "Here are research papers and works that they cite.\n\n"
 BREAKDOWNS = ("distractors", "related")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvgraph.eval.task import TaskError
+from kvgraph.data.task import TaskError
 
 csv.field_size_limit(1 << 30)  # the usual limit of 128 KiB is less than a long paper
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, Field
 
-from kvgraph.chat import Document
-from kvgraph.eval.task import Hub, Item, Task
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Hub, Item, Task
 from kvgraph.eval.tasks import qa
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from kvgraph.chat import Document
-from kvgraph.eval.task import Hub, Item, Task, TaskError
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Hub, Item, Task, TaskError
 from kvgraph.eval.tasks import qa
 
 

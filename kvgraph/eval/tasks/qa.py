@@ -13,8 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from kvgraph.data.task import TaskError
 from kvgraph.eval.metrics import flatten
-from kvgraph.eval.task import TaskError
 
 INSTRUCTION = "Here are documents that may help to answer a question. Some of them may have nothing to do with it."
 QUESTION = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, Field, model_validator
 
-from kvgraph.eval.task import Hub, Item, Task
+from kvgraph.data.task import Hub, Item, Task
 from kvgraph.eval.tasks import qa
 from kvgraph.eval.tasks.segments import DOCUMENT, Text, segments
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kvgraph.eval.task import Hub, Item, Task
+from kvgraph.data.task import Hub, Item, Task
 from kvgraph.eval.tasks import qa
 from kvgraph.eval.tasks.segments import DOCUMENT, Text, segments
 

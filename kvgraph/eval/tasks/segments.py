@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from kvgraph.chat import Document
+from kvgraph.data.chat import Document
 
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 """A field that holds more than white space."""

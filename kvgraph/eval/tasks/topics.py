@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
-from kvgraph.chat import Document
-from kvgraph.eval.task import Item, Task, TaskError
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Item, Task, TaskError
 from kvgraph.eval.tasks import qa
 from kvgraph.eval.tasks.files import rows
 from kvgraph.eval.tasks.segments import Text

@@ -13,8 +13,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel
 
-from kvgraph.chat import Document
-from kvgraph.eval.task import Hub, Item, Task, TaskError
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Hub, Item, Task, TaskError
 from kvgraph.eval.tasks import qa
 
 WORDS = 800  # of a page, from its beginning; as many as the data set's own convert_to_squad_format.py keeps

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kvgraph.chat import Document
-from kvgraph.eval.task import Item, Task
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Item, Task
 from kvgraph.eval.tasks import ego, qa
 
 MARKER = re.compile(r"\{\{(\w+):([^}]*)\}\}")  # {{cite:ID}}, {{formula:ID}}, {{figure:ID}}, {{table:ID}}

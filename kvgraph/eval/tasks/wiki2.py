@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvgraph.eval.task import Hub
+from kvgraph.data.task import Hub
 from kvgraph.eval.tasks.hotpotqa import HOTPOTQA
 
 WIKI2 = replace(

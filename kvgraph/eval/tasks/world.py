@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kvgraph.chat import Document
-from kvgraph.data import world
-from kvgraph.eval.task import Item, Task
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Item, Task
+from kvgraph.data.world import world
 from kvgraph.eval.tasks import qa
 
 
@@ -52,7 +52,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
 
 
 def generate(settings: str, kind: str) -> Iterator[dict[str, Any]]:
-    """Records of the world with these settings, as `kvgraph.data.world.World.parse` reads them."""
+    """Records of the world with these settings, as `kvgraph.data.world.world.World.parse` reads them."""
     return world.records(world.World.parse(kind, settings))
 
 

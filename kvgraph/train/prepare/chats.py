@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, Field
 
-from kvgraph.eval.task import Hub
+from kvgraph.data.task import Hub
 from kvgraph.train.prepare.source import Job, Made, Skip, Source, each
 
 Message = dict[str, str]

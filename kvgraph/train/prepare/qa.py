@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import xxhash
 from pydantic import BaseModel
 
-from kvgraph.chat import Document
-from kvgraph.eval.task import Hub, Task
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Hub, Task
 from kvgraph.eval.tasks import hotpotqa, triviaqa
 from kvgraph.eval.tasks.qa import Answers as Golds
 from kvgraph.eval.tasks.qa import joined
@@ -216,7 +216,7 @@ class Questions:
         half.rename(asked)
 
     def _request(self, row: Row, question: Question, passages: tuple[Passage, ...]) -> Request:
-        """What the endpoint is asked: the task's own prompt, as `kvgraph.eval.prompt.build` makes it for a chat model."""
+        """What the endpoint is asked: the task's own prompt, as `kvgraph.data.prompt.build` makes it for a chat model."""
         documents = "".join(str(Document(p["text"], p["title"]).filled(self.task.document)) for p in passages)
         user = documents + self.task.question.format(question=question.question)
         system = self.task.instruction.strip()

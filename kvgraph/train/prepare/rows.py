@@ -15,8 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvgraph.data.task import Hub
 from kvgraph.errors import KVGraphError
-from kvgraph.eval.task import Hub
 from kvgraph.train.prepare.source import PrepareError, Row, Source
 
 LINES, WHOLE, PARQUET = (".jsonl", ".ndjson"), (".json",), (".parquet",)

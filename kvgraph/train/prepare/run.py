@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import kvgraph
+from kvgraph.data.folder import errors_named, locked
 from kvgraph.errors import KVGraphError
-from kvgraph.eval.folder import errors_named, locked
 from kvgraph.train.prepare.rows import Reader
 from kvgraph.train.prepare.source import Job, Made, Outcome, PrepareError, Source
 from kvgraph.train.prepare.tokens import Tokens

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
+from kvgraph.data.task import Hub, Item, Task, TaskError
 from kvgraph.errors import KVGraphError
-from kvgraph.eval.task import Hub, Item, Task, TaskError
 from kvgraph.eval.tasks import qa
 
 Made = dict[str, Any]
@@ -84,7 +84,7 @@ class Source:
     outcomes: what becomes of rows, in their order, one outcome a row; it may read ahead. The rows after a restart don't
     begin with the first. hub: where the data set is. sample: a file of the package folder `samples`. schema: of a record.
     origin: the paper or code whose recipe this is. needs_tokenizer: to measure texts. settings: of this source alone.
-    read: reads local files of a layout that isn't one record a line, row or list element (see `kvgraph.eval.task.Task`).
+    read: reads local files of a layout that isn't one record a line, row or list element (see `kvgraph.data.task.Task`).
     """
 
     name: str

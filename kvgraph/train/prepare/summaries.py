@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kvgraph.eval.task import Hub, Item, Task, TaskError
+from kvgraph.data.task import Hub, Item, Task, TaskError
 from kvgraph.eval.tasks.multi_news import MULTI_NEWS as MULTI_NEWS_TASK
 from kvgraph.eval.tasks.xsum import XSUM as XSUM_TASK
 from kvgraph.train.prepare.source import Job, Outcome, PrepareError, Row, Skip, Source, task_record

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from pydantic import BaseModel
 
-from kvgraph.eval.task import Hub
+from kvgraph.data.task import Hub
 from kvgraph.eval.tasks.segments import SENTENCE_ENDS
 from kvgraph.train.prepare.source import Job, Made, Skip, Source, each
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvgraph.data.tokenizer import LINKS_EACH, kvlink
+from kvgraph.data.world.tokenizer import LINKS_EACH, kvlink
 from kvgraph.train.config import MUON, TRAPEZOID, Component, Config, Stage
 
 START = "world"  # the untrained model of kvgraph.train.start

@@ -1,0 +1,87 @@
+"""Attention over parts on the CPU: PyTorch's fused kernel, which tiles the scores and returns the log-sum-exp.
+
+Masked parts, softcap and head sizes that differ between keys and values go the reference way. KV in bf16 or fp16 is
+converted to float32 tile by tile, so that scores and sums are float32 and memory stays bounded.
+Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvgraph.attention.backends import reference
+from kvgraph.attention.backends.base import Part
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+TILE = 2048  # keys converted to float32 at a time
+
+
+def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """q [H, C, D] float32 -> out [H, C, Dv], lse [H, C], float32."""
+    heads, columns, dim = q.shape
+    out = q.new_empty(heads, columns, parts[0].values.shape[-1])
+    lse = q.new_empty(heads, columns)
+    for part in parts:
+        here = part.columns
+        if softcap is not None or part.values.shape[-1] != dim:
+            local = part._replace(columns=slice(0, here.stop - here.start))
+            out[:, here], lse[:, here] = reference.attend(q[:, here], [local], scale, softcap)
+        elif part.mask is not None:
+            out[:, here], lse[:, here] = _masked(q[:, here], part, part.mask, scale)
+        elif part.causal:
+            out[:, here], lse[:, here] = _causal(q[:, here], part.keys, part.values, scale)
+        else:
+            out[:, here], lse[:, here] = _open(q[:, here], part.keys, part.values, scale)
+    return out, lse
+
+
+def _open(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Every column sees every key. The R heads of a group become rows of one matmul, so keys are read once."""
+    (heads, n, dim), groups = q.shape, keys.shape[0]
+    rows = q.reshape(1, groups, heads // groups * n, dim)
+    if keys.dtype == torch.float32:
+        out, lse = _flash(rows, keys[None], values[None], 0.0, False, attn_mask=None, scale=scale)
+        return out.reshape(heads, n, dim), lse.reshape(heads, n)
+    outs, lses = [], []
+    for at in range(0, keys.shape[1], TILE):
+        k, v = keys[:, at : at + TILE].float(), values[:, at : at + TILE].float()
+        out, lse = _flash(rows, k[None], v[None], 0.0, False, attn_mask=None, scale=scale)
+        outs.append(out.reshape(heads, n, dim))
+        lses.append(lse.reshape(heads, n))
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    stacked = torch.stack(lses)
+    total = torch.logsumexp(stacked, 0)
+    weights = torch.exp(stacked - total)[..., None]
+    return (torch.stack(outs) * weights).sum(0), total
+
+
+def _masked(q: Tensor, part: Part, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Column i sees the keys of mask[i]. The kernel wants the mask as a number to add to every score: tiles of it."""
+    (heads, n, dim), groups = q.shape, part.keys.shape[0]
+    repeat = heads // groups
+    k, v = part.keys.float()[None], part.values.float()[None]
+    step = max(1, reference.TILE // (repeat * mask.shape[1]))
+    outs, lses = [], []
+    for at in range(0, n, step):
+        here = q[:, at : at + step]
+        rows = here.reshape(1, groups, -1, dim)
+        bias = torch.zeros(here.shape[1], mask.shape[1]).masked_fill_(~mask[at : at + step], -torch.inf)
+        out, lse = _flash(rows, k, v, 0.0, False, attn_mask=bias.repeat(repeat, 1)[None, None], scale=scale)
+        outs.append(out.reshape(heads, -1, dim))
+        lses.append(lse.reshape(heads, -1))
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def _causal(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Column i sees keys 0..i. The kernel skips the upper triangle; the R heads of a group become its batch."""
+    (heads, n, dim), groups = q.shape, keys.shape[0]
+    repeat = heads // groups
+    rows = q.reshape(groups, repeat, n, dim).transpose(0, 1)
+    k = keys.float()[None].expand(repeat, -1, -1, -1)
+    v = values.float()[None].expand(repeat, -1, -1, -1)
+    out, lse = _flash(rows, k, v, 0.0, True, attn_mask=None, scale=scale)
+    return out.transpose(0, 1).reshape(heads, n, dim), lse.transpose(0, 1).reshape(heads, n)

@@ -1,0 +1,103 @@
+"""What a method costs a model: how likely given answers are under it and under `full`, on identical tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvgraph.engine.engine import Engine
+from kvgraph.errors import GraphError
+from kvgraph.graph import ContextGraph, Text
+from kvgraph.methods import Method
+from kvgraph.progress import Progress
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Mean negative log-likelihood (nats a token) of given answers under a method and under `full`."""
+
+    method: str
+    items: int
+    tokens: int
+    nll: float
+    full_nll: float
+
+
+def quality(
+    engine: Engine, method: str | Method, items: Iterable[tuple[ContextGraph, Text]], progress: bool | None = None
+) -> Quality:
+    """Score every (graph, answer) with `method` and with `full` on identical tokens."""
+    pairs = list(items)
+    if not pairs:
+        raise GraphError("no items to measure: the data file is empty")
+    sums, tokens = [0.0, 0.0], 0
+    name = method if isinstance(method, str) else method.name
+    with Progress(f"scoring {name} against full", len(pairs), enabled=progress) as bar:
+        for graph, answer in pairs:
+            plain = ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix)
+            scores = [engine.score(graph, answer, method).scores, engine.score(plain, answer, "full").scores]
+            for i, s in enumerate(scores):
+                sums[i] -= float(s.sum())
+            tokens += len(scores[0])
+            bar.advance(1)
+    return Quality(name, len(pairs), tokens, sums[0] / tokens, sums[1] / tokens)
+
+
+def read_items(path: Path, limit: int | None = None) -> list[tuple[ContextGraph, str]]:
+    """JSON Lines of {"question", "answer", "documents": [text or {"title", "text"}], "prefix"?, "edges"?} as graphs.
+
+    limit: read only the first items. Raises GraphError, naming file and line, for what isn't such an object.
+    """
+    items: list[tuple[ContextGraph, str]] = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise GraphError(f"can't read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise GraphError(f"can't read {path}: it is not UTF-8 text") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if limit is not None and len(items) >= limit:
+            break
+        try:
+            items.append(_item(json.loads(line)))
+        except GraphError as error:
+            raise GraphError(f"{path}:{number}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise GraphError(f"{path}:{number} is not JSON: {error}") from None
+    return items
+
+
+def _item(row: Any) -> tuple[ContextGraph, str]:
+    """(graph, answer) of one line of a data file. Raises GraphError saying which field is wrong."""
+    if not isinstance(row, dict):
+        raise GraphError('every line must be an object with "question", "answer" and "documents"')
+    for field in ("question", "answer"):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise GraphError(f'needs "{field}", which must be text and not empty{_found(row, field)}')
+    documents, edges, prefix = row.get("documents"), row.get("edges", []), row.get("prefix", "")
+    if not isinstance(documents, list):
+        raise GraphError(f'needs "documents", a list of texts or of {{"title", "text"}}{_found(row, "documents")}')
+    if not isinstance(edges, list) or not all(isinstance(e, list) and len(e) == 2 for e in edges):
+        raise GraphError(f'"edges" must be a list of pairs [source, reader]{_found(row, "edges")}')
+    if not isinstance(prefix, str):
+        raise GraphError(f'"prefix" must be text{_found(row, "prefix")}')
+    texts = [_document(d, i) for i, d in enumerate(documents)]
+    return ContextGraph(texts, row["question"], prefix, [(source, reader) for source, reader in edges]), row["answer"]
+
+
+def _document(value: Any, index: int) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and all(isinstance(value.get(field), str) for field in ("title", "text")):
+        return f"{value['title']}\n{value['text']}\n"
+    raise GraphError(f'document {index} must be text or an object with the texts "title" and "text"')
+
+
+def _found(row: dict[str, Any], field: str) -> str:
+    """What a line has in a field instead, for messages."""
+    return f"; it is {json.dumps(row[field], ensure_ascii=False)[:40]}" if field in row else "; there is none"

@@ -1,0 +1,43 @@
+"""The one prompt policy: what a model is asked depends on the item, the task and the model, never on the method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvgraph.data import chat
+from kvgraph.data.chat import ChatError, Prompt
+from kvgraph.data.task import Item, Task
+from kvgraph.edges import named_edges
+from kvgraph.graph import Edge
+
+LINKS = "links"  # the edges that an item's data has
+
+
+def build(task: Task, item: Item, tokenizer: Any) -> Prompt:
+    """Instruction, documents, question: in the model's chat template if it has one, else one after the other.
+
+    In a chat the instruction is the system message, and documents and question are the user's. For a template that
+    refuses or drops system messages it stands before the question. Documents are written as the task says, also where a
+    template has a form of its own for them: such forms number the documents, which would make a document another one at
+    every rank.
+    """
+    instruction, question = task.instruction.strip(), task.question.format(question=item.question)
+    if not getattr(tokenizer, "chat_template", None):
+        return chat.plain(tokenizer, f"{instruction}\n\n", item.documents, question, task.document)
+    user = {"role": "user", "content": question}
+    try:
+        prompt = _chat(tokenizer, [{"role": "system", "content": instruction}, user], task, item)
+        if instruction in "".join((*prompt.prefix, prompt.query)):
+            return prompt
+    except ChatError:
+        pass
+    return _chat(tokenizer, [{"role": "user", "content": f"{instruction}\n\n{question}"}], task, item)
+
+
+def _chat(tokenizer: Any, messages: list[dict[str, str]], task: Task, item: Item) -> Prompt:
+    return chat.chat(tokenizer, messages, item.documents, template=task.document)
+
+
+def edges_of(item: Item, spec: str) -> tuple[Edge, ...]:
+    """The item's own edges for "links", else those that `kvgraph.edges.named_edges` makes of its documents' numbers."""
+    return item.links if spec == LINKS else named_edges(spec, [""] * len(item.documents))

@@ -1,0 +1,66 @@
+"""The world's own tokenizer: a token for every word, two for a name, as a standard `tokenizers` file.
+
+Ids: special tokens, KVLink's link tokens, words, first syllables, second syllables. Spaces and line ends are no tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvgraph.data.world import names, world
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PAD, BOS, EOS, UNKNOWN, MEM_START, MEM_END = SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<mem_start>", "<mem_end>")
+LINKS_EACH = 4  # link tokens of a document
+LINKS = 24 * LINKS_EACH  # of 24 documents
+INSIDE = "##"  # begins a token that goes on where the one before ends
+
+
+def vocabulary() -> dict[str, int]:
+    """Id by token."""
+    links = (f"<link_{i}>" for i in range(LINKS))
+    tokens = [*SPECIAL, *links, *world.words(), *names.FIRST, *(INSIDE + syllable for syllable in names.SECOND)]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def kvlink(links: int) -> str:
+    """The `kvlink` method with these special tokens, as commands write methods: "kvlink:links=4,link_start=6,...".
+
+    links: link tokens a document, from 1. The more there are, the fewer documents have some.
+    """
+    ids = vocabulary()
+    slots, start = LINKS // links, len(SPECIAL)
+    return f"kvlink:links={links},link_start={start},slots={slots},mem_start={ids[MEM_START]},mem_end={ids[MEM_END]}"
+
+
+def build() -> Tokenizer:
+    """The tokenizer. Texts of the world come back from their ids as they were; a text gets BOS unless told otherwise."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    ids = vocabulary()
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNKNOWN, continuing_subword_prefix=INSIDE))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(INSIDE, cleanup=True), decoders.Replace(" :", ":")])
+    tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", None, [(BOS, ids[BOS])])
+    tokenizer.add_special_tokens([*SPECIAL, *(f"<link_{i}>" for i in range(LINKS))])
+    return tokenizer
+
+
+def write(folder: str | Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, as a Hugging Face model folder has them; makes the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    build().save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "unk_token": UNKNOWN,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

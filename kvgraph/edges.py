@@ -1,0 +1,119 @@
+"""Edges that a graph is often given: what each function makes is a tuple of pairs (source, reader). Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+from kvgraph.errors import GraphError
+from kvgraph.graph import Edge, Ref, is_int
+
+
+def all_pairs(n: int, self_edges: bool = False) -> tuple[Edge, ...]:
+    """Every one of n segments reads every other (and itself, with `self_edges`)."""
+    return top_k(n, 0, self_edges)
+
+
+def top_k(n: int, k: int, self_edges: bool = False, last: bool = False) -> tuple[Edge, ...]:
+    """Every one of n segments reads the first k (with `last`, the last k). k=0, or k above n, means all.
+
+    A source reads the other sources, and itself with `self_edges`.
+    """
+    _count("n", n)
+    _count("k", k)
+    if k == 0 or k > n:
+        k = n
+    sources = range(n - k, n) if last else range(k)
+    return tuple((s, r) for r in range(n) for s in sources if self_edges or s != r)
+
+
+def star(center: Ref, neighbours: Iterable[Ref]) -> tuple[Edge, ...]:
+    """The center reads each of its neighbours. Raises GraphError when it is its own neighbour."""
+    edges = tuple((neighbour, center) for neighbour in neighbours)
+    if (center, center) in edges:
+        raise GraphError(f"segment {center!r} is the center of a star and can't be its own neighbour; leave it out")
+    return edges
+
+
+def ego(groups: Iterable[tuple[Ref, Iterable[Ref]]]) -> tuple[Edge, ...]:
+    """Several stars: groups of (center, neighbours)."""
+    return tuple(edge for center, neighbours in groups for edge in star(center, neighbours))
+
+
+def chain(n: int) -> tuple[Edge, ...]:
+    """Each of n segments reads the one before it."""
+    _count("n", n)
+    return tuple(pairwise(range(n)))
+
+
+def layered(layers: Iterable[Iterable[Ref]]) -> tuple[Edge, ...]:
+    """Each segment of a layer reads every segment of the layer before: multi-hop (top 1 -> top 2-4 -> the rest).
+
+    Raises GraphError when a layer is empty (it would cut the graph in two) or a segment is in two layers.
+    """
+    lists = [list(layer) for layer in layers]
+    home: dict[Ref, int] = {}
+    for i, layer in enumerate(lists):
+        if not layer:
+            raise GraphError(f"layer {i} is empty; leave it out")
+        for ref in layer:
+            if ref in home:
+                raise GraphError(f"segment {ref!r} is in layers {home[ref]} and {i}; a segment belongs to one layer")
+            home[ref] = i
+    return tuple((s, r) for above, below in pairwise(lists) for r in below for s in above)
+
+
+def named_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
+    """Edges among segments with these names, from one line of text: what commands, requests and evaluations accept.
+
+    "" or "none"; "all" (every segment reads every other), "chain", "top-k:N" and "last-k:N" (all read the first or last
+    N); "layers:1-3" (segment 0 is read by 1-3, these by the rest; any number of sizes), "star:N" (segment N reads all
+    others); "all", "top-k" and "last-k" with "+self" let sources read themselves. Else pairs "source>reader" by name or
+    number: "0>2,1>2". Raises GraphError when it is none of these.
+    """
+    count = len(names)
+    shape, plus, after = spec.strip().partition("+self")
+    shape, colon, rest = shape.partition(":")
+    if shape in ("", "none") and not plus and not colon:
+        return ()
+    if shape == "chain" and not plus and not colon:
+        return chain(count)
+    if shape == "all" and not colon and not after:
+        return all_pairs(count, self_edges=bool(plus))
+    if shape in ("top-k", "last-k") and _is_number(rest) and not after:
+        return top_k(count, int(rest), self_edges=bool(plus), last=shape == "last-k")
+    if shape == "star" and _is_number(rest) and not plus:
+        return star(int(rest), [i for i in range(count) if i != int(rest)])
+    if shape == "layers" and all(map(_is_number, rest.split("-"))) and not plus:
+        return layered(_layers([int(size) for size in rest.split("-")], count))
+    pairs = [pair.split(">") for pair in spec.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise GraphError(
+            f"edges {spec[:80]!r} are none of all, chain, top-k:N, last-k:N, layers:1-3, star:N, or pairs like 0>2,1>2"
+        )
+    known = set(names)
+
+    def ref(text: str) -> Ref:
+        text = text.strip()
+        return int(text) if text not in known and _is_number(text) else text
+
+    return tuple((ref(source), ref(reader)) for source, reader in pairs)
+
+
+def _layers(sizes: Sequence[int], count: int) -> list[range]:
+    """Segments 0..count-1 in layers of these sizes, the rest in one more; layers beyond the last segment are left out."""
+    if 0 in sizes:
+        raise GraphError("a layer of 0 segments would cut the graph in two; leave it out")
+    starts = [0, *accumulate(sizes), count]
+    return [r for a, b in pairwise(starts) if (r := range(min(a, count), min(b, count)))]
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a plain number; nothing here needs more digits, and Python refuses thousands of them."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
+def _count(what: str, value: Any) -> None:
+    if not is_int(value) or value < 0:
+        raise GraphError(f"{what} must be an integer of at least 0, not {value!r}")

@@ -1,0 +1,22 @@
+"""Causal LMs as the engine and training see them. The only room that imports transformers."""
+
+from kvgraph.models.adapter import Attend, Layer, Model, Trainable
+from kvgraph.models.checkpoint import deepen, save
+from kvgraph.models.fingerprint import ATTENTION_NUMERICS
+from kvgraph.models.loading import load, load_tokenizer, trainable, wrap
+from kvgraph.models.support import TESTED
+
+__all__ = [
+    "ATTENTION_NUMERICS",
+    "TESTED",
+    "Attend",
+    "Layer",
+    "Model",
+    "Trainable",
+    "deepen",
+    "load",
+    "load_tokenizer",
+    "save",
+    "trainable",
+    "wrap",
+]

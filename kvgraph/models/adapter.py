@@ -1,0 +1,260 @@
+"""The transformers adapter: run a causal LM with attention that is ours.
+
+The only room that touches transformers' internals. Attention is reached through `AttentionInterface`: the model runs as
+it is, on one packed sequence without a cache, and hands every layer's rotated queries, keys and values to a function.
+What a layer does (rotation, sliding window, head sizes) is observed in a probe, not read from the model's name.
+
+Shapes: T packed tokens, H query heads, G key/value heads, D key head size, Dv value head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from kvgraph.attention.rope import Rotary
+from kvgraph.errors import ModelError
+from kvgraph.models.config import declared, eos_ids_of, limit_of, vocabulary_of
+
+# (layer, q [H, T, D], k [G, T, D], v [G, T, Dv], scale, softcap or None, sinks [H] or None) -> [H, T, Dv]
+Attend = Callable[[int, Tensor, Tensor, Tensor, float, float | None, Tensor | None], Tensor]
+
+IMPLEMENTATION = "kvgraph"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What attention needs to know of one layer.
+
+    rotary: index into Model.rotaries, None: the layer doesn't rotate. window: a key is visible only if position of the
+    query - position of the key < window, None: no such limit. kv_heads, key_dim, value_dim: G, D and Dv.
+    """
+
+    rotary: int | None
+    window: int | None
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Model:
+    """A causal LM as the engine sees it; made by `load` or `wrap`.
+
+    hf: the transformers model, in eval mode; between calls it behaves as before, but with float64 rotary angles.
+    tokenizer: or None. name: for people. fingerprint: 64 hex digits, equal only for models that compute the same KV.
+    limit: positions must stay below it. tuned_for: methods that the model's config, or the front matter of its card
+    (README.md), declares tuning for, under the key "kvgraph": {"tuned_for": [...]}. One call runs at a time.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokenizer: Any,
+        name: str,
+        fingerprint: str,
+        rotaries: tuple[Rotary, ...],
+        layers: tuple[Layer, ...],
+    ):
+        self.hf, self.tokenizer = hf, tokenizer
+        self.name, self.fingerprint = name, fingerprint
+        self.rotaries, self.layers = rotaries, layers
+        self.dtype: torch.dtype = hf.dtype
+        self.device: torch.device = hf.device
+        self.limit = limit_of(hf.config)
+        self.vocab_size = vocabulary_of(hf)
+        self.eos_ids = eos_ids_of(hf)
+        self.tuned_for = declared(hf.config.to_dict(), f"{name}'s config")
+        numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
+        self.kv_bytes_per_token = numbers * self.dtype.itemsize
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, want: Tensor) -> Tensor:
+        """Run the model once on `tokens` [T] at `positions` [T], both int64; `attend` is each layer's attention.
+
+        Returns the logits [n, V] float32 of the tokens `want` [n] (int64 indices into T; may be empty). Which token
+        sees which is up to `attend` alone. Queries and keys come to it rotated to `positions`.
+        """
+
+        return run(self.hf, tokens, positions, _packed(attend), want)
+
+    def dense(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        *,
+        group: Tensor | None = None,
+        groups: Sequence[tuple[float, float]] = (),
+    ) -> Tensor:
+        """The slow reference: logits [T, V] float32 of one forward with transformers' own eager attention.
+
+        tokens [T], positions [T] int64 (may be negative); visible [T, T] bool, row attends to column. Sliding windows
+        apply on top, by distance of positions. None of kvgraph's attention is in it. group [T, T], groups: columns that
+        a row weighs together, with (temperature, scale) of each group, as in `kvgraph.plan.Dense`; transformers has
+        nothing like that, so attention is then spelled out.
+        """
+        tokens, positions, visible = (t.to(self.device) for t in (tokens, positions, visible))
+        distance = positions[:, None] - positions[None]
+        windows = {layer.window for layer in self.layers}
+        seen = {w: visible if w is None else visible & (distance < w) for w in windows}
+        # Float masks on purpose: eager attention would add a bool one to the scores.
+        zeros = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        masks = {window: zeros.masked_fill(~mask, -math.inf)[None, None] for window, mask in seen.items()}
+        members = [] if group is None else [group.to(self.device) == i for i in range(1, len(groups) + 1)]
+
+        def layer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+            window = self.layers[layer_index(module)].window
+            if members:
+                return grouped_attention(q, k, v, seen[window], list(zip(members, groups, strict=True)), **kwargs)
+            eager = sys.modules[type(module).__module__].eager_attention_forward
+            return eager(module, q, k, v, masks[window], **kwargs)[0]
+
+        return run(self.hf, tokens, positions, layer, torch.arange(len(tokens), device=self.device))
+
+
+class Trainable:
+    """A causal LM as training sees it; made by `trainable`. Its weights change, so it has no fingerprint: an engine
+    runs `wrap(trainable.hf)`, made anew after every change.
+
+    hf: the transformers model, whose attention is ours from now on. layers, limit: as in Model.
+    """
+
+    def __init__(self, hf: PreTrainedModel, layers: tuple[Layer, ...]):
+        self.hf, self.layers = hf, layers
+        self.limit = limit_of(hf.config)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, want: Tensor, module: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """What `Model.forward` does, to be backpropagated through; `attend` may run again in the backward pass.
+
+        module: what to call instead of hf, where something wraps it (peft, DistributedDataParallel, FSDP).
+        """
+        return _call(module or self.hf, tokens, positions, _packed(attend), want)
+
+
+# -- running the model with our attention ----------------------------------------------------------------------------
+
+_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+_LayerCall = Callable[..., Tensor]  # (module, q [1, H, T, D], k, v, **what the model passes) -> [1, T, H, Dv]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attend: _LayerCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if attend is None:
+        raise ModelError(
+            f"{type(module).__name__} can't be run: its model passes no keyword arguments on to it, "
+            "or was called directly after kvgraph.models.trainable"
+        )
+    if attention_mask is not None:
+        raise ModelError(f"{type(module).__name__} can't be run: its model makes a mask of its own")
+    return attend(module, query, key, value, **kwargs).contiguous(), None
+
+
+# The mask function must be there too and give None: jumping position_ids would otherwise make block masks.
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
+
+
+def run(hf: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:
+    """One forward of [T] tokens; `attend` is every layer's attention. Returns the logits [n, V] float32 of `want`."""
+    with _LOCKS.setdefault(hf, threading.RLock()), torch.no_grad(), attention_set(hf.config, IMPLEMENTATION):
+        return _call(hf, tokens, positions, attend, want)
+
+
+def _call(module: Callable[..., Any], tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:
+    """What `run` does, of a model (or what wraps one) whose attention is set to ours already."""
+    result = module(
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=False,
+        logits_to_keep=want,
+        attend=attend,
+    )
+    return result.logits[0].float()
+
+
+def _packed(attend: Attend) -> _LayerCall:
+    """An Attend as a layer of the one packed sequence calls it."""
+
+    def layer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, **kwargs: Any) -> Tensor:
+        out = attend(layer_index(module), q[0], k[0], v[0], scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+        return out.transpose(0, 1)[None]
+
+    return layer
+
+
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    groups: Sequence[tuple[Tensor, tuple[float, float]]],
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention where each group of columns competes as one, by the definition in `kvgraph.plan.Group`.
+
+    q [1, H, T, D], k [1, G, T, D], v [1, G, T, Dv]; seen [T, T] bool; groups: (columns [T, T] bool, (temperature,
+    scale)); s_aux: sinks [H]. Returns [1, T, H, Dv], computed in float32.
+    """
+    dtype, heads = q.dtype, q.shape[1]
+    q, k, v = (t[0].float().repeat_interleave(heads // t.shape[1], 0) for t in (q, k, v))
+
+    def scores(columns: Tensor, temperature: float = 1.0) -> Tensor:
+        s = q @ k.mT * scaling / temperature
+        s = s if softcap is None else torch.tanh(s / softcap) * softcap
+        return s.masked_fill(~(seen & columns), -math.inf)
+
+    alone = ~torch.stack([columns for columns, _ in groups]).any(0)
+    competing, outputs = [scores(alone)], []  # competing: [H, T, T], then [H, T, 1] a group and for the sinks
+    for columns, (temperature, scale) in groups:
+        inside = scores(columns, temperature)
+        outputs.append(torch.softmax(inside, -1).nan_to_num(0) @ v)  # NaN where a row sees nothing of the group
+        competing.append(torch.logsumexp(inside, -1, keepdim=True) * scale)
+    if s_aux is not None:
+        competing.append(s_aux.float()[:, None, None].expand(-1, q.shape[1], 1))
+    weights = torch.softmax(torch.cat(competing, -1), -1)
+    width = seen.shape[-1]
+    out = weights[..., :width] @ v
+    for i, output in enumerate(outputs, width):
+        out = out + weights[..., i : i + 1] * output
+    return out.transpose(0, 1)[None].to(dtype)
+
+
+def layer_index(module: nn.Module) -> int:
+    """The layer an attention module belongs to."""
+    return cast(int, module.layer_idx)
+
+
+@contextmanager
+def attention_set(config: PreTrainedConfig, implementation: str) -> Iterator[None]:
+    """Attention runs by `implementation` inside; outside, the model keeps the one it was loaded with."""
+    before = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,71 @@
+"""The fingerprint of a model: equal only for models that compute the same KV."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import xxhash
+from transformers import PreTrainedModel
+
+from kvgraph import memo
+from kvgraph.attention.rope import Rotary
+from kvgraph.models.adapter import Layer
+
+# Raise it whenever attention or rotation changes the numbers it gives: old records then become misses.
+ATTENTION_NUMERICS = 1
+
+# Config fields that can't change KV: names, library versions, storage, special tokens, training and output settings.
+_NOT_KV = frozenset(
+    "_name_or_path transformers_version architectures auto_map dtype torch_dtype kvgraph id2label label2id problem_type"
+    " bos_token_id eos_token_id pad_token_id sep_token_id return_dict output_hidden_states output_attentions use_cache "
+    "output_router_logits router_aux_loss_coef initializer_range attention_dropout hidden_dropout embd_pdrop "
+    "resid_pdrop residual_dropout embedding_dropout classifier_dropout chunk_size_feed_forward tie_word_embeddings "
+    "final_logit_softcapping logit_scale logits_scaling".split()
+)
+
+
+def fingerprint_of(
+    hf: PreTrainedModel, weights: list[str], rotaries: tuple[Rotary, ...], layers: tuple[Layer, ...]
+) -> str:
+    """SHA-256 of all that can change KV: weights, config, dtype, rotation, layers and our numerics. Not the path."""
+    config = {k: v for k, v in hf.config.to_dict().items() if k not in _NOT_KV}
+    facts = {
+        "numerics": ATTENTION_NUMERICS,
+        "weights": sorted(weights),
+        "config": config,
+        "dtype": str(hf.dtype),
+        "rope": [(r.inv_freq.tolist(), r.interleaved) for r in rotaries],
+        "layers": [asdict(layer) for layer in layers],
+        "adapter": None,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def state_hash(hf: PreTrainedModel) -> str:
+    h = xxhash.xxh3_128()
+    for name, tensor in sorted(hf.state_dict().items()):
+        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file's content, remembered by its path, size and modification time."""
+    status = path.stat()
+    key, now = str(path.resolve()), [status.st_size, status.st_mtime_ns]
+    known = memo.recall("weights", key)
+    if isinstance(known, list) and known[:2] == now:
+        return str(known[2])
+    h = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            h.update(block)
+    # A file written this instant could change again under the same time stamp, so it isn't remembered yet.
+    if time.time_ns() - status.st_mtime_ns > 2_000_000_000:
+        memo.remember("weights", key, [*now, h.hexdigest()])
+    return h.hexdigest()

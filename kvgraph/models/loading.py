@@ -1,0 +1,194 @@
+"""Loading a causal LM from a folder, the hub or memory, and what is checked on the way."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kvgraph.errors import ModelError
+from kvgraph.models.adapter import IMPLEMENTATION, Model, Trainable
+from kvgraph.models.angles import exact_angles
+from kvgraph.models.config import card, declared
+from kvgraph.models.fingerprint import file_hash, fingerprint_of, state_hash
+from kvgraph.models.observe import plain_logits, probe, require_equal
+from kvgraph.models.support import TESTED, refuse
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    path_or_name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    allow_untested: bool = False,
+) -> Model:
+    """Load a causal LM from a folder or hub name, with safetensors weights.
+
+    dtype: "auto" (the checkpoint's), "float32", "float16", "bfloat16" or a torch dtype. The tokenizer is None when the
+    folder has none. allow_untested: accept model types that kvgraph doesn't test; what can be checked still is.
+    Raises ModelError with the reason.
+    """
+    name, target = str(path_or_name), _device(device)
+    wanted = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if wanted != "auto" and wanted not in _DTYPES.values():
+        raise ModelError(f"dtype {dtype} isn't supported; use auto, {', '.join(_DTYPES)}")
+    local = Path(name).expanduser().is_dir()
+    if local and not (Path(name).expanduser() / "config.json").is_file():
+        raise ModelError(f"{name} has no config.json; give the folder of a saved transformers model")
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"there is no folder {name}")
+    source = str(Path(name).expanduser()) if local else name
+    with _one_line(f"can't read the config of {name}" + ("" if local else " (no such folder; tried as a hub name)")):
+        config = AutoConfig.from_pretrained(source)
+    refuse(config, allow_untested)
+    if not local:
+        from huggingface_hub import snapshot_download
+
+        with _one_line(f"can't get {name} from the hub"):
+            kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            source = snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"])
+    files = weight_files(Path(source), name)
+    with _one_line(f"can't load {name}"), _shapes_explained():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
+        )
+    hf, info = loaded
+    if info["missing_keys"]:
+        raise ModelError(f"{name} lacks weights, for example {min(info['missing_keys'])}; is the download complete?")
+    with _one_line(f"can't put {name} on {target}"):
+        hf = hf.to(target)
+    weights = [file_hash(f) for f in files]
+    model = _build(hf, _tokenizer(Path(source), name), name, weights, allow_untested)
+    try:
+        model.tuned_for += declared(card(Path(source)), f"{name}'s model card")
+    except ModelError as error:
+        warnings.warn(f"{error}; until then it declares nothing", stacklevel=2)
+    return model
+
+
+def wrap(
+    hf_model: PreTrainedModel, tokenizer: Any = None, *, name: str | None = None, allow_untested: bool = False
+) -> Model:
+    """A Model of a transformers model that is already in memory; its fingerprint hashes the state dict as it is now.
+
+    Don't change its weights, dtype or device afterwards. Raises ModelError with the reason if it isn't supported.
+    """
+    refuse(hf_model.config, allow_untested)
+    shown = name or hf_model.config.name_or_path or type(hf_model).__name__
+    return _build(hf_model, tokenizer, shown, [state_hash(hf_model)], allow_untested)
+
+
+def trainable(hf_model: PreTrainedModel, *, allow_untested: bool = False) -> Trainable:
+    """Prepare a transformers model in memory for training through plans. Its train or eval mode stays as it is.
+
+    From now on it runs only by what `Trainable.forward` gives it, also where activation checkpointing runs a layer
+    again; `hf_model.set_attn_implementation("sdpa")` ends that. Raises ModelError with the reason if it isn't supported.
+    """
+    refuse(hf_model.config, allow_untested)
+    was_training = hf_model.training
+    name = hf_model.config.name_or_path or type(hf_model).__name__
+    layers = _build(hf_model, None, name, [], allow_untested).layers
+    hf_model.train(was_training)
+    hf_model.config._attn_implementation = IMPLEMENTATION
+    return Trainable(hf_model, layers)
+
+
+def load_tokenizer(path_or_name: str | Path) -> Any:
+    """The tokenizer of a folder or hub name, without the model's weights. Raises ModelError with the reason."""
+    name = str(path_or_name)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        with _one_line(f"can't get the tokenizer of {name} (no such folder; tried as a hub name)"):
+            return AutoTokenizer.from_pretrained(name)
+    tokenizer = _tokenizer(folder, name)
+    if tokenizer is None:
+        raise ModelError(f"{name} has no tokenizer")
+    return tokenizer
+
+
+def _build(hf: PreTrainedModel, tokenizer: Any, name: str, weights: list[str], allow_untested: bool) -> Model:
+    if hf.dtype not in _DTYPES.values():
+        raise ModelError(f"{name} is in {hf.dtype}, which isn't supported; use {', '.join(_DTYPES)}")
+    hf.eval()
+    tested = hf.config.model_type in TESTED
+    with nullcontext() if tested else _one_line(f"{name} can't be run"):
+        plain = None if tested else plain_logits(hf)
+        rotaries, layers = probe(hf, exact_angles(hf))
+        model = Model(hf, tokenizer, name, fingerprint_of(hf, weights, rotaries, layers), rotaries, layers)
+        if plain is not None:
+            require_equal(model, *plain)
+    return model
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files that transformers will load from a folder."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{name} holds an adapter, which isn't supported yet; merge it into the model and save that")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        with _one_line(f"can't read {index}"):
+            shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ModelError(f"{index} has no weight map")
+        files = [folder / shard for shard in sorted(set(shards.values()))]
+        for file in files:
+            if not file.is_file():
+                raise ModelError(f"{name} lacks {file.name}; is the download complete?")
+        return files
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise ModelError(
+            f"{name} has only pickled weights, which can run code when loaded; save it as safetensors first"
+        )
+    raise ModelError(f"{name} has no model.safetensors")
+
+
+def _tokenizer(folder: Path, name: str) -> Any:
+    if not any(
+        (folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        return None
+    with _one_line(f"can't load the tokenizer of {name}"):
+        return AutoTokenizer.from_pretrained(str(folder))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    with _one_line(f"unknown device {device}"):
+        target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device} isn't available: torch sees no GPU here")
+    if target.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device} isn't supported; use cpu or cuda")
+    return target
+
+
+@contextmanager
+def _shapes_explained() -> Iterator[None]:
+    """transformers' error about shapes points to a report that nobody sees."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise ModelError("its weights don't have the shapes that its config.json says") from None
+        raise
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn whatever a library raises into one ModelError line; its errors have no common base."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{what}: {error}") from None
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{what}: {lines[0]}") from None

@@ -1,0 +1,692 @@
+"""The disk tier: one immutable file a record, shared by any number of processes on a POSIX system.
+
+    folder/VERSION               the store's format
+    folder/records/ab/<key>.safetensors
+    folder/quarantine/           bad records, moved aside for people to look at
+    folder/index.sqlite          sizes, last uses, pins; rebuilt from the files whenever needed
+    folder/index.lock            held while the index is opened or replaced
+    folder/library.sqlite        a server's segments and graphs; nothing of the store's, only kept beside it
+
+The files are the truth. A record appears by one rename of a finished, synced file and is never changed afterwards, so a
+reader needs no lock. The index is a convenience: when it is locked, lost, damaged or read-only, records are still
+served and kept, and only eviction becomes less exact.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from kvgraph.errors import StoreError
+from kvgraph.store import format
+from kvgraph.store.base import is_key
+from kvgraph.store.disk.index import Entry, Index
+from kvgraph.store.format import BadRecord, UnsupportedRecord
+from kvgraph.store.record import Record
+
+T = TypeVar("T")
+
+STORE_FORMAT = "kvgraph-store 1"
+SUFFIX = ".safetensors"
+TEMPORARY = ".tmp-"
+TOUCH_EVERY = 30.0  # seconds between writes of last uses to the index
+TOUCH_AT_MOST = 1024  # last uses waiting to be written
+LIBRARY = "library.sqlite"  # a server's stored segments and graphs, kept beside their KV
+OWN_FILES = {"VERSION", "records", "quarantine", "index.lock"}
+OWN_FILES |= {base + suffix for base in ("index.sqlite", LIBRARY) for suffix in ("", "-wal", "-shm")}
+
+# Connections opened before a fork: SQLite allows the child neither to use nor to close them.
+_inherited: list[Index] = []
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A store at one moment. bytes: of record files. quarantined: files in quarantine/.
+
+    The rest counts what this process saw since it opened the store. bad: records moved aside; unreadable: not openable,
+    or in a form this version doesn't read; index_errors: times the index couldn't be used.
+    """
+
+    records: int
+    bytes: int
+    tokens: int
+    pinned: int
+    pinned_bytes: int
+    capacity: int | None
+    quarantined: int
+    hits: int
+    misses: int
+    bad: int
+    unreadable: int
+    index_errors: int
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found and did.
+
+    good: records checked and found right; bytes: of their files. bad: (key, reason) of records moved aside.
+    unsupported: (key, reason) of records this version can't read, left alone. unreadable: (path, reason) of files that
+    couldn't be opened. foreign: paths that aren't the store's, left alone. temporary: leftovers of dead writers,
+    removed. rows_added, rows_removed: rows of the index that were missing, or had no file.
+    """
+
+    good: int = 0
+    bytes: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    unsupported: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    temporary: int = 0
+    rows_added: int = 0
+    rows_removed: int = 0
+
+    @property
+    def clean(self) -> bool:
+        """No record was bad or unreadable."""
+        return not (self.bad or self.unreadable)
+
+
+class DiskStore:
+    """Records in a folder. Safe to use from several threads and processes at once.
+
+    folder: made if missing. capacity_bytes: record files of all processes together, None for no limit; the least
+    recently used leave first. ttl: seconds after which a record is a miss for this store object and removed. verify:
+    compare a record's checksum the first time this process loads it. fingerprint: the model's; it is written into
+    records, and a record that states another one is never served.
+
+    Raises StoreError when the folder can't be used or holds another store format.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self,
+        folder: str | Path,
+        capacity_bytes: int | None = None,
+        ttl: float | None = None,
+        verify: bool = True,
+        fingerprint: str | None = None,
+    ):
+        if not str(folder):
+            raise StoreError("the store's folder has no name; give a path")
+        if capacity_bytes is not None and capacity_bytes < 1:
+            raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
+        self.folder = Path(folder)
+        self.capacity, self.ttl, self.checks, self.fingerprint = capacity_bytes, ttl, verify, fingerprint or ""
+        self._records = self.folder / "records"
+        self._counts: Counter[str] = Counter()
+        self._checked: dict[str, tuple[int, int, int]] = {}  # key → the file whose checksum was right
+        self._used: dict[str, float] = {}  # last uses not yet in the index
+        self._touched = time.time()
+        self._local = threading.Lock()  # guards the four above
+        self._index: Index | None = None
+        self._index_id: tuple[int, int, int] | None = None
+        self._index_lock = threading.RLock()
+        self._reconciled = False  # whether rows and files are known to agree, but for what others lose meanwhile
+        self._open_folder()
+
+    # -- the Store interface ------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> Record | None:
+        """The record, its KV mapped from the file, or None. Never raises and never returns doubtful data.
+
+        A bad record is moved to quarantine/ and counted, an expired one is removed: both are misses.
+        """
+        record = self._load(key) if is_key(key) else None
+        self._count("misses" if record is None else "hits")
+        if record is not None:
+            self._touch(key)
+        return record
+
+    def put(self, record: Record, label: str = "") -> None:
+        """Keep a record; on return it survives a crash. Idempotent: a file that is there stays. May evict others.
+
+        label: what `ls` shows beside the key. Raises StoreError if the folder isn't writable, the disk is full, or the
+        record can't fit the capacity beside the pinned ones; nothing else is lost then.
+        """
+        path = self._path(record.key)
+        if self.contains(record.key):
+            self._remember(record.key, label)
+            return
+        buffers = format.encode(record, self.fingerprint)
+        size = sum(len(b) for b in buffers)
+        self._make_room(size)
+        try:
+            info = write_atomically(path, buffers)
+        except OSError as error:
+            raise self._cant("keep a record", error) from error
+        now = time.time()
+        entry = Entry(record.key, size, info.st_mtime, now, False, self.ttl, len(record), self.fingerprint, label)
+        self._with_index(lambda index: index.add(entry))
+
+    def contains(self, key: str) -> bool:
+        """Whether there is a file for it. Changes nothing."""
+        return is_key(key) and os.path.exists(self._path(key))
+
+    def delete(self, key: str) -> bool:
+        """Remove a record, pinned or not. Idempotent. Raises StoreError if the folder isn't writable."""
+        if not is_key(key):
+            return False
+        try:
+            self._path(key).unlink()
+            found = True
+        except FileNotFoundError:
+            found = False
+        except OSError as error:
+            raise self._cant("remove a record", error) from error
+        self._with_index(lambda index: index.remove([key]))
+        return found
+
+    def close(self) -> None:
+        """Write pending last uses and close the index. Idempotent; the store can still be used and opens it again."""
+        with self._index_lock:
+            if self._used:
+                self._with_index(self._flush)
+            self._forget_index()
+
+    # -- for people ---------------------------------------------------------------------------------------------------
+
+    def ls(self) -> list[Entry]:
+        """All records, most recently used first. Changes no record. Reads the files if the index can't be used."""
+
+        def entries(index: Index) -> list[Entry]:
+            self._flush(index)
+            return list(index.entries())
+
+        found = self._with_index(entries)
+        if found is None:
+            found = [entry for entry in map(self._entry, self._keys()) if entry is not None]
+            found.sort(key=lambda e: e.used, reverse=True)
+        return found
+
+    def stat(self) -> Stat:
+        """Sums and counts. Changes nothing."""
+        entries = self.ls()
+        pinned = [e for e in entries if e.pinned]
+        counts = self.counts()
+        return Stat(
+            len(entries),
+            sum(e.size for e in entries),
+            sum(e.tokens for e in entries),
+            len(pinned),
+            sum(e.size for e in pinned),
+            self.capacity,
+            len(_names(self.folder / "quarantine")),
+            **counts,
+        )
+
+    def counts(self) -> dict[str, int]:
+        """What this process saw: Stat's hits, misses, bad, unreadable and index_errors. Reads no file, waits for none."""
+        with self._local:
+            return {name: self._counts[name] for name in ("hits", "misses", "bad", "unreadable", "index_errors")}
+
+    def size(self) -> int | None:
+        """Bytes of all record files by the index; None if it can't be used now. May wait for other users of the index."""
+        return self._with_index(lambda index: index.total()[0])
+
+    def find(self, prefix: str) -> str:
+        """The key that starts with `prefix` (at least 4 hex digits). Raises StoreError if none or several do."""
+        if len(prefix) < 4 or not is_key(prefix.ljust(64, "0")):
+            raise StoreError(f"{prefix!r} isn't the beginning of a key; give at least 4 of its hex digits")
+        keys = [name.removesuffix(SUFFIX) for name in _names(self._records / prefix[:2]) if name.startswith(prefix)]
+        if len(keys) != 1:
+            raise StoreError(f"{len(keys) or 'no'} records start with {prefix!r} in store {self.folder}")
+        return keys[0]
+
+    def rm(self, key: str) -> str:
+        """Delete the record with this key or unambiguous beginning of one; returns its key. Raises StoreError."""
+        found = self.find(key)
+        self.delete(found)
+        return found
+
+    def pin(self, key: str) -> None:
+        """Protect a record from eviction and `prune`, in every process, until `unpin`. Not counted; idempotent.
+
+        Pins live in the index: they are lost with it. Raises StoreError if there is no such record or no usable index.
+        """
+        self._set_pinned(key, True)
+
+    def unpin(self, key: str) -> None:
+        """Take the pin back. Idempotent. Raises StoreError as `pin` does."""
+        self._set_pinned(key, False)
+
+    def prune(self, max_bytes: int | None = None, older_than: float | None = None) -> tuple[int, int]:
+        """Remove expired records, those not used for `older_than` seconds, then the least recently used until at most
+        `max_bytes` are left. Pinned ones stay, unless expired. Returns (records, bytes) removed. Raises StoreError.
+        """
+        now = time.time()
+
+        def work(index: Index) -> tuple[int, int]:
+            self._flush(index)
+            self._reconcile(index)
+            with index:
+                victims = {e.key: e.size for e in index.expired(now)}
+                left = index.total()[0] - sum(victims.values())
+                for entry in index.idle():
+                    old = older_than is not None and now - entry.used > older_than
+                    over = max_bytes is not None and left > max_bytes
+                    if not (old or over):
+                        break
+                    if entry.key not in victims:
+                        victims[entry.key] = entry.size
+                        left -= entry.size
+                self._unlink(index, victims)
+            return len(victims), sum(victims.values())
+
+        return self._need_index(work)
+
+    def rebuild(self) -> tuple[int, int]:
+        """Make the index agree with the files; returns (rows added, rows removed). Keeps pins, labels and last uses of
+        rows that are right. Raises StoreError if the index can't be written.
+        """
+        return self._need_index(self._reconcile)
+
+    def verify(self) -> VerifyReport:
+        """Check every record in full, move bad ones aside, remove leftovers of dead writers, put the index right.
+
+        Reads everything; other processes may go on using the store. Doesn't raise: what can't be read is reported.
+        """
+        report = VerifyReport()
+        for path in sorted(self._foreign_at_root()):
+            report.foreign.append(str(path))
+        for folder in sorted(_names(self._records)):
+            for name in sorted(_names(self._records / folder)):
+                self._verify_file(self._records / folder / name, report)
+        rows = self._with_index(self._reconcile)
+        if rows is not None:
+            report.rows_added, report.rows_removed = rows
+        return report
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> Path:
+        if not is_key(key):
+            raise StoreError(f"a record's key has 64 lower-case hex digits; this isn't one: {key!r}")
+        return self._records / key[:2] / (key + SUFFIX)
+
+    def _open_folder(self) -> None:
+        version = self.folder / "VERSION"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not version.exists():
+                write_atomically(version, [STORE_FORMAT.encode() + b"\n"])
+            found = version.read_bytes()[:100].decode("ascii", "replace").strip()
+            if found != STORE_FORMAT:
+                raise StoreError(
+                    f"{self.folder} holds a store of format {found!r}, this version of kvgraph reads {STORE_FORMAT!r}; "
+                    "use another folder, or the version that wrote it"
+                )
+            self._records.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._cant("open the store", error) from error
+
+    def _load(self, key: str) -> Record | None:
+        path = self._path(key)
+        inode = None
+        try:
+            data, info = format.map_file(path)
+            inode, identity = info.st_ino, format.identity(info)
+            if self.ttl is not None and time.time() - info.st_mtime > self.ttl:
+                self.delete(key)
+                return None
+            first = self._checked.get(key) != identity
+            record = format.decode(data, key, self.fingerprint, verify=self.checks and first)
+        except BadRecord:
+            self._move_aside(path, inode)
+            return None
+        except UnsupportedRecord:
+            self._count("unreadable")
+            return None
+        except (OSError, StoreError) as error:  # not there, or not readable now: nothing is known to be wrong with it
+            if not isinstance(error, FileNotFoundError):
+                self._count("unreadable")
+            return None
+        if first:
+            with self._local:
+                self._checked[key] = identity
+        return record
+
+    def _move_aside(self, path: Path, inode: int | None) -> None:
+        """Rename a bad record into quarantine/, unless somebody has replaced it meanwhile."""
+        self._count("bad")
+        try:
+            if inode is not None and path.stat().st_ino != inode:
+                return
+            aside = self.folder / "quarantine"
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / f"{path.name}.{time.time_ns()}-{os.getpid()}")
+        except OSError:  # read-only, or gone: it stays a miss all the same
+            pass
+
+    def _keys(self) -> Iterator[str]:
+        """Keys of all record files."""
+        for folder in _names(self._records):
+            for name in _names(self._records / folder):
+                if _is_record(folder, name):
+                    yield name.removesuffix(SUFFIX)
+
+    def _entry(self, key: str, label: str = "") -> Entry | None:
+        """A record's row as its file tells it, None if there is none. A header that can't be read counts 0 tokens."""
+        path = self._path(key)
+        try:
+            info = path.stat()
+            header = format.read_header(format.map_file(path)[0])
+            tokens, fingerprint = header.tokens, header.fingerprint
+        except FileNotFoundError:
+            return None
+        except (OSError, BadRecord, UnsupportedRecord):
+            tokens, fingerprint = 0, ""
+        return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, self.ttl, tokens, fingerprint, label)
+
+    def _verify_file(self, path: Path, report: VerifyReport) -> None:
+        if path.name.startswith(TEMPORARY):
+            report.temporary += remove_if_abandoned(path)
+            return
+        if not _is_record(path.parent.name, path.name):
+            report.foreign.append(str(path))
+            return
+        key = path.name.removesuffix(SUFFIX)
+        inode = None
+        try:
+            data, info = format.map_file(path)
+            inode = info.st_ino
+            format.decode(data, key)
+        except BadRecord as error:
+            self._move_aside(path, inode)
+            report.bad.append((key, str(error)))
+        except UnsupportedRecord as error:
+            report.unsupported.append((key, str(error)))
+        except FileNotFoundError:  # evicted meanwhile
+            pass
+        except OSError as error:
+            report.unreadable.append((str(path), error.strerror or str(error)))
+        else:
+            report.good += 1
+            report.bytes += info.st_size
+
+    def _foreign_at_root(self) -> Iterator[Path]:
+        for name in _names(self.folder):
+            if name.startswith(TEMPORARY):
+                remove_if_abandoned(self.folder / name)
+            elif name not in OWN_FILES:
+                yield self.folder / name
+        for name in _names(self._records):
+            path = self._records / name
+            if not path.is_dir() or len(name) != 2 or not is_key(name.ljust(64, "0")):
+                yield path
+
+    def _cant(self, what: str, error: OSError) -> StoreError:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            why = "the folder isn't writable; records in it are still read"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = "the disk is full; free some space, or remove records with `kvgraph store prune`"
+        else:
+            why = error.strerror or str(error)
+        return StoreError(f"can't {what} in {self.folder}: {why}")
+
+    # -- eviction -----------------------------------------------------------------------------------------------------
+
+    def _make_room(self, size: int) -> None:
+        """Evict the least recently used until `size` more bytes fit the capacity. Without an index nothing is evicted.
+
+        Raises StoreError if they can't fit beside the pinned records.
+        """
+        if self.capacity is None:
+            return
+        capacity, now = self.capacity, time.time()
+
+        def work(index: Index) -> int:
+            if index.total()[0] + size <= capacity:
+                return 0
+            self._flush(index)
+            if not self._reconciled:  # a writer killed between its rename and its row leaves a file nobody counts
+                self._reconcile(index)
+            with index:
+                total, pinned = index.total()
+                if pinned + size > capacity:
+                    return pinned
+                victims = {e.key: e.size for e in index.expired(now)}
+                left = total - sum(victims.values())
+                for entry in index.idle():
+                    if left + size <= capacity:
+                        break
+                    if entry.key not in victims:
+                        victims[entry.key] = entry.size
+                        left -= entry.size
+                self._unlink(index, victims)
+            return 0
+
+        pinned = self._with_index(work) or 0
+        if pinned or size > capacity:
+            beside = f" beside {pinned:,} pinned bytes" if pinned else ""
+            raise StoreError(
+                f"a record of {size:,} bytes can't fit the capacity of {capacity:,} bytes of {self.folder}{beside}"
+            )
+
+    def _unlink(self, index: Index, keys: Iterable[str]) -> None:
+        """Remove records and their rows inside a transaction of the index, so that two processes don't do it twice."""
+        for key in filter(is_key, keys):
+            try:
+                self._path(key).unlink(missing_ok=True)
+            except OSError as error:
+                raise self._cant("remove a record", error) from error
+        index.remove(keys)
+
+    # -- index --------------------------------------------------------------------------------------------------------
+
+    def _with_index(self, work: Callable[[Index], T]) -> T | None:
+        """work's result, or None if the index can't be used now. A damaged index is replaced, and work runs again."""
+        with self._index_lock:
+            for attempt in range(2):
+                try:
+                    return work(self._open_index())
+                except (sqlite3.Error, OSError) as error:
+                    self._count("index_errors")
+                    self._reconciled = False
+                    damaged = _is_damage(error)
+                    self._forget_index()
+                    if attempt or not (damaged and self._discard_index()):
+                        return None
+        return None
+
+    def _need_index(self, work: Callable[[Index], T]) -> T:
+        result = self._with_index(work)
+        if result is None:
+            raise StoreError(
+                f"the index of store {self.folder} can't be written now: read-only, or locked by a process"
+            )
+        return result
+
+    def _open_index(self) -> Index:
+        """The open index; opened again after a fork and when its file was replaced, filled from the files when new."""
+        if self._index is not None and self._index_id == self._identify_index():
+            return self._index
+        self._forget_index()
+        with self._exclusive():
+            index = Index(self.folder / "index.sqlite")
+            self._index, self._index_id = index, self._identify_index()
+            if index.is_new:
+                self._reconcile(index)
+                index.filled()
+        return index
+
+    def _identify_index(self) -> tuple[int, int, int] | None:
+        try:
+            info = (self.folder / "index.sqlite").stat()
+        except OSError:
+            return None
+        return os.getpid(), info.st_dev, info.st_ino
+
+    def _forget_index(self) -> None:
+        if self._index is not None:
+            if self._index_id is not None and self._index_id[0] == os.getpid():
+                self._index.close()
+            else:
+                _inherited.append(self._index)
+        self._index = None
+
+    def _discard_index(self) -> bool:
+        """Delete a damaged index; whether that worked."""
+        try:
+            with self._exclusive():
+                for suffix in ("", "-wal", "-shm"):
+                    (self.folder / f"index.sqlite{suffix}").unlink(missing_ok=True)
+        except OSError:
+            return False
+        return True
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Only one process at a time opens or replaces the index. Raises OSError."""
+        descriptor = os.open(self.folder / "index.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _reconcile(self, index: Index) -> tuple[int, int]:
+        """Add rows of files without one, remove rows without a file; returns how many of each."""
+        rows = index.sizes()
+        files = set(self._keys())
+        entries = [entry for key in files - rows.keys() if (entry := self._entry(key)) is not None]
+        with index:
+            for entry in entries:
+                index.add(entry)
+            # A record that was written and got its row since the files were listed isn't in `rows`, so it stays.
+            lost = [key for key in rows.keys() - files if not self.contains(key)]
+            index.remove(lost)
+        self._reconciled = True
+        return len(entries), len(lost)
+
+    def _remember(self, key: str, label: str) -> None:
+        """Put a record that is already there to use, and give it a row if it has none."""
+        entry = self._entry(key, label)
+        if entry is not None:
+            self._with_index(lambda index: index.add(entry))
+            self._touch(key)
+
+    def _set_pinned(self, key: str, pinned: bool) -> None:
+        entry = self._entry(key)
+        if entry is None:
+            raise StoreError(f"there is no record {key} in store {self.folder}")
+
+        def work(index: Index) -> bool:
+            index.add(entry)
+            index.set_pinned(key, pinned)
+            return True
+
+        self._need_index(work)
+
+    def _touch(self, key: str) -> None:
+        """Note a use. Now and then the notes go to the index, unless that would have to wait: a get is never slow."""
+        now = time.time()
+        with self._local:
+            self._used[key] = now
+            due = len(self._used) >= TOUCH_AT_MOST or now - self._touched > TOUCH_EVERY
+            if due:
+                self._touched = now
+        if due and self._index_lock.acquire(blocking=False):
+            try:
+                # Never repairs: a get doesn't scan the store. If the index is in trouble, the next writer sees to it.
+                if self._index is not None and self._index_id == self._identify_index():
+                    self._flush(self._index, wait=False)
+                elif (self.folder / "index.sqlite").exists():
+                    index = Index(self.folder / "index.sqlite")
+                    try:
+                        if not index.is_new:
+                            self._flush(index, wait=False)
+                    finally:
+                        index.close()
+            except (sqlite3.Error, OSError):
+                self._count("index_errors")
+            finally:
+                self._index_lock.release()
+
+    def _flush(self, index: Index, *, wait: bool = True) -> None:
+        with self._local:
+            used, self._used = self._used, {}
+            self._touched = time.time()
+        if used:
+            index.touch(used, wait=wait)
+
+    def _count(self, what: str) -> None:
+        with self._local:
+            self._counts[what] += 1
+
+
+def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.stat_result:
+    """Write a file so that, under its name, others see all of it or nothing, also after a crash. Raises OSError.
+
+    Until its rename the temporary file is locked: `remove_if_abandoned` can tell a dead writer's from a living one's.
+    """
+    if not path.parent.is_dir():
+        path.parent.mkdir(exist_ok=True)
+        _sync_folder(path.parent.parent)
+    while True:
+        temporary = path.parent / f"{TEMPORARY}{os.urandom(8).hex()}"
+        with open(temporary, "xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink == 0:  # taken for abandoned between its creation and its lock
+                continue
+            try:
+                file.writelines(buffers)
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.rename(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            info = os.fstat(file.fileno())
+        _sync_folder(path.parent)
+        return info
+
+
+def remove_if_abandoned(path: Path) -> bool:
+    """Remove a temporary file whose writer is dead; whether it was."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except OSError:  # locked by its writer, or gone
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_record(folder: str, name: str) -> bool:
+    return name.endswith(SUFFIX) and is_key(name.removesuffix(SUFFIX)) and name[:2] == folder
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # gone, or not a folder
+        return []
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error says that the index itself is broken, not only busy, full or read-only."""
+    if not isinstance(error, sqlite3.DatabaseError):
+        return False
+    code = getattr(error, "sqlite_errorcode", None)
+    # No code: our own complaint about the schema. 1 is SQLITE_ERROR: no such table or column.
+    return code is None or code & 0xFF in (1, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

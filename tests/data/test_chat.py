@@ -1,0 +1,164 @@
+"""Chat prompts: pieces that joined are the template's own text, cut where later turns can't change them."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from kvgraph.data.chat import ChatError, Document, chat, opening, plain
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|h|>{{ m['role'] }}<|/h|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|h|>assistant<|/h|>\n\n{% endif %}"
+)
+STRICT = (  # refuses a system message alone and a conversation that doesn't alternate, as some do
+    "{% if messages[-1].role == 'system' %}{{ raise_exception('only a system message') }}{% endif %}" + CHATML
+)
+FORGETS = (  # drops the thoughts of earlier answers, as reasoning models' templates do
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ROLES = (  # every document a turn, as Granite has it
+    "{{ '<s>system\n' + messages[0].content + '</s>\n' }}{% for d in documents or [] %}"
+    "<s>document{% if d.title %} {{ d.title }}{% endif %}\n{{ d.text }}</s>\n{% endfor %}"
+    "{% for m in messages[1:] %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+RANKED = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if documents %}<results>"
+    "{% for d in documents %}Document: {{ loop.index0 }}\n{{ d.title }}\n{{ d.text }}\n\n{% endfor %}</results>{% endif %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SYSTEM, USER, ANSWER, AGAIN = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who dug the harbour?"},
+    {"role": "assistant", "content": "<think>Hm.</think>The guild."},
+    {"role": "user", "content": "When?"},
+)
+TALKS = [[USER], [SYSTEM, USER], [SYSTEM, USER, ANSWER, AGAIN], [USER, ANSWER, AGAIN]]
+DOCUMENTS = [Document("It was dug.", "Harbour"), Document("No title here."), Document("Third.", "Guild")]
+
+
+def tokenizer(template: str | None, bos: bool = False) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(["<bos>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>")
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        made.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", None, [("<bos>", 256)])
+    made.chat_template = template
+    return made
+
+
+def joined(prompt) -> str:
+    return "".join([*prompt.prefix, *prompt.segments, prompt.query])
+
+
+def rendered(t, messages, **more) -> str:
+    return t.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **more)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, STRICT, FORGETS], ids=["chatml", "llama3", "strict", "forgets"])
+@pytest.mark.parametrize("messages", TALKS, ids=["1", "s1", "s3", "3"])
+def test_the_pieces_are_the_templates_text(template, messages):
+    t = tokenizer(template)
+    prompt = chat(t, messages)
+    assert joined(prompt) == rendered(t, messages) and prompt.query and all(prompt.prefix)
+    with_documents = chat(t, messages, DOCUMENTS)
+    filled = "Harbour\nIt was dug.\n\nNo title here.\n\nGuild\nThird.\n\n"
+    assert "".join(with_documents.segments) == filled
+    last = {"role": "user", "content": filled + messages[-1]["content"]}
+    assert joined(with_documents) == rendered(t, [*messages[:-1], last])
+    assert with_documents.prefix and with_documents.query.startswith(messages[-1]["content"])
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, STRICT], ids=["chatml", "llama3", "strict"])
+def test_a_turn_is_the_same_piece_in_the_next_turn(template):
+    t = tokenizer(template)
+    first, second = chat(t, [SYSTEM, USER]), chat(t, [SYSTEM, USER, ANSWER, AGAIN])
+    third = chat(t, [SYSTEM, USER, ANSWER, AGAIN, ANSWER, USER])
+    assert len(second.prefix) >= 3 and third.prefix[: len(second.prefix)] == second.prefix
+    if template != STRICT:
+        assert second.prefix[: len(first.prefix)] == first.prefix and first.prefix
+    with_documents = chat(t, [SYSTEM, USER, ANSWER, AGAIN], DOCUMENTS)
+    assert with_documents.prefix[: len(second.prefix) - 1] == second.prefix[:-1]
+
+
+def test_a_template_that_forgets_thoughts_cuts_before_them():
+    t = tokenizer(FORGETS)
+    prompt = chat(t, [USER, ANSWER, AGAIN])
+    assert "think" not in joined(prompt) and prompt.prefix[0] == "<user>Who dug the harbour?"
+
+
+@pytest.mark.parametrize("template", [ROLES, RANKED], ids=["roles", "ranked"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_documents_stand_where_the_template_has_a_place_for_them(template, count):
+    t = tokenizer(template)
+    prompt = chat(t, [SYSTEM, USER], DOCUMENTS[:count])
+    given = [{"title": d.title, "text": d.text} for d in DOCUMENTS[:count]]
+    assert joined(prompt) == rendered(t, [SYSTEM, USER], documents=given)
+    assert len(prompt.segments) == count
+    for segment, document in zip(prompt.segments, DOCUMENTS, strict=False):
+        assert document.text in segment
+
+
+def test_a_documents_text_does_not_depend_on_its_neighbours():
+    t = tokenizer(ROLES)
+    alone = chat(t, [SYSTEM, USER], DOCUMENTS[2:]).segments
+    assert chat(t, [SYSTEM, USER], DOCUMENTS[::-1]).segments[0] == alone[0]
+    assert chat(t, [SYSTEM, USER], DOCUMENTS).segments[2] == alone[0]
+
+
+def test_a_template_of_ones_own_overrides_the_models():
+    prompt = chat(tokenizer(ROLES), [SYSTEM, USER], DOCUMENTS, template="* {title}: {text}\n")
+    assert prompt.segments[0] == "* Harbour: It was dug.\n" and prompt.segments[1] == "* : No title here.\n"
+    assert prompt.query.startswith(USER["content"])
+
+
+def test_bos_is_there_once():
+    t = tokenizer(LLAMA3, bos=True)
+    prompt = chat(t, [USER], DOCUMENTS)
+    ids = [i for piece in prompt.prefix for i in t.encode(piece, add_special_tokens=False)]
+    assert ids.count(256) == 1 and opening(t) == (256,) and opening(tokenizer(LLAMA3)) == ()
+    assert plain(t, "Answer.\n", DOCUMENTS, "Who?").prefix == ("<bos>Answer.\n",)
+    assert plain(tokenizer(None), "Answer.\n", [], "Who?").prefix == ("Answer.\n",)
+
+
+def test_token_ids_stand_for_a_document():
+    prompt = chat(tokenizer(ROLES), [SYSTEM, USER], [Document(tokens=(7, 8)), DOCUMENTS[0]])
+    assert prompt.segments[0] == (7, 8) and prompt.graph([(0, 1)], ["a", "b"]).edges == ((0, 1),)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "documents", "says"),
+    [
+        (None, [USER], [], "no chat template"),
+        (CHATML, [SYSTEM], DOCUMENTS, "user message"),
+        (STRICT, [SYSTEM], [], "only a system message"),
+        ("nothing", [USER], DOCUMENTS, "exactly once"),
+    ],
+)
+def test_what_can_not_be_laid_out_is_refused(template, messages, documents, says):
+    with pytest.raises(ChatError, match=says):
+        chat(tokenizer(template), messages, documents)
+
+
+@pytest.mark.parametrize("template", ["{title}", "{text} {rank}", "{text", ""])
+def test_a_document_template_must_hold_the_text(template):
+    with pytest.raises(ChatError, match="text"):
+        chat(tokenizer(CHATML), [USER], DOCUMENTS, template=template)
+
+
+def test_braces_in_a_document_are_text():
+    prompt = chat(tokenizer(CHATML), [USER], [Document("{title} {x}", "{text}")])
+    assert prompt.segments == ("{text}\n{title} {x}\n\n",)

@@ -1,0 +1,83 @@
+"""Evaluations that may be killed. Run as a program: `eval_worker.py MODEL`.
+
+It loads the model once and forks a child for every line it reads, `run FOLDER`; it answers with the child's pid. `wait PID`
+answers the child's exit status.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+from kvgraph import Engine, demo, models
+from kvgraph.data.chat import Document
+from kvgraph.data.task import Item, Task
+from kvgraph.eval.run import evaluate
+
+METHOD = "graph-kv"
+TASK = Task(
+    name="island",
+    about="the demo's questions over three of its documents",
+    source="kvgraph.demo",
+    items=lambda records: (),
+    instruction="Here are documents about an island.",
+    question="Question: {question}\nAnswer:",
+    max_tokens=8,
+    metrics=("string_match_all", "substring_em"),
+    edges="top-k:1",
+    breakdowns=("kind", "first"),
+)
+
+
+def items(count: int = 12) -> list[Item]:
+    """`count` questions, each over three neighbouring documents; the answers are random bytes, so a gold is a letter."""
+    documents = [Document(d.text[:50], id=d.name) for d in demo.documents()]
+    asked = demo.questions()
+    return [
+        Item(
+            id=f"q{i}",
+            question=asked[i % len(asked)],
+            golds=tuple("etaoinshrdlucmwfgyp"),
+            documents=tuple(documents[(i + k) % len(documents)] for k in range(3)),
+            kind="even" if i % 2 == 0 else "odd",
+            facts={"first": i % len(documents)},
+        )
+        for i in range(count)
+    ]
+
+
+def run(model: models.Model, folder: Path) -> None:
+    """The whole evaluation, as a user's process would do it."""
+    with Engine(model, store=folder.with_name(f"{folder.name}-kv")) as engine:
+        evaluate(engine, TASK, METHOD, items(), folder, window=4)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    model = models.load(sys.argv[1])
+    print("ready", flush=True)
+    for line in sys.stdin:
+        command, argument = line.split(maxsplit=1)
+        if command == "wait":
+            answer = os.waitstatus_to_exitcode(os.waitpid(int(argument), 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                try:
+                    run(model, Path(argument.rstrip("\n")))
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(1)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()
