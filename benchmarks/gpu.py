@@ -1,0 +1,427 @@
+"""Figures on one NVIDIA GPU, correctness first: an 8B-shaped random Llama in bf16, made on the device; no network, no hub.
+
+    python -m benchmarks.gpu --json gpu.json                  # everything, under 8 minutes on an H100
+    python -m benchmarks.gpu --only limits,correct,ttft       # parts
+
+Each part writes its figures to the JSON file as soon as it has them, so a run that is cut short still counts. A part that
+fails is recorded with its error, and the others go on. Beside each figure stands its limit: the bytes that must move over
+the copy rate measured in this run, or the operations over the matrix rate measured in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.common import LARGE, engine_on, ids, interleaved, median
+from kvgraph import ContextGraph, Engine, methods, models
+from kvgraph.edges import all_pairs, chain
+
+DEVICE = "cuda"
+SMALL = dict(LARGE, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, vocab_size=4096,
+             intermediate_size=2816)  # fmt: skip
+ONE_B = dict(LARGE, hidden_size=2048, num_hidden_layers=16, num_key_value_heads=8, head_dim=64, intermediate_size=8192,
+             tie_word_embeddings=True)  # fmt: skip
+DOCUMENTS, LENGTH, QUERY = 32, 1000, 50
+Figures = dict[str, Any]
+
+
+class Bench:
+    """The models and limits that parts share; each is made when a part first asks for it."""
+
+    def __init__(self, quick: bool):
+        self.quick = quick
+        self.repeats = 3 if quick else 7
+        self._made: dict[str, Any] = {}
+
+    def hf(self, shape: str = "8B") -> Any:
+        """The Hugging Face model of a shape, bf16, with its own SDPA attention."""
+        if shape not in self._made:
+            self._made[shape] = random_llama(LARGE if shape == "8B" else ONE_B, torch.bfloat16)
+        return self._made[shape]
+
+    def engine(self, shape: str = "8B", **options: Any) -> Engine:
+        """A new engine on the same weights."""
+        return engine_on(self.hf(shape), kv_budget=40 << 30, **options)
+
+    @property
+    def limits(self) -> Figures:
+        if "limits" not in self._made:
+            self._made["limits"] = limits(self)
+        return self._made["limits"]
+
+
+def random_llama(shape: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A random Llama of a shape, made on the device."""
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            return LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def timed(run: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of `run`, after one warm-up; the device is idle before and after."""
+    return median(interleaved({"": run}, repeats, DEVICE)[""])
+
+
+def weight_bytes(hf: Any) -> int:
+    """Bytes of weights that one forward reads: all but the embedding, of which it reads a few rows."""
+    embedding = hf.get_input_embeddings().weight
+    tied = hf.get_output_embeddings().weight is embedding
+    total = sum(p.numel() * p.element_size() for p in hf.parameters())
+    return total if tied else total - embedding.numel() * embedding.element_size()
+
+
+def flops_per_token(hf: Any) -> int:
+    """Multiply-adds of the layers' matrices, times two; without the output head, which encoding doesn't run."""
+    return 2 * sum(p.numel() for p in hf.model.layers.parameters())
+
+
+def profile(run: Callable[[], Any], rows: int = 14) -> list[str]:
+    """Where the device time of `run` goes: kernels by their total time, and the host's share."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    run()
+    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - started
+    events = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events) / 1e3
+    lines = [
+        f"wall {wall * 1e3:.2f} ms under the profiler, kernels {total:.2f} ms in {sum(e.count for e in events)} launches"
+    ]
+    return lines + [f"{e.self_device_time_total / 1e3:8.3f} ms  {e.count:6d} x  {e.key[:90]}" for e in events[:rows]]
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+def limits(bench: Bench) -> Figures:
+    """What the card does at best: bf16 matrix products, and copies."""
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    product = timed(lambda: [a @ b for _ in range(10)], 5) / 10
+    source = torch.randn(1 << 30, device=DEVICE, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = timed(lambda: [target.copy_(source) for _ in range(5)], 5) / 5
+    pinned = torch.empty(1 << 28, dtype=torch.bfloat16, pin_memory=True)
+    upload = timed(lambda: target[: 1 << 28].copy_(pinned, non_blocking=True), 5)
+    hf = bench.hf()
+    x = torch.randn(8192, hf.config.hidden_size, device=DEVICE, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        layer = hf.model.layers[0]
+        mats = [
+            layer.self_attn.q_proj,
+            layer.self_attn.k_proj,
+            layer.self_attn.v_proj,
+            layer.mlp.gate_proj,
+            layer.mlp.up_proj,
+        ]
+        dense = timed(lambda: [m(x) for m in mats for _ in range(4)], 5)
+    flops = 2 * 8192 * 4 * sum(m.weight.numel() for m in mats)
+    return {
+        "matrix TFLOP/s": 2 * 8192**3 / product / 1e12,
+        "the model's own matrices TFLOP/s": flops / dense / 1e12,
+        "device copy TB/s (read + written)": 2 * source.numel() * 2 / copy / 1e12,
+        "pinned upload GB/s": pinned.numel() * 2 / upload / 1e9,
+        "weights GB": weight_bytes(hf) / 1e9,
+    }
+
+
+def correct(bench: Bench) -> Figures:
+    """The kernel's cases, the gate, and the engine against its dense form, in three dtypes."""
+    found: Figures = {}
+    cases = next(Path("tests").rglob("triton_cases.py"))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-c", os.devnull, "--rootdir", ".", str(cases)],
+        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": "."},
+    )  # fmt: skip
+    found["kernel cases"] = done.stdout.strip().splitlines()[-1:] + done.stdout.strip().splitlines()[-12:-1] * bool(
+        done.returncode
+    )
+    graph = ContextGraph([ids(n, n, 4096) for n in (57, 130, 33, 200)], query=ids(11, 1, 4096), prefix=ids(9, 2, 4096))
+    edges = ContextGraph(graph.segments, graph.query, graph.prefix, all_pairs(4))
+    line = ContextGraph(graph.segments, graph.query, graph.prefix, chain(4))
+    plans = {
+        "full": methods.get("full").plan(graph), "block": methods.get("block").plan(graph),
+        "pcw": methods.get("pcw").plan(graph), "ape": methods.get("ape").plan(graph),
+        "epic": methods.get("epic").plan(graph), "graph-kv": methods.get("graph-kv").plan(edges),
+        "graph-kv, 3 rounds": methods.get("graph-kv", rounds=3).plan(line),
+    }  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = models.wrap(random_llama(SMALL, dtype))
+        engine = Engine(model, kv_budget=1 << 30)
+        worst = {}
+        for name, plan in plans.items():
+            d = plan.dense()
+            groups = {} if d.group is None else {"group": torch.from_numpy(d.group), "groups": d.groups}
+            dense = model.dense(*map(torch.from_numpy, (d.tokens, d.positions, d.visible)), **groups)[-1].float().cpu()
+            cold, warm = engine.logits(plan), engine.logits(plan)
+            worst[name] = max(float((x - dense).abs().max() / dense.std()) for x in (cold, warm))
+        found[str(dtype).removeprefix("torch.")] = worst
+    return found
+
+
+def ttft(bench: Bench) -> Figures:
+    """32 documents x 1,000 tokens, a question of 50: full prefill by Hugging Face, kvgraph with the KV on the device."""
+    hf, vocab = bench.hf(), LARGE["vocab_size"]
+    graph = ContextGraph([ids(LENGTH, i, vocab) for i in range(DOCUMENTS)], query=ids(QUERY, 999, vocab))
+    flat = torch.tensor([[t for s in graph.segments for t in s] + list(graph.query)], device=DEVICE)
+    engine = bench.engine()
+    started = time.perf_counter()
+    engine.warm(graph, "block")
+    encode = time.perf_counter() - started
+    usages = []
+
+    def warm() -> None:
+        result = engine.generate(graph, "block", max_tokens=1)
+        assert result.usage.document_tokens_computed == 0
+        usages.append(result.usage.ttft)
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        hf(flat, use_cache=False, logits_to_keep=1).logits[0, -1].argmax().item()
+
+    kvgraph = timed(warm, bench.repeats)
+    full = timed(prefill, 2)
+    kv = DOCUMENTS * LENGTH * engine.model.kv_bytes_per_token
+    rate = bench.limits["device copy TB/s (read + written)"] * 1e12
+    return {
+        "kvgraph warm ms": kvgraph * 1e3,
+        "of which from submission ms": median(usages) * 1e3,
+        "Hugging Face full prefill ms": full * 1e3,
+        "bytes limit ms": (bench.limits["weights GB"] * 1e9 + kv) / rate * 1e3,
+        "operations limit of the full prefill ms": flops_per_token(hf)
+        * flat.shape[1]
+        / bench.limits["matrix TFLOP/s"]
+        / 1e12
+        * 1e3,
+        "documents' KV GB": kv / 1e9,
+        "first encoding of the documents s": encode,
+        "profile": profile(warm),
+    }
+
+
+def decode(bench: Bench) -> Figures:
+    """Tokens a second at 32k context: one row, and 16 rows on the same documents."""
+    vocab, found = LARGE["vocab_size"], {}
+    segments = [ids(LENGTH, i, vocab) for i in range(DOCUMENTS)]
+    engine = bench.engine()
+    steps = 16 if bench.quick else 48
+    rate = bench.limits["device copy TB/s (read + written)"] * 1e12
+    for rows in (1, 16):
+        graphs = [ContextGraph(segments, query=ids(QUERY, 900 + i, vocab)) for i in range(rows)]
+        engine.generate(graphs, "block", max_tokens=4, ignore_eos=True)
+        times: list[float] = []
+        requests = [engine.submit(engine.plan(g, "block"), sampling(steps)) for g in graphs]
+        while not all(r.finished for r in requests):
+            decoding = all(len(r.token_ids) > 1 for r in requests)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            engine.step()
+            torch.cuda.synchronize()
+            if decoding:
+                times.append(time.perf_counter() - started)
+        found[f"{rows} rows: ms a step"] = median(times) * 1e3
+        found[f"{rows} rows: tokens/s"] = rows / median(times)
+        if rows == 1:
+            found["weights limit ms"] = bench.limits["weights GB"] * 1e9 / rate * 1e3
+            found["share of the weight-bandwidth limit"] = found["weights limit ms"] / found["1 rows: ms a step"]
+        requests = [engine.submit(engine.plan(g, "block"), sampling(40)) for g in graphs]
+        while any(len(r.token_ids) < 8 for r in requests):
+            engine.step()
+        found[f"{rows} rows: profile of 4 steps"] = profile(lambda: [engine.step() for _ in range(4)])
+        for request in requests:
+            engine.cancel(request)
+    found["16 rows / one row"] = found["16 rows: tokens/s"] / found["1 rows: tokens/s"]
+    return found
+
+
+def sampling(tokens: int) -> Any:
+    from kvgraph.engine.sampling import SamplingParams
+
+    return SamplingParams(max_tokens=tokens, ignore_eos=True)
+
+
+def encode(bench: Bench) -> Figures:
+    """Encoding documents of 500 tokens, against the rate of dense matrix products."""
+    count, hf, vocab = (64 if bench.quick else 256), bench.hf(), LARGE["vocab_size"]
+    engine = bench.engine()
+    engine.warm(ContextGraph([ids(500, 7000 + i, vocab) for i in range(16)]), "block")
+    graph = ContextGraph([ids(500, i, vocab) for i in range(count)])
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    engine.warm(graph, "block")
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    rate = flops_per_token(hf) * count * 500 / seconds / 1e12
+    other = iter(range(10))
+    return {
+        "documents": count,
+        "tokens/s": count * 500 / seconds,
+        "TFLOP/s in the layers' matrices": rate,
+        "share of the matrix rate": rate / bench.limits["matrix TFLOP/s"],
+        "share of the rate of the model's own matrices": rate / bench.limits["the model's own matrices TFLOP/s"],
+        "profile of 16 documents": profile(
+            lambda: engine.warm(
+                ContextGraph([ids(500, 9000 + 100 * i + j, vocab) for i in [next(other)] for j in range(16)]), "block"
+            )
+        ),
+    }
+
+
+def tiers(bench: Bench) -> Figures:
+    """The same request with its KV in pinned host memory, and on disk."""
+    vocab = LARGE["vocab_size"]
+    graph = ContextGraph([ids(LENGTH, i, vocab) for i in range(DOCUMENTS)], query=ids(QUERY, 999, vocab))
+    with tempfile.TemporaryDirectory() as folder:
+        bench.engine(store=folder).warm(graph, "block")
+        kv = DOCUMENTS * LENGTH * 131072
+        times = []
+        for _ in range(2 if bench.quick else 3):
+            engine = bench.engine(store=folder)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            result = engine.generate(graph, "block", max_tokens=1)
+            times.append(time.perf_counter() - started)
+            assert result.usage.document_tokens_computed == 0
+    upload = kv / bench.limits["pinned upload GB/s"] / 1e9
+    return {"from disk, page cache warm ms": median(times) * 1e3, "upload of its bytes ms": upload * 1e3}
+
+
+def levels(bench: Bench) -> Figures:
+    """Cold chains and rounds against one flat prefill of the same tokens (1B shape)."""
+    vocab, found = LARGE["vocab_size"], {}
+    flat_engine = bench.engine("1B")
+
+    def cold(graph: ContextGraph, method: Any) -> float:
+        times = []
+        for _ in range(3):
+            engine = Engine(flat_engine.model, kv_budget=20 << 30)
+            plan = engine.plan(graph, method)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            engine.logits(plan)
+            times.append(time.perf_counter() - started)
+        return min(times[1:])
+
+    for count, length in ((41, 22), (1001, 10)):
+        pieces = [ids(length, i, vocab) for i in range(count)]
+        one = cold(ContextGraph([], query=ids(9, 5, vocab), prefix=[[t for p in pieces for t in p]]), "full")
+        many = cold(ContextGraph([], query=ids(9, 5, vocab), prefix=pieces), "full")
+        found[f"{count} messages / one of the same tokens"] = many / one
+        found[f"{count} messages ms"] = many * 1e3
+    chunks = [ids(100, i, vocab) for i in range(200)]
+    edges = [(a, b) for b in range(200) for a in range(max(0, b - 2), b)]
+    plan_graph = ContextGraph(chunks, ids(9, 5, vocab), edges=edges)
+    tokens = sum(map(len, methods.get("graph-kv", rounds=2).plan(plan_graph).spans))
+    one = cold(ContextGraph([], query=ids(9, 5, vocab), prefix=[ids(tokens - 9, 3, vocab)]), "full")
+    many = cold(plan_graph, methods.get("graph-kv", rounds=2))
+    return {
+        **found,
+        "graph-kv, 2 rounds, 200 chunks / flat prefill": many / one,
+        "graph-kv ms": many * 1e3,
+        "its tokens": tokens,
+    }
+
+
+def hugging_face(bench: Bench) -> Figures:
+    """Hugging Face at 32k context: one token with a dynamic cache, and with a static cache and a compiled forward."""
+    hf, vocab = bench.hf(), LARGE["vocab_size"]
+    tokens = torch.tensor([ids(DOCUMENTS * LENGTH, 1, vocab)], device=DEVICE)
+    found: Figures = {}
+    with torch.inference_mode():
+        cache = DynamicCache()
+        for part in tokens.split(8000, 1):
+            hf(part, past_key_values=cache, logits_to_keep=1)
+        times = []
+        step = tokens[:, :1]
+        for _ in range(12):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            step = hf(step, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        found["dynamic cache, eager: ms a token"] = median(times[2:]) * 1e3
+        del cache
+        out = hf.generate(tokens, max_new_tokens=40, min_new_tokens=40, do_sample=False, cache_implementation="static")
+        times = []
+        for new in (8, 40):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            hf.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False, cache_implementation="static")
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        found["generate, static cache, compiled: ms a token"] = (times[1] - times[0]) / 32 * 1e3
+        del out
+    return found
+
+
+PARTS: dict[str, Callable[[Bench], Figures]] = {
+    "limits": lambda bench: bench.limits,
+    "correct": correct,
+    "ttft": ttft,
+    "decode": decode,
+    "encode": encode,
+    "tiers": tiers,
+    "levels": levels,
+    "hugging_face": hugging_face,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here, after every part")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, by commas [default: all]")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and documents")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu needs an NVIDIA GPU; torch sees none here")
+    if unknown := set(args.only.split(",")) - set(PARTS):
+        sys.exit(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    found: Figures = {
+        "environment": {
+            "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:]), "card": torch.cuda.get_device_name(),
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        }
+    }  # fmt: skip
+    bench = Bench(args.quick)
+    for name in args.only.split(","):
+        started = time.perf_counter()
+        try:
+            found[name] = PARTS[name](bench)
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = {"failed": f"{type(error).__name__}: {error}"[:400]}
+        torch.cuda.empty_cache()
+        found[name]["part's seconds"] = time.perf_counter() - started
+        print(f"== {name}", json.dumps(found[name], indent=1), flush=True)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
