@@ -23,7 +23,11 @@ OUTSIDE = {  # file of the repository -> its place in the site
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
-    **{f"examples/{path.name}": f"examples/{path.name}" for path in sorted((ROOT / "examples").iterdir()) if path.is_file()},
+    **{
+        f"examples/{path.name}": f"examples/{path.name}"
+        for path in sorted((ROOT / "examples").iterdir())
+        if path.is_file()
+    },
 }
 GENERATED = {"reference/cli.md": fill_commands, "reference/http.md": fill_routes}
 API = "reference/api"  # the entry of the navigation that the API's pages take the place of

@@ -32,7 +32,9 @@ def _routes(document: dict[str, Any]) -> Iterator[str]:
             if parameters := route.get("parameters"):
                 yield "| parameter | in | type | meaning |\n|---|---|---|---|"
                 for p in parameters:
-                    meaning = p.get("description", "") + ("" if p.get("required") else f" Default `{p['schema'].get('default')!r}`.")
+                    meaning = p.get("description", "") + (
+                        "" if p.get("required") else f" Default `{p['schema'].get('default')!r}`."
+                    )
                     yield f"| `{p['name']}` | {p['in']} | {_type(p['schema'])} | {meaning.strip()} |"
                 yield ""
             if body := route.get("requestBody"):
@@ -57,7 +59,11 @@ def _necessity(schema: dict[str, Any], required: bool) -> str:
     if required:
         return "required"
     default = next((s["default"] for s in (schema, *schema.get("anyOf", ())) if "default" in s), None)
-    return "" if default in (None, "", [], {}) else f"default `{str(default).lower() if isinstance(default, bool) else default}`"
+    return (
+        ""
+        if default in (None, "", [], {})
+        else f"default `{str(default).lower() if isinstance(default, bool) else default}`"
+    )
 
 
 def _content(message: dict[str, Any]) -> str:
@@ -74,7 +80,9 @@ def _type(schema: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(t for s in schema["anyOf"] if (t := _type(s)) != "null")) or "null"
     if "const" in schema or "enum" in schema:
         values = schema.get("enum", [schema.get("const")])
-        return " or ".join(f"`{str(v).lower() if isinstance(v, bool) else v}`" for v in values if v is not None) or "null"
+        return (
+            " or ".join(f"`{str(v).lower() if isinstance(v, bool) else v}`" for v in values if v is not None) or "null"
+        )
     if "prefixItems" in schema:
         return "[" + ", ".join(map(_type, schema["prefixItems"])) + "]"
     if schema.get("type") == "array":
