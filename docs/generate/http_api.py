@@ -5,12 +5,15 @@ docs/reference/http.md holds the comments `<!-- routes -->` and `<!-- objects --
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from kvgraph.server.app import create_app
 from kvgraph.server.settings import Settings
+
+UNSAID = "Successful Response"  # what FastAPI says for a route that says nothing
 
 
 def fill(markdown: str) -> str:
@@ -32,16 +35,15 @@ def _routes(document: dict[str, Any]) -> Iterator[str]:
             if parameters := route.get("parameters"):
                 yield "| parameter | in | type | meaning |\n|---|---|---|---|"
                 for p in parameters:
-                    meaning = p.get("description", "") + (
-                        "" if p.get("required") else f" Default `{p['schema'].get('default')!r}`."
-                    )
+                    meaning = f"{p.get('description', '')} {_necessity(p['schema'], p.get('required', False))}"
                     yield f"| `{p['name']}` | {p['in']} | {_type(p['schema'])} | {meaning.strip()} |"
                 yield ""
             if body := route.get("requestBody"):
                 yield f"Body: {_content(body)}\n"
             for status, answer in route["responses"].items():
                 if status < "400":
-                    yield f"Answer {status}: {_content(answer)} {_prose(answer['description'])}\n"
+                    said = "" if answer["description"] == UNSAID else f". {_prose(answer['description'])}"
+                    yield f"Answer {status}: {_content(answer)}{said}\n"
     yield ""
 
 
@@ -59,16 +61,12 @@ def _necessity(schema: dict[str, Any], required: bool) -> str:
     if required:
         return "required"
     default = next((s["default"] for s in (schema, *schema.get("anyOf", ())) if "default" in s), None)
-    return (
-        ""
-        if default in (None, "", [], {})
-        else f"default `{str(default).lower() if isinstance(default, bool) else default}`"
-    )
+    return "" if default in (None, "", [], {}) else f"default {_value(default)}"
 
 
 def _content(message: dict[str, Any]) -> str:
     schemas = [media.get("schema") for media in message.get("content", {}).values()]
-    return " or ".join(dict.fromkeys(_type(schema) for schema in schemas if schema)) or "no JSON."
+    return " or ".join(dict.fromkeys(_type(schema) for schema in schemas if schema)) or "text"
 
 
 def _type(schema: dict[str, Any]) -> str:
@@ -80,9 +78,7 @@ def _type(schema: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(t for s in schema["anyOf"] if (t := _type(s)) != "null")) or "null"
     if "const" in schema or "enum" in schema:
         values = schema.get("enum", [schema.get("const")])
-        return (
-            " or ".join(f"`{str(v).lower() if isinstance(v, bool) else v}`" for v in values if v is not None) or "null"
-        )
+        return " or ".join(_value(value) for value in values if value is not None) or "null"
     if "prefixItems" in schema:
         return "[" + ", ".join(map(_type, schema["prefixItems"])) + "]"
     if schema.get("type") == "array":
@@ -90,7 +86,11 @@ def _type(schema: dict[str, Any]) -> str:
     if schema.get("type") == "object":
         values = schema.get("additionalProperties")
         return f"object of {_type(values)}" if isinstance(values, dict) else "object"
-    return schema.get("type", "any")
+    return schema.get("type", "any JSON")
+
+
+def _value(value: Any) -> str:
+    return f"`{json.dumps(value)}`"
 
 
 def _prose(text: str) -> str:

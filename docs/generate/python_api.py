@@ -47,8 +47,9 @@ def _public() -> str:
 
 
 def _room(name: str) -> Page:
-    lines = [f"# `kvgraph.{name}`", ""]
-    for module in _modules(name):
+    first, *others = _modules(name)
+    lines = [f"::: {first}", "    options:", "      heading_level: 1", ""]
+    for module in others:
         lines += [f"::: {module}", ""]
     return Page(f"{name}.md", name, "\n".join(lines))
 
