@@ -73,6 +73,7 @@ class Model:
         self.dtype: torch.dtype = hf.dtype
         self.device: torch.device = hf.device
         self.limit = limit_of(hf.config)
+        self.heads: int = hf.config.num_attention_heads
         self.vocab_size = vocabulary_of(hf)
         self.eos_ids = eos_ids_of(hf)
         self.tuned_for = declared(hf.config.to_dict(), f"{name}'s config")

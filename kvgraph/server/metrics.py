@@ -129,7 +129,7 @@ class _State(Collector):
         yield GaugeMetricFamily("kvgraph_ready", "1 while requests are taken.", value=float(server.ready))
         if not server.loaded:
             return
-        runner, budget = server.runner, server.engine.scheduler.budget
+        runner, budget = server.runner, server.engine.scheduler.memory.budget
         load = runner.load
         yield GaugeMetricFamily("kvgraph_requests_running", "Requests admitted by the engine.", value=load.running)
         waiting = max(0, runner.pending - load.running)

@@ -89,7 +89,7 @@ def test_nothing_stored_is_copied_or_changed(llama, monkeypatch):
     engine = Engine(llama, kv_budget=1 << 26)
     graph = random_graph(2)
     engine.warm(graph, "block")
-    pool = engine.scheduler.pool
+    pool = engine.scheduler.memory.pool
     records = {k: pool.get(k) for k in engine.plan(graph, "block").keys(llama.fingerprint) if k}
     before = {k: [t.clone() for t in (*r.keys, *r.values)] for k, r in records.items()}
     storages = {t.untyped_storage().data_ptr() for r in records.values() for t in r.keys}
@@ -155,11 +155,13 @@ class TestMemory:
         requests = [engine.submit(p, GREEDY) for p in plans]
         peak = 0
         while engine.step():
-            peak = max(peak, engine.scheduler.kv_bytes)
+            peak = max(peak, engine.scheduler.memory.kv_bytes)
         assert peak <= self.budget(llama, largest)
         assert [r.result.token_ids for r in requests] == [dense_greedy(llama, p, 6) for p in plans]
         assert (
-            engine.scheduler.pool.pinned_bytes == 0 and engine.scheduler.row_bytes == 0 and not engine.scheduler.holds
+            engine.scheduler.memory.pool.pinned_bytes == 0
+            and engine.scheduler.memory.row_bytes == 0
+            and not engine.scheduler.memory.holds
         )
 
     def test_cancelling_frees_what_a_request_held(self, llama):
@@ -173,8 +175,8 @@ class TestMemory:
         assert drop.result.finish_reason == "cancelled"
         assert engine.wait(keep).token_ids == dense_greedy(llama, keep.plan, 6)
         engine.cancel(engine.submit(keep.plan, GREEDY))
-        assert engine.scheduler.idle and not engine.scheduler.holds and not engine.scheduler.encodings
-        assert engine.scheduler.pool.pinned_bytes == 0 and engine.scheduler.row_bytes == 0
+        assert engine.scheduler.idle and not engine.scheduler.memory.holds and not engine.scheduler.encodings
+        assert engine.scheduler.memory.pool.pinned_bytes == 0 and engine.scheduler.memory.row_bytes == 0
 
     def test_the_first_of_two_sharers_can_be_cancelled_at_any_step(self, llama):
         for steps in range(8):
@@ -184,14 +186,14 @@ class TestMemory:
                 engine.step()
             engine.cancel(a)
             assert engine.wait(b).token_ids == dense_greedy(llama, b.plan, 6)
-            assert not engine.scheduler.holds and not engine.scheduler.encodings
+            assert not engine.scheduler.memory.holds and not engine.scheduler.encodings
 
     def test_closing_a_stream_cancels(self, llama):
         engine = Engine(llama, kv_budget=1 << 26)
         stream = engine.stream(random_graph(22), "block", GREEDY)
         next(stream)
         stream.close()
-        assert engine.scheduler.idle and engine.scheduler.pool.pinned_bytes == 0
+        assert engine.scheduler.idle and engine.scheduler.memory.pool.pinned_bytes == 0
 
 
 class TestRequests:
@@ -283,7 +285,7 @@ class TestRequests:
             m.setattr(models.Model, "forward", lambda *a, **k: (_ for _ in ()).throw(MemoryError("no memory")))
             with pytest.raises(MemoryError):
                 engine.generate(random_graph(62), "block", GREEDY)
-        assert engine.scheduler.idle and not engine.scheduler.holds and not engine.scheduler.encodings
+        assert engine.scheduler.idle and not engine.scheduler.memory.holds and not engine.scheduler.encodings
         graph = random_graph(62)
         assert engine.generate(graph, "block", GREEDY).token_ids == dense_greedy(llama, engine.plan(graph, "block"), 6)
 
