@@ -4,7 +4,7 @@
 
 Several models are several seeds of one recipe; `--before` are the models that their mixed training began with. All are
 asked the same questions about corpora with held-out names, whichever the method and however a corpus is told
-(docs/world.md), so every difference is paired.
+(docs/reference/world.md), so every difference is paired.
 
 Answers are judged without generating them: the documents and all questions about them are one packed forward, and an
 answer is right if each of its tokens, the full stop too, is the likeliest. That is when greedy decoding gives it. A sample
@@ -200,7 +200,9 @@ def load(folder: str) -> Learned:
     except ModelError as error:
         sys.exit(str(error))
     if model.tokenizer is None or model.tokenizer.get_vocab() != tokenizer.vocabulary():
-        sys.exit(f"{folder} hasn't the world's tokenizer; train a model of the world first (docs/training.md)")
+        sys.exit(
+            f"{folder} hasn't the world's tokenizer; train a model of the world first (docs/reference/training.md)"
+        )
     model.tuned_for = tuple(methods.METHODS)  # no warnings: how much worse untuned methods are is what is measured
     return Learned(folder, Engine(model), models.trainable(model.hf))
 

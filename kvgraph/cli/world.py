@@ -21,7 +21,7 @@ def world(
         typer.Option(
             metavar="NAME=VALUE,...",
             help="How corpora are made and told: split, entities, distractors, questions, types, order, edges, share, "
-            "prefix, gold_position; docs/world.md explains them.",
+            "prefix, gold_position; docs/reference/world.md explains them.",
         ),
     ] = "",
     out: Annotated[
