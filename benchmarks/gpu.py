@@ -181,7 +181,36 @@ def correct(bench: Bench) -> Figures:
             cold, warm = engine.logits(plan), engine.logits(plan)
             worst[name] = max(float((x - dense).abs().max() / dense.std()) for x in (cold, warm))
         found[str(dtype).removeprefix("torch.")] = worst
+        found["waits for the device inside a step"] = waits(engine, plans)
     return found
+
+
+def waits(engine: Engine, plans: dict[str, Any]) -> int:
+    """Steps of these plans in which the host waited for the device: cold, warm, and as captured graphs."""
+    runner, run = engine.scheduler.runner, engine.scheduler.runner.run
+    count = 0
+
+    def watched(rows: Any, want: Any) -> Any:
+        nonlocal count
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(rows, want)
+        except RuntimeError as error:
+            traceback.print_exception(error)
+            count += 1
+            torch.cuda.set_sync_debug_mode("default")
+            return run(rows, want)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    runner.run = watched
+    fresh = Engine(engine.model, kv_budget=1 << 30)
+    fresh.scheduler.runner = runner
+    for plan in plans.values():
+        for _ in range(2):
+            fresh.logits(plan)
+    runner.run = run
+    return count
 
 
 def ttft(bench: Bench) -> Figures:

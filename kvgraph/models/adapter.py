@@ -21,7 +21,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from kvgraph.attention.rope import Rotary
@@ -170,9 +169,8 @@ def _attention(
     return attend(module, query, key, value, **kwargs).contiguous(), None
 
 
-# The mask function must be there too and give None: jumping position_ids would otherwise make block masks.
+# No mask function on purpose: transformers then makes no mask and never looks at positions, which would wait for a GPU.
 AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
 
 
 def run(hf: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:
