@@ -25,7 +25,7 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks.summary
 
 docs: $(DEV)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(DEV)
 	rm -rf dist
