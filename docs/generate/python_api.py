@@ -36,9 +36,9 @@ def _public() -> str:
     """The names that `from kvgraph import ...` gives, each with a link to where it is described."""
     package = griffe.load("kvgraph", search_paths=[PACKAGE.parent])
     lines = ["# `kvgraph`", "", "What `from kvgraph import ...` gives:", "", "| name | |", "|---|---|"]
-    for name in sorted(package.exports or ()):
-        member = package.members[str(name)]
-        if not member.is_alias:
+    for name in sorted(map(str, package.exports or ())):
+        member = package.members[name]
+        if not isinstance(member, griffe.Alias):
             continue
         found = member.final_target
         summary = found.docstring.value.split("\n\n")[0] if found.docstring else ""
