@@ -108,21 +108,22 @@ class Window:
         return sum(m.size + 15 & -16 for m in self.masks)
 
 
-def address(source: Record | RowKV) -> tuple[int, int]:
-    """(address, capacity in tokens) of a source's one buffer. Raises ValueError where its KV isn't one buffer."""
-    keys, values = source.keys, source.values
-    groups, _, dim = keys[0].shape
-    capacity = keys[0].stride(0) // dim if groups > 1 else max(keys[0].shape[1], keys[0].stride(0) // dim)
-    begin, size = keys[0].data_ptr(), values[-1].element_size()
-    numbers = sum(k.shape[0] * (k.shape[2] + v.shape[2]) for k, v in zip(keys, values, strict=True))
-    end = begin + capacity * numbers * size
-    if values[-1].data_ptr() + values[-1].shape[0] * capacity * values[-1].shape[2] * size != end:
+def address(source: Record | RowKV, numbers: int) -> tuple[int, int]:
+    """(address, capacity in tokens) of a source's one buffer, which holds `numbers` keys and values a token.
+
+    Raises ValueError where its KV isn't one buffer.
+    """
+    first, last = source.keys[0], source.values[-1]
+    groups, tokens, dim = first.shape
+    capacity = first.stride(0) // dim if groups > 1 else source.capacity if isinstance(source, RowKV) else tokens
+    begin = first.data_ptr()
+    if begin + capacity * (numbers - last.shape[0] * last.shape[2]) * last.element_size() != last.data_ptr():
         raise ValueError("the KV of a span must be one buffer on the GPU")
     return begin, capacity
 
 
-def tables(blocks: Sequence[Block], tokens: int, repeat: int, groups: int, tune: Tuning) -> Window:
-    """The tables of the blocks of a step with T tokens."""
+def tables(blocks: Sequence[Block], tokens: int, repeat: int, groups: int, numbers: int, tune: Tuning) -> Window:
+    """The tables of the blocks of a step with T tokens. numbers: keys and values of a token, of all layers."""
     work = groups * sum((b.hi - b.lo) * -(-len(b.tokens) * repeat // tune.rows) for b in blocks if not b.causal)
     run = max(MIN_KEYS, -(-work // tune.programs[0]))
     run = -(-run // tune.keys) * tune.keys
@@ -154,7 +155,7 @@ def tables(blocks: Sequence[Block], tokens: int, repeat: int, groups: int, tune:
     for number, (block, parts) in enumerate(zip(blocks, splits, strict=True)):
         n, total = len(block.tokens), block.hi - block.lo
         if id(block.source) not in addresses:
-            addresses[id(block.source)] = address(block.source)
+            addresses[id(block.source)] = address(block.source, numbers)
         mask, length = 0, 0
         if block.mask is not None:
             masks.append(np.ascontiguousarray(block.mask).view(np.uint8))
@@ -238,9 +239,9 @@ class Tables:
         self.layout = _Layout(sizes, len(windows), groups)
         self.buffer = torch.empty(self.layout.end, dtype=torch.int64, device=device)
 
-    def fill(self, rows: Sequence[Row], want: Sequence[int], windows: Sequence[Window], staging: Tensor) -> None:
+    def fill(self, step: CudaStep, staging: Tensor) -> None:
         """Write a step into the staging buffer (pinned) and start its upload."""
-        host = staging.numpy()
+        host, rows, want = staging.numpy(), step.rows, step.want
         tokens = [t for row in rows for t in row.tokens]
         self._put(host, self.layout.tokens, np.array(tokens, dtype=np.int64), rest=0)
         self._put(host, self.layout.positions, np.concatenate([row.positions for row in rows]), rest=0)
@@ -249,11 +250,11 @@ class Tables:
         at = 0
         for row in rows:
             here = slice(at, at + len(row.tokens))
-            to[here, :2] = address(row.kv)
+            to[here, :2] = row.kv.buffer.data_ptr(), row.kv.capacity
             to[here, 2] = np.arange(row.kv.length, row.kv.length + len(row.tokens))
             at = here.stop
         self._put(host, self.layout.rows, to, rest=0)
-        for found, where in zip(windows, self.layout.windows, strict=True):
+        for found, where in zip(step.tables, self.layout.windows, strict=True):
             counts = [len(found.small), len(found.large), len(found.merged), 0]
             self._put(host, where["counts"], np.array(counts, dtype=np.int64))
             for name in ("shifts", "pairs", "small", "large", "merged", "entries"):
@@ -402,9 +403,11 @@ class CudaStep:
             row.kv.positions[n : n + len(row.tokens)] = row.positions
         self.tune = tuning(max(max(x.key_dim, x.value_dim) for x in layers), rows[0].kv.buffer.dtype, device)
         groups = layers[0].kv_heads
+        self.numbers = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in layers)
         self.windows = list(dict.fromkeys(layer.window for layer in layers))
         self.tables = [
-            tables(blocks_of(rows, self.starts, w), self.size, heads // groups, groups, self.tune) for w in self.windows
+            tables(blocks_of(rows, self.starts, w), self.size, heads // groups, groups, self.numbers, self.tune)
+            for w in self.windows
         ]
 
     @property
@@ -433,5 +436,5 @@ class CudaStep:
     def on_device(self, staging: Tensor) -> tuple[Tables, Attention]:
         """The tables on the device, of just the needed size, and attention from them. staging: at least `length` int64."""
         made = Tables(self.device, self.sizes, self.windows, self.flags.groups)
-        made.fill(self.rows, self.want, self.tables, staging)
+        made.fill(self, staging)
         return made, Attention(made, self.flags, self.layers, self.rotaries, self.tune)

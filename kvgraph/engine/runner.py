@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,6 +46,7 @@ class CudaRunner(Runner):
 
     def __init__(self, model: Model):
         super().__init__(model)
+        self.rotaries = tuple(replace(r, inv_freq=r.inv_freq.to(model.device)) for r in model.rotaries)
         self._graphs: dict[tuple[int, Any], Any] = {}
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
         self._pool: Any = None
@@ -55,7 +57,7 @@ class CudaRunner(Runner):
         """See `Runner.run`."""
         from kvgraph.attention.cuda import CudaStep
 
-        step = CudaStep(rows, want, self.model.layers, self.model.rotaries, self.model.device, self.model.heads)
+        step = CudaStep(rows, want, self.model.layers, self.rotaries, self.model.device, self.model.heads)
         if self._capturable and step.size <= GRAPH_TOKENS and not step.flags.masked:
             logits = self._replay(step)
             if logits is not None:
@@ -81,7 +83,7 @@ class CudaRunner(Runner):
             return None
         tables, graph, logits = self._graphs[key]
         staging, event = self._upload_buffer(tables.layout.end)
-        tables.fill(step.rows, step.want, step.tables, staging)
+        tables.fill(step, staging)
         event.record()
         graph.replay()
         return logits[: len(step.want)]
@@ -93,11 +95,11 @@ class CudaRunner(Runner):
         model = self.model
         tables = Tables(model.device, sizes, step.windows, flags.groups)
         staging, event = self._upload_buffer(tables.layout.end)
-        tables.fill(step.rows, step.want, step.tables, staging)
+        tables.fill(step, staging)
         event.record()
 
         def forward() -> Tensor:
-            attention = Attention(tables, flags, model.layers, model.rotaries, step.tune, self._partial)
+            attention = Attention(tables, flags, model.layers, self.rotaries, step.tune, self._partial)
             return model.forward(tables.tokens, tables.positions, attention, tables.want)
 
         stream = torch.cuda.Stream()
@@ -121,7 +123,7 @@ class CudaRunner(Runner):
         staging, event = self._staging.pop(0) if len(self._staging) >= UPLOADS else (None, torch.cuda.Event())
         event.synchronize()
         if staging is None or len(staging) < size:
-            staging = torch.empty(max(size, 1 << 15), dtype=torch.int64, pin_memory=True)
+            staging = torch.empty(max(size, 1 << 15), dtype=torch.int64, pin_memory=torch.cuda.is_available())
         self._staging.append((staging, event))
         return staging, event
 

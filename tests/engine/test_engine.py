@@ -121,10 +121,14 @@ def test_results_survive_a_restart_on_the_same_disk(llama, tmp_path):
     with Engine(llama, store=tmp_path, kv_budget=1 << 26) as engine:
         first = engine.generate(graph, "graph-kv", GREEDY, first_logits=True)
         assert first.usage.document_tokens_computed > 0
+        warm = engine.generate(graph, "graph-kv", GREEDY, first_logits=True)
     with Engine(llama, store=tmp_path, kv_budget=1 << 26) as engine:
         second = engine.generate(graph, "graph-kv", GREEDY, first_logits=True)
     assert second.usage.document_tokens_computed == 0 and set(second.usage.reused_tokens) == {"disk"}
-    assert second.token_ids == first.token_ids and torch.equal(second.first_logits, first.first_logits)
+    assert second.token_ids == warm.token_ids and torch.equal(second.first_logits, warm.first_logits)
+    # Cold, the question runs in one step with the documents: matrices of other sizes round differently.
+    assert second.token_ids == first.token_ids
+    torch.testing.assert_close(second.first_logits, first.first_logits, atol=1e-4, rtol=0)
 
 
 def test_tenants_and_models_never_share_records(llama, tmp_path):

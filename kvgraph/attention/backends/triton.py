@@ -24,7 +24,7 @@ import triton.language as tl
 LOG2E = 1.4426950408889634  # log2(e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix"])
 def write(
     k, v, rows, prefix, k_head, k_token, v_head, v_token,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, KV: tl.constexpr,
@@ -86,7 +86,7 @@ def _over_keys(
     return top, total, acc
 
 
-@triton.jit(do_not_specialize=["tokens", "slots", "which"])
+@triton.jit(do_not_specialize=["prefix", "slots", "which"])
 def attend(
     q, out, partial, partial_lse, tiles, counts, which, blocks, pairs, cos, sin, sinks, prefix, scale, softcap,
     q_head, q_token, slots,
