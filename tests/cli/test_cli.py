@@ -568,10 +568,6 @@ def commands() -> dict[str, typer.core.TyperCommand]:
     return found
 
 
-def flags(command) -> set[str]:
-    return {flag for p in command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")} - {"--help"}
-
-
 def test_help_of_every_command_has_an_example_and_imports_no_torch():
     program = """
 import json, sys
@@ -595,21 +591,3 @@ print(json.dumps(shown))
     for name, text in json.loads(done.stdout).items():
         assert re.search(rf"^    kvgraph {name}", text, re.M), f"the help of {name!r} has no example"
         assert "\\b" not in text
-
-
-def test_the_documentation_names_every_command_and_flag_and_no_others():
-    sections = re.split(r"^## `kvgraph ([a-z ]+)`.*$", (ROOT / "docs" / "cli.md").read_text(), flags=re.M)
-    documented = dict(zip(sections[1::2], sections[2::2], strict=True))
-    assert set(documented) == set(commands())
-    for name, command in commands().items():
-        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", documented[name]))
-        assert named == flags(command), name
-
-
-def test_the_documentation_lists_every_preset_as_it_is():
-    text = (ROOT / "docs" / "cli.md").read_text()
-    rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \|", text.split("### Presets")[1].split("\n## ")[0], re.M))
-    assert list(rows) == list(methods.PRESETS)
-    rows["graph-kv-rag-top-k"] = rows["graph-kv-rag"]  # "the same"
-    for name, spec in rows.items():
-        assert methods.parse(spec.strip("`")) == methods.get(name), name
