@@ -28,7 +28,8 @@ from kvgraph import methods, models
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.probe import cost, probed
-from kvgraph.engine.request import UNCACHED, Request, sequence_of
+from kvgraph.engine.request import UNCACHED, Request
+from kvgraph.engine.request import Sequence as TokenSequence
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
 from kvgraph.engine.scheduler import Scheduler
@@ -305,7 +306,7 @@ class Engine:
             params=params,
             sampler=Sampler(params, prompt_tokens(plan)),
             stream=TextStream(self.detokenize, params.stop),
-            sequence=sequence_of(live, pool_keys, max(0, new - 1)),
+            sequence=TokenSequence(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
             answer=tuple(answer),
             keep_logits=first_logits,
