@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
+from kvgraph.attention.rows import on_device
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.probe import cost, probed
@@ -529,21 +530,6 @@ def load_model(
 def composed(model: models.Model) -> gate.Logits:
     """What the gate compares: logits of plans from an engine of their own. What a broken model computes reaches no store."""
     return Engine(model, kv_budget=2 * gate.LONGEST * model.kv_bytes_per_token).logits
-
-
-def on_device(record: Record, device: torch.device) -> Record:
-    """The record with its KV on a device, through pinned memory when it goes to a GPU; itself if it is there already."""
-    if record.keys[0].device.type == device.type:
-        return record
-
-    def move(tensor: Tensor) -> Tensor:
-        source = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
-        return source.to(device, non_blocking=device.type == "cuda")
-
-    moved = replace(record, keys=tuple(map(move, record.keys)), values=tuple(map(move, record.values)))
-    if device.type == "cuda":
-        torch.cuda.current_stream().synchronize()  # the pinned buffers live until the copies are done
-    return moved
 
 
 def prompt_tokens(plan: Plan) -> Iterator[int]:
