@@ -13,6 +13,7 @@ from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import (
     AllowUntested,
+    CodecName,
     Device,
     Documents,
     Dtype,
@@ -38,6 +39,7 @@ def ask(
     documents: Documents,
     pick: Pick = None,
     store: StoreFolder = None,
+    codec: CodecName = "raw",
     method: MethodName = "block",
     edges: Edges = "",
     prefix: Prefix = "",
@@ -91,6 +93,7 @@ def ask(
         check=not no_check,
         kv_budget=kv_budget,
         store=store,
+        codec=codec,
     )
     with engine:
         if as_json:

@@ -55,6 +55,14 @@ AllowUntested = Annotated[
 ]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the exactness gate (`kvgraph check`) while loading.")]
 StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of the store of KV records.")]
+CodecName = Annotated[
+    str,
+    typer.Option(
+        "--codec",
+        help="How records are kept: raw, fp8, int8, kivi, gear, with fields after a colon (kivi:bits=2); +zstd compresses. "
+        "All but raw and zstd change answers a little.",
+    ),
+]
 MethodName = Annotated[
     str,
     typer.Option(

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
     fetch(key): a record of the backing store and its tier's name, or None. save(record): hand a new record to it.
+    settle(record): what a new record becomes before anything reads it.
     """
 
     def __init__(
@@ -43,10 +45,11 @@ class Scheduler:
         max_step_tokens: int,
         fetch: Callable[[str], Found | None],
         save: Callable[[Record], None],
+        settle: Callable[[Record], Record] = lambda record: record,
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
-        self.fetch, self.save = fetch, save
+        self.fetch, self.save, self.settle = fetch, save, settle
         self.shapes = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in model.layers]
         self.waiting: deque[Request] = deque()
         self.encodings: dict[str, Encoding] = {}  # in order of creation: sources before their readers
@@ -168,8 +171,10 @@ class Scheduler:
             return
         assert encoding.sequence.kv is not None
         record = encoding.sequence.kv.record(encoding.key)
+        if encoding.persistent:
+            record = self.settle(record)
         del self.encodings[encoding.key]
-        self.memory.keep(record)
+        self.memory.keep(replace(record, packed=None))
         while encoding.waiters:
             request = encoding.waiters.pop()
             request.missing.discard(encoding.key)

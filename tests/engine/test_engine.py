@@ -322,3 +322,36 @@ def test_scratch_memory_does_not_grow_with_the_square_of_the_context(family):
     result = engine.generate(ContextGraph([ids], query=[1]), "block", max_tokens=1)
     assert result.usage.computed_tokens == 6001
     assert memory("VmHWM") - before < 150
+
+
+@pytest.mark.parametrize("codec", ["zstd", "fp8", "int8", "kivi:bits=2,group=8", "gear:bits=2,group=8", "int8+zstd"])
+@pytest.mark.parametrize("method", ["full", "graph-kv"])
+def test_a_codecs_losses_come_before_the_first_use(llama, tmp_path, codec, method):
+    """Computed, from memory, from disk, or partly so: the same logits, bit by bit. A lossy codec does change them."""
+    graph = random_graph(31, edges=method == "graph-kv")
+
+    def logits(**options):
+        with Engine(llama, kv_budget=1 << 26, **options) as engine:
+            return [engine.logits(engine.plan(graph, method)) for _ in range(2)]
+
+    (plain, _), (alone, again) = logits(), logits(codec=codec)
+    cold, warm = logits(codec=codec, store=tmp_path)
+    files = sorted(tmp_path.glob("records/*/*"))
+    files[0].unlink()
+    partly, _ = logits(codec=codec, store=tmp_path)
+    disk, _ = logits(codec=codec, store=tmp_path)
+    assert all(torch.equal(alone, other) for other in (again, cold, warm, disk))
+    assert torch.allclose(alone, partly, atol=1e-4)  # what is computed with others rounds in another order
+    difference = float((alone - plain).abs().max())
+    assert difference == 0 if codec == "zstd" else 1e-5 < difference
+
+
+def test_codecs_share_a_folder_without_sharing_a_lossy_record(llama, tmp_path):
+    graph = random_graph(32)
+
+    def reused(codec):
+        with Engine(llama, kv_budget=1 << 26, store=tmp_path, codec=codec) as engine:
+            return sum(engine.generate(graph, "block", GREEDY).usage.reused_tokens.values())
+
+    assert [reused(codec) for codec in ("raw", "int8", "kivi")] == [0, 0, 0]
+    assert reused("zstd") == reused("raw") > 0 and reused("int8") > 0
