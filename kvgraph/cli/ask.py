@@ -25,7 +25,7 @@ from kvgraph.cli.common import (
     NoCheck,
     Pick,
     Prefix,
-    StoreFolder,
+    StorePlaces,
     Template,
 )
 
@@ -38,7 +38,7 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The query, as the model should read it.")],
     documents: Documents,
     pick: Pick = None,
-    store: StoreFolder = None,
+    store: StorePlaces = None,
     codec: CodecName = "raw",
     method: MethodName = "block",
     edges: Edges = "",
@@ -92,7 +92,7 @@ def ask(
         allow_untested=allow_untested,
         check=not no_check,
         kv_budget=kv_budget,
-        store=store,
+        store=store or None,
         codec=codec,
     )
     with engine:

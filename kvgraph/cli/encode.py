@@ -25,7 +25,7 @@ from kvgraph.cli.common import (
     ModelName,
     NoCheck,
     Prefix,
-    StoreFolder,
+    StorePlaces,
     Template,
 )
 from kvgraph.data import corpus
@@ -56,7 +56,7 @@ class _Totals:
 def encode(
     model: ModelName,
     documents: Annotated[Path, typer.Argument(metavar="CORPUS", help="JSON Lines (also .gz), text file, or folder.")],
-    store: StoreFolder = None,
+    store: StorePlaces = None,
     method: MethodName = "block",
     template: Template = None,
     prefix: Prefix = "",
@@ -79,11 +79,11 @@ def encode(
       kvgraph encode ./llama corpus.jsonl --store kv --dry-run
       kvgraph encode ./llama corpus.jsonl --store kv --template '{title}\\n{text}\\n'
     """
-    if store is None and not dry_run:
-        raise typer.BadParameter("encode needs --store FOLDER (or --dry-run)")
+    if not store and not dry_run:
+        raise typer.BadParameter("encode needs --store PLACE (or --dry-run)")
     chosen = methods.parse(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
-    where = None if dry_run else store
+    where = None if dry_run or not store else store
     from kvgraph.engine.engine import Engine
 
     engine = Engine.load(
@@ -98,7 +98,7 @@ def encode(
     )
     prefix = common.unescaped(prefix)
     if dry_run:
-        return _estimate(engine, found, chosen, prefix, store)
+        return _estimate(engine, found, chosen, prefix, store or [])
     with engine:
         totals = _Totals()
         try:
@@ -187,7 +187,7 @@ def _tokens(plan: Plan) -> int:
 
 
 def _estimate(
-    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, store: Path | None
+    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, store: Sequence[str]
 ) -> None:
     """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
     totals = _Totals()
@@ -230,11 +230,12 @@ def _share(engine: Engine, keys: Iterable[str]) -> float:
     return 1.0
 
 
-def _free(store: Path | None) -> str:
-    """How much room there is where the store is or would be."""
-    if store is None:
+def _free(store: Sequence[str]) -> str:
+    """How much room there is where the store's first folder is or would be."""
+    folders = [Path(place).absolute() for place in store if "://" not in place]
+    if not folders:
         return ""
-    there = next(p for p in (store.absolute(), *store.absolute().parents) if p.exists())
+    there = next(p for p in (folders[0], *folders[0].parents) if p.exists())
     return f"; {common.human_size(shutil.disk_usage(there).free)} free"
 
 

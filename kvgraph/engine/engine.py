@@ -41,7 +41,7 @@ from kvgraph.progress import Progress
 from kvgraph.store.base import Found, Store
 from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
-from kvgraph.store.open import open_store
+from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
 
 log = logging.getLogger("kvgraph.engine")
@@ -71,7 +71,8 @@ class Encoded:
 class Engine:
     """Runs plans. Safe to use from several threads: whoever waits drives the steps for everyone.
 
-    store: where records outlive the process; None keeps them in memory only. kv_budget: bytes of KV held at once, all
+    store: where records outlive the process: a folder, a URL (redis://, s3://, ...), several of them from fastest to
+    slowest, or a store; None keeps them in memory only. kv_budget: bytes of KV held at once, all
     requests and cached spans together (default: half of the free memory, or 80 % of the free GPU memory).
     max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key. codec: how records are
     kept, as text such as "kivi:bits=2" (see `kvgraph.store.codecs.registry`). What a lossy one loses is lost before a
@@ -82,7 +83,7 @@ class Engine:
         self,
         model: models.Model,
         *,
-        store: Store | str | Path | None = None,
+        store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
         max_step_tokens: int | None = None,
         salt: str = "",
@@ -95,12 +96,14 @@ class Engine:
             raise KVGraphError(f"codec must be a name or a codec, not {type(codec).__name__}")
         if not isinstance(salt, str):
             raise KVGraphError(f"salt must be text, not {type(salt).__name__}")
-        if store is not None and not isinstance(store, str | Path) and not hasattr(store, "get"):
-            raise KVGraphError(f"store must be a folder or a store, not {type(store).__name__}")
+        if store is not None and not isinstance(store, str | Path | Sequence) and not hasattr(store, "get"):
+            raise KVGraphError(f"store must be a folder, a URL, a list of them, or a store, not {type(store).__name__}")
         self.model, self.salt = model, salt
         self.codec = parse(codec) if isinstance(codec, str) else codec
         self.fingerprint = fingerprint_with(model.fingerprint, self.codec)
-        self.store = open_store(store, self.fingerprint) if isinstance(store, str | Path) else store
+        if isinstance(store, str | Path | Sequence):
+            store = open_store(store, self.fingerprint, tenant=salt)
+        self.store = store
         self.stored_bytes = 0  # of KV that were handed to the store, as it keeps them
         self.store_errors = 0
         self.store_error: StoreError | None = None  # the first of them
@@ -123,7 +126,7 @@ class Engine:
         device: str = "cpu",
         allow_untested: bool = False,
         check: bool = True,
-        store: Store | str | Path | None = None,
+        store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
         max_step_tokens: int | None = None,
         salt: str = "",

@@ -19,10 +19,12 @@ def open_store(
     fingerprint: str,
     *,
     capacity_bytes: int | None = None,
+    tenant: str = "",
 ) -> Store:
     """The store in a folder, at a URL, or the tiers of several, for the records of one model.
 
-    capacity_bytes: of a folder; None for no limit. Raises StoreError.
+    capacity_bytes: of a folder; None for no limit. tenant: a salt; remote tiers keep each tenant's records apart. Raises
+    StoreError.
     """
     places = [where] if isinstance(where, str | Path) else list(where)
     if not places:
@@ -30,7 +32,7 @@ def open_store(
     stores: list[Store] = []
     for place in places:
         if "://" in str(place):
-            stores.append(open_remote(str(place), fingerprint))
+            stores.append(open_remote(str(place), fingerprint, tenant))
         else:
             stores.append(DiskStore(place, capacity_bytes, fingerprint=fingerprint))
     return stores[0] if len(stores) == 1 else TieredStore(stores)

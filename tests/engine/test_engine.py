@@ -29,6 +29,7 @@ from kvgraph.attention.step import Step
 from kvgraph.engine.sampling import SamplingError
 from kvgraph.plan import Plan, contiguous
 from kvgraph.store.disk import DiskStore
+from remotes import RedisServer, has_redis
 from store_worker import got
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -355,3 +356,30 @@ def test_codecs_share_a_folder_without_sharing_a_lossy_record(llama, tmp_path):
 
     assert [reused(codec) for codec in ("raw", "int8", "kivi")] == [0, 0, 0]
     assert reused("zstd") == reused("raw") > 0 and reused("int8") > 0
+
+
+@pytest.mark.skipif(not has_redis(), reason="no redis-server here: apt-get install redis-server")
+def test_a_remote_tier_serves_answers_and_its_death_costs_only_computing(llama, tmp_path):
+    graph, server = random_graph(33), RedisServer(tmp_path)
+    places = [tmp_path / "kv", f"{server.url}?timeout=0.5"]
+    try:
+        with Engine(llama, kv_budget=1 << 26, store=places) as engine:
+            cold = engine.generate(graph, "block", GREEDY)
+        with Engine(llama, kv_budget=1 << 26, store=places[1]) as engine:
+            warm = engine.generate(graph, "block", GREEDY)
+        with Engine(llama, kv_budget=1 << 26, store=[tmp_path / "other", places[1]]) as engine:
+            assert set(engine.generate(graph, "block", GREEDY).usage.reused_tokens) == {"redis"}
+        with Engine(llama, kv_budget=1 << 26, store=[tmp_path / "other", places[1]]) as engine:
+            assert set(engine.generate(graph, "block", GREEDY).usage.reused_tokens) == {"disk"}, "it was promoted"
+        with Engine(llama, kv_budget=1 << 26, store=places[1], salt="tenant") as engine:
+            assert not engine.generate(graph, "block", GREEDY).usage.reused_tokens
+        server.kill()
+        with Engine(llama, kv_budget=1 << 26, store=places[1]) as engine:
+            dead = engine.generate(graph, "block", GREEDY)
+            engine.flush()
+            assert engine.store_errors > 0
+    finally:
+        server.kill()
+    assert cold.token_ids == warm.token_ids == dead.token_ids
+    assert set(warm.usage.reused_tokens) == {"redis"} and not dead.usage.reused_tokens
+    assert warm.usage.document_tokens_computed == 0
