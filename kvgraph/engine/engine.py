@@ -109,7 +109,12 @@ class Engine:
         self.store_error: StoreError | None = None  # the first of them
         step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
         self.scheduler = Scheduler(
-            model, kv_budget or default_budget(model.device), step_tokens, self._fetch, self._save, self._settle
+            model,
+            kv_budget or default_budget(model.device),
+            step_tokens,
+            self._fetch,
+            self._save,
+            None if self.codec.lossless else self._settle,
         )
         self._lock = threading.RLock()
         self._uncached = count()
@@ -492,7 +497,7 @@ class Engine:
 
     def _settle(self, record: Record) -> Record:
         """A lossy codec's losses come before a record's first use: whoever finds it later reads the same numbers."""
-        return record if self.codec.lossless else packed(record, self.codec)
+        return packed(record, self.codec)
 
     def _save(self, record: Record) -> None:
         """Hand a record to the writer thread; a full queue makes encoding wait for the disk."""

@@ -99,6 +99,11 @@ class SamplingParams:
         )
         object.__setattr__(self, "stop_token_ids", ids)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the choice is the likeliest token, and nothing else is wanted: then many rows can be looked at at once."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and self.logprobs is None
+
 
 class Sampled(NamedTuple):
     """A chosen token; logprob and top (the likeliest tokens with theirs, best first) only if they were asked for."""
@@ -122,8 +127,13 @@ class Sampler:
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else int(params.seed)
         self._generator.manual_seed(seed)
 
-    def __call__(self, logits: Tensor) -> Sampled:
-        """Choose from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf, or nothing but -inf."""
+    def __call__(self, logits: Tensor, best: tuple[int, float] | None = None) -> Sampled:
+        """Choose from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf, or nothing but -inf.
+
+        best: the likeliest token, the first of several, and its logit, where they are known and the parameters' `takes_best`.
+        """
+        if best is not None and math.isfinite(best[1]):
+            return Sampled(best[0])
         logits = logits.detach().float()
         if not math.isfinite(logits.max()):  # NaN wins every maximum
             what = "NaN" if logits.isnan().any() else "infinite"

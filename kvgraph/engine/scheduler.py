@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.step import Row, RowKV, Step, View
+from kvgraph.attention.rows import Row, RowKV, View
 from kvgraph.engine.admission import Memory
 from kvgraph.engine.request import Encoding, Request, Sequence, sequence_of
 from kvgraph.engine.result import Result
+from kvgraph.engine.runner import runner_for
 from kvgraph.errors import PlanError
 from kvgraph.models import Model
 from kvgraph.store.base import Found
@@ -35,7 +36,7 @@ class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
     fetch(key): a record of the backing store and its tier's name, or None. save(record): hand a new record to it.
-    settle(record): what a new record becomes before anything reads it.
+    settle(record): what a new record becomes before anything reads it; None: it stays as it is.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class Scheduler:
         max_step_tokens: int,
         fetch: Callable[[str], Found | None],
         save: Callable[[Record], None],
-        settle: Callable[[Record], Record] = lambda record: record,
+        settle: Callable[[Record], Record] | None = None,
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
         self.fetch, self.save, self.settle = fetch, save, settle
+        self.runner = runner_for(model)
         self.shapes = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in model.layers]
         self.waiting: deque[Request] = deque()
         self.encodings: dict[str, Encoding] = {}  # in order of creation: sources before their readers
@@ -102,14 +104,14 @@ class Scheduler:
         self.memory.make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
         try:
             rows = [self._row(owner.sequence, count) for owner, count in work]
-            step = Step(rows, self.model.layers, self.model.rotaries, self.model.device)
-            want, counts = self._wanted(work, step)
-            logits = self.model.forward(step.tokens, step.positions, step, want)
+            want, counts = self._wanted(work)
+            logits = self.runner.run(rows, want)
         except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
             for owner, _ in work:
                 self._fail(owner, error)
             return
         self.peak_bytes = max(self.peak_bytes, self.memory.kv_bytes)
+        best = self._best(work, logits, counts)
         at = 0
         for (owner, _), row, n in zip(work, rows, counts, strict=True):
             with self._blaming(owner):
@@ -117,52 +119,78 @@ class Scheduler:
                 if isinstance(owner, Encoding):
                     self._encoded(owner)
                 else:
-                    self._decoded(owner, logits[at : at + n])
+                    self._decoded(owner, logits[at : at + n], best.get(owner))
             at += n
 
     def _choose(self) -> list[Work]:
         """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first.
 
-        Only the oldest request's encodings go before prefill: so, however much work arrives, nothing waits forever.
+        Only the oldest request's encodings go before prefill: so, however much work arrives, nothing waits forever. A
+        reader may stand beside its sources: every layer writes all rows' keys and values before any row attends. So it
+        only waits for sources of which some tokens are left after this step, and for those that a lossy codec changes.
         """
-        ready = [r for r in self.running if not r.missing]
-        decoding = [r for r in ready if r.token_ids]
-        prefill = [r for r in ready if not r.token_ids]
-        encoding = [e for e in self.encodings.values() if all(k in self.memory.pool for k, *_ in e.sequence.places)]
+        decoding = [r for r in self.running if r.token_ids]
+        prefill = [r for r in self.running if not r.token_ids]
+        oldest = [e for e in self.encodings.values() if self.running[0] in e.waiters]
+        later = [e for e in self.encodings.values() if self.running[0] not in e.waiters]
         work: list[Work] = []
+        complete: set[str] = set()  # encodings that this step finishes
         tokens, pairs = self.max_step_tokens, self.max_step_pairs
-        oldest = [e for e in encoding if self.running[0] in e.waiters]
-        later = [e for e in encoding if self.running[0] not in e.waiters]
         owners: list[Request | Encoding] = [*decoding, *oldest, *prefill, *later]
         for owner in owners:
+            if not self._ready_beside(owner, complete):
+                continue
             parts = 1 + len(owner.sequence.places)
             count = min(owner.sequence.left, tokens, max(1, pairs // parts))
             if count <= 0 or (work and pairs < parts):
                 break
             work.append((owner, count))
+            if isinstance(owner, Encoding) and count == owner.sequence.left and not self._settles(owner):
+                complete.add(owner.key)
             tokens, pairs = tokens - count, pairs - count * parts
         return work
+
+    def _settles(self, encoding: Encoding) -> bool:
+        """Whether readers must wait for what its KV become."""
+        return encoding.persistent and self.settle is not None
+
+    def _ready_beside(self, owner: Request | Encoding, complete: set[str]) -> bool:
+        """Whether all that a row reads is there, or will be in a step that completes these encodings."""
+        if isinstance(owner, Request):
+            return not owner.encode_only and owner.missing <= complete
+        return all(k in complete or k in self.memory.pool for k, *_ in owner.sequence.places)
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         """The next `count` tokens of a sequence; its KV is allocated with its first row."""
         if sequence.kv is None:
             sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
-            sequence.views = [View(self.memory.pooled(key), *how) for key, how in sequence.places]
+            sequence.kv.positions[: len(sequence.positions)] = sequence.positions
+            sequence.views = [View(self._source(key), *how) for key, how in sequence.places]
         here = slice(sequence.done, sequence.done + count)
         return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
 
-    def _wanted(self, work: list[Work], step: Step) -> tuple[Tensor, list[int]]:
+    def _source(self, key: str) -> Record | RowKV:
+        """What a row reads: a record that is pinned, or the KV of a row of the same step that completes it."""
+        encoding = self.encodings.get(key)
+        if encoding is None:
+            return self.memory.pooled(key)
+        assert encoding.sequence.kv is not None, "sources come before their readers"
+        return encoding.sequence.kv
+
+    def _wanted(self, work: list[Work]) -> tuple[list[int], list[int]]:
         """Packed indices whose logits are needed, and how many of them belong to each row."""
         want: list[int] = []
         counts = []
-        for (owner, count), here in zip(work, step.spans, strict=True):
+        start = 0
+        for owner, count in work:
             before = len(want)
             if isinstance(owner, Request):
                 first = len(owner.plan.live.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
-                want.extend(range(here.start + skipped, here.start + count))
+                want.extend(range(start + skipped, start + count))
             counts.append(len(want) - before)
-        return torch.tensor(want, dtype=torch.int64, device=self.model.device), counts
+            start += count
+        return want, counts
 
     # -- results of a step --------------------------------------------------------------------------------------------
 
@@ -171,7 +199,7 @@ class Scheduler:
             return
         assert encoding.sequence.kv is not None
         record = encoding.sequence.kv.record(encoding.key)
-        if encoding.persistent:
+        if self.settle is not None and encoding.persistent:
             record = self.settle(record)
         del self.encodings[encoding.key]
         self.memory.keep(replace(record, packed=None))
@@ -183,7 +211,21 @@ class Scheduler:
         if encoding.persistent:
             self.save(record)  # last: it may wait for the disk, and be interrupted there
 
-    def _decoded(self, request: Request, logits: Tensor) -> None:
+    def _best(self, work: list[Work], logits: Tensor, counts: list[int]) -> dict[Request, tuple[int, float]]:
+        """The likeliest token and its logit of each request that takes it: one look at the device for all of them."""
+        last: dict[Request, int] = {}
+        at = 0
+        for (owner, count), n in zip(work, counts, strict=True):
+            at += n
+            if isinstance(owner, Request) and count == owner.sequence.left and owner.params.takes_best:
+                last[owner] = at - 1
+        if len(last) < 2:
+            return {}
+        rows = logits[torch.tensor(list(last.values()))] if len(last) < len(logits) else logits
+        found = torch.stack([rows.argmax(-1).double(), rows.amax(-1).double()]).tolist()
+        return {r: (int(token), logit) for r, token, logit in zip(last, *found, strict=True)}
+
+    def _decoded(self, request: Request, logits: Tensor, best: tuple[int, float] | None) -> None:
         sequence = request.sequence
         if request.answer:
             self._score(request, logits)
@@ -193,7 +235,7 @@ class Scheduler:
             return self._finish(request, "length")
         if not request.token_ids:
             self._first(request, logits)
-        choice = request.sampler(logits[-1])
+        choice = request.sampler(logits[-1], best)
         request.sampled.append(choice)
         request.token_ids.append(choice.token)
         ends = choice.token in request.params.stop_token_ids or (

@@ -123,10 +123,14 @@ def test_results_survive_a_restart_on_the_same_disk(llama, tmp_path):
     with Engine(llama, store=tmp_path, kv_budget=1 << 26) as engine:
         first = engine.generate(graph, "graph-kv", GREEDY, first_logits=True)
         assert first.usage.document_tokens_computed > 0
+        warm = engine.generate(graph, "graph-kv", GREEDY, first_logits=True)
     with Engine(llama, store=tmp_path, kv_budget=1 << 26) as engine:
         second = engine.generate(graph, "graph-kv", GREEDY, first_logits=True)
     assert second.usage.document_tokens_computed == 0 and set(second.usage.reused_tokens) == {"disk"}
-    assert second.token_ids == first.token_ids and torch.equal(second.first_logits, first.first_logits)
+    assert second.token_ids == warm.token_ids and torch.equal(second.first_logits, warm.first_logits)
+    # Cold, the question runs in one step with the documents: matrices of other sizes round differently.
+    assert second.token_ids == first.token_ids
+    torch.testing.assert_close(second.first_logits, first.first_logits, atol=1e-4, rtol=0)
 
 
 def test_tenants_and_models_never_share_records(llama, tmp_path):
@@ -328,7 +332,7 @@ def test_scratch_memory_does_not_grow_with_the_square_of_the_context(family):
 @pytest.mark.parametrize("codec", ["zstd", "fp8", "int8", "kivi:bits=2,group=8", "gear:bits=2,group=8", "int8+zstd"])
 @pytest.mark.parametrize("method", ["full", "graph-kv"])
 def test_a_codecs_losses_come_before_the_first_use(llama, tmp_path, codec, method):
-    """Computed, from memory, from disk, or partly so: the same logits, bit by bit. A lossy codec does change them."""
+    """Computed, from memory, from disk, or partly so: the same logits. A lossy codec does change them."""
     graph = random_graph(31, edges=method == "graph-kv")
 
     def logits(**options):
@@ -341,8 +345,9 @@ def test_a_codecs_losses_come_before_the_first_use(llama, tmp_path, codec, metho
     files[0].unlink()
     partly, _ = logits(codec=codec, store=tmp_path)
     disk, _ = logits(codec=codec, store=tmp_path)
-    assert all(torch.equal(alone, other) for other in (again, cold, warm, disk))
-    assert torch.allclose(alone, partly, atol=1e-4)  # what is computed with others rounds in another order
+    assert all(torch.equal(again, other) for other in (warm, disk))
+    for computed in (alone, cold, partly):  # what is computed in a step with others rounds in another order
+        assert torch.allclose(again, computed, atol=1e-4)
     difference = float((alone - plain).abs().max())
     assert difference == 0 if codec == "zstd" else 1e-5 < difference
 

@@ -25,11 +25,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import families
 import strategies
-from kvgraph import CapacityError, ContextGraph, Engine, SamplingParams, methods, models
+from kvgraph import CapacityError, ContextGraph, Engine, ModelError, SamplingParams, methods, models
 from kvgraph.attention.step import Step
 from kvgraph.engine.request import UNCACHED, Request
 from kvgraph.engine.sampling import Sampler
-from kvgraph.errors import ModelError
 from kvgraph.plan import Place, Plan, Span, contiguous
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.memory import MemoryStore
@@ -454,7 +453,7 @@ class TestFaults:
         engine = Engine(llama, kv_budget=1 << 26)
         good, bad = (engine.submit(block(i), GREEDY, first_logits=True) for i in (1, 2))
         sampler = bad.sampler
-        bad.sampler = lambda logits: sampler(logits * float("nan"))
+        bad.sampler = lambda logits, best: sampler(logits * float("nan"))
         run(engine)
         assert_right(llama, good)
         with pytest.raises(ModelError, match="NaN"):
