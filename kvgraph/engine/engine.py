@@ -27,6 +27,7 @@ from torch import Tensor
 from kvgraph import methods, models
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
+from kvgraph.engine.loader import Loader
 from kvgraph.engine.probe import cost, probed
 from kvgraph.engine.request import UNCACHED, Request, sequence_of
 from kvgraph.engine.result import Chunk, Result, Usage
@@ -47,6 +48,9 @@ from kvgraph.store.record import Record
 log = logging.getLogger("kvgraph.engine")
 
 WRITES = 64  # records waiting to be written before encoding waits for the disk
+PATIENCE = (
+    0.01  # seconds that a step waits for the store when nothing else can run; then its caller may do other things
+)
 IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
 
@@ -108,11 +112,12 @@ class Engine:
         self.store_errors = 0
         self.store_error: StoreError | None = None  # the first of them
         step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
+        self.loader = None if self.store is None else Loader(self._fetch)
         self.scheduler = Scheduler(
             model,
             kv_budget or default_budget(model.device),
             step_tokens,
-            self._fetch,
+            self.loader,
             self._save,
             None if self.codec.lossless else self._settle,
         )
@@ -344,8 +349,9 @@ class Engine:
         with self._lock:
             if self.scheduler.idle:
                 return False
-            self.scheduler.step()
-            return True
+            ran = self.scheduler.step()
+        self._await_store(ran)
+        return True
 
     def wait(self, request: Request) -> Result:
         """Drive steps until a request is finished; raises what ended it if that was an error."""
@@ -437,6 +443,8 @@ class Engine:
         """Write what is pending and close the store. Idempotent; nothing is written any more afterwards."""
         with self._lock:
             writer, self._writer = self._writer, None
+            if self.loader is not None:
+                self.loader.close()
         if writer is not None:
             writer.shutdown()
             assert self.store is not None
@@ -451,8 +459,13 @@ class Engine:
     def _advance(self, request: Request) -> None:
         """One step, unless another thread has just finished the request."""
         with self._lock:
-            if not request.finished:
-                self.scheduler.step()
+            ran = request.finished or self.scheduler.step()
+        self._await_store(ran)
+
+    def _await_store(self, ran: bool) -> None:
+        """Where nothing could run, wait a moment for what is being read, without the lock."""
+        if not ran and self.loader is not None:
+            self.loader.wait(PATIENCE)
 
     def _enqueued(self, request: Request) -> Request:
         self.enqueue(request)

@@ -345,9 +345,11 @@ def test_a_codecs_losses_come_before_the_first_use(llama, tmp_path, codec, metho
     files[0].unlink()
     partly, _ = logits(codec=codec, store=tmp_path)
     disk, _ = logits(codec=codec, store=tmp_path)
-    assert all(torch.equal(again, other) for other in (warm, disk))
-    for computed in (alone, cold, partly):  # what is computed in a step with others rounds in another order
-        assert torch.allclose(again, computed, atol=1e-4)
+    assert torch.equal(warm, disk)
+    assert torch.allclose(alone, again, atol=1e-4) and torch.allclose(cold, warm, atol=1e-4)
+    # What is computed in a step with others rounds in another order, and a code may fall on the other side.
+    for other in (again, partly):
+        assert torch.allclose(warm, other, atol=1e-4 if codec == "zstd" else 0.05)
     difference = float((alone - plain).abs().max())
     assert difference == 0 if codec == "zstd" else 1e-5 < difference
 
