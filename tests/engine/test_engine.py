@@ -329,7 +329,10 @@ def test_scratch_memory_does_not_grow_with_the_square_of_the_context(family):
     assert memory("VmHWM") - before < 150
 
 
-@pytest.mark.parametrize("codec", ["zstd", "fp8", "int8", "kivi:bits=2,group=8", "gear:bits=2,group=8", "int8+zstd"])
+LOSSES = {"fp8": 0.8, "int8": 0.15, "int8+zstd": 0.15, "kivi:group=8": 2.0, "gear:group=8": 1.0}  # wrong KV: 3 and more
+
+
+@pytest.mark.parametrize("codec", ["zstd", "fp8", "int8", "kivi:group=8", "gear:group=8", "int8+zstd"])
 @pytest.mark.parametrize("method", ["full", "graph-kv"])
 def test_a_codecs_losses_come_before_the_first_use(llama, tmp_path, codec, method):
     """Computed, from memory, from disk, or partly so: the same logits. A lossy codec does change them."""
@@ -350,8 +353,8 @@ def test_a_codecs_losses_come_before_the_first_use(llama, tmp_path, codec, metho
     # What is computed in a step with others rounds in another order, and a code may fall on the other side.
     for other in (again, partly):
         assert torch.allclose(warm, other, atol=1e-4 if codec == "zstd" else 0.05)
-    difference = float((alone - plain).abs().max())
-    assert difference == 0 if codec == "zstd" else 1e-5 < difference
+    difference = float((alone - plain).abs().max() / plain.std())
+    assert difference == 0 if codec == "zstd" else 1e-5 < difference < LOSSES[codec]
 
 
 def test_codecs_share_a_folder_without_sharing_a_lossy_record(llama, tmp_path):

@@ -71,6 +71,9 @@ def test_what_is_read_is_what_the_codec_made(spec, dtype, n, heads, dims, seed):
     data = b"".join(format.encode(kept, "model"))
     found = read(data, record.key, fingerprint="model")
     assert same(found, kept) and found.keys[0].dtype == dtype
+    assert all(t.is_contiguous() for r in (kept, found) for t in (*r.keys, *r.values)), (
+        "attention reads them as they lie"
+    )
     assert b"".join(format.encode(found, "model")) == data  # so it can go from tier to tier
     if codec.lossless:
         assert same(found, record)

@@ -46,7 +46,7 @@ class Codec(Protocol):
         ...
 
     def unpack(self, tensors: Mapping[str, Tensor], tokens: int, dtype: torch.dtype | None) -> KV:
-        """The KV in packed tensors, which may be anybody's: raises BadRecord unless `pack` could have made them.
+        """The KV in packed tensors, contiguous. They may be anybody's: raises BadRecord unless `pack` could have made them.
 
         tokens: how many the record has. dtype: of the KV that were packed; None if the record doesn't say.
         """
@@ -61,11 +61,12 @@ def sides(record: Record) -> Iterator[tuple[str, Tensor]]:
 
 
 def layered(found: Mapping[str, Tensor]) -> KV:
-    """KV from the names that `sides` gives, which must be all. Raises BadRecord."""
+    """KV from the names that `sides` gives, which must be all, contiguous as attention wants them. Raises BadRecord."""
     layers = range(len(found) // 2)
     if not found or found.keys() != {f"{side}.{layer}" for layer in layers for side in ("keys", "values")}:
         raise BadRecord("doesn't hold keys and values of every layer")
-    return tuple(found[f"keys.{layer}"] for layer in layers), tuple(found[f"values.{layer}"] for layer in layers)
+    keys = tuple(found[f"keys.{layer}"].contiguous() for layer in layers)
+    return keys, tuple(found[f"values.{layer}"].contiguous() for layer in layers)
 
 
 def grouped(tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
