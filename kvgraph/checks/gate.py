@@ -88,7 +88,7 @@ def _plans(model: Model, seed: int) -> list[tuple[str, str, Plan | None]]:
         ("shared", "re-encoded readers at shared positions", plan("graph-kv", all_pairs(3))),
         ("moved", "spans read elsewhere than computed", plan("graph-kv-rag", all_pairs(3))),
         ("rounds", "three rounds along a chain", plan("graph-kv", chain(3), rounds=3)),
-        ("gaps", "a live span with gaps between its tokens", _gaps(ids)),
+        ("gaps", "a prompt span with gaps between its tokens", _gaps(ids)),
         ("far", f"spans read at position {far:,}", _shifted(plan("block"), far - 62)),
     ]
     windows = [layer.window for layer in model.layers if layer.window is not None]
@@ -129,7 +129,7 @@ def _difference(model: Model, logits: Logits, plan: Plan) -> float:
 
 
 def _gaps(ids: Callable[[int], tuple[int, ...]]) -> Plan:
-    """Two documents with two live tokens after each, then a query: KVLink's shape, without its reserved ids."""
+    """Two documents with two prompt tokens after each, then a query: KVLink's shape, without its reserved ids."""
     spans = [contiguous(ids(5), 0), contiguous(ids(11), 5), contiguous(ids(8), 18)]
     positions = (16, 17, 26, 27, *range(28, 33))
     places = (Place(0, 0), Place(1, 5), Place(2, 18))

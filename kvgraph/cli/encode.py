@@ -57,7 +57,7 @@ def encode(
     model: ModelName,
     documents: Annotated[Path, typer.Argument(metavar="CORPUS", help="JSON Lines (also .gz), text file, or folder.")],
     store: StorePlaces = None,
-    method: MethodName = "block",
+    method: MethodName = None,
     template: Template = None,
     prefix: Prefix = "",
     dtype: Dtype = "auto",
@@ -76,12 +76,12 @@ def encode(
     was, and documents that are already stored cost nothing.
 
     \b
-      kvgraph encode ./llama corpus.jsonl --store kv --dry-run
-      kvgraph encode ./llama corpus.jsonl --store kv --template '{title}\\n{text}\\n'
+      kvgraph encode ./llama corpus.jsonl --method block --store kv --dry-run
+      kvgraph encode ./llama corpus.jsonl --method block --store kv --template '{title}\\n{text}\\n'
     """
     if not store and not dry_run:
         raise typer.BadParameter("encode needs --store PLACE (or --dry-run)")
-    chosen = methods.parse(method)
+    chosen = None if method is None else methods.parse(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
     where = None if dry_run or not store else store
     from kvgraph.engine.engine import Engine
@@ -126,7 +126,9 @@ def _unlogged(name: str) -> Iterator[None]:
         logger.disabled = False
 
 
-def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals) -> None:
+def _encode(
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, totals: _Totals
+) -> None:
     from kvgraph.progress import Progress
 
     started = time.perf_counter()
@@ -157,7 +159,9 @@ def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method
             raise engine.store_error
 
 
-def _planned(engine: Engine, document: corpus.Document, method: Method, prefix: str, totals: _Totals) -> Plan | None:
+def _planned(
+    engine: Engine, document: corpus.CorpusDocument, method: Method | None, prefix: str, totals: _Totals
+) -> Plan | None:
     """The plan of a graph with this document alone; one that is empty or too big goes to totals.skipped."""
     # The query changes no document. The name is for errors: every document is the only one of its graph.
     graph = ContextGraph([document.text], [0], prefix, names=[document.where]).tokenized(engine.tokenize)
@@ -187,7 +191,7 @@ def _tokens(plan: Plan) -> int:
 
 
 def _estimate(
-    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, store: Sequence[str]
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, store: Sequence[str]
 ) -> None:
     """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
     totals = _Totals()

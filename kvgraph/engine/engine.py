@@ -29,14 +29,14 @@ from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.loader import Loader
 from kvgraph.engine.probe import cost, probed
-from kvgraph.engine.request import UNCACHED, Request, sequence_of
+from kvgraph.engine.request import UNCACHED, Request
+from kvgraph.engine.request import Sequence as TokenSequence
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
 from kvgraph.engine.scheduler import Scheduler
 from kvgraph.errors import CapacityError, GraphError, KVGraphError, StoreError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
-from kvgraph.methods.base import Probing
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
 from kvgraph.store.base import Found, Store
@@ -152,21 +152,20 @@ class Engine:
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
-    def plan(self, graph: ContextGraph, method: str | Method = "full", *, probe: bool = True) -> Plan:
+    def plan(self, graph: ContextGraph, method: str | Method | None = None, *, probe: bool = True) -> Plan:
         """The plan of a graph: text is tokenized piece by piece with the model's tokenizer, then the method decides.
 
+        method: as text ("epic:k=8") or an instance; None is the model's default (see kvgraph.methods.resolve).
         A method that asks what the model makes of the documents (cacheblend) is told, by running its first layer here.
         probe=False doesn't look: such a method then recomputes nothing, which is what `encode` encodes documents for.
         """
         if not isinstance(graph, ContextGraph):
             raise GraphError(f"give a ContextGraph (or a list of them), not {type(graph).__name__}")
-        if isinstance(method, type):
-            raise GraphError(f"give a method's name or an instance, such as {method.__name__}(), not the class")
-        method = methods.get(method) if isinstance(method, str) else method
+        method = methods.resolve(method, self.model.tuned_for)
         if not graph.is_tokenized:
             graph = graph.tokenized(self.tokenize)
         self._warn_untuned(method)
-        if isinstance(method, Probing) and method.needs_probe:
+        if method.needs_probe:
             if probe:
                 return probed(self.model, graph, method, self.scheduler.max_step_tokens)
             method = method.selecting([])
@@ -176,7 +175,7 @@ class Engine:
     def generate(
         self,
         graph: ContextGraph,
-        method: str | Method = ...,
+        method: str | Method | None = ...,
         params: SamplingParams | None = ...,
         *,
         first_logits: bool = ...,
@@ -187,7 +186,7 @@ class Engine:
     def generate(
         self,
         graph: Sequence[ContextGraph],
-        method: str | Method = ...,
+        method: str | Method | None = ...,
         params: SamplingParams | None = ...,
         *,
         first_logits: bool = ...,
@@ -197,7 +196,7 @@ class Engine:
     def generate(
         self,
         graph: ContextGraph | Sequence[ContextGraph],
-        method: str | Method = "full",
+        method: str | Method | None = None,
         params: SamplingParams | None = None,
         *,
         first_logits: bool = False,
@@ -214,7 +213,11 @@ class Engine:
         return [results[i] for i in range(len(graphs))] if isinstance(graph, Sequence) else results[0]
 
     def stream(
-        self, graph: ContextGraph, method: str | Method = "full", params: SamplingParams | None = None, **sampling: Any
+        self,
+        graph: ContextGraph,
+        method: str | Method | None = None,
+        params: SamplingParams | None = None,
+        **sampling: Any,
     ) -> Iterator[Chunk]:
         """Answer a graph piece by piece; the last chunk carries the Result. It starts with the first `next`.
 
@@ -225,7 +228,7 @@ class Engine:
     def encode(
         self,
         graph: ContextGraph | Sequence[ContextGraph],
-        method: str | Method = "full",
+        method: str | Method | None = None,
         *,
         progress: bool | None = None,
     ) -> Encoded:
@@ -243,11 +246,11 @@ class Engine:
         total.seconds = time.perf_counter() - started
         return total
 
-    def score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method = "full") -> Result:
+    def score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method | None = None) -> Result:
         """Log-probabilities of a given answer after the graph's query: Result.scores, one a token of the answer."""
         return self.wait(self._enqueued(self.prepare_score(graph, answer, method)))
 
-    def scores(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method = "full") -> Tensor:
+    def scores(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method | None = None) -> Tensor:
         """The scores of `score` alone: [n] float32."""
         return self.score(graph, answer, method).scores
 
@@ -274,12 +277,14 @@ class Engine:
             while pending:
                 yield from self._finished(pending)
 
-    def prepare_encoding(self, graph: ContextGraph, method: str | Method = "full") -> Request:
+    def prepare_encoding(self, graph: ContextGraph, method: str | Method | None = None) -> Request:
         """A request that encodes what queries over this graph will read. Errors: see `plan` and `prepare`."""
         graph = graph if graph.has_query else graph.with_query([0])  # the query changes no document
         return self.prepare(self.plan(graph, method, probe=False), encode_only=True)
 
-    def prepare_score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method = "full") -> Request:
+    def prepare_score(
+        self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method | None = None
+    ) -> Request:
         """A request that scores an answer, as `score` does. Errors: see `plan` and `prepare`."""
         if not graph.is_tokenized:
             graph = graph.tokenized(self.tokenize)
@@ -308,13 +313,13 @@ class Engine:
         """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
 
         encode_only: stop when every cached span is encoded. answer: score these tokens instead of decoding; all but the
-        last of them end the plan's live span. salt: another tenant's than the engine's. Raises PlanError or
+        last of them end the plan's prompt span. salt: another tenant's than the engine's. Raises PlanError or
         CapacityError if the request could never run.
         """
         params = params or SamplingParams()
         keys = self.keys(plan, salt)
         pool_keys = [k if k is not None else f"{UNCACHED}{next(self._uncached)}" for k in keys[:-1]]
-        live = plan.live
+        live = plan.prompt
         new = min(params.max_tokens, self.model.limit - live.positions[-1])
         own = 0 if encode_only else len(live)
         usage = Usage(sum((p.hi or 0) - p.lo for p in live.sees) + own, computed_tokens=own, live_tokens=own)
@@ -325,7 +330,7 @@ class Engine:
             params=params,
             sampler=Sampler(params, prompt_tokens(plan)),
             stream=TextStream(self.detokenize, params.stop),
-            sequence=sequence_of(live, pool_keys, max(0, new - 1)),
+            sequence=TokenSequence(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
             answer=tuple(answer),
             keep_logits=first_logits,
@@ -386,7 +391,7 @@ class Engine:
             self.scheduler.cancel(request)
 
     def logits(self, plan: Plan) -> Tensor:
-        """Next-token logits [V] float32 after a plan's live span."""
+        """Next-token logits [V] float32 after a plan's prompt span."""
         result = self.wait(self.submit(plan, SamplingParams(max_tokens=1, ignore_eos=True), first_logits=True))
         assert result.first_logits is not None
         return result.first_logits
@@ -544,7 +549,7 @@ class Engine:
             log.warning("the store can't remove records: %s", error)
 
     def _warn_untuned(self, method: Method) -> None:
-        if method.name != "full" and method.name not in self.model.tuned_for and method.name not in self._warned:
+        if method.needs_tuning and method.name not in self.model.tuned_for and method.name not in self._warned:
             self._warned.add(method.name)
             warnings.warn(
                 f"this model doesn't declare tuning for {method.name!r}; answers may be worse than with 'full'. "
@@ -593,10 +598,10 @@ def on_device(record: Record, device: torch.device) -> Record:
 
 
 def prompt_tokens(plan: Plan) -> Iterator[int]:
-    """Every token the answer can attend to before decoding: what the live span sees, and the live span itself."""
-    for place in plan.live.sees:
+    """Every token the answer can attend to before decoding: what the prompt span sees, and the prompt span itself."""
+    for place in plan.prompt.sees:
         yield from plan.spans[place.span].tokens[place.lo : place.hi]
-    yield from plan.live.tokens
+    yield from plan.prompt.tokens
 
 
 def params_of(params: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:

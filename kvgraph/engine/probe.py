@@ -19,7 +19,7 @@ from kvgraph.attention.rows import Row, RowKV
 from kvgraph.attention.step import Step
 from kvgraph.errors import PlanError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import Probing, ids
+from kvgraph.methods.base import Method, ids
 from kvgraph.models import Model
 from kvgraph.plan import Plan
 
@@ -39,7 +39,7 @@ def cost(plan: Plan) -> tuple[int, float]:
     return (plan.probe_tokens, plan.probe_seconds) if isinstance(plan, ProbedPlan) else (0, 0.0)
 
 
-def probed(model: Model, graph: ContextGraph, method: Probing, step_tokens: int) -> ProbedPlan:
+def probed(model: Model, graph: ContextGraph, method: Method, step_tokens: int) -> ProbedPlan:
     """The plan of a tokenized graph by a method that needs deviations. At most `step_tokens` tokens run at once.
 
     Raises GraphError or PlanError, before anything runs, for a graph that the method can't plan or the model can't read.

@@ -40,14 +40,14 @@ BLANK_LINES = re.compile(r"\n\n+")
 class KVGraphLM(TemplateLM):
     """A model for the harness. Arguments are those of `--model_args`.
 
-    pretrained: folder or hub name. method: as in `kvgraph ask --method`. edges: as in `--edges`, for methods that read
+    pretrained: folder or hub name. method: as in `kvgraph ask --method`, the model's default unless given. edges: as in `--edges`, for methods that read
     them. store: a folder that keeps KV between runs. max_gen_toks: tokens of an answer when the task doesn't say.
     """
 
     def __init__(
         self,
         pretrained: str,
-        method: str = "full",
+        method: str | None = None,
         edges: str = "",
         store: str | None = None,
         dtype: str = "auto",
@@ -61,7 +61,8 @@ class KVGraphLM(TemplateLM):
         self.engine = Engine.load(pretrained, dtype=str(dtype), device=device, store=store)
         if self.engine.model.tokenizer is None:
             raise KVGraphError(f"{pretrained} has no tokenizer; the harness works on text")
-        self.method, self.edges, self.max_gen_toks = methods.parse(method), edges, max_gen_toks
+        self.method = methods.resolve(method, self.engine.model.tuned_for)
+        self.edges, self.max_gen_toks = edges, max_gen_toks
         self.tokenizer = self.engine.model.tokenizer
 
     @property

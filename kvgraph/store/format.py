@@ -1,4 +1,4 @@
-"""One record as the bytes of one safetensors file. docs/format.md specifies them.
+"""One record as the bytes of one safetensors file. docs/reference/format.md specifies them.
 
 The header is written by hand for two reasons: tensor data starts 64-byte aligned, and the checksum stands at a fixed
 offset at the front, so that it covers every byte after itself, header and padding included. Reading trusts nothing:

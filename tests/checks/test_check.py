@@ -135,7 +135,9 @@ def test_an_item_with_a_wrong_type_is_refused_with_its_line(tmp_path, change, sa
         read_items(path)
 
 
-@pytest.mark.parametrize(("line", "says"), [("[1]", ":1: every line must be an object"), ('{"a"', ":1 is not JSON")])
+@pytest.mark.parametrize(
+    ("line", "says"), [("[1]", ":1 holds a list; every record must be a JSON object"), ('{"a"', ":1 is not JSON")]
+)
 def test_a_line_that_is_no_item_is_refused(tmp_path, line, says):
     path = tmp_path / "items.jsonl"
     path.write_text(line + "\n")

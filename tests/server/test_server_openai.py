@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kvgraph import ContextGraph, Engine, demo, methods
 from kvgraph.edges import named_edges
 from kvgraph.engine.result import Result
-from kvgraph.server.routes.openai import event
+from kvgraph.server.lifecycle import event
 from serving import serve, spawn
 
 BOS, OPEN, CLOSE = "<|mem_start|>", "<|link_0|>", "<|link_1|>"
@@ -418,7 +418,6 @@ def test_models(client):
         ({"logit_bias": {"1": 2}}, None, "logit_bias isn't supported"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None, "tools isn't supported"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
-        ({"extra_body": {"surprise": 1}}, "surprise", "Extra inputs"),
         ({"extra_body": {"kvgraph": {"method": "magic"}}}, None, "there is no method 'magic'"),
         ({"extra_body": {"kvgraph": {"depth": 2}}}, None, "neither an option nor a field of full"),
         ({"extra_body": {"kvgraph": {"prefix": "x"}}}, "kvgraph.prefix", "system messages"),

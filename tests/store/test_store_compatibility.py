@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tunin
 
 
 def graph(source: dict, method: methods.Method) -> ContextGraph:
-    edges = [tuple(edge) for edge in source["edges"]] if methods.reads_edges(method) else ()
+    edges = [tuple(edge) for edge in source["edges"]] if method.reads_edges else ()
     return ContextGraph(source["segments"], source["query"], source["prefix"], edges)
 
 

@@ -16,12 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from families import build
 from kvgraph import Engine, demo, methods
-from kvgraph.data import prompt
+from kvgraph.data import io, prompt, tasks
 from kvgraph.data.chat import Document, chat
 from kvgraph.data.task import Item
-from kvgraph.eval import tasks
 from kvgraph.models import load_tokenizer, trainable, wrap
-from kvgraph.train import records
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.pack import pack
 from kvgraph.train.records import RecordError, Records, example
@@ -292,7 +290,7 @@ def test_the_index_is_kept_and_made_again_when_the_file_changes(folder, monkeypa
     Records(folder, "train", None)
     index = folder / "train.index.npy"
     assert index.is_file() and np.load(index).shape == (501,)
-    monkeypatch.setattr(records, "_scanned", lambda path: pytest.fail("the index was there"))
+    monkeypatch.setattr(io, "line_starts", lambda path: pytest.fail("the index was there"))
     assert len(Records(folder, "train", None)) == 500
     monkeypatch.undo()
     with open(folder / "train.jsonl", "a") as file:
@@ -300,9 +298,9 @@ def test_the_index_is_kept_and_made_again_when_the_file_changes(folder, monkeypa
     assert Records(folder, "train", None).record(500)["id"] == "more"
     index.write_bytes(b"no index")
     assert len(Records(folder, "train", None)) == 501
-    monkeypatch.setattr(records, "SCANNED", 7)
+    monkeypatch.setattr(io, "SCANNED", 7)
     index.unlink()
-    starts = Records(folder, "train", None).starts
+    starts = Records(folder, "train", None).lines.starts
     raw = (folder / "train.jsonl").read_bytes()
     assert [raw[a:b] for a, b in pairwise(starts)] == raw.splitlines(keepends=True)
 
