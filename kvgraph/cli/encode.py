@@ -191,11 +191,7 @@ def _tokens(plan: Plan) -> int:
 
 
 def _estimate(
-    engine: Engine,
-    documents: Sequence[corpus.CorpusDocument],
-    method: Method | None,
-    prefix: str,
-    store: Sequence[str],
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, store: Sequence[str]
 ) -> None:
     """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
     totals = _Totals()

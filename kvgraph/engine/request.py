@@ -137,6 +137,10 @@ class Request:
     number: int = 0  # of its submission
     link: str = ""  # see Encoding
     missing: set[str] = field(default_factory=set)  # encodings and records it waits for
+    loads: set[str] = field(default_factory=set)  # of them, records that are being read
+    absent: list[int] = field(
+        default_factory=list
+    )  # spans that weren't in the store; encoded once nothing is being read
     resolved: set[str] = field(default_factory=set)  # keys that are at hand, being read or being encoded
     looked_ahead: bool = False  # whether its records were asked for while it waits for memory
     held: set[str] = field(default_factory=set)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count as counter
@@ -32,8 +32,6 @@ from kvgraph.store.base import Found
 from kvgraph.store.record import Record
 
 AHEAD = 8  # the part of the budget, 1 / AHEAD, that records may take that nobody was admitted to use yet
-GRACE = 0.05  # seconds that encoding waits for what else its requests miss to be known
-
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
 
 
@@ -145,7 +143,7 @@ class Scheduler:
         """
         decoding = [r for r in self.running if r.token_ids]
         prefill = [r for r in self.running if not r.token_ids]
-        ready = sorted((e for e in self.encodings.values() if not self._held_back(e)), key=lambda e: e.order)
+        ready = sorted(self.encodings.values(), key=lambda e: e.order)  # sources before their readers
         oldest = [e for e in ready if self.running[0] in e.waiters]
         later = [e for e in ready if self.running[0] not in e.waiters]
         work: list[Work] = []
@@ -168,12 +166,6 @@ class Scheduler:
     def _settles(self, encoding: Encoding) -> bool:
         """Whether readers must wait for what its KV become."""
         return encoding.persistent and self.settle is not None
-
-    def _held_back(self, encoding: Encoding) -> bool:
-        """Whether it waits a moment for what its requests still read: what isn't there either can run in the same step."""
-        now = time.monotonic()
-        keys = {key for request in encoding.waiters for key in request.missing} if self.loading else set()
-        return any(now < self.loading[key].deadline - DEADLINE + GRACE for key in keys & self.loading.keys())
 
     def _ready_beside(self, owner: Request | Encoding, complete: set[str]) -> bool:
         """Whether all that a row reads is there, or will be in a step that completes these encodings."""
@@ -382,10 +374,10 @@ class Scheduler:
                 if not request.missing:
                     self._ready(request)
 
-    def _resolve(self, request: Request, need: Iterable[int], absent: str = "") -> None:
+    def _resolve(self, request: Request, need: Iterable[int], absent: Collection[str] = ()) -> None:
         """Find, read or encode these spans of a request's plan; what is encoded pulls in its own sources, transitively.
 
-        absent: a key that isn't in the store.
+        absent: keys that aren't in the store.
         """
         spans = request.plan.spans
         stack = sorted(need, reverse=True)
@@ -403,8 +395,9 @@ class Scheduler:
             request.missing.add(key)
             if key in self.encodings:
                 self._reused(request, index, "shared")
-            elif self.loader is not None and span.cached and key != absent:
+            elif self.loader is not None and span.cached and key not in absent:
                 self._load(self.loader, key, len(span)).waiters[request] = index
+                request.loads.add(key)
                 continue
             else:
                 started.append(index)
@@ -430,37 +423,49 @@ class Scheduler:
         return self.loading[key]
 
     def _collect(self) -> None:
-        """Take what the loader has brought; give up what is late."""
+        """Take what the loader has brought; give up what is late. Then go on with whoever waits for no record any more."""
         if self.loader is None:
             return
-        for key, found in self.loader.finished():
-            loading = self.loading.pop(key, None)
+        ended = [(self.loading.pop(key, None), found) for key, found in self.loader.finished()]
+        now = time.monotonic()
+        for late in [loading for loading in self.loading.values() if now > loading.deadline]:
+            ended.append((self.loading.pop(late.key), None))
+            self.loader.cancel(late.key)
+            self.loader.counts["late"] += 1
+        waited: dict[Request, None] = {}
+        for loading, found in ended:
             if loading is not None:  # somebody still waits, or it was read ahead
                 self._loaded(loading, found)
-        now = time.monotonic()
-        for loading in [loading for loading in self.loading.values() if now > loading.deadline]:
-            del self.loading[loading.key]
-            self.loader.cancel(loading.key)
-            self.loader.counts["late"] += 1
-            self._loaded(loading, None)
+                waited |= dict.fromkeys(loading.waiters)
+        for request in waited:
+            if not request.loads:
+                with self._blaming(request):
+                    self._encode_absent(request)
 
     def _loaded(self, loading: Loading, found: Found | None) -> None:
-        """A record has come, or there is none: whoever waits for it uses it, or encodes the span."""
+        """A record has come, or there is none."""
         if found is not None:
             self.memory.make_room(found[0].nbytes)
             self.memory.keep(found[0])
             if not loading.waiters:
                 self.ahead[loading.key] = found[1], found[0].nbytes
         for request, index in loading.waiters.items():
-            with self._blaming(request):
-                request.missing.discard(loading.key)
-                if found is not None:
-                    self._reused(request, index, found[1])
-                else:
-                    request.resolved.discard(loading.key)
-                    self._resolve(request, [index], absent=loading.key)
-                if not request.missing:
-                    self._ready(request)
+            request.loads.discard(loading.key)
+            if found is None:
+                request.absent.append(index)
+                continue
+            request.missing.discard(loading.key)
+            self._reused(request, index, found[1])
+
+    def _encode_absent(self, request: Request) -> None:
+        """Encode what was in no tier: all of it at once, so that the links of a chain run in one step."""
+        absent, request.absent = request.absent, []
+        keys = {request.keys[index] for index in absent}
+        request.missing -= keys
+        request.resolved -= keys
+        self._resolve(request, absent, keys)
+        if not request.missing:
+            self._ready(request)
 
     def _stop_waiting(self, request: Request, key: str) -> None:
         loading = self.loading.get(key)
