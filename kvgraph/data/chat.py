@@ -218,6 +218,7 @@ class _Renderer:
         """Where the tokens of a text begin; nowhere, as far as a tokenizer without offsets can tell."""
         if not getattr(self.tokenizer, "is_fast", False):
             return set()
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which tokenizers can't read, counts one
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return {start for start, _ in encoded["offset_mapping"]}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvgraph.attention.step import RowKV, View
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.result import Result, Usage
-from kvgraph.engine.sampling import Sampler, SamplingParams
+from kvgraph.engine.sampling import Sampled, Sampler, SamplingParams
 from kvgraph.plan import Group, Plan, Span
 
 MOST_SLICES = 4  # of one record, each attended to on its own; more of them cost more than a mask over all of it
@@ -63,6 +63,7 @@ class Request:
     encode_only: bool  # finished as soon as everything its live span reads is encoded
     answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the live span
     keep_logits: bool
+    echo: bool  # decode on after the answer, which is all of the live span but its first token
     submitted: float
     usage: Usage
     missing: set[str] = field(default_factory=set)  # encodings it waits for
@@ -70,6 +71,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     sampled: list = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    scored: list[Sampled] = field(default_factory=list)  # of the answer given, if log-probabilities are wanted
     greedy: bool = True  # whether every scored token was the likeliest
     first_logits: Tensor | None = None
     first_token_at: float = 0.0

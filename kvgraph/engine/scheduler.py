@@ -22,6 +22,7 @@ from torch import Tensor
 from kvgraph.attention.step import Row, RowKV, Step, View
 from kvgraph.engine.request import UNCACHED, Encoding, Request, Sequence, sequence_of
 from kvgraph.engine.result import Result
+from kvgraph.engine.sampling import Sampled, best
 from kvgraph.errors import CapacityError, PlanError
 from kvgraph.models import Model
 from kvgraph.store.memory import MemoryStore
@@ -168,7 +169,7 @@ class Scheduler:
         for (owner, count), here in zip(work, step.spans, strict=True):
             before = len(want)
             if isinstance(owner, Request):
-                first = len(owner.plan.live.tokens) - max(1, len(owner.answer))
+                first = 0 if owner.echo else len(owner.plan.live.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
                 want.extend(range(here.start + skipped, here.start + count))
             counts.append(len(want) - before)
@@ -197,7 +198,7 @@ class Scheduler:
             self._score(request, logits)
         if sequence.left:
             return
-        if request.answer:
+        if request.answer and not request.echo:
             return self._finish(request, "length")
         if not request.token_ids:
             self._first(request, logits)
@@ -223,9 +224,11 @@ class Scheduler:
 
     def _score(self, request: Request, logits: Tensor) -> None:
         """Log-probabilities of the answer's next tokens, from the logits of those before them."""
-        for row in logits:
-            target = request.answer[len(request.scores)]
-            request.scores.append(torch.log_softmax(row.float(), -1)[target].clone())
+        for row, target in zip(logits, request.answer[len(request.scores) :], strict=False):
+            logprobs = torch.log_softmax(row.float(), -1)
+            request.scores.append(logprobs[target].clone())
+            if (n := request.params.logprobs) is not None:
+                request.scored.append(Sampled(target, float(logprobs[target]), best(logprobs, n)))
             request.greedy = request.greedy and int(row.argmax()) == target
 
     @contextmanager

@@ -57,6 +57,7 @@ class Settings(BaseSettings):
 
     method: str | None = None  # default: the first method that the model declares tuning for, else full
     chat_template: Path | None = None  # a Jinja file that replaces the model's
+    chat_template_kwargs: dict[str, Any] = {}  # of the template; a request's own win
     document_template: str | None = None  # default: the chat template's own place, else "{title}\n{text}\n\n"
     unknown_fields: Literal["report", "refuse"] = "report"  # of a request; report: in its usage, and in the log
     overflow: Literal["refuse", "drop"] = "refuse"  # drop: leave out the last documents until the request fits

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
+from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -28,6 +29,7 @@ from kvgraph.server.runner import Runner
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.stores import open_store
 from kvgraph.server.tenants import Caller, Tenants
+from kvgraph.server.tokens import Tokens
 from kvgraph.server.tracing import Tracing
 from kvgraph.server.workers import Workers
 
@@ -166,6 +168,11 @@ class Server:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self.engine.model.tokenizer
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """What single tokens of it stand for."""
+        return Tokens(self.tokenizer)
 
     @property
     def method(self) -> Method:
