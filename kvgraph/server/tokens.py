@@ -107,10 +107,15 @@ class Offsets:
             self._run += data
             return max(0, at)
         self._end_run()
-        at = max(0, self._length)
-        if shown if shown is not None else not self._tokens.is_special(token):
-            self._length += len(self._decoder.decode(data))
-        return at
+        if not (shown if shown is not None else not self._tokens.is_special(token)):
+            return max(0, self._length)
+        begun, _ = self._decoder.getstate()  # of a character
+        first = self._decoder.decode(data[:1])
+        whole = begun + data[:1] == "\ufffd".encode()  # which a text may hold too
+        broken = bool(begun) and first.startswith("\ufffd") and not whole  # by a byte that doesn't continue it
+        at = self._length + broken
+        self._length += len(first) + len(self._decoder.decode(data[1:]))
+        return max(0, at)
 
     def _end_run(self) -> None:
         """Bytes that are no text become one U+FFFD each, all of a run."""

@@ -149,6 +149,21 @@ def test_offsets_count_characters():
     vocabulary, offsets = sentencepiece().get_vocab(), Offsets(tokens)
     pieces = ["▁a", "<0xF0>", "<0x9F>", "<0xA6>", "<0x9C>", "</s>", "a"]
     assert [offsets(vocabulary[piece]) for piece in pieces] == [0, 2, 2, 2, 2, 3, 3]
+    runs = ["▁a", "<0x6C>", "<0x6C>", "a", "<0xF0>", "<0x6C>", "a"]  # of bytes that are no text, each is U+FFFD
+    offsets = Offsets(tokens)
+    assert [offsets(vocabulary[piece]) for piece in runs] == [0, 2, 3, 4, 5, 5, 7]
+
+
+def test_offsets_count_characters_that_break_off(tmp_path):
+    demo.write_model(tmp_path)
+    tokens = Tokens(PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")))
+    data = b"a\xf0\x9fb\xe1$\xef\xbf\xbdc\xffd"
+    ids = [next(t for t in range(256) if tokens.bytes(t) == bytes([byte])) for byte in data]
+    offsets = Offsets(tokens)
+    found = [offsets(token) for token in ids]
+    text = data.decode(errors="replace")
+    assert text == "a\ufffdb\ufffd$\ufffdc\ufffdd" and [text[at] for at in found][-1] == "d"
+    assert found == [0, 1, 1, 2, 3, 4, 5, 5, 5, 6, 7, 8]
 
 
 # -- prompts in answers -----------------------------------------------------------------------------------------------
@@ -217,7 +232,7 @@ def test_texts_are_tokenized_and_written_out(server, engine):
     assert post(server, "detokenize", tokens=ids).json() == {"prompt": "the light"}
     assert error(post(server, "detokenize", tokens=[10**6]), 400)["param"] == "tokens"
     assert error(post(server, "tokenize", model="other", prompt="x"), 404)["code"] == "model_not_found"
-    for wrong in ({}, {"prompt": "x", "messages": []}):
+    for wrong in ({}, {"prompt": "x", "messages": [{"role": "user"}]}):
         assert "give prompt, or messages" in error(post(server, "tokenize", **wrong), 400)["message"]
 
 
