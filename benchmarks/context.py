@@ -33,14 +33,14 @@ def main() -> None:
         )
         # Above 8k one repetition: it takes minutes.
         full, full_scratch = measured(lambda t=tokens: prefill(hf, t), 1 if size > 8192 else args.repeats, args.device)
-        kv = engine.scheduler.pool.bytes
+        kv = engine.scheduler.memory.pool.bytes
         rows.append({
             "context tokens": len(tokens) - args.query, "kvgraph ms": warm * 1e3, "full prefill ms": full * 1e3,
             "speed-up": full / warm, "encoding once ms": cold * 1e3, "KV MB": kv / 1e6, "kvgraph scratch MB": warm_scratch / 1e6,
             "encoding scratch MB": (cold_scratch - kv) / 1e6, "full prefill scratch MB": full_scratch / 1e6,
         })  # fmt: skip
         print(rows[-1], flush=True)
-        engine.scheduler.pool.evict_to(0)
+        engine.scheduler.memory.pool.evict_to(0)
         size *= 2
     report("Time to first token as the context grows", rows, args)
     plot(

@@ -32,7 +32,7 @@ def main() -> None:
         hf.model(tokens, attention_mask=mask.long(), past_key_values=DynamicCache(), use_cache=True)
 
     def ours() -> None:
-        engine.scheduler.pool.evict_to(0)
+        engine.scheduler.memory.pool.evict_to(0)
         assert engine.warm(graphs, "block", progress=False).computed_tokens == sum(lengths)
 
     engine = engine_on(hf)

@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.common import LARGE, engine_on, ids, interleaved, median
 from kvgraph import ContextGraph, Engine, methods, models
 from kvgraph.edges import all_pairs, chain
+from kvgraph.engine import runner
 
 DEVICE = "cuda"
 SMALL = dict(LARGE, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, vocab_size=4096,
@@ -95,6 +97,16 @@ def flops_per_token(hf: Any) -> int:
     return 2 * sum(p.numel() for p in hf.model.layers.parameters())
 
 
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Steps of any size run kernel by kernel inside."""
+    before, runner.GRAPH_TOKENS = runner.GRAPH_TOKENS, 0
+    try:
+        yield
+    finally:
+        runner.GRAPH_TOKENS = before
+
+
 def profile(run: Callable[[], Any], rows: int = 14) -> list[str]:
     """Where the device time of `run` goes: kernels by their total time, and the host's share."""
     from torch.profiler import ProfilerActivity
@@ -151,37 +163,72 @@ def limits(bench: Bench) -> Figures:
 
 
 def correct(bench: Bench) -> Figures:
-    """The kernel's cases, the gate, and the engine against its dense form, in three dtypes."""
-    found: Figures = {}
-    cases = next(Path("tests").rglob("triton_cases.py"))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-c", os.devnull, "--rootdir", ".", str(cases)],
-        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": "."},
-    )  # fmt: skip
-    found["kernel cases"] = done.stdout.strip().splitlines()[-1:] + done.stdout.strip().splitlines()[-12:-1] * bool(
-        done.returncode
-    )
+    """The engine against its dense form by transformers' own attention, in bf16, and whether a step waits for the card."""
+    return against_dense(torch.bfloat16)
+
+
+def dtypes(bench: Bench) -> Figures:
+    """The same in fp16 and fp32."""
+    return {name: against_dense(getattr(torch, name)) for name in ("float16", "float32")}
+
+
+def against_dense(dtype: torch.dtype) -> Figures:
+    """Largest difference of next-token logits from a dense forward, in standard deviations of those; cold and warm."""
     graph = ContextGraph([ids(n, n, 4096) for n in (57, 130, 33, 200)], query=ids(11, 1, 4096), prefix=ids(9, 2, 4096))
     edges = ContextGraph(graph.segments, graph.query, graph.prefix, all_pairs(4))
     line = ContextGraph(graph.segments, graph.query, graph.prefix, chain(4))
-    plans = {
-        "full": methods.get("full").plan(graph), "block": methods.get("block").plan(graph),
-        "pcw": methods.get("pcw").plan(graph), "ape": methods.get("ape").plan(graph),
-        "epic": methods.get("epic").plan(graph), "graph-kv": methods.get("graph-kv").plan(edges),
-        "graph-kv, 3 rounds": methods.get("graph-kv", rounds=3).plan(line),
-    }  # fmt: skip
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = models.wrap(random_llama(SMALL, dtype))
-        engine = Engine(model, kv_budget=1 << 30)
-        worst = {}
-        for name, plan in plans.items():
-            d = plan.dense()
-            groups = {} if d.group is None else {"group": torch.from_numpy(d.group), "groups": d.groups}
-            dense = model.dense(*map(torch.from_numpy, (d.tokens, d.positions, d.visible)), **groups)[-1].float().cpu()
-            cold, warm = engine.logits(plan), engine.logits(plan)
-            worst[name] = max(float((x - dense).abs().max() / dense.std()) for x in (cold, warm))
-        found[str(dtype).removeprefix("torch.")] = worst
+    plans = {name: methods.get(name).plan(graph) for name in ("full", "block", "pcw", "ape", "epic")}
+    plans["graph-kv"] = methods.get("graph-kv").plan(edges)
+    plans["graph-kv, 3 rounds"] = methods.get("graph-kv", rounds=3).plan(line)
+    engine = Engine(models.wrap(random_llama(SMALL, dtype)), kv_budget=1 << 30)
+    found: Figures = {}
+    for name, plan in plans.items():
+        d = plan.dense()
+        groups = {} if d.group is None else {"group": torch.from_numpy(d.group), "groups": d.groups}
+        problem = map(torch.from_numpy, (d.tokens, d.positions, d.visible))
+        dense = engine.model.dense(*problem, **groups)[-1].float().cpu()
+        found[name] = max(float((engine.logits(plan) - dense).abs().max() / dense.std()) for _ in ("cold", "warm"))
+    found["steps that waited for the device"] = waits(engine, plans)
     return found
+
+
+def kernels(bench: Bench) -> Figures:
+    """The kernels' own cases, compiled for this card."""
+    cases = ["-k", "dtype2 or fixed"] if bench.quick else []
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", ".", *cases,
+         "tests/support/triton_cases.py"],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": "."},
+    )  # fmt: skip
+    return {"pytest": done.stdout.strip().splitlines()[-12 if done.returncode else -1 :]}
+
+
+def waits(engine: Engine, plans: dict[str, Any]) -> int:
+    """Steps of these plans in which the host waited for the device: cold, warm, and as captured graphs."""
+    watching, run = engine.scheduler.runner, engine.scheduler.runner.run
+    count = 0
+
+    def watched(rows: Any, want: Any) -> Any:
+        nonlocal count
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(rows, want)
+        except RuntimeError as error:
+            traceback.print_exception(error)
+            count += 1
+            torch.cuda.set_sync_debug_mode("default")
+            return run(rows, want)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    watching.run = watched
+    fresh = Engine(engine.model, kv_budget=1 << 30)
+    fresh.scheduler.runner = watching
+    for plan in plans.values():
+        for _ in range(2):
+            fresh.logits(plan)
+    watching.run = run
+    return count
 
 
 def ttft(bench: Bench) -> Figures:
@@ -206,11 +253,14 @@ def ttft(bench: Bench) -> Figures:
 
     kvgraph = timed(warm, bench.repeats)
     full = timed(prefill, 2)
+    with without_graphs():
+        eager = timed(warm, bench.repeats)
     kv = DOCUMENTS * LENGTH * engine.model.kv_bytes_per_token
     rate = bench.limits["device copy TB/s (read + written)"] * 1e12
     return {
         "kvgraph warm ms": kvgraph * 1e3,
         "of which from submission ms": median(usages) * 1e3,
+        "kvgraph warm, without CUDA graphs ms": eager * 1e3,
         "Hugging Face full prefill ms": full * 1e3,
         "bytes limit ms": (bench.limits["weights GB"] * 1e9 + kv) / rate * 1e3,
         "operations limit of the full prefill ms": flops_per_token(hf)
@@ -311,72 +361,72 @@ def tiers(bench: Bench) -> Figures:
     return {"from disk, page cache warm ms": median(times) * 1e3, "upload of its bytes ms": upload * 1e3}
 
 
+def cold(model: Any, graph: ContextGraph, method: Any) -> float:
+    """Seconds to the first token of a plan, nothing of which is stored; the better of two runs after a warm-up."""
+    times = []
+    for _ in range(3):
+        engine = Engine(model, kv_budget=20 << 30)
+        plan = engine.plan(graph, method)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        engine.logits(plan)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def flat(tokens: int) -> ContextGraph:
+    """A plain prompt of so many tokens."""
+    vocab = LARGE["vocab_size"]
+    return ContextGraph([], query=ids(9, 5, vocab), prefix=[ids(tokens - 9, 3, vocab)])
+
+
 def levels(bench: Bench) -> Figures:
-    """Cold chains and rounds against one flat prefill of the same tokens (1B shape)."""
-    vocab, found = LARGE["vocab_size"], {}
-    flat_engine = bench.engine("1B")
-
-    def cold(graph: ContextGraph, method: Any) -> float:
-        times = []
-        for _ in range(3):
-            engine = Engine(flat_engine.model, kv_budget=20 << 30)
-            plan = engine.plan(graph, method)
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            engine.logits(plan)
-            times.append(time.perf_counter() - started)
-        return min(times[1:])
-
-    for count, length in ((41, 22), (1001, 10)):
-        pieces = [ids(length, i, vocab) for i in range(count)]
-        one = cold(ContextGraph([], query=ids(9, 5, vocab), prefix=[[t for p in pieces for t in p]]), "full")
-        many = cold(ContextGraph([], query=ids(9, 5, vocab), prefix=pieces), "full")
-        found[f"{count} messages / one of the same tokens"] = many / one
-        found[f"{count} messages ms"] = many * 1e3
-    chunks = [ids(100, i, vocab) for i in range(200)]
+    """Cold rounds of graph-kv over 200 chunks of 100 tokens against one flat prefill of as many tokens (1B shape)."""
+    model, vocab, method = bench.engine("1B").model, LARGE["vocab_size"], methods.get("graph-kv", rounds=2)
     edges = [(a, b) for b in range(200) for a in range(max(0, b - 2), b)]
-    plan_graph = ContextGraph(chunks, ids(9, 5, vocab), edges=edges)
-    tokens = sum(map(len, methods.get("graph-kv", rounds=2).plan(plan_graph).spans))
-    one = cold(ContextGraph([], query=ids(9, 5, vocab), prefix=[ids(tokens - 9, 3, vocab)]), "full")
-    many = cold(plan_graph, methods.get("graph-kv", rounds=2))
-    return {
-        **found,
-        "graph-kv, 2 rounds, 200 chunks / flat prefill": many / one,
-        "graph-kv ms": many * 1e3,
-        "its tokens": tokens,
-    }
+    graph = ContextGraph([ids(100, i, vocab) for i in range(200)], ids(9, 5, vocab), edges=edges)
+    tokens = sum(map(len, method.plan(graph).spans))
+    many, one = cold(model, graph, method), cold(model, flat(tokens), "full")
+    return {"graph-kv ms": many * 1e3, "flat prefill ms": one * 1e3, "graph-kv / flat": many / one, "tokens": tokens}
+
+
+def messages(bench: Bench) -> Figures:
+    """Cold chats of many short messages against one message of as many tokens (1B shape)."""
+    model, vocab, found = bench.engine("1B").model, LARGE["vocab_size"], {}
+    for count, length in ((41, 22), (301, 10)) if bench.quick else ((41, 22), (1001, 10)):
+        chat = ContextGraph([], query=ids(9, 5, vocab), prefix=[ids(length, i, vocab) for i in range(count)])
+        many, one = cold(model, chat, "full"), cold(model, flat(count * length + 9), "full")
+        found |= {f"{count} messages ms": many * 1e3, f"{count} messages / one message": many / one}
+    return found
 
 
 def hugging_face(bench: Bench) -> Figures:
-    """Hugging Face at 32k context: one token with a dynamic cache, and with a static cache and a compiled forward."""
+    """Hugging Face's decoding at 32k context, with a dynamic cache."""
     hf, vocab = bench.hf(), LARGE["vocab_size"]
-    tokens = torch.tensor([ids(DOCUMENTS * LENGTH, 1, vocab)], device=DEVICE)
-    found: Figures = {}
+    cache, times = DynamicCache(), []
     with torch.inference_mode():
-        cache = DynamicCache()
-        for part in tokens.split(8000, 1):
-            hf(part, past_key_values=cache, logits_to_keep=1)
-        times = []
-        step = tokens[:, :1]
+        for part in torch.tensor([ids(DOCUMENTS * LENGTH, 1, vocab)], device=DEVICE).split(8000, 1):
+            step = hf(part, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
         for _ in range(12):
             torch.cuda.synchronize()
             started = time.perf_counter()
             step = hf(step, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-        found["dynamic cache, eager: ms a token"] = median(times[2:]) * 1e3
-        del cache
-        out = hf.generate(tokens, max_new_tokens=40, min_new_tokens=40, do_sample=False, cache_implementation="static")
-        times = []
-        for new in (8, 40):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            hf.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False, cache_implementation="static")
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        found["generate, static cache, compiled: ms a token"] = (times[1] - times[0]) / 32 * 1e3
-        del out
-    return found
+    return {"ms a token": median(times[2:]) * 1e3}
+
+
+def compiled(bench: Bench) -> Figures:
+    """Hugging Face's `generate` at 32k context with a static cache and a compiled forward."""
+    hf, vocab, times = bench.hf(), LARGE["vocab_size"], []
+    tokens = torch.tensor([ids(DOCUMENTS * LENGTH, 1, vocab)], device=DEVICE)
+    for new in (40, 8, 40):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        hf.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False, cache_implementation="static")
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return {"ms a token": (times[2] - times[1]) / 32 * 1e3, "first call, with compilation s": times[0]}
 
 
 PARTS: dict[str, Callable[[Bench], Figures]] = {
@@ -385,9 +435,13 @@ PARTS: dict[str, Callable[[Bench], Figures]] = {
     "ttft": ttft,
     "decode": decode,
     "encode": encode,
-    "tiers": tiers,
-    "levels": levels,
     "hugging_face": hugging_face,
+    "levels": levels,
+    "messages": messages,
+    "tiers": tiers,
+    "dtypes": dtypes,
+    "compiled": compiled,
+    "kernels": kernels,
 }
 
 

@@ -11,9 +11,9 @@ E extra (token, part) pairs of the step besides every token's primary part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,78 +21,12 @@ from torch import Tensor
 
 from kvgraph.attention.backends import backend_for
 from kvgraph.attention.backends.base import Backend, Part
+from kvgraph.attention.blocks import Block, blocks_of
 from kvgraph.attention.rope import Rotary
+from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
 
-
-class View:
-    """Tokens lo..hi of a record as one row sees them: its token 0 stands at position `at` of the row's frame.
-
-    group: views of a row with the same group (counted from 1; 0: none) share temperature and scale. Their scores are
-    divided by temperature, and their joint log-sum-exp is multiplied by scale before all parts are merged.
-    gaps: (lo, hi) slices between lo and hi that are hidden.
-    """
-
-    __slots__ = ("record", "at", "lo", "hi", "weights", "shown", "positions", "first", "last")
-
-    def __init__(
-        self,
-        record: Record,
-        at: int,
-        lo: int,
-        hi: int,
-        group: int = 0,
-        temperature: float = 1.0,
-        scale: float = 1.0,
-        gaps: Sequence[tuple[int, int]] = (),
-    ):
-        self.record, self.at, self.lo, self.hi = record, at, lo, hi
-        self.weights = (group, temperature, scale) if group else None
-        self.shown: np.ndarray | None = None  # [hi - lo] bool; None: all
-        if gaps:
-            self.shown = np.ones(hi - lo, dtype=bool)
-            for a, b in gaps:
-                self.shown[a - lo : b - lo] = False
-        self.positions = record.positions.numpy()[lo:hi]  # relative to the record's first token
-        self.first = at + int(self.positions[0])
-        self.last = at + int(self.positions[-1])
-
-
-class RowKV:
-    """A row's own KV, preallocated for `capacity` tokens: keys[l], values[l] are [G, capacity, D]; `length` are valid."""
-
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], capacity: int, dtype: torch.dtype, device: torch.device):
-        """shapes: (kv heads, key dim, value dim) of every layer."""
-        sizes = [(g * capacity * kd, g * capacity * vd) for g, kd, vd in shapes]
-        buffer = torch.empty(sum(k + v for k, v in sizes), dtype=dtype, device=device)
-        keys, values, at = [], [], 0
-        for (g, kd, vd), (nk, nv) in zip(shapes, sizes, strict=True):
-            keys.append(buffer[at : at + nk].view(g, capacity, kd))
-            values.append(buffer[at + nk : at + nk + nv].view(g, capacity, vd))
-            at += nk + nv
-        self.keys, self.values = tuple(keys), tuple(values)
-        self.positions = np.empty(capacity, dtype=np.int64)
-        self.capacity, self.length, self.nbytes = capacity, 0, buffer.numel() * buffer.element_size()
-
-    def record(self, key: str) -> Record:
-        """The finished KV as a record, without a copy. The row's first position must be 0 (its own frame)."""
-        if self.length != self.capacity or self.positions[0] != 0:
-            raise ValueError(f"row KV holds {self.length} of {self.capacity} tokens from position {self.positions[0]}")
-        return Record(key, self.keys, self.values, torch.from_numpy(self.positions))
-
-
-@dataclass
-class Row:
-    """One request's share of a step: new tokens at `positions` ([T] int64, the row's frame), what it sees, its own KV."""
-
-    tokens: Sequence[int]
-    positions: np.ndarray
-    views: Sequence[View]
-    kv: RowKV
-
-    def commit(self) -> None:
-        """Count the new tokens as part of the row's KV; to be called once, after the forward."""
-        self.kv.length += len(self.tokens)
+_NONE = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
@@ -106,16 +40,33 @@ class _Bucket:
     joints: Sequence[tuple[Tensor, Tensor]] = ()  # a group: its pairs [P, n] bool, and scale - 1 [n] float32
 
 
+class _Seen(NamedTuple):
+    """A Part of every layer: its columns attend to keys `here` of a source."""
+
+    columns: slice
+    source: Record | RowKV
+    here: slice
+    mask: Tensor | None
+    causal: bool
+
+    def of(self, layer: int) -> Part:
+        """The part of one layer."""
+        keys, values = self.source.keys[layer][:, self.here], self.source.values[layer][:, self.here]
+        return Part(self.columns, keys, values, self.mask, self.causal)
+
+
 @dataclass
 class _Parts:
     """The parts of a step for layers of one window. Pair columns: T primary ones in token order, then E extra ones."""
 
-    primary: list[tuple[slice, RowKV, int, int, Tensor | None, bool]]  # columns, own KV, lo, hi, mask, causal
-    extra: list[tuple[slice, Record | RowKV, int, int, Tensor | None]]
-    token: Tensor  # [E] the packed token of every extra pair
-    shifts: np.ndarray  # [S] distinct rotations, position of the seen span's token 0
-    shift: Tensor  # [E] index into shifts
-    buckets: list[_Bucket]  # of the packed tokens that have extra pairs
+    primary: list[_Seen]
+    extra: list[_Seen] = field(default_factory=list)
+    token: Tensor = _NONE  # [E] the packed token of every extra pair
+    shifts: np.ndarray = field(
+        default_factory=_NONE.numpy
+    )  # [S] distinct rotations, position of the seen span's token 0
+    shift: Tensor = _NONE  # [E] index into shifts
+    buckets: list[_Bucket] = field(default_factory=list)  # of the packed tokens that have extra pairs
     sharpness: Tensor | None = None  # [E, 1] float32, 1 / temperature; None: no view is in a group
 
 
@@ -155,14 +106,11 @@ class Step:
             row.kv.keys[layer][:, n : n + here.stop - here.start] = k[:, here]
             row.kv.values[layer][:, n : n + here.stop - here.start] = v[:, here]
         parts = self._parts[self.layers[layer].window]
-        own = [
-            Part(c, kv.keys[layer][:, lo:hi], kv.values[layer][:, lo:hi], m, x) for c, kv, lo, hi, m, x in parts.primary
-        ]
-        out, lse = self.backend(q.float(), own, scale, softcap)
+        out, lse = self.backend(q.float(), [seen.of(layer) for seen in parts.primary], scale, softcap)
         if parts.extra:
             moved = self._moved(layer, q, parts)
-            seen = [Part(c, r.keys[layer][:, lo:hi], r.values[layer][:, lo:hi], m) for c, r, lo, hi, m in parts.extra]
-            _merge(out, lse, *self.backend(moved, seen, scale, softcap), parts, sinks)
+            others = [seen.of(layer) for seen in parts.extra]
+            _merge(out, lse, *self.backend(moved, others, scale, softcap), parts, sinks)
         if sinks is not None:
             _sink_single_parts(out, lse, parts, sinks)
         return out.to(q.dtype)
@@ -185,64 +133,31 @@ class Step:
         return self.rotaries[index].rotate(chosen, *self._tables[key])
 
     def _build(self, window: int | None) -> _Parts:
-        primary: list[tuple[slice, RowKV, int, int, Tensor | None, bool]] = []
-        extra: list[tuple[slice, Record | RowKV, int, int, Tensor | None]] = []
-        token: list[np.ndarray] = []  # packed tokens of the extra pairs
-        runs: list[Run] = []  # in the same order
-        shared: dict[tuple[int, int, int], tuple[Record, list[np.ndarray], list[Run]]] = {}
+        blocks = blocks_of(self.rows, [here.start for here in self.spans], window)
+        own, others = blocks[: len(self.rows)], blocks[len(self.rows) :]
+        parts = _Parts([self._part(b, here) for b, here in zip(own, self.spans, strict=True)])
+        if not others:
+            return parts
         columns = 0
-
-        def add(record, lo: int, hi: int, tokens: np.ndarray, of: Sequence[Run], mask=None) -> None:
-            nonlocal columns
-            extra.append((slice(columns, columns + len(tokens)), record, lo, hi, self._mask(mask)))
-            columns += len(tokens)
-            token.append(tokens)
-            runs.extend(of)
-
-        for row, here in zip(self.rows, self.spans, strict=True):
-            past, total, p = row.kv.length, row.kv.length + len(row.tokens), row.positions
-            index = np.arange(here.start, here.stop)
-            if len(p) == 1 and (window is None or p[0] - row.kv.positions[0] < window):
-                past = 0  # one token that sees all of its row: one part instead of two
-            for a, b, lo, hi, mask in _blocks(p, row.kv.positions[:past], window):
-                add(row.kv, lo, hi, index[a:b], [(0, b - a, None)], mask)
-            fits = window is None or p[-1] - p[0] < window
-            mask = None if fits else np.tri(len(p), dtype=bool) & (p[:, None] - p[None] < window)
-            primary.append((here, row.kv, past, total, self._mask(mask), fits and len(p) > 1))
-            for view in row.views:
-                if p[0] > view.last and (window is None or p[-1] - view.first < window):
-                    blocks: list[Block] = [(0, len(p), 0, view.hi - view.lo, None)]  # the common case, without numpy
-                else:
-                    blocks = _blocks(p, view.positions + view.at, window)
-                if view.shown is not None:
-                    blocks = list(_shown(blocks, view.shown))
-                for a, b, lo, hi, mask in blocks:
-                    lo, hi = view.lo + lo, view.lo + hi
-                    if mask is not None:
-                        add(view.record, lo, hi, index[a:b], [(view.at, b - a, view.weights)], mask)
-                        continue
-                    # Rows that see the same tokens of the same record share one matmul, wherever each places it.
-                    _, tokens, of = shared.setdefault((id(view.record), lo, hi), (view.record, [], []))
-                    tokens.append(index[a:b])
-                    of.append((view.at, b - a, view.weights))
-        for (_, lo, hi), (record, tokens, of) in shared.items():
-            add(record, lo, hi, np.concatenate(tokens), of)
-        return self._parts_of(primary, extra, token, runs)
-
-    def _parts_of(self, primary, extra, token, runs: Sequence[Run]) -> _Parts:
-        if not extra:
-            none = torch.empty(0, dtype=torch.int64)
-            return _Parts(primary, [], none, np.empty(0, np.int64), none, [])
-        tokens = np.concatenate(token)
-        at, counts, weights = zip(*runs, strict=True)
-        shifts, segment = np.unique(np.array(at, dtype=np.int64), return_inverse=True)
-        shift = self._tensor(np.repeat(segment, counts))
-        groups = sharpness = None
+        for block in others:
+            here = slice(columns, columns + len(block.tokens))
+            parts.extra.append(self._part(block, here))
+            columns = here.stop
+        tokens = np.concatenate([block.tokens for block in others])
+        at, counts, weights = zip(*(run for block in others for run in block.runs), strict=True)
+        parts.shifts, segment = np.unique(np.array(at, dtype=np.int64), return_inverse=True)
+        parts.shift = self._tensor(np.repeat(segment, counts))
+        groups = None
         if any(weights):
             groups = np.repeat([w or (0.0, 1.0, 1.0) for w in weights], counts, axis=0)
-            sharpness = self._tensor((1 / groups[:, 1:2]).astype(np.float32))
-        buckets = list(self._buckets(tokens, groups))
-        return _Parts(primary, extra, self._tensor(tokens), shifts, shift, buckets, sharpness)
+            parts.sharpness = self._tensor((1 / groups[:, 1:2]).astype(np.float32))
+        parts.token = self._tensor(tokens)
+        parts.buckets = list(self._buckets(tokens, groups))
+        return parts
+
+    def _part(self, block: Block, columns: slice) -> _Seen:
+        mask = None if block.mask is None else self._tensor(block.mask)
+        return _Seen(columns, block.source, slice(block.lo, block.hi), mask, block.causal)
 
     def _buckets(self, tokens: np.ndarray, groups: np.ndarray | None) -> Iterator[_Bucket]:
         """Buckets of tokens, given the token of every extra pair, and its group, temperature and scale if there are any.
@@ -278,52 +193,6 @@ class Step:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
-
-    def _mask(self, array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else self._tensor(array)
-
-
-Run = tuple[int, int, tuple[int, float, float] | None]  # extra pairs of one view: rotation, how many, its weights
-Block = tuple[int, int, int, int, np.ndarray | None]  # tokens a..b see keys lo..hi, all or by a mask [b - a, hi - lo]
-
-
-def _blocks(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[Block]:
-    """What tokens at ascending positions p see of keys at ascending positions.
-
-    A key is visible iff its position is lower than the token's and, with a window, p - key < window. The visible keys of
-    one token are so a slice; neighbouring tokens with the same slice share a block, others get a mask [b - a, hi - lo].
-    """
-    if not len(keys):
-        return []
-    if keys[-1] < p[0] and (window is None or p[-1] - keys[0] < window):  # the common case: all see all
-        return [(0, len(p), 0, len(keys), None)]
-    high = np.searchsorted(keys, p, side="left")
-    low = np.zeros_like(high) if window is None else np.searchsorted(keys, p - window, side="right")
-    blocks = []
-    whole = (low == 0) & (high == len(keys))
-    some = low < high
-    kind = np.where(whole, 2, np.where(some, 1, 0))
-    edges = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(p)]
-    for a, b in zip(edges, edges[1:], strict=False):
-        if kind[a] == 0:
-            continue
-        lo, hi = int(low[a:b].min()), int(high[a:b].max())
-        same = (low[a:b] == lo).all() and (high[a:b] == hi).all()
-        column = np.arange(lo, hi)[None]
-        mask = None if same else (column >= low[a:b, None]) & (column < high[a:b, None])
-        blocks.append((a, b, lo, hi, mask))
-    return blocks
-
-
-def _shown(blocks: Sequence[Block], shown: np.ndarray) -> Iterator[Block]:
-    """The blocks without hidden keys, and without tokens that see nothing then."""
-    for a, b, lo, hi, mask in blocks:
-        visible = shown[lo:hi] if mask is None else np.logical_and(mask, shown[lo:hi])
-        mask = np.broadcast_to(visible, (b - a, hi - lo))
-        some: np.ndarray = np.any(mask, axis=1)
-        for i, j in pairwise([0, *(np.flatnonzero(np.diff(some)) + 1).tolist(), b - a]):
-            if some[i]:
-                yield a + i, a + j, lo, hi, np.array(mask[i:j])  # a copy: torch wants to write to it
 
 
 def _merge(out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, parts: _Parts, sinks: Tensor | None) -> None:

@@ -164,11 +164,11 @@ def _planned(
             continue
         plan = engine.plan(graph, method, probe=False)
         size = _tokens(plan) * engine.model.kv_bytes_per_token
-        if plan.highest_position >= engine.model.limit or size > engine.scheduler.budget:
+        if plan.highest_position >= engine.model.limit or size > engine.scheduler.memory.budget:
             totals.too_long += 1
             totals.skipped.append(
                 f"{document.where}: {len(graph.segments[0]):,} tokens don't fit the model's {engine.model.limit:,} positions "
-                f"or the KV budget of {common.human_size(engine.scheduler.budget)}"
+                f"or the KV budget of {common.human_size(engine.scheduler.memory.budget)}"
             )
             continue
         planned.append((graph, plan))

@@ -1,4 +1,4 @@
-"""`kvgraph train`: train a model to answer from composed caches; `kvgraph train export`: take it out of a checkpoint."""
+"""`kvgraph train`: train a model to answer from composed caches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from kvgraph.cli import common
+from kvgraph.cli import common, export
 from kvgraph.train import recipes
 from kvgraph.train.config import Component, Config, Stage, TrainError
 
@@ -104,42 +104,7 @@ def _option(field: Field[Any], kind: Any, text: str) -> inspect.Parameter:
 
 
 app.callback(invoke_without_command=True)(_with_options(train))
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A run's folder, a checkpoint in it, or a torch.distributed.checkpoint folder."
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model.")],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="For a torch.distributed.checkpoint folder: the model it was trained from, as folder or hub name.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 [default: that of the model it was trained from].")
-    ] = None,
-) -> None:
-    """Write a trained model as an ordinary Hugging Face folder.
-
-    Of a run it takes the latest checkpoint. It also reads what other trainers write with torch.distributed.checkpoint
-    (.metadata and *.distcp files), in the names of Hugging Face, torchtune or torchtitan, as KVLink's training code does.
-    Read such folders only if you trust whoever made them: PyTorch unpickles their index.
-
-    \b
-      kvgraph train export runs/kvlink-5 ./llama-kvlink-5
-      kvgraph train export step-6000 ./llama-kvlink-5 --base meta-llama/Llama-3.2-1B-Instruct --dtype bfloat16
-    """
-    from kvgraph.train.export import export
-
-    found = export(checkpoint, out, base=base, dtype=dtype)
-    typer.echo(f"the model of {found} is in {out}")
+app.command()(export.export)
 
 
 def _list() -> None:

@@ -361,8 +361,8 @@ class Engine:
 
     def tier(self, key: str) -> str | None:
         """Where a span's KV is now: "memory" or the store's first tier that has it; None: nowhere. Changes nothing."""
-        if self.scheduler.pool.contains(key):
-            return self.scheduler.pool.name
+        if self.scheduler.memory.pool.contains(key):
+            return self.scheduler.memory.pool.name
         tiers = self.store.tiers if isinstance(self.store, TieredStore) else [self.store] if self.store else []
         return next((tier.name for tier in tiers if tier.contains(key)), None)
 
@@ -375,8 +375,8 @@ class Engine:
         with self._lock:
             keys = list(keys)
             for key in keys:
-                if key not in self.scheduler.holds:
-                    self.scheduler.pool.delete(key)
+                if key not in self.scheduler.memory.holds:
+                    self.scheduler.memory.pool.delete(key)
             if self._writer is not None:
                 self._writes.append(self._writer.submit(self._erase, keys))
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.step import Row, RowKV, Step
+from kvgraph.attention.rows import Row, RowKV
+from kvgraph.attention.step import Step
 from kvgraph.errors import PlanError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods.base import Probing, ids

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kvgraph.attention.step import RowKV, View
+from kvgraph.attention.rows import RowKV, View
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.result import Result, Usage
 from kvgraph.engine.sampling import Sampled, Sampler, SamplingParams

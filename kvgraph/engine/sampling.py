@@ -120,6 +120,12 @@ class SamplingParams:
         )
         object.__setattr__(self, "stop_token_ids", ids)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the choice is the likeliest token, and nothing else is wanted: then many rows can be looked at at once."""
+        changes = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty or self.logit_bias
+        return self.temperature == 0 and not changes and not self.min_tokens and self.logprobs is None
+
 
 class Sampled(NamedTuple):
     """A chosen token; logprob and top (the likeliest tokens with theirs, best first) only if they were asked for."""
@@ -146,8 +152,13 @@ class Sampler:
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else int(params.seed)
         self._generator.manual_seed(seed)
 
-    def __call__(self, logits: Tensor) -> Sampled:
-        """Choose from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf, or nothing but -inf."""
+    def __call__(self, logits: Tensor, best: tuple[int, float] | None = None) -> Sampled:
+        """Choose from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf, or nothing but -inf.
+
+        best: the likeliest token, the first of several, and its logit, where they are known and the parameters' `takes_best`.
+        """
+        if best is not None and math.isfinite(best[1]):
+            return Sampled(best[0])
         logits = logits.detach().float()
         if not math.isfinite(logits.max()):  # NaN wins every maximum
             what = "NaN" if logits.isnan().any() else "infinite"
@@ -163,7 +174,7 @@ class Sampler:
         if self.params.logprobs is None:
             return Sampled(token)
         logprobs = logits.log_softmax(-1)
-        return Sampled(token, float(logprobs[token]), best(logprobs, self.params.logprobs))
+        return Sampled(token, float(logprobs[token]), likeliest(logprobs, self.params.logprobs))
 
     def _biased(self, logits: Tensor) -> Tensor:
         bias = {token: value for token, value in self.params.logit_bias.items() if token < len(logits)}
@@ -225,7 +236,7 @@ def _added(logits: Tensor, values: Mapping[int, float]) -> Tensor:
     return logits.index_add(0, ids, torch.tensor(list(values.values()), dtype=logits.dtype, device=logits.device))
 
 
-def best(logprobs: Tensor, n: int) -> tuple[tuple[int, float], ...]:
+def likeliest(logprobs: Tensor, n: int) -> tuple[tuple[int, float], ...]:
     """The n highest of logprobs [V] with their ids, best first, ties by id."""
     n = min(n, len(logprobs))
     if n == 0:

@@ -3,9 +3,8 @@
 Everything is a row: a span being encoded, a live span being prefilled, a request decoding one token. A step serves
 decoding rows first, then prefill, then encoding, up to a number of tokens; long rows run in chunks.
 
-Memory: a request is admitted when the worst case of all its spans and of its own KV fits the budget at once, so two
-half-admitted requests can never wait for each other. What an admitted request may need is *held*: in the pool it is
-pinned, missing it is encoded once for everyone who waits (single flight). The rest of the pool is LRU.
+A request is admitted when it fits `kvgraph.engine.admission.Memory`. What it then misses is encoded once for everyone
+who waits (single flight).
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.step import Row, RowKV, Step, View
-from kvgraph.engine.request import UNCACHED, Encoding, Request, Sequence, sequence_of
+from kvgraph.attention.rows import Row, RowKV, View
+from kvgraph.engine.admission import Memory
+from kvgraph.engine.request import Encoding, Request, Sequence, sequence_of
 from kvgraph.engine.result import Result
-from kvgraph.engine.sampling import Sampled, best
-from kvgraph.errors import CapacityError, PlanError
+from kvgraph.engine.runner import runner_for
+from kvgraph.engine.sampling import Sampled, likeliest
+from kvgraph.errors import PlanError
 from kvgraph.models import Model
-from kvgraph.store.memory import MemoryStore
 from kvgraph.store.record import Record
 
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
@@ -45,16 +45,15 @@ class Scheduler:
         fetch: Callable[[str], tuple[Record | None, str]],
         save: Callable[[Record], None],
     ):
-        self.model, self.budget, self.max_step_tokens = model, budget, max_step_tokens
+        self.model, self.max_step_tokens = model, max_step_tokens
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
         self.fetch, self.save = fetch, save
-        self.pool = MemoryStore(budget)
+        self.runner = runner_for(model)
         self.shapes = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in model.layers]
         self.waiting: deque[Request] = deque()
         self.encodings: dict[str, Encoding] = {}  # in order of creation: sources before their readers
         self.running: list[Request] = []  # admitted, not finished
-        self.holds: dict[str, tuple[int, int]] = {}  # key -> (bytes, requests that may need it)
-        self.row_bytes = 0  # own KV of admitted requests
+        self.memory = Memory(budget, model.kv_bytes_per_token, self.encodings)
         self.peak_bytes = 0
 
     # -- submitting ---------------------------------------------------------------------------------------------------
@@ -68,12 +67,7 @@ class Scheduler:
             if not 0 <= min(span.tokens) <= max(span.tokens) < self.model.vocab_size:
                 last = self.model.vocab_size - 1
                 raise PlanError(f"{span.name or 'a span'} holds a token id outside the vocabulary (0..{last})")
-        need = sum(self._worst_case(request).values()) + self._own_bytes(request)
-        if need > self.budget:
-            raise CapacityError(
-                f"the request needs {need:,} bytes of KV at once, but the engine's budget is {self.budget:,}; "
-                "raise kv_budget, or use fewer documents or a smaller max_tokens"
-            )
+        self.memory.check(request)
 
     def submit(self, request: Request) -> None:
         """Queue a request that passed `check`."""
@@ -93,12 +87,6 @@ class Scheduler:
         """Whether no request is waiting or running."""
         return not self.waiting and not self.running
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of KV held now: the pool, spans being encoded and the requests' own, by capacity."""
-        encoding = sum(e.sequence.kv.nbytes for e in self.encodings.values() if e.sequence.kv is not None)
-        return self.pool.bytes + encoding + self.row_bytes
-
     # -- one step -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -110,17 +98,17 @@ class Scheduler:
             assert not self.running, "admitted requests, but nothing can run"  # better than waiting forever
             return
         new = [e.sequence for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
-        self._make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
+        self.memory.make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
         try:
             rows = [self._row(owner.sequence, count) for owner, count in work]
-            step = Step(rows, self.model.layers, self.model.rotaries, self.model.device)
-            want, counts = self._wanted(work, step)
-            logits = self.model.forward(step.tokens, step.positions, step, want)
+            want, counts = self._wanted(work)
+            logits = self.runner.run(rows, want)
         except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
             for owner, _ in work:
                 self._fail(owner, error)
             return
-        self.peak_bytes = max(self.peak_bytes, self.kv_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.memory.kv_bytes)
+        best = self._best(work, logits, counts)
         at = 0
         for (owner, _), row, n in zip(work, rows, counts, strict=True):
             with self._blaming(owner):
@@ -128,52 +116,74 @@ class Scheduler:
                 if isinstance(owner, Encoding):
                     self._encoded(owner)
                 else:
-                    self._decoded(owner, logits[at : at + n])
+                    self._decoded(owner, logits[at : at + n], best.get(owner))
             at += n
 
     def _choose(self) -> list[Work]:
         """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first.
 
-        Only the oldest request's encodings go before prefill: so, however much work arrives, nothing waits forever.
+        Only the oldest request's encodings go before prefill: so, however much work arrives, nothing waits forever. A
+        reader may stand beside its sources: every layer writes all rows' keys and values before any row attends. So it
+        only waits for sources of which some tokens are left after this step.
         """
-        ready = [r for r in self.running if not r.missing]
-        decoding = [r for r in ready if r.token_ids]
-        prefill = [r for r in ready if not r.token_ids]
-        encoding = [e for e in self.encodings.values() if all(k in self.pool for k, *_ in e.sequence.places)]
+        decoding = [r for r in self.running if r.token_ids]
+        prefill = [r for r in self.running if not r.token_ids]
+        oldest = [e for e in self.encodings.values() if self.running[0] in e.waiters]
+        later = [e for e in self.encodings.values() if self.running[0] not in e.waiters]
         work: list[Work] = []
+        complete: set[str] = set()  # encodings that this step finishes
         tokens, pairs = self.max_step_tokens, self.max_step_pairs
-        oldest = [e for e in encoding if self.running[0] in e.waiters]
-        later = [e for e in encoding if self.running[0] not in e.waiters]
         owners: list[Request | Encoding] = [*decoding, *oldest, *prefill, *later]
         for owner in owners:
+            if not self._ready_beside(owner, complete):
+                continue
             parts = 1 + len(owner.sequence.places)
             count = min(owner.sequence.left, tokens, max(1, pairs // parts))
             if count <= 0 or (work and pairs < parts):
                 break
             work.append((owner, count))
+            if isinstance(owner, Encoding) and count == owner.sequence.left:
+                complete.add(owner.key)
             tokens, pairs = tokens - count, pairs - count * parts
         return work
+
+    def _ready_beside(self, owner: Request | Encoding, complete: set[str]) -> bool:
+        """Whether all that a row reads is there, or will be in a step that completes these encodings."""
+        if isinstance(owner, Request):
+            return not owner.encode_only and owner.missing <= complete
+        return all(k in complete or k in self.memory.pool for k, *_ in owner.sequence.places)
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         """The next `count` tokens of a sequence; its KV is allocated with its first row."""
         if sequence.kv is None:
             sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
-            sequence.views = [View(self._pooled(key), *how) for key, how in sequence.places]
+            sequence.kv.positions[: len(sequence.positions)] = sequence.positions
+            sequence.views = [View(self._source(key), *how) for key, how in sequence.places]
         here = slice(sequence.done, sequence.done + count)
         return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
 
-    def _wanted(self, work: list[Work], step: Step) -> tuple[Tensor, list[int]]:
+    def _source(self, key: str) -> Record | RowKV:
+        """What a row reads: a record that is pinned, or the KV of a row of the same step that completes it."""
+        encoding = self.encodings.get(key)
+        if encoding is None:
+            return self.memory.pooled(key)
+        assert encoding.sequence.kv is not None, "sources come before their readers"
+        return encoding.sequence.kv
+
+    def _wanted(self, work: list[Work]) -> tuple[list[int], list[int]]:
         """Packed indices whose logits are needed, and how many of them belong to each row."""
         want: list[int] = []
         counts = []
-        for (owner, count), here in zip(work, step.spans, strict=True):
+        start = 0
+        for owner, count in work:
             before = len(want)
             if isinstance(owner, Request):
                 first = 0 if owner.echo else len(owner.plan.live.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
-                want.extend(range(here.start + skipped, here.start + count))
+                want.extend(range(start + skipped, start + count))
             counts.append(len(want) - before)
-        return torch.tensor(want, dtype=torch.int64, device=self.model.device), counts
+            start += count
+        return want, counts
 
     # -- results of a step --------------------------------------------------------------------------------------------
 
@@ -183,7 +193,7 @@ class Scheduler:
         assert encoding.sequence.kv is not None
         record = encoding.sequence.kv.record(encoding.key)
         del self.encodings[encoding.key]
-        self._keep(record)
+        self.memory.keep(record)
         while encoding.waiters:
             request = encoding.waiters.pop()
             request.missing.discard(encoding.key)
@@ -192,7 +202,21 @@ class Scheduler:
         if encoding.persistent:
             self.save(record)  # last: it may wait for the disk, and be interrupted there
 
-    def _decoded(self, request: Request, logits: Tensor) -> None:
+    def _best(self, work: list[Work], logits: Tensor, counts: list[int]) -> dict[Request, tuple[int, float]]:
+        """The likeliest token and its logit of each request that takes it: one look at the device for all of them."""
+        last: dict[Request, int] = {}
+        at = 0
+        for (owner, count), n in zip(work, counts, strict=True):
+            at += n
+            if isinstance(owner, Request) and count == owner.sequence.left and owner.params.takes_best:
+                last[owner] = at - 1
+        if len(last) < 2:
+            return {}
+        rows = logits[torch.tensor(list(last.values()))] if len(last) < len(logits) else logits
+        found = torch.stack([rows.argmax(-1).double(), rows.amax(-1).double()]).tolist()
+        return {r: (int(token), logit) for r, token, logit in zip(last, *found, strict=True)}
+
+    def _decoded(self, request: Request, logits: Tensor, best: tuple[int, float] | None) -> None:
         sequence = request.sequence
         if request.answer:
             self._score(request, logits)
@@ -202,7 +226,7 @@ class Scheduler:
             return self._finish(request, "length")
         if not request.token_ids:
             self._first(request, logits)
-        choice = request.sampler(logits[-1])
+        choice = request.sampler(logits[-1], best)
         request.sampled.append(choice)
         request.token_ids.append(choice.token)
         ends = choice.token in request.params.stop_token_ids or (
@@ -228,7 +252,7 @@ class Scheduler:
             logprobs = torch.log_softmax(row.float(), -1)
             request.scores.append(logprobs[target].clone())
             if (n := request.params.logprobs) is not None:
-                request.scored.append(Sampled(target, float(logprobs[target]), best(logprobs, n)))
+                request.scored.append(Sampled(target, float(logprobs[target]), likeliest(logprobs, n)))
             request.greedy = request.greedy and int(row.argmax()) == target
 
     @contextmanager
@@ -256,9 +280,9 @@ class Scheduler:
         now = time.perf_counter()
         if request in self.running:
             self.running.remove(request)
-            self.row_bytes -= self._own_bytes(request)
+            self.memory.leave(request)
         for key in list(request.held):
-            self._release(request, key)
+            self.memory.release(request, key)
         for key in request.missing:
             encoding = self.encodings.get(key)
             if encoding is not None:
@@ -288,21 +312,16 @@ class Scheduler:
             request.greedy,
         )
 
-    # -- admission and memory -----------------------------------------------------------------------------------------
+    # -- admission ----------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         while self.waiting:
             request = self.waiting[0]
-            spans = self._worst_case(request)
-            need = sum(b for k, b in spans.items() if k not in self.holds) + self._own_bytes(request)
-            if sum(b for b, _ in self.holds.values()) + self.row_bytes + need > self.budget:
+            if not self.memory.fits(request):
                 return  # first come, first served: nothing overtakes a request that waits for memory
             self.waiting.popleft()
             self.running.append(request)
-            self.row_bytes += self._own_bytes(request)
-            self._make_room(0)
-            for key, size in spans.items():
-                self._hold(request, key, size)
+            self.memory.admit(request)
             request.usage.queued = time.perf_counter() - request.submitted
             with self._blaming(request):
                 self._resolve(request)
@@ -340,13 +359,13 @@ class Scheduler:
 
     def _find(self, key: str) -> str | None:
         """Where a record was found ("memory" or a tier of the store); it is in the pool afterwards."""
-        if self.pool.get(key) is not None:
+        if self.memory.pool.get(key) is not None:
             return "memory"
         record, tier = self.fetch(key)
         if record is None:
             return None
-        self._make_room(record.nbytes)
-        self._keep(record)
+        self.memory.make_room(record.nbytes)
+        self.memory.keep(record)
         return tier
 
     def _encoding(self, request: Request, index: int) -> Encoding:
@@ -358,49 +377,7 @@ class Scheduler:
         request.usage.encoded = time.perf_counter() - request.submitted
         wanted = {request.keys[p.span] for p in request.plan.live.sees}
         for key in [k for k in request.held if k not in wanted]:
-            self._release(request, key)
-        request.usage.kv_bytes = sum(self.holds[k][0] for k in wanted) + self._own_bytes(request)
+            self.memory.release(request, key)
+        request.usage.kv_bytes = self.memory.held_bytes(request, wanted)
         if request.encode_only:
             self._finish(request, "length")
-
-    def _worst_case(self, request: Request) -> dict[str, int]:
-        per_token = self.model.kv_bytes_per_token
-        return {k: len(s) * per_token for k, s in zip(request.keys, request.plan.spans[:-1], strict=False)}
-
-    def _own_bytes(self, request: Request) -> int:
-        return 0 if request.encode_only else request.sequence.capacity * self.model.kv_bytes_per_token
-
-    def _hold(self, request: Request, key: str, size: int) -> None:
-        _, count = self.holds.get(key, (size, 0))
-        self.holds[key] = (size, count + 1)
-        request.held.add(key)
-        if count == 0 and key in self.pool:
-            self.pool.pin(key)
-
-    def _release(self, request: Request, key: str) -> None:
-        size, count = self.holds[key]
-        request.held.discard(key)
-        if count > 1:
-            self.holds[key] = (size, count - 1)
-            return
-        del self.holds[key]
-        if key in self.pool:
-            self.pool.unpin(key)
-            if key.startswith(UNCACHED):  # nobody else can ever ask for it
-                self.pool.delete(key)
-
-    def _pooled(self, key: str) -> Record:
-        record = self.pool.get(key)
-        assert record is not None, "what a row reads is pinned"
-        return record
-
-    def _keep(self, record: Record) -> None:
-        self._make_room(0)
-        self.pool.put(record)
-        if record.key in self.holds:
-            self.pool.pin(record.key)
-
-    def _make_room(self, size: int) -> None:
-        """Evict what nobody holds until `size` more bytes fit beside all own KV and running encodings."""
-        encoding = sum(e.sequence.kv.nbytes for e in self.encodings.values() if e.sequence.kv is not None)
-        self.pool.evict_to(max(0, self.budget - self.row_bytes - encoding - size))

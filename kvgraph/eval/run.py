@@ -477,7 +477,7 @@ def _costs(engine: Engine, lines: Sequence[Mapping[str, Any]], session: _Session
             "git_commit": _git_commit(),
             "machine": _machine(engine.model.device),
             "threads": torch.get_num_threads(),
-            "kv_budget": engine.scheduler.budget,
+            "kv_budget": engine.scheduler.memory.budget,
             "max_step_tokens": engine.scheduler.max_step_tokens,
             "store": engine.store is not None,
             "started": session.started.isoformat(timespec="seconds"),

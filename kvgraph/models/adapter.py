@@ -21,7 +21,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from kvgraph.attention.rope import Rotary
@@ -73,6 +72,7 @@ class Model:
         self.dtype: torch.dtype = hf.dtype
         self.device: torch.device = hf.device
         self.limit = limit_of(hf.config)
+        self.heads: int = hf.config.num_attention_heads
         self.vocab_size = vocabulary_of(hf)
         self.eos_ids = eos_ids_of(hf)
         self.tuned_for = declared(hf.config.to_dict(), f"{name}'s config")
@@ -169,9 +169,8 @@ def _attention(
     return attend(module, query, key, value, **kwargs).contiguous(), None
 
 
-# The mask function must be there too and give None: jumping position_ids would otherwise make block masks.
+# No mask function on purpose: transformers then makes no mask and never looks at positions, which would wait for a GPU.
 AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
 
 
 def run(hf: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:

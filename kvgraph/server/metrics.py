@@ -135,7 +135,7 @@ class _Gauges(Collector):
         runner = self.runner
         if runner is None:
             return
-        load, budget = runner.load, runner.engine.scheduler.budget
+        load, budget = runner.load, runner.engine.scheduler.memory.budget
         yield GaugeMetricFamily("kvgraph_requests_running", "Requests admitted by the engine.", value=load.running)
         waiting = max(0, runner.pending - load.running)
         yield GaugeMetricFamily("kvgraph_requests_waiting", "Requests that wait for the engine.", value=waiting)

@@ -236,7 +236,12 @@ class Runner:
 
     def _measured(self) -> Load:
         scheduler = self.engine.scheduler
-        return Load(len(scheduler.running), len(scheduler.encodings), scheduler.kv_bytes, scheduler.pool.pinned_bytes)
+        return Load(
+            len(scheduler.running),
+            len(scheduler.encodings),
+            scheduler.memory.kv_bytes,
+            scheduler.memory.pool.pinned_bytes,
+        )
 
     def _obey(self) -> None:
         """Run all commands that came in; wait for one when there is nothing else to do."""

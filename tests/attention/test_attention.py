@@ -16,7 +16,8 @@ from torch import Tensor
 from kvgraph.attention.backends import backend_for, cpu, reference
 from kvgraph.attention.backends.base import Backend, Part
 from kvgraph.attention.rope import Rotary
-from kvgraph.attention.step import Row, RowKV, Step, View
+from kvgraph.attention.rows import Row, RowKV, View
+from kvgraph.attention.step import Step
 from kvgraph.store.record import Record
 
 BACKENDS = [cpu.attend, reference.attend]

@@ -8,35 +8,46 @@ import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kvgraph.attention.backends import backend_for
+import families
+from kvgraph import models
+from kvgraph.attention.backends import backend_for, reference
+from kvgraph.attention.cuda import tuning
+from kvgraph.engine.runner import CudaRunner, Runner, runner_for
+from kvgraph.models.adapter import Layer
 
 ROOT = Path(__file__).parents[2]
 
-# Compiles one specialisation of the attention kernel for compute capability 8.0, which needs no GPU.
+# Compiles one specialisation of the attention kernel for a GPU's architecture, which needs no GPU.
 COMPILE = """
 import sys, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kvgraph.attention.backends import triton as backend
 
-dim, rows, kv = int(sys.argv[1]), int(sys.argv[2]), getattr(tl, sys.argv[3])
-large, keys = backend._tile_size(dim)
-constants = dict(R=4, D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, ROWS=min(rows, large), KEYS=keys, KV=kv,
-                 ALIGNED=128 // kv.primitive_bitwidth, MASKED=True, SOFTCAP=True)
-types = dict(q="*fp32", out="*fp32", lse="*fp32", partial="*fp32", partial_lse="*fp32", addresses="*i64", tiles="*i64",
-             scale="fp32", softcap="fp32", q_head="i32", q_column="i32", columns="i32", slots="i32")
-def build(kernel, types, constants):
+dim, rows, keys, warps, stages, architecture = map(int, sys.argv[1:7])
+kv, short = getattr(tl, sys.argv[7]), {"float32": "fp32", "bfloat16": "bf16"}[sys.argv[7]]
+constants = dict(H=32, G=8, D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, ROWS=rows, KEYS=keys, KV=kv, ROTATED=dim,
+                 INTERLEAVED=False, MASKED=True, SHARP=True, SOFTCAP=True, SINKS=True)
+types = dict(q="*" + short, out="*" + short, sinks="*" + short, partial="*fp32", partial_lse="*fp32", tiles="*i64",
+             counts="*i64", which="i32", blocks="*i64", pairs="*i64", cos="*fp32", sin="*fp32", prefix="i32", scale="fp32",
+             softcap="fp32", q_head="i32", q_token="i32", slots="i32", k="*" + short, v="*" + short, rows="*i64",
+             k_head="i32", k_token="i32", v_head="i32", v_token="i32", tokens="*i64", entries="*i64", more="*i64")
+def build(kernel, constants):
     names = kernel.arg_names
     signature = {n: types.get(n, "constexpr") for n in names}
-    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=backend.WARPS))
-attend = build(backend._attend, types, constants)
-build(backend._merge, {**types, "merges": "*i64"}, dict(R=4, DV=dim, BLOCK_DV=dim, SPLITS=16))
-print(attend.metadata.shared, attend.asm["ptx"].count("cp.async.cg"))
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(num_warps=warps, num_stages=stages))
+attend = build(backend.attend, constants)
+build(backend.merge, dict(H=32, DV=dim, BLOCK_DV=dim, READ=16, GROUPS=2, SINKS=True))
+build(backend.write, dict(G=8, D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, KV=kv))
+ptx = attend.asm["ptx"]
+print(attend.metadata.shared, ptx.count("cp.async.cg"), ptx.count("wgmma.mma") + ptx.count("mma.sync"))
 """
 
 
@@ -61,23 +72,41 @@ def test_kernel_equals_reference():
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("dim, rows, dtype", [(128, 64, "bfloat16"), (256, 16, "float32")])
-def test_kernel_compiles_within_a_gpus_limits(dim, rows, dtype):
+def test_steps_of_the_gpu_runner_equal_the_plain_ones():
     needs_triton()
-    done = python("-c", COMPILE, str(dim), str(rows), dtype, TRITON_INTERPRET="0")
+    cases = str(ROOT / "tests" / "support" / "runner_cases.py")
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", cases, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
-    shared, vectors = map(int, done.stdout.split())
-    assert shared <= 99 * 1024  # what the smallest GPU of compute capability 8 has a block
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("architecture, most", [(80, 99), (90, 227)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_kernels_compile_within_a_gpus_limits(monkeypatch, architecture, most, dtype):
+    """most: KiB of shared memory of a block, of the smallest GPU of compute capability 8 and of an H100."""
+    needs_triton()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6) if architecture == 80 else (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    tune = tuning(128, getattr(torch, dtype), torch.device("cuda"))
+    sizes = map(str, (128, tune.rows, tune.keys, tune.warps[1], tune.stages, architecture))
+    done = python("-c", COMPILE, *sizes, dtype, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    shared, vectors, products = map(int, done.stdout.split())
+    assert shared <= most * 1024
     assert vectors > 0  # 16 bytes at a time
+    assert (products > 0) == (dtype == "bfloat16")  # tensor cores for 16 bits, IEEE products for 32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_triton_serves_cuda():
     needs_triton()
-    assert backend_for(torch.device("cuda")).__module__ == "kvgraph.attention.backends.triton"
+    model = models.wrap(families.build("llama").to("cuda"))
+    assert isinstance(runner_for(model), CudaRunner)
 
 
-def test_without_triton_cuda_uses_the_reference(monkeypatch):
+def test_without_triton_the_plain_step_runs(monkeypatch):
+    model = SimpleNamespace(device=torch.device("cuda"), layers=[Layer(0, None, 2, 16, 16)])
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr("kvgraph.attention.backends.find_spec", lambda name: None)
-    assert backend_for(torch.device("cuda")).__module__ == "kvgraph.attention.backends.reference"
+    monkeypatch.setattr("kvgraph.engine.runner.find_spec", lambda name: None)
+    assert type(runner_for(model)) is Runner
+    assert backend_for(torch.device("cuda")) is reference.attend

@@ -89,7 +89,7 @@ def test_nothing_stored_is_copied_or_changed(llama, monkeypatch):
     engine = Engine(llama, kv_budget=1 << 26)
     graph = random_graph(2)
     engine.warm(graph, "block")
-    pool = engine.scheduler.pool
+    pool = engine.scheduler.memory.pool
     records = {k: pool.get(k) for k in engine.plan(graph, "block").keys(llama.fingerprint) if k}
     before = {k: [t.clone() for t in (*r.keys, *r.values)] for k, r in records.items()}
     storages = {t.untyped_storage().data_ptr() for r in records.values() for t in r.keys}
@@ -121,10 +121,14 @@ def test_results_survive_a_restart_on_the_same_disk(llama, tmp_path):
     with Engine(llama, store=tmp_path, kv_budget=1 << 26) as engine:
         first = engine.generate(graph, "graph-kv", GREEDY, first_logits=True)
         assert first.usage.document_tokens_computed > 0
+        warm = engine.generate(graph, "graph-kv", GREEDY, first_logits=True)
     with Engine(llama, store=tmp_path, kv_budget=1 << 26) as engine:
         second = engine.generate(graph, "graph-kv", GREEDY, first_logits=True)
     assert second.usage.document_tokens_computed == 0 and set(second.usage.reused_tokens) == {"disk"}
-    assert second.token_ids == first.token_ids and torch.equal(second.first_logits, first.first_logits)
+    assert second.token_ids == warm.token_ids and torch.equal(second.first_logits, warm.first_logits)
+    # Cold, the question runs in one step with the documents: matrices of other sizes round differently.
+    assert second.token_ids == first.token_ids
+    torch.testing.assert_close(second.first_logits, first.first_logits, atol=1e-4, rtol=0)
 
 
 def test_tenants_and_models_never_share_records(llama, tmp_path):
@@ -155,11 +159,13 @@ class TestMemory:
         requests = [engine.submit(p, GREEDY) for p in plans]
         peak = 0
         while engine.step():
-            peak = max(peak, engine.scheduler.kv_bytes)
+            peak = max(peak, engine.scheduler.memory.kv_bytes)
         assert peak <= self.budget(llama, largest)
         assert [r.result.token_ids for r in requests] == [dense_greedy(llama, p, 6) for p in plans]
         assert (
-            engine.scheduler.pool.pinned_bytes == 0 and engine.scheduler.row_bytes == 0 and not engine.scheduler.holds
+            engine.scheduler.memory.pool.pinned_bytes == 0
+            and engine.scheduler.memory.row_bytes == 0
+            and not engine.scheduler.memory.holds
         )
 
     def test_cancelling_frees_what_a_request_held(self, llama):
@@ -173,8 +179,8 @@ class TestMemory:
         assert drop.result.finish_reason == "cancelled"
         assert engine.wait(keep).token_ids == dense_greedy(llama, keep.plan, 6)
         engine.cancel(engine.submit(keep.plan, GREEDY))
-        assert engine.scheduler.idle and not engine.scheduler.holds and not engine.scheduler.encodings
-        assert engine.scheduler.pool.pinned_bytes == 0 and engine.scheduler.row_bytes == 0
+        assert engine.scheduler.idle and not engine.scheduler.memory.holds and not engine.scheduler.encodings
+        assert engine.scheduler.memory.pool.pinned_bytes == 0 and engine.scheduler.memory.row_bytes == 0
 
     def test_the_first_of_two_sharers_can_be_cancelled_at_any_step(self, llama):
         for steps in range(8):
@@ -184,14 +190,14 @@ class TestMemory:
                 engine.step()
             engine.cancel(a)
             assert engine.wait(b).token_ids == dense_greedy(llama, b.plan, 6)
-            assert not engine.scheduler.holds and not engine.scheduler.encodings
+            assert not engine.scheduler.memory.holds and not engine.scheduler.encodings
 
     def test_closing_a_stream_cancels(self, llama):
         engine = Engine(llama, kv_budget=1 << 26)
         stream = engine.stream(random_graph(22), "block", GREEDY)
         next(stream)
         stream.close()
-        assert engine.scheduler.idle and engine.scheduler.pool.pinned_bytes == 0
+        assert engine.scheduler.idle and engine.scheduler.memory.pool.pinned_bytes == 0
 
 
 class TestRequests:
@@ -283,7 +289,7 @@ class TestRequests:
             m.setattr(models.Model, "forward", lambda *a, **k: (_ for _ in ()).throw(MemoryError("no memory")))
             with pytest.raises(MemoryError):
                 engine.generate(random_graph(62), "block", GREEDY)
-        assert engine.scheduler.idle and not engine.scheduler.holds and not engine.scheduler.encodings
+        assert engine.scheduler.idle and not engine.scheduler.memory.holds and not engine.scheduler.encodings
         graph = random_graph(62)
         assert engine.generate(graph, "block", GREEDY).token_ids == dense_greedy(llama, engine.plan(graph, "block"), 6)
 

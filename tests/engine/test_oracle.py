@@ -55,7 +55,7 @@ def _cached(run: Engine, plan) -> dict[tuple[int, int], list[torch.Tensor]]:
     found: dict[tuple[int, int], list[torch.Tensor]] = {}
     keys, rotary = plan.keys(run.model.fingerprint), run.model.rotaries[0]
     for place in plan.live.sees:
-        record = run.scheduler.pool.get(keys[place.span])
+        record = run.scheduler.memory.pool.get(keys[place.span])
         table = rotary.table(torch.full((len(record),), place.at))  # stored keys are canonical: token 0 at 0
         layers = torch.stack(
             [torch.stack([rotary.rotate(k, *table), v]) for k, v in zip(record.keys, record.values, strict=True)]

@@ -472,3 +472,20 @@ def test_a_text_may_follow_another_without_a_break():
 def test_wrong_penalties_and_biases_are_refused(wrong):
     with pytest.raises(SamplingError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"frequency_penalty": 0.1},
+        {"presence_penalty": -0.1},
+        {"logit_bias": {1: 1.0}},
+        {"min_tokens": 1},
+        {"repetition_penalty": 1.1},
+        {"logprobs": 0},
+        {"temperature": 0.1},
+    ],
+    ids=str,
+)
+def test_only_plain_greedy_requests_take_the_likeliest_token(wanted):
+    assert SamplingParams().takes_best and not SamplingParams(**wanted).takes_best

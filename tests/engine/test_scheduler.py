@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import families
 import strategies
-from kvgraph import CapacityError, ContextGraph, Engine, SamplingParams, methods, models
+from kvgraph import CapacityError, ContextGraph, Engine, ModelError, SamplingParams, methods, models
 from kvgraph.attention.step import Step
 from kvgraph.engine.request import UNCACHED, Request
 from kvgraph.engine.sampling import Sampler
@@ -119,34 +119,40 @@ def check_accounts(engine: Engine) -> None:
         if not request.missing:  # intermediate versions have been let go
             read = {request.keys[p.span] for p in request.plan.live.sees}
             needed = {k: n for k, n in needed.items() if k in read}
-            assert all(k in s.pool for k in read)
+            assert all(k in s.memory.pool for k in read)
         assert request.held == set(needed)
         assert all(request in s.encodings[k].waiters for k in request.missing)
         holds.update(needed.keys())
         tokens.update(needed)
-    assert s.holds == {k: (tokens[k] * size, n) for k, n in holds.items()}
-    assert s.row_bytes == size * sum(map(own_tokens, s.running))
+    assert s.memory.holds == {k: (tokens[k] * size, n) for k, n in holds.items()}
+    assert s.memory.row_bytes == size * sum(map(own_tokens, s.running))
     for request in s.waiting:
         assert not request.held and not request.missing and request.sequence.kv is None
 
-    pool = {**s.pool._idle, **s.pool._pinned}
-    assert set(s.pool._pinned) == set(holds) & set(pool)
-    assert all(entry.pins == 1 for entry in s.pool._pinned.values())
-    assert s.pool.bytes == sum(e.record.nbytes for e in pool.values())
-    assert s.pool.pinned_bytes == sum(e.record.nbytes for e in s.pool._pinned.values())
+    pool = {**s.memory.pool._idle, **s.memory.pool._pinned}
+    assert set(s.memory.pool._pinned) == set(holds) & set(pool)
+    assert all(entry.pins == 1 for entry in s.memory.pool._pinned.values())
+    assert s.memory.pool.bytes == sum(e.record.nbytes for e in pool.values())
+    assert s.memory.pool.pinned_bytes == sum(e.record.nbytes for e in s.memory.pool._pinned.values())
     assert all(k in holds for k in pool if k.startswith(UNCACHED))
 
     for key, encoding in s.encodings.items():
         assert encoding.waiters and all(r in s.running and key in r.missing for r in encoding.waiters)
-        assert key not in s.pool
-        assert all(k in s.pool or k in s.encodings for k, *_ in encoding.sequence.places)
+        assert key not in s.memory.pool
+        assert all(k in s.memory.pool or k in s.encodings for k, *_ in encoding.sequence.places)
     half_done = sum(e.sequence.kv.nbytes for e in s.encodings.values() if e.sequence.kv is not None)
-    assert s.kv_bytes == s.pool.bytes + half_done + s.row_bytes <= s.budget
+    assert s.memory.kv_bytes == s.memory.pool.bytes + half_done + s.memory.row_bytes <= s.memory.budget
 
 
 def assert_released(engine: Engine) -> None:
     s = engine.scheduler
-    assert s.idle and not s.holds and not s.encodings and s.row_bytes == 0 and s.pool.pinned_bytes == 0
+    assert (
+        s.idle
+        and not s.memory.holds
+        and not s.encodings
+        and s.memory.row_bytes == 0
+        and s.memory.pool.pinned_bytes == 0
+    )
 
 
 class Load(RuleBasedStateMachine):
@@ -176,7 +182,7 @@ class Load(RuleBasedStateMachine):
         keys = plan.keys(self.model.fingerprint)[:-1]
         spans = {k or i: len(s) for i, (k, s) in enumerate(zip(keys, plan.spans, strict=False))}
         own = 0 if encode_only else len(plan.live) + params.max_tokens - 1
-        fits = (sum(spans.values()) + own) * self.model.kv_bytes_per_token <= self.engine.scheduler.budget
+        fits = (sum(spans.values()) + own) * self.model.kv_bytes_per_token <= self.engine.scheduler.memory.budget
         try:
             request = self.engine.submit(plan, params, first_logits=True, encode_only=encode_only)
         except CapacityError:
@@ -447,10 +453,10 @@ class TestFaults:
         engine = Engine(llama, kv_budget=1 << 26)
         good, bad = (engine.submit(block(i), GREEDY, first_logits=True) for i in (1, 2))
         sampler = bad.sampler
-        bad.sampler = lambda logits: sampler(logits * float("nan"))
+        bad.sampler = lambda logits, best: sampler(logits * float("nan"))
         run(engine)
         assert_right(llama, good)
-        with pytest.raises(models.ModelError, match="NaN"):
+        with pytest.raises(ModelError, match="NaN"):
             engine.wait(bad)
 
 
@@ -583,7 +589,7 @@ def test_finished_requests_keep_no_kv_alive(llama):
     plan = block(1)
     request = engine.submit(plan, GREEDY, first_logits=True)
     engine.step()
-    pool = engine.scheduler.pool
+    pool = engine.scheduler.memory.pool
     stored = [weakref.ref(pool.get(k).keys[0]) for k in plan.keys(llama.fingerprint) if k in pool]
     engine.step()
     own = weakref.ref(request.sequence.kv)

@@ -169,7 +169,7 @@ def deviations_from_records(engine: Engine, graph: ContextGraph) -> list[list[fl
     for method in (Full(), Block()):
         plan = method.plan(graph)
         for span, key in zip(plan.spans, plan.keys(engine.model.fingerprint), strict=True):
-            records[method.name, span.name] = key and engine.scheduler.pool.get(key)
+            records[method.name, span.name] = key and engine.scheduler.memory.pool.get(key)
     for name, segment in zip(graph.names, graph.segments, strict=True):
         if not segment:
             found.append([])

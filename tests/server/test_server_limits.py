@@ -158,7 +158,7 @@ def test_tenants_share_no_record(live, tmp_path):
     assert computed(BEN) == first
     his = records() - hers
     assert len(his) == len(hers)
-    pool = engine.scheduler.pool
+    pool = engine.scheduler.memory.pool
     assert all(key in pool for key in hers | his) and computed(BEN) == 0
 
 

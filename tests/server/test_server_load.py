@@ -71,9 +71,9 @@ def test_streams_are_right_and_nothing_stays_behind(model):
                 "requests waiting": len(scheduler.waiting),
                 "requests running": len(scheduler.running),
                 "spans being encoded": len(scheduler.encodings),
-                "spans held": len(scheduler.holds),
-                "bytes pinned": scheduler.pool.pinned_bytes,
-                "bytes of rows": scheduler.row_bytes,
+                "spans held": len(scheduler.memory.holds),
+                "bytes pinned": scheduler.memory.pool.pinned_bytes,
+                "bytes of rows": scheduler.memory.row_bytes,
                 "jobs": runner.pending,
                 "live jobs": len(runner._live),
                 "sockets": sum(c.status == "ESTABLISHED" and port in c.laddr for c in process.net_connections()),
@@ -89,12 +89,12 @@ def test_streams_are_right_and_nothing_stays_behind(model):
         rest = dict.fromkeys(look(), 0)
         assert settled(rest, look) == rest
         gc.collect()
-        memory = process.memory_info().rss - scheduler.pool.bytes
+        memory = process.memory_info().rss - scheduler.memory.pool.bytes
         served = burst(CLIENTS, SECONDS, seed=2)
         assert settled(rest, look) == rest
         gc.collect()
-        assert scheduler.kv_bytes == scheduler.pool.bytes
-        assert process.memory_info().rss - scheduler.pool.bytes - memory < GROWTH
+        assert scheduler.memory.kv_bytes == scheduler.memory.pool.bytes
+        assert process.memory_info().rss - scheduler.memory.pool.bytes - memory < GROWTH
 
     ends = Counter(s.end for s in served)
     assert set(ends) == {"finished", "left"}, [s.detail for s in served if s.end not in ("finished", "left")][:3]

@@ -17,6 +17,8 @@ FIXTURE = DATA / "store_0_1_0"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))
 SHIPPED = EXPECTED["shipped_model"]
 
+pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
+
 
 def graph(source: dict, method: methods.Method) -> ContextGraph:
     edges = [tuple(edge) for edge in source["edges"]] if methods.reads_edges(method) else ()

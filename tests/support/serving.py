@@ -132,7 +132,7 @@ class Live:
         """Whether nothing is held any more: requests, KV rows, pins, encodings, bodies."""
         load, scheduler = self.server.runner.load, self.server.engine.scheduler
         held = (self.server.in_work, self.server.runner.pending, load.running, load.encoding, load.pinned)
-        return not any(held) and not scheduler.row_bytes and not scheduler.holds and scheduler.idle
+        return not any(held) and not scheduler.memory.row_bytes and not scheduler.memory.holds and scheduler.idle
 
 
 def head(length: int, path: str = "/v1/completions") -> bytes:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import families
 import strategies
-from kvgraph import ContextGraph, Engine, GraphError, PlanError, models
+from kvgraph import ContextGraph, Engine, GraphError, ModelError, PlanError, models
 from kvgraph.edges import all_pairs
 from kvgraph.methods import APE, METHODS, Block, CacheBlend, Full, GraphKV, KVLink, Method
 from kvgraph.plan import Plan
@@ -363,9 +363,9 @@ def test_bf16_autocast_trains(llama):
 
 
 def test_a_model_in_training_says_how_it_is_called(llama):
-    with pytest.raises(models.ModelError, match="called directly after kvgraph.models.trainable"):
+    with pytest.raises(ModelError, match="called directly after kvgraph.models.trainable"):
         llama.hf(torch.tensor([[1, 2]]))
-    with pytest.raises(models.ModelError, match="isn't supported"):
+    with pytest.raises(ModelError, match="isn't supported"):
         import transformers
 
         models.trainable(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2)))

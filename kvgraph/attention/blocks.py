@@ -1,0 +1,130 @@
+"""What the tokens of a step see, as blocks: some tokens, and one slice of one span's keys that they all attend to.
+
+The interface between rows and the executors of attention. Pure bookkeeping: no tensor is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from kvgraph.attention.rows import Row, RowKV
+from kvgraph.store.record import Record
+
+
+class Run(NamedTuple):
+    """Some tokens of a block that see it the same way: its token 0 at position `at` of their frame.
+
+    weights: (group, temperature, scale) of the places it belongs to, see `View`; None: no group.
+    """
+
+    at: int
+    n: int
+    weights: tuple[int, float, float] | None = None
+
+
+@dataclass
+class Block:
+    """Packed tokens `tokens` [n] attend to keys lo..hi of `source`.
+
+    runs: how they see it, n tokens together. mask: bool [n, hi - lo], True where visible, at least one a row; None:
+    everything is visible or, with `causal`, token i sees keys lo..lo + i.
+    """
+
+    tokens: np.ndarray
+    source: Record | RowKV
+    lo: int
+    hi: int
+    runs: list[Run]
+    mask: np.ndarray | None = None
+    causal: bool = False
+
+
+def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) -> list[Block]:
+    """The blocks of a step whose row i has its packed tokens from starts[i] on. window: of the layers, see `Layer`.
+
+    The first len(rows) blocks are the rows' own new tokens, in order; together they cover each token once. Rows that see
+    the same tokens of the same source share one block, wherever each places it.
+    """
+    own: list[Block] = []
+    masked: list[Block] = []
+    shared: dict[tuple[int, int, int], Block] = {}
+    parts: dict[tuple[int, int, int], list[np.ndarray]] = {}
+    for row, start in zip(rows, starts, strict=True):
+        past, total, p = row.kv.length, row.kv.length + len(row.tokens), row.positions
+        index = np.arange(start, start + len(row.tokens))
+        if len(p) == 1 and (window is None or p[0] - row.kv.positions[0] < window):
+            past = 0  # one token that sees all of its row: one block instead of two
+        for a, b, lo, hi, mask in _slices(p, row.kv.positions[:past], window):
+            masked.append(Block(index[a:b], row.kv, lo, hi, [Run(0, b - a)], mask))
+        fits = window is None or p[-1] - p[0] < window
+        mask = None if fits else np.tri(len(p), dtype=bool) & (p[:, None] - p[None] < window)
+        own.append(Block(index, row.kv, past, total, [Run(0, len(p))], mask, fits and len(p) > 1))
+        for view in row.views:
+            if p[0] > view.last and (window is None or p[-1] - view.first < window):
+                slices: list[_Slice] = [(0, len(p), 0, view.hi - view.lo, None)]  # the common case, without numpy
+            else:
+                slices = _slices(p, view.positions + view.at, window)
+            if view.shown is not None:
+                slices = list(_shown(slices, view.shown))
+            for a, b, lo, hi, mask in slices:
+                key = (id(view.source), view.lo + lo, view.lo + hi)
+                run = Run(view.at, b - a, view.weights)
+                if mask is not None:
+                    masked.append(Block(index[a:b], view.source, *key[1:], [run], mask))
+                elif key in shared:
+                    shared[key].runs.append(run)
+                    parts[key].append(index[a:b])
+                else:
+                    shared[key] = Block(index[a:b], view.source, *key[1:], [run])
+                    parts[key] = [index[a:b]]
+    for key, block in shared.items():
+        if len(parts[key]) > 1:
+            block.tokens = np.concatenate(parts[key])
+    return [*own, *masked, *shared.values()]
+
+
+_Slice = tuple[int, int, int, int, np.ndarray | None]  # tokens a..b see keys lo..hi, all or by a mask [b - a, hi - lo]
+
+
+def _slices(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[_Slice]:
+    """What tokens at ascending positions p see of keys at ascending positions.
+
+    A key is visible iff its position is lower than the token's and, with a window, p - key < window. The visible keys of
+    one token are so a slice; neighbouring tokens with the same slice share a slice, others get a mask [b - a, hi - lo].
+    """
+    if not len(keys):
+        return []
+    if keys[-1] < p[0] and (window is None or p[-1] - keys[0] < window):  # the common case: all see all
+        return [(0, len(p), 0, len(keys), None)]
+    high = np.searchsorted(keys, p, side="left")
+    low = np.zeros_like(high) if window is None else np.searchsorted(keys, p - window, side="right")
+    blocks = []
+    whole = (low == 0) & (high == len(keys))
+    some = low < high
+    kind = np.where(whole, 2, np.where(some, 1, 0))
+    edges = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(p)]
+    for a, b in zip(edges, edges[1:], strict=False):
+        if kind[a] == 0:
+            continue
+        lo, hi = int(low[a:b].min()), int(high[a:b].max())
+        same = (low[a:b] == lo).all() and (high[a:b] == hi).all()
+        column = np.arange(lo, hi)[None]
+        mask = None if same else (column >= low[a:b, None]) & (column < high[a:b, None])
+        blocks.append((a, b, lo, hi, mask))
+    return blocks
+
+
+def _shown(blocks: Sequence[_Slice], shown: np.ndarray) -> Iterator[_Slice]:
+    """The blocks without hidden keys, and without tokens that see nothing then."""
+    for a, b, lo, hi, mask in blocks:
+        visible = shown[lo:hi] if mask is None else np.logical_and(mask, shown[lo:hi])
+        mask = np.broadcast_to(visible, (b - a, hi - lo))
+        some: np.ndarray = np.any(mask, axis=1)
+        for i, j in pairwise([0, *(np.flatnonzero(np.diff(some)) + 1).tolist(), b - a]):
+            if some[i]:
+                yield a + i, a + j, lo, hi, np.array(mask[i:j])  # a copy: torch wants to write to it

@@ -1,0 +1,179 @@
+"""`kvgraph data prepare`: data to train on."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvgraph.cli import common
+
+if TYPE_CHECKING:
+    from kvgraph.train.prepare.run import State
+
+
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Which source; --list shows them.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder to make; an interrupted one is gone on with.")
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH|HUB",
+            help="Where the raw records are: a JSON Lines, JSON or Parquet file, a folder of such, or NAME or NAME:CONFIG "
+            "on the hub [default: the source's own data set on the hub].",
+        ),
+    ] = "",
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Take a few records that come with kvgraph; needs no network.")
+    ] = False,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder or hub name of the model whose tokens are counted; some sources choose or cut by length "
+            "[default with --sample: bytes].",
+        ),
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many records; a larger one later goes on.")
+    ] = None,
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Share of the documents whose records are for validation.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="A setting of the source; may be repeated. --list shows them."
+        ),
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Show sources and their settings, and exit.")] = False,
+) -> None:
+    """Prepare training data: train.jsonl, validation.jsonl, and prepared.json, which says what they are.
+
+    Records are texts without prompts, for any model. Stop it whenever you like, even with kill -9: run the same command
+    again, and it goes on to the same files. docs/data.md says what they hold.
+
+    \b
+      kvgraph data prepare tulu --sample --out data/tulu
+      kvgraph data prepare fineweb-text-mem --tokenizer ./llama --limit 10000 --out data/text-mem
+      kvgraph data prepare xsum --source xsum.jsonl --tokenizer ./llama --out data/xsum
+    """
+    if list_all:
+        _list()
+        return
+    if not name or out is None:
+        raise typer.BadParameter("prepare needs a NAME and --out; --list shows the names")
+    if sample and source:
+        raise typer.BadParameter("give --sample or --source, not both")
+    pairs = [setting.partition("=") for setting in settings or ()]
+    if unset := [key for key, equals, _ in pairs if not equals]:
+        raise typer.BadParameter(f"--set {unset[0]} has no value; write NAME=VALUE")
+    from kvgraph.train import prepare
+    from kvgraph.train.prepare import rows, run
+    from kvgraph.train.prepare.tokens import Tokens
+
+    chosen = prepare.get(name)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    measure = Tokens.load(tokenizer) if tokenizer else Tokens.of_bytes() if sample and chosen.needs_tokenizer else None
+    try:
+        with _Bar(name, limit) as bar:
+            state = run.prepare(
+                chosen,
+                rows.reader(chosen, source, sample=sample, revision=run.revision(out)),
+                out,
+                tokenizer=measure,
+                settings={key: value for key, _, value in pairs},
+                seed=seed,
+                validation=validation,
+                limit=limit,
+                on_progress=bar.update,
+                say=bar.say,
+            )
+    except KeyboardInterrupt:
+        typer.echo("stopped; what is prepared is kept, run the same command again to go on", err=True)
+        raise
+    _show(state, out)
+    if bar.said:
+        typer.echo(f"{name}: {bar.said}")
+
+
+class _Bar:
+    """A bar on the terminal, if there is one: records, and how many a second."""
+
+    def __init__(self, label: str, total: int | None):
+        self.bar: Any = None
+        self.label, self.said, self.shown, self.before = label, "", 0.0, -1
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
+            self.bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
+            self.task = self.bar.add_task(label, total=total, rate="")
+
+    def update(self, state: State) -> None:
+        """Show how many records there are; at most ten times a second."""
+        now = time.perf_counter()
+        if self.bar is None or now - self.shown < 0.1:
+            return
+        records = sum(state["counts"][split]["records"] for split in ("train", "validation"))
+        if self.before < 0:  # what an earlier run made says nothing about the rate
+            self.before, self.started = records, now
+        rate = (records - self.before) / max(1e-9, now - self.started)
+        self.bar.update(self.task, completed=records, rate=f"{rate:,.0f} records/s" if rate else "")
+        self.shown = now
+
+    def say(self, text: str) -> None:
+        """Show what a source is doing, behind its name; the last of it is told at the end."""
+        self.said = text
+        if self.bar is not None:
+            self.bar.update(self.task, description=f"{self.label}  {text}")
+
+    def __enter__(self) -> _Bar:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _list() -> None:
+    """Print the sources and their settings."""
+    from kvgraph.train.prepare import SOURCES
+
+    made = common.table("source", "what it is", "from", "tokenizer", left=4)
+    for source in SOURCES.values():
+        made.add_row(source.name, source.about, source.hub.name, "needed" if source.needs_tokenizer else "")
+    common.show(made)
+    made = common.table("source", "--set", "default", "what it is", left=4)
+    for source in SOURCES.values():
+        for i, (name, setting) in enumerate(source.settings.items()):
+            made.add_row("" if i else source.name, name, setting.default, setting.about)
+    if made.row_count:
+        common.show(made)
+
+
+def _show(state: State, out: Path) -> None:
+    """Print what is in the folder now."""
+    counts = state["counts"]
+    made = common.table("split", "records", "documents", "characters", "tokens")
+    for split in ("train", "validation"):
+        count = counts[split]
+        tokens = f"{count['tokens']:,}" if state["tokenizer"] else ""
+        made.add_row(split, *(f"{count[name]:,}" for name in ("records", "documents", "characters")), tokens)
+    common.show(made)
+    if counts["skipped"]:
+        skipped = common.table("skipped", "source records")
+        for reason, number in sorted(counts["skipped"].items(), key=lambda pair: -pair[1]):
+            skipped.add_row(reason, f"{number:,}")
+        common.show(skipped)
+    typer.echo(f"{state['name']}: {counts['read']:,} source records read, {out}")

@@ -1,0 +1,60 @@
+"""`kvgraph data world`: corpora and questions of the synthetic world."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def world(
+    kind: Annotated[
+        str, typer.Option(help="hops: a document each; chunks: documents cut into chunks that need each other.")
+    ] = "hops",
+    count: Annotated[int | None, typer.Option(min=1, help="Corpora [default: 100 to write, 1 to show].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed, other corpora [default: 0].")] = None,
+    settings: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=VALUE,...",
+            help="How corpora are made and told: split, entities, distractors, questions, types, order, edges, share, "
+            "prefix, gold_position; docs/world.md explains them.",
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the questions as JSON Lines for `kvgraph eval --data`.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the world's tokenizer as a model folder has it.")
+    ] = None,
+) -> None:
+    """Make corpora of the synthetic world and their questions; without --out or --tokenizer, show some.
+
+    \b
+      kvgraph data world --kind chunks --settings order=shuffled
+      kvgraph data world --kind chunks --count 100 --settings order=shuffled,edges=wrong --out wrong.jsonl
+    """
+    from kvgraph.data.world.world import World, records
+
+    made = World.parse(kind, settings)
+    if seed is not None:
+        made = replace(made, seed=seed)
+    if out is None and tokenizer is None:
+        shown = replace(made, count=count or 1)
+        typer.echo("\n\n".join(map(str, shown)))
+    if out is not None:
+        made = replace(made, count=count or made.count)
+        with open(out, "w", encoding="utf-8") as file:
+            written = 0
+            for record in records(made):
+                file.write(json.dumps(record) + "\n")
+                written += 1
+        typer.echo(f"{written:,} questions over {made.count:,} corpora in {out}")
+    if tokenizer is not None:
+        from kvgraph.data.world.tokenizer import write
+
+        write(tokenizer)
+        typer.echo(f"the world's tokenizer in {tokenizer}")

@@ -1,0 +1,110 @@
+"""Memory: what KV the engine holds, for whom, and whether one more request fits.
+
+A request is admitted when the worst case of all its spans and of its own KV fits the budget at once, so two
+half-admitted requests can never wait for each other. What an admitted request may need is *held*: in the pool it is
+pinned. The rest of the pool is LRU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvgraph.engine.request import UNCACHED, Encoding, Request
+from kvgraph.errors import CapacityError
+from kvgraph.store.memory import MemoryStore
+from kvgraph.store.record import Record
+
+
+class Memory:
+    """One budget of bytes for the pool of records, the spans being encoded and the requests' own KV.
+
+    per_token: bytes of KV of one token. encodings: the spans being encoded now, kept by the scheduler.
+    """
+
+    def __init__(self, budget: int, per_token: int, encodings: Mapping[str, Encoding]):
+        self.budget, self.per_token = budget, per_token
+        self.pool = MemoryStore(budget)
+        self.holds: dict[str, tuple[int, int]] = {}  # key -> (bytes, requests that may need it)
+        self.row_bytes = 0  # own KV of admitted requests
+        self._encodings = encodings
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV held now: the pool, spans being encoded and the requests' own, by capacity."""
+        return self.pool.bytes + self._encoding_bytes() + self.row_bytes
+
+    def check(self, request: Request) -> None:
+        """Raise CapacityError if a request can never fit. Looks at nothing that changes."""
+        need = sum(self._worst_case(request).values()) + self._own_bytes(request)
+        if need > self.budget:
+            raise CapacityError(
+                f"the request needs {need:,} bytes of KV at once, but the engine's budget is {self.budget:,}; "
+                "raise kv_budget, or use fewer documents or a smaller max_tokens"
+            )
+
+    def fits(self, request: Request) -> bool:
+        """Whether a request fits beside all that were admitted."""
+        spans = self._worst_case(request)
+        need = sum(b for k, b in spans.items() if k not in self.holds) + self._own_bytes(request)
+        return sum(b for b, _ in self.holds.values()) + self.row_bytes + need <= self.budget
+
+    def admit(self, request: Request) -> None:
+        """Hold everything a request may need. It must fit."""
+        self.row_bytes += self._own_bytes(request)
+        self.make_room(0)
+        for key, size in self._worst_case(request).items():
+            self._hold(request, key, size)
+
+    def leave(self, request: Request) -> None:
+        """Give back a request's own KV; what it still holds is for `release`."""
+        self.row_bytes -= self._own_bytes(request)
+
+    def release(self, request: Request, key: str) -> None:
+        """A request no longer needs a record; unpinned when it was the last."""
+        size, count = self.holds[key]
+        request.held.discard(key)
+        if count > 1:
+            self.holds[key] = (size, count - 1)
+            return
+        del self.holds[key]
+        if key in self.pool:
+            self.pool.unpin(key)
+            if key.startswith(UNCACHED):  # nobody else can ever ask for it
+                self.pool.delete(key)
+
+    def held_bytes(self, request: Request, keys: set[str]) -> int:
+        """Bytes of these records, which are held, and of the request's own KV."""
+        return sum(self.holds[k][0] for k in keys) + self._own_bytes(request)
+
+    def pooled(self, key: str) -> Record:
+        """A record that is pinned."""
+        record = self.pool.get(key)
+        assert record is not None, "what a row reads is pinned"
+        return record
+
+    def keep(self, record: Record) -> None:
+        """Put a record into the pool, pinned if it is held."""
+        self.make_room(0)
+        self.pool.put(record)
+        if record.key in self.holds:
+            self.pool.pin(record.key)
+
+    def make_room(self, size: int) -> None:
+        """Evict what nobody holds until `size` more bytes fit beside all own KV and running encodings."""
+        self.pool.evict_to(max(0, self.budget - self.row_bytes - self._encoding_bytes() - size))
+
+    def _encoding_bytes(self) -> int:
+        return sum(e.sequence.kv.nbytes for e in self._encodings.values() if e.sequence.kv is not None)
+
+    def _worst_case(self, request: Request) -> dict[str, int]:
+        return {k: len(s) * self.per_token for k, s in zip(request.keys, request.plan.spans[:-1], strict=False)}
+
+    def _own_bytes(self, request: Request) -> int:
+        return 0 if request.encode_only else request.sequence.capacity * self.per_token
+
+    def _hold(self, request: Request, key: str, size: int) -> None:
+        _, count = self.holds.get(key, (size, 0))
+        self.holds[key] = (size, count + 1)
+        request.held.add(key)
+        if count == 0 and key in self.pool:
+            self.pool.pin(key)

@@ -1,0 +1,102 @@
+"""The GPU's way to run steps, without a GPU: kernels in Triton's interpreter, and CUDA graphs replaced by calls that are
+made again. Run by test_runner.py in a process of its own. What it shows: tables of fixed sizes serve step after step, and
+answers equal those of the plain runner."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvgraph import ContextGraph, Engine, models
+from kvgraph.edges import all_pairs, chain
+from kvgraph.engine import runner as runners
+
+MODEL = Path(__file__).parent.parent / "data/oracle_small/models/tiny_default"
+replays = 0
+
+
+class Graph:
+    """A CUDA graph's interface: what ran inside `graph` runs again, into the same output."""
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        global replays
+        replays += 1
+        self.output.copy_(self.forward())
+
+
+class Event:
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def pretend(monkeypatch):
+    recorded = {}
+
+    @contextmanager
+    def graph(made, pool=None):
+        recorded["graph"] = made
+        yield
+
+    forward = models.adapter.Model.forward
+
+    def watched(self, tokens, positions, attend, want):
+        output = forward(self, tokens, positions, attend, want)
+        if "graph" in recorded:
+            made = recorded.pop("graph")
+            made.output, made.forward = output, lambda: forward(self, tokens, positions, fresh(attend), want)
+        return output
+
+    def fresh(attend):  # a captured graph computes its tables of angles again, from the shifts of the step
+        attend._angles.clear()
+        return attend
+
+    monkeypatch.setattr(models.adapter.Model, "forward", watched)
+    for name, value in {
+        "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": graph, "current_stream": Stream,
+        "stream": lambda stream: nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize("most", [64, 0], ids=["graphs", "no graphs"])
+def test_answers_are_those_of_the_plain_runner(monkeypatch, most):
+    global replays
+    replays = 0
+    model = models.load(MODEL, dtype="float32")
+    monkeypatch.setattr(runners, "GRAPH_TOKENS", most)
+    plain, cuda = Engine(model, kv_budget=1 << 26), Engine(model, kv_budget=1 << 26)
+    cuda.scheduler.runner = runners.CudaRunner(model)
+    graphs = [
+        (ContextGraph([[5, 6, 7], [9, 8], [11, 12, 13, 14]], [3, 4], [2, 1], all_pairs(3)), "graph-kv"),
+        (ContextGraph([[5, 6, 7], [9, 8], [11, 12, 13, 14]], [3], [2, 1], chain(3)), "graph-kv"),
+        (ContextGraph([[5, 6, 7], [9, 8]], [3, 4, 5], [2, 1]), "ape"),
+        (ContextGraph([[5, 6, 7, 9, 10], [9, 8]], [3, 4, 5], [2, 1]), "epic"),
+        (ContextGraph([[5, 6, 7], [9, 8]], [3, 4, 5], [2, 1]), "full"),
+    ]
+    if not os.environ.get("KVGRAPH_SOAK"):  # the interpreter is slow
+        graphs = graphs[1:3]
+    for graph, method in graphs:
+        for _ in range(2):  # cold, then warm
+            a, b = (e.generate(graph, method, max_tokens=3, ignore_eos=True, first_logits=True) for e in (plain, cuda))
+            torch.testing.assert_close(b.first_logits, a.first_logits, atol=1e-4, rtol=0)
+            assert a.token_ids == b.token_ids
+    batch = [ContextGraph([[5, 6, 7], [9, 8]], [3, 4, i]) for i in range(3)]
+    a, b = (e.generate(batch, "block", max_tokens=3, ignore_eos=True) for e in (plain, cuda))
+    assert [r.token_ids for r in a] == [r.token_ids for r in b]
+    assert (replays > 4) == bool(most)
