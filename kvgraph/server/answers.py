@@ -33,7 +33,7 @@ class Choice:
     result: Result | None = None
 
 
-class Answer:
+class AnswerForm:
     """What the answers to chat and plain completions share. silent: the request wants no new token."""
 
     prefix: str
@@ -124,7 +124,7 @@ class Answer:
         raise NotImplementedError
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(AnswerForm):
     """The answer to a chat."""
 
     prefix = "chatcmpl"
@@ -170,7 +170,7 @@ class ChatAnswer(Answer):
         )
 
 
-class TextAnswer(Answer):
+class TextAnswer(AnswerForm):
     """The continuation of a prompt, maybe after the prompt itself."""
 
     prefix = "cmpl"

@@ -81,7 +81,7 @@ def _words(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return "is missing"
     if error["type"] == "extra_forbidden":
-        return "is no field that is known here"
+        return "is not a known field"
     if error["type"] in ("model_attributes_type", "model_type", "dict_type"):
         return "must be an object"
     text = re.sub(r"^Value error, ", "", str(error["msg"])).replace(" after validation", "")

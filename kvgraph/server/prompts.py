@@ -135,7 +135,7 @@ def ignored(server: Server, body: Generation) -> list[str]:
     """
     names = [printable(name, most=100) for name in islice(body.unknown(), 20)]
     if names and server.settings.unknown_fields == "refuse":
-        raise APIError(400, f"{names[0]} is no field that is known here", param=names[0], code="unknown_parameter")
+        raise APIError(400, f"{names[0]} is not a known field", param=names[0], code="unknown_parameter")
     if names:
         log.info("ignored fields of a request", extra={"fields": {"ignored": names}})
     return names
@@ -219,10 +219,12 @@ def chat_graph(
     other = {"messages", *inspect.signature(server.tokenizer.apply_chat_template).parameters}
     if taken := sorted(other.intersection(variables)):
         param = f"chat_template_kwargs.{taken[0]}"
-        raise APIError(400, f"{param} is no variable of a chat template", param=param, code="invalid_value")
+        raise APIError(
+            400, f"{param} can't be set: it is not a variable of the template", param=param, code="invalid_value"
+        )
     if options.continue_final_message and messages[-1].role != "assistant":
         param = "continue_final_message"
-        raise APIError(400, "only a last message of the assistant can be continued", param=param)
+        raise APIError(400, "only a final message of the assistant can be continued", param=param)
     try:
         prompt = chat(
             server.tokenizer,

@@ -116,7 +116,7 @@ def unsupported(name: str, hint: str = "") -> PydanticCustomError:
     return PydanticCustomError("unsupported_parameter", "{param} isn't supported" + hint, {"param": name})
 
 
-def taken(data: dict[str, Any], refused: dict[str, tuple[Any, ...]], ignored: tuple[str, ...]) -> dict[str, Any]:
+def taken(data: dict[str, Any], refused: dict[str, tuple[Any, ...]], ignored: tuple[str, ...] = ()) -> dict[str, Any]:
     """A JSON object without the fields that ask for nothing. Raises the error of one that asks for something."""
     for name, values in refused.items():
         if data.get(name) is not None and not any(same(data[name], value) for value in values):
@@ -311,6 +311,11 @@ class ChatRequest(Generation, ChatOptions):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_completions(cls, data: Any) -> Any:
+        return taken(data, {"echo": (False,), "add_special_tokens": (False,)}) if isinstance(data, dict) else data
+
 
 class CompletionRequest(Generation):
     """`POST /v1/completions`. Several prompts give several choices.
@@ -322,6 +327,11 @@ class CompletionRequest(Generation):
     max_tokens: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_chats(cls, data: Any) -> Any:
+        return taken(data, {"add_special_tokens": (True,)}) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _some_answer(self) -> CompletionRequest:

@@ -1,4 +1,4 @@
-"""What a server is told: by flags, KVGRAPH_* environment variables and a TOML file, in this order of precedence."""
+"""The settings of a server, from flags, KVGRAPH_* environment variables and a TOML file, in this order of precedence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class APIKey(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Everything `kvgraph serve` can be told; `kvgraph serve --help` explains the common ones."""
+    """All settings of `kvgraph serve`; `kvgraph serve --help` explains the common ones."""
 
     model_config = SettingsConfigDict(env_prefix="KVGRAPH_", env_nested_delimiter="__", extra="forbid")
 

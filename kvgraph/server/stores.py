@@ -15,7 +15,7 @@ class CountingTier(Protocol):
     """A tier that counts what happens to it and knows its size, as metrics show it.
 
     capacity: the most bytes it keeps; None: no limit. counts: hits, misses, bad, unreadable and index_errors. size: bytes
-    of its records, None when that can't be told now; it may wait for a disk.
+    of its records, None when they can't be counted now; it may wait for a disk.
     """
 
     name: str

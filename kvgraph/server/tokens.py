@@ -17,7 +17,7 @@ from typing import Any
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-class Tokens:
+class TokenNames:
     """The bytes and names of a tokenizer's tokens."""
 
     def __init__(self, tokenizer: Any):
@@ -91,7 +91,7 @@ class Tokens:
 class Offsets:
     """Where in a text each token begins, in characters, as the tokens come."""
 
-    def __init__(self, tokens: Tokens):
+    def __init__(self, tokens: TokenNames):
         self._tokens, self._length = tokens, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._run = b""  # of tokens that are single bytes, which decoders take together

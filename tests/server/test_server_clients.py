@@ -130,7 +130,7 @@ def test_every_turn_finds_the_turn_before(server):
 ASKS_FOR_NOTHING: list[dict[str, Any]] = [
     {"best_of": 1},
     {"chat_template_kwargs": {}},
-    {"echo": False},
+    {"echo": False, "add_special_tokens": False},
     {"frequency_penalty": 0.0, "presence_penalty": 0},
     {"guided_json": None, "structured_outputs": None},
     {"kvgraph": {"method": None, "rounds": None}},
@@ -170,6 +170,8 @@ def test_what_asks_for_nothing_is_taken(server, fields):
         {"skip_special_tokens": False},
         {"skip_special_tokens": 1},  # which equals True in Python
         {"suffix": "end"},
+        {"echo": True},
+        {"add_special_tokens": True},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"use_beam_search": True},
         {"best_of": 3},
@@ -225,7 +227,7 @@ def test_unknown_fields_may_be_refused(model):
         ({"n": 0}, "n", "number_below_min_value", "greater than or equal to 1"),
         ({"documents": ["a text"]}, "documents.0", "invalid_type", "must be an object"),
         ({"documents": [{"data": {"text": "x"}}]}, "documents.0.text", "missing_required_parameter", "is missing"),
-        ({"documents": [{"segment": "s", "text": "x"}]}, "documents.0.text", "unknown_parameter", "is no field"),
+        ({"documents": [{"segment": "s", "text": "x"}]}, "documents.0.text", "unknown_parameter", "is not a known field"),
         ({"kvgraph": {"edges": [[0]]}}, "kvgraph.edges.0.1", "missing_required_parameter", "is missing"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tools isn't supported"),
     ],

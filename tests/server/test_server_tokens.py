@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvgraph import Engine, demo, models
 from kvgraph.graph import ContextGraph
-from kvgraph.server.tokens import Offsets, Tokens
+from kvgraph.server.tokens import Offsets, TokenNames
 from serving import Live, application, error, events, serving
 
 BOS = "<|mem_start|>"
@@ -133,7 +133,7 @@ def test_offsets_match_the_text_and_entries_are_distinct(server):
 
 
 def test_two_tokens_of_one_name_stay_two():
-    tokens = Tokens(PreTrainedTokenizerFast(tokenizer_object=sentencepiece()))
+    tokens = TokenNames(PreTrainedTokenizerFast(tokenizer_object=sentencepiece()))
     vocabulary = sentencepiece().get_vocab()
     same = [vocabulary["a"], vocabulary["<0x61>"], vocabulary["▁a"]]
     assert tokens.names(same) == ["a", "<0x61>", " a"] and tokens.names(same[1::-1]) == [
@@ -145,7 +145,7 @@ def test_two_tokens_of_one_name_stay_two():
 
 
 def test_offsets_count_characters():
-    tokens = Tokens(PreTrainedTokenizerFast(tokenizer_object=sentencepiece(), eos_token="</s>"))
+    tokens = TokenNames(PreTrainedTokenizerFast(tokenizer_object=sentencepiece(), eos_token="</s>"))
     vocabulary, offsets = sentencepiece().get_vocab(), Offsets(tokens)
     pieces = ["▁a", "<0xF0>", "<0x9F>", "<0xA6>", "<0x9C>", "</s>", "a"]
     assert [offsets(vocabulary[piece]) for piece in pieces] == [0, 2, 2, 2, 2, 3, 3]
@@ -156,7 +156,7 @@ def test_offsets_count_characters():
 
 def test_offsets_count_characters_that_break_off(tmp_path):
     demo.write_model(tmp_path)
-    tokens = Tokens(PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")))
+    tokens = TokenNames(PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")))
     data = b"a\xf0\x9fb\xe1$\xef\xbf\xbdc\xffd"
     ids = [next(t for t in range(256) if tokens.bytes(t) == bytes([byte])) for byte in data]
     offsets = Offsets(tokens)

@@ -115,7 +115,7 @@ class GraphIn(BaseModel):
 
     segments: ids of stored ones, or texts to store with it. edges: pairs [source, reader] of segments by index or id, or
     a name: all, chain, top-k:3, last-k:3, layers:1-3, star:0. method: graph-kv or a preset of it, in a layout where a
-    segment's KV hangs on its sources alone: aligned or tight.
+    segment's KV depends only on its sources: aligned or tight.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -349,7 +349,7 @@ def _method(body: GraphIn) -> GraphKV:
     if method.layout not in ("aligned", "tight"):
         raise APIError(
             400,
-            f'in layout "{method.layout}" what a query reads hangs on the whole graph; use aligned or tight',
+            f"in layout {method.layout!r} the query's view depends on every segment; use aligned or tight",
             param="layout",
         )
     return method
