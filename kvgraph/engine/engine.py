@@ -48,10 +48,9 @@ from kvgraph.store.record import Record
 
 log = logging.getLogger("kvgraph.engine")
 
+BEFORE = 8  # tokens of a prompt that its continuation is decoded with
 WRITES = 64  # records waiting to be written before encoding waits for the disk
-PATIENCE = (
-    0.01  # seconds that a step waits for the store when nothing else can run; then its caller may do other things
-)
+PATIENCE = 0.01  # seconds that a step waits for the store when nothing else can run; then others may have the lock
 IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
 
@@ -310,12 +309,16 @@ class Engine:
         encode_only: bool = False,
         answer: Sequence[int] = (),
         salt: str | None = None,
+        proceed: bool = False,
+        echo: bool = False,
     ) -> Request:
         """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
 
         encode_only: stop when every cached span is encoded. answer: score these tokens instead of decoding; all but the
-        last of them end the plan's prompt span. salt: another tenant's than the engine's. Raises PlanError or
-        CapacityError if the request could never run.
+        last of them end the plan's prompt span. salt: another tenant's than the engine's. proceed: the text follows the
+        prompt's without a break (see `TextStream`). echo: score the prompt span too; Request.scored has its tokens from the
+        second on, with log-probabilities if they are asked for. Raises PlanError or CapacityError if the request could
+        never run.
         """
         params = params or SamplingParams()
         keys = self.keys(plan, salt)
@@ -329,11 +332,14 @@ class Engine:
             plan=plan,
             keys=pool_keys,
             params=params,
-            sampler=Sampler(params, prompt_tokens(plan)),
-            stream=TextStream(self.detokenize, params.stop),
+            sampler=Sampler(params, prompt_tokens(plan), {*params.stop_token_ids, *self.model.eos_ids}),
+            stream=TextStream(
+                self.detokenize, params.stop, params.min_tokens, live.tokens[-BEFORE:] if proceed else ()
+            ),
             sequence=TokenSequence(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
-            answer=tuple(answer),
+            answer=live.tokens[1:] if echo else tuple(answer),
+            echo=echo,
             keep_logits=first_logits,
             submitted=time.perf_counter() - usage.probe,
             usage=usage,

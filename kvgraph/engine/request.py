@@ -132,6 +132,7 @@ class Request:
     encode_only: bool  # finished as soon as everything its prompt span reads is encoded
     answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the prompt span
     keep_logits: bool
+    echo: bool  # decode on after the answer, which is all of the prompt span but its first token
     submitted: float
     usage: Usage
     number: int = 0  # of its submission
@@ -147,6 +148,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    scored: list[Sampled] = field(default_factory=list)  # of the answer given, if log-probabilities are wanted
     greedy: bool = True  # whether every scored token was the likeliest
     first_logits: Tensor | None = None
     first_token_at: float = 0.0

@@ -26,6 +26,7 @@ from kvgraph.engine.loader import DEADLINE, Loader
 from kvgraph.engine.request import Encoding, Loading, Request, Sequence, link_of
 from kvgraph.engine.result import Result
 from kvgraph.engine.runner import runner_for
+from kvgraph.engine.sampling import Sampled, likeliest
 from kvgraph.errors import PlanError
 from kvgraph.models import Model
 from kvgraph.store.base import Found
@@ -223,7 +224,7 @@ class Scheduler:
         for owner, count in work:
             before = len(want)
             if isinstance(owner, Request):
-                first = len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
+                first = 0 if owner.echo else len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
                 want.extend(range(start + skipped, start + count))
             counts.append(len(want) - before)
@@ -269,7 +270,7 @@ class Scheduler:
             self._score(request, logits)
         if sequence.left:
             return
-        if request.answer:
+        if request.answer and not request.echo:
             return self._finish(request, "length")
         if not request.token_ids:
             self._first(request, logits)
@@ -295,9 +296,11 @@ class Scheduler:
 
     def _score(self, request: Request, logits: Tensor) -> None:
         """Log-probabilities of the answer's next tokens, from the logits of those before them."""
-        for row in logits:
-            target = request.answer[len(request.scores)]
-            request.scores.append(torch.log_softmax(row.float(), -1)[target].clone())
+        for row, target in zip(logits, request.answer[len(request.scores) :], strict=False):
+            logprobs = torch.log_softmax(row.float(), -1)
+            request.scores.append(logprobs[target].clone())
+            if (n := request.params.logprobs) is not None:
+                request.scored.append(Sampled(target, float(logprobs[target]), likeliest(logprobs, n)))
             request.greedy = request.greedy and int(row.argmax()) == target
 
     @contextmanager
