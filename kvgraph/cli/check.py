@@ -53,15 +53,15 @@ def check(
     from kvgraph.checks.gate import gate
     from kvgraph.checks.quality import quality as measured
     from kvgraph.checks.quality import read_items
-    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.engine import Engine, composed
 
     chosen = None if method is None else methods.parse(method)
     items = read_items(data, limit) if data else []
     engine = Engine.load(
         model, dtype=dtype, device=device, allow_untested=allow_untested, check=False, kv_budget=kv_budget, store=None
     )
-    cases = gate(engine.model)
-    quality = None if chosen is None else measured(engine, chosen, items)
+    cases = gate(engine.model, composed(engine.model))
+    quality = None if chosen is None else measured(engine.scores, chosen, items)
     passed = all(case.passed for case in cases)
     if as_json:
         found = {

@@ -211,10 +211,10 @@ class TextAnswer(AnswerForm):
     def _prompt(self, index: int, choice: Choice) -> tuple[str, list[tuple[Sampled, int]]]:
         """The prompt's text, and its tokens with their offsets in it; nothing comes before the first to score it by."""
         given, offset, server = self.prompts[index], self.offsets[index], self.server
-        ids = choice.request.plan.live.tokens
-        text = given if isinstance(given, str) else server.engine.decode(list(ids))
+        ids = choice.request.plan.prompt.tokens
+        text = given if isinstance(given, str) else server.engine.detokenize(list(ids))
         if isinstance(given, str):  # which holds every token but those that were put before it
-            added = len(ids) - len(server.engine.encode(given))
+            added = len(ids) - len(server.engine.tokenize(given))
             shown = [i >= added for i in range(len(ids))]
         else:
             shown = [not server.tokens.is_special(token) for token in ids]

@@ -15,7 +15,7 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from kvgraph import methods
 from kvgraph.data.chat import Document
 from kvgraph.errors import StoreError
 from kvgraph.graph import ContextGraph, Text
-from kvgraph.methods import GraphKV
+from kvgraph.methods import Method
 from kvgraph.server.errors import APIError
 
 log = logging.getLogger("kvgraph.server")
@@ -31,6 +31,7 @@ log = logging.getLogger("kvgraph.server")
 State = Literal["pending", "running", "ready", "failed"]
 
 SCHEMA = 1
+DEFAULT_METHOD = "graph-kv"  # of the graphs that don't name theirs: it was the only one when this schema was made
 LIBRARY = "library.sqlite"  # in the folder of the store
 BUSY_TIMEOUT = 10.0  # seconds a writer waits for another process
 _CREATE = """
@@ -79,7 +80,7 @@ class StoredGraph:
     row: int
     tenant: str
     id: str
-    method: GraphKV
+    method: Method
     segments: int
     edges: int
     spans: int
@@ -211,7 +212,7 @@ class Library:
         self,
         tenant: str,
         id: str | None,
-        method: GraphKV,
+        method: Method,
         segments: Sequence[str],
         edges: Sequence[tuple[int, int]],
         *,
@@ -223,7 +224,7 @@ class Library:
 
         Raises APIError 409 when the id is taken by another graph, 404 for unknown segments.
         """
-        fields = json.dumps(asdict(method), sort_keys=True)
+        fields = _written(method)
         with self._changing():
             rows = [self._row_of(tenant, segment) for segment in segments]
             content = json.dumps([fields, rows, sorted(edges)])
@@ -279,7 +280,7 @@ class Library:
         with self._reading():
             rows = self._db.execute(f"SELECT {names} FROM graphs WHERE model = ? AND {where}", (self._model, *values))
             return [
-                StoredGraph(row, tenant, id, methods.get(GraphKV.name, **json.loads(method)), *rest)  # type: ignore[arg-type]
+                StoredGraph(row, tenant, id, _read(method), *rest)  # type: ignore[arg-type]
                 for row, tenant, id, method, *rest in rows
             ]
 
@@ -298,8 +299,8 @@ class Library:
     def part(self, graph: StoredGraph, chosen: Sequence[str | int] | None = None) -> GraphPart:
         """What a query over the chosen segments (by id, or by number in the graph; None: all) needs of the graph.
 
-        That is the chosen segments in this order, then what their versions were computed from: sources up to `rounds`
-        edges away. Their keys are those of the whole graph. Raises APIError 404 for a segment that isn't in the graph.
+        That is the chosen segments in this order, then what their versions were computed from: sources up to the
+        method's `reach` edges away. Their keys are those of the whole graph. Raises APIError 404 for a segment that isn't in the graph.
         """
         with self._reading():
             places = range(graph.segments) if chosen is None else [self._place(graph, ref) for ref in chosen]
@@ -312,10 +313,10 @@ class Library:
             )
 
     def _ancestors(self, graph: StoredGraph, places: Iterable[int]) -> tuple[dict[int, None], list[tuple[int, int]]]:
-        """The places and all that is up to `rounds` edges before them, and the edges on the way."""
+        """The places and all that is within the method's reach before them, and the edges on the way."""
         needed, pairs = dict.fromkeys(places), []
         frontier = list(needed)
-        for _ in range(graph.method.rounds):
+        for _ in range(graph.method.reach):
             found: dict[int, None] = {}
             for reader in frontier:
                 rows = self._db.execute("SELECT source FROM edges WHERE graph = ? AND reader = ?", (graph.row, reader))
@@ -396,6 +397,17 @@ def _opened(file: Path | None) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _written(method: Method) -> str:
+    """A method as the library keeps it: its fields as JSON and, unless it is DEFAULT_METHOD, its name."""
+    name = {} if method.name == DEFAULT_METHOD else {"method": method.name}
+    return json.dumps(methods.configuration(method) | name, sort_keys=True)
+
+
+def _read(text: str) -> Method:
+    fields = json.loads(text)
+    return methods.get(fields.pop("method", DEFAULT_METHOD), **fields)
 
 
 def _packed(tokens: Sequence[int]) -> bytes:

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from kvgraph import __version__
 from kvgraph.engine.engine import Engine
 from kvgraph.server.runner import EngineJob, EngineThread, Update
-from kvgraph.server.stores import CountingTier, counting_tiers
+from kvgraph.store.base import Store
 
 PATIENCE = 0.5  # seconds a scrape waits for the size of a store, which is else the one of the scrape before
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
@@ -115,13 +115,11 @@ class _Gauges(Collector):
     def __init__(self, model: str, ready: Callable[[], bool]):
         self.runner: EngineThread | None = None
         self._model, self._ready = model, ready
-        self._sizes: dict[CountingTier, int] = {}
+        self._sizes: dict[Store, int] = {}
 
     def measure(self) -> None:
         """Ask the stores for their sizes; that may wait for a disk."""
-        if self.runner is None:
-            return
-        for store in counting_tiers(self.runner.engine.store):
+        for store in () if self.runner is None else _tiers(self.runner.engine):
             size = store.size()
             if size is not None:
                 self._sizes[store] = size
@@ -149,7 +147,7 @@ class _Gauges(Collector):
         yield from self._of_stores(runner.engine)
 
     def _of_stores(self, engine: Engine) -> Iterator[Metric]:
-        stores = counting_tiers(engine.store)
+        stores = _tiers(engine)
         for event, help in (
             ("hits", "Records found."),
             ("misses", "Records not found."),
@@ -171,3 +169,7 @@ class _Gauges(Collector):
             if store.capacity is not None:
                 most.add_metric((store.name,), store.capacity)
         yield from (held, most)
+
+
+def _tiers(engine: Engine) -> tuple[Store, ...]:
+    return () if engine.store is None else engine.store.tiers

@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
+from kvgraph import methods
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.request import Request
 from kvgraph.engine.result import Usage
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import Block
 from kvgraph.plan import Plan
 from kvgraph.server.library import Library, State, StoredGraph
 from kvgraph.server.runner import EngineJob, EngineThread, Stopped
@@ -32,7 +32,7 @@ QUERY = [0]  # any token: a query changes no document
 
 def segment_plan(tokens: Sequence[int]) -> Plan:
     """The plan that encodes one segment alone, as every method but full begins with it."""
-    return Block().plan(ContextGraph([tokens], QUERY))
+    return methods.get("block").plan(ContextGraph([tokens], QUERY))
 
 
 def encoding(engine: Engine, plan: Plan, salt: str) -> Request:

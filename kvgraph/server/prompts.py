@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -83,19 +83,19 @@ def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionReques
 
 def method_of(server: Server, options: GraphOptions) -> Method:
     """The method a request asks for, or the server's default. Raises GraphError listing what there is."""
-    method = server.method if options.method is None else methods.parse(options.method)
+    method = server.method if options.method is None else methods.resolve(options.method)
     return with_fields(method, options.model_extra, "kvgraph.")
 
 
 def with_fields(method: Method, given: dict[str, Any] | None, where: str = "") -> Method:
     """The method with fields of a request's object. Raises GraphError for one that it doesn't have."""
-    known = {f.name for f in fields(method)}  # type: ignore[arg-type]
-    if unknown := sorted(set(given or ()) - known):
+    known = methods.configuration(method)
+    if unknown := sorted((given or {}).keys() - known):
         raise GraphError(
             f"{where}{unknown[0]}: neither an option nor a field of {method.name}, which has "
             f"{', '.join(sorted(known)) or 'no fields'}"
         )
-    return replace(method, **given) if given else method  # type: ignore[type-var]
+    return methods.with_fields(method, given or {})
 
 
 def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
@@ -242,7 +242,7 @@ def chat_graph(
 
 def _plain_graph(server: Server, body: CompletionRequest, prompt: str | list[int], context: _Context) -> ContextGraph:
     engine = server.engine
-    query = engine.encode(prompt) if isinstance(prompt, str) else prompt
+    query = engine.tokenize(prompt) if isinstance(prompt, str) else prompt
     check_ids(server, query, "prompt")
     prefix = body.kvgraph.prefix
     if not context.documents and prefix is None:
@@ -254,7 +254,7 @@ def _plain_graph(server: Server, body: CompletionRequest, prompt: str | list[int
         raise APIError(400, "echo shows a plain prompt, without documents and prefix", param="echo")
     template = server.settings.document_template or DOCUMENT
     segments = [d.filled(template) for d in context.documents]
-    start = with_bos(server, engine.encode(prefix or ""))
+    start = with_bos(server, engine.tokenize(prefix or ""))
     return _tokenized(engine, ContextGraph(segments, query, start, names=context.names))
 
 
@@ -283,7 +283,7 @@ def prompt_list(prompt: Any) -> list[str | list[int]]:
 
 
 def _tokenized(engine: Engine, graph: ContextGraph) -> ContextGraph:
-    return graph if graph.is_tokenized else graph.tokenized(engine.encode)
+    return graph if graph.is_tokenized else graph.tokenized(engine.tokenize)
 
 
 def _fitting(
@@ -340,7 +340,7 @@ def _with_edges(graph: ContextGraph, context: _Context, kept: int, whole: Contex
 
 def _check_room(server: Server, body: Generation, plan: Plan) -> None:
     """Raise PlanError unless the prompt and the answer, where its length is given, fit the model's positions."""
-    last, limit, wanted = plan.live.positions[-1], server.engine.model.limit, max_tokens(body) or 1
+    last, limit, wanted = plan.prompt.positions[-1], server.engine.model.limit, max_tokens(body) or 1
     if wanted > limit - last:
         raise PlanError(
             f"the prompt ends at position {last} and the answer may have {wanted} tokens, but the model's limit is {limit}; "

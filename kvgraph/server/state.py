@@ -17,7 +17,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from kvgraph import methods
-from kvgraph.engine.engine import Engine
+from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
 from kvgraph.server import logs
@@ -27,11 +27,11 @@ from kvgraph.server.metrics import Metrics
 from kvgraph.server.precompute import Precompute
 from kvgraph.server.runner import EngineThread
 from kvgraph.server.settings import Settings, SettingsError
-from kvgraph.server.stores import open_store
 from kvgraph.server.tenants import Caller, Tenants
 from kvgraph.server.tokens import TokenNames
 from kvgraph.server.tracing import Tracing
 from kvgraph.server.workers import Workers
+from kvgraph.store.open import open_store
 
 log = logging.getLogger("kvgraph.server")
 
@@ -40,10 +40,7 @@ T = TypeVar("T")
 
 def load_engine(settings: Settings) -> Engine:
     """The engine that the settings describe; its model has passed the gate. Raises KVGraphError."""
-    from kvgraph import models
-    from kvgraph.checks.gate import require
-
-    model = models.load(
+    model = load_model(
         settings.model, dtype=settings.dtype, device=settings.device, allow_untested=settings.allow_untested
     )
     if model.tokenizer is None:
@@ -53,8 +50,9 @@ def load_engine(settings: Settings) -> Engine:
             model.tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"can't read the chat template {settings.chat_template}: {error}") from None
-    require(model)
-    store = open_store(settings.store, settings.store_size, model.fingerprint)
+    store = None
+    if settings.store is not None:
+        store = open_store(settings.store, model.fingerprint, capacity_bytes=settings.store_size)
     return Engine(model, store=store, kv_budget=settings.kv_budget, max_step_tokens=settings.max_step_tokens)
 
 
@@ -177,8 +175,7 @@ class Server:
     @property
     def method(self) -> Method:
         """The default method: the setting, else the first that the model declares tuning for, else full."""
-        tuned = [name for name in self.engine.model.tuned_for if name in methods.METHODS or name in methods.PRESETS]
-        return methods.parse(self.settings.method or (tuned[0] if tuned else "full"))
+        return methods.resolve(self.settings.method, self.engine.model.tuned_for)
 
     def require_name(self, name: str) -> None:
         """Raise APIError 404 unless this is the served model's name."""

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kvgraph import methods
 from kvgraph.errors import KVGraphError
-from kvgraph.methods import KVLink
 from kvgraph.train.config import Component, Config, Stage, TrainError
 from kvgraph.train.example import Example, join
 from kvgraph.train.mixture import ENDLESS, VALIDATION, Drawn, Mixture, Source, open_source, validation
@@ -22,7 +21,7 @@ AHEAD = 4  # steps prepared ahead
 
 
 @dataclass(frozen=True)
-class Progress:
+class Cursor:
     """How far a run's data is: optimizer steps taken, examples drawn of each component and left out of them.
 
     Nothing else is needed to go on with the same data.
@@ -34,13 +33,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Step:
+class Batch:
     """The sequences of one optimizer step. totals: tokens to learn in all of them, (of answers, of documents).
 
     progress: that of the run when the step is done.
     """
 
-    progress: Progress
+    progress: Cursor
     sequences: list[Packed]
     totals: tuple[int, int]
     examples: int
@@ -78,28 +77,27 @@ def _sources(config: Config, stage: Stage, tokenizer: Any, split: str) -> list[S
 
 
 def _room(config: Config, component: Component) -> int:
-    """Tokens that an example may have, so that a text that is cut still fits with its link and memory tokens."""
-    linked = [method for method in map(methods.parse, component.methods) if isinstance(method, KVLink)]
-    return config.length - max((method.links * method.slots + 2 for method in linked), default=0)
+    """Tokens that an example may have, so that a text that is cut still fits with its methods' own tokens."""
+    return config.length - max(len(method.own_tokens) for method in map(methods.parse, component.methods))
 
 
-class Steps(IterableDataset):
+class Batches(IterableDataset):
     """The steps of a run that come after its progress, in order.
 
     limit: positions that the model has. last: the step to end with. An error that a person can mend is the last item:
     it would lose its one line on its way out of a worker process.
     """
 
-    def __init__(self, config: Config, planned: list[Planned], progress: Progress, limit: int, last: int):
+    def __init__(self, config: Config, planned: list[Planned], progress: Cursor, limit: int, last: int):
         self.config, self.planned, self.progress, self.limit, self.last = config, planned, progress, limit, last
 
-    def __iter__(self) -> Iterator[Step | KVGraphError]:
+    def __iter__(self) -> Iterator[Batch | KVGraphError]:
         try:
             yield from self._steps()
         except KVGraphError as error:
             yield error
 
-    def _steps(self) -> Iterator[Step]:
+    def _steps(self) -> Iterator[Batch]:
         config, progress, before = self.config, self.progress, 0
         for planned in self.planned:
             mixture = Mixture(
@@ -114,18 +112,18 @@ class Steps(IterableDataset):
             mixture.left_out |= progress.left_out
             for number in range(max(before, progress.step) + 1, min(before + planned.steps, self.last) + 1):
                 drawn = [one for _ in range(config.batch) for one in mixture.draw()]
-                progress = Progress(number, dict(mixture.counts), dict(mixture.left_out))
+                progress = Cursor(number, dict(mixture.counts), dict(mixture.left_out))
                 yield _packed(drawn, config.length, progress, config.batch)
             before += planned.steps
 
 
-def _packed(drawn: list[Drawn], length: int, progress: Progress, examples: int) -> Step:
+def _packed(drawn: list[Drawn], length: int, progress: Cursor, examples: int) -> Batch:
     sequences = first_fit((one.laid for one in drawn), length)
     answers, documents = (sum(counts) for counts in zip(*(packed.counts for packed in sequences), strict=True))
-    return Step(progress, sequences, (answers, documents), examples)
+    return Batch(progress, sequences, (answers, documents), examples)
 
 
-def ahead(steps: Steps) -> Iterator[Step]:
+def ahead(steps: Batches) -> Iterator[Batch]:
     """The same steps, prepared by another process while this one trains: a thread would hold up every small operation.
 
     Raises KVGraphError where a step can't be made.
@@ -151,7 +149,7 @@ def _deaf(worker: int) -> None:
 
 
 @dataclass(frozen=True)
-class Exam:
+class ValidationSet:
     """What a component is evaluated with by one method: sequences, and how many targets each answer in them has."""
 
     name: str
@@ -160,7 +158,7 @@ class Exam:
     answers: list[list[int]]
 
 
-def exams(config: Config, planned: Planned, limit: int) -> list[Exam]:
+def validation_sets(config: Config, planned: Planned, limit: int) -> list[ValidationSet]:
     """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some, by each of its
     methods.
     """
@@ -171,10 +169,10 @@ def exams(config: Config, planned: Planned, limit: int) -> list[Exam]:
     found = validation(
         components, sources, config.seed, config.evaluation, length=config.length, limit=limit, documents=False
     )
-    return [_exam(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True)]
+    return [_validation_set(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True)]
 
 
-def _exam(name: str, method: str, drawn: list[Drawn], length: int) -> Exam:
+def _validation_set(name: str, method: str, drawn: list[Drawn], length: int) -> ValidationSet:
     """Examples packed in their order, so that it is known whose answers the targets of a sequence are."""
     chunks: list[list[Drawn]] = []
     for one in drawn:
@@ -182,7 +180,7 @@ def _exam(name: str, method: str, drawn: list[Drawn], length: int) -> Exam:
             chunks.append([])
         chunks[-1].append(one)
     sequences = [first_fit((one.laid for one in chunk), length)[0] for chunk in chunks]
-    return Exam(name, method, sequences, [[n for one in chunk for n in _answers(one)] for chunk in chunks])
+    return ValidationSet(name, method, sequences, [[n for one in chunk for n in _answers(one)] for chunk in chunks])
 
 
 def _answers(drawn: Drawn) -> list[int]:

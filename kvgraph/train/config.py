@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated
 
 from kvgraph.errors import KVGraphError
 
@@ -15,6 +15,8 @@ NONE, SELECTIVE, FULL = CHECKPOINTING = ("none", "selective", "full")
 COSINE, TRAPEZOID, CONSTANT = SCHEDULES = ("cosine", "trapezoid", "constant")
 ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
+OLD_NAMES = {"deepen": "stack"}  # in the config.json of older runs
+STRICT = {"extra": "forbid"}  # pydantic refuses settings that don't exist
 
 
 class TrainError(KVGraphError, ValueError):
@@ -40,6 +42,7 @@ class Component:
     every: bool = False
     edges: tuple[str, ...] = ("links",)
     through_links: bool = False
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if not self.methods or not self.edges:
@@ -58,6 +61,7 @@ class Stage:
     components: tuple[Component, ...]
     steps: int = 0
     epochs: float = 0.0
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if (self.steps > 0) == (self.epochs > 0):
@@ -93,7 +97,7 @@ class Config:
     clip: Annotated[float, "highest norm of the gradient; 0: any"] = 1.0
     trained: Annotated[str, "all weights, the links' rows alone, or a lora adapter (saved merged)"] = WHOLE
     lora_rank: Annotated[int, "rank of the lora adapter"] = 16
-    deepen: Annotated[int, "copies of the last so many layers to put on top before the first step (stacking)"] = 0
+    stack: Annotated[int, "copies of the last so many layers to put on top before the first step (stacking)"] = 0
     links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
     slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
     precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
@@ -104,6 +108,7 @@ class Config:
     evaluation: Annotated[int, "examples of each component, by each of its methods; 0: don't evaluate"] = 64
     save_every: Annotated[int, "steps between checkpoints; one is at the end"] = 500
     keep: Annotated[int, "so many checkpoints, the latest"] = 2
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -123,16 +128,25 @@ class Config:
 
     def to_json(self) -> str:
         """The whole configuration, to be read again by `from_json`."""
-        return json.dumps(_plain(self), indent=1) + "\n"
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """What `to_json` wrote. Raises TrainError for anything else."""
+        """What `to_json` wrote. Raises TrainError, naming the setting, for anything else."""
+        from pydantic import TypeAdapter, ValidationError
+
+        from kvgraph.data.schema import first_error
+
+        wrong = "this is no configuration of a training run"
         try:
-            found: Config = _built(cls, json.loads(text))
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise TrainError(f"this is no configuration of a training run: {error}") from None
-        return found
+            given = json.loads(text)
+            if isinstance(given, dict):
+                given = {OLD_NAMES.get(name, name): value for name, value in given.items()}
+            return TypeAdapter(cls).validate_python(given)
+        except ValidationError as error:
+            raise TrainError(f"{wrong}: {first_error(error)}") from None
+        except ValueError as error:
+            raise TrainError(f"{wrong}: it is not JSON: {error}") from None
 
     @classmethod
     def read(cls, path: str | Path) -> Config:
@@ -152,7 +166,7 @@ _LEAST = {
     **dict.fromkeys(
         (
             "limit",
-            "deepen",
+            "stack",
             "links",
             "slots",
             "threads",
@@ -164,25 +178,3 @@ _LEAST = {
         0,
     ),
 }
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as dicts and lists."""
-    if isinstance(value, (Config, Stage, Component)):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _built(cls: type, value: Mapping[str, Any]) -> Any:
-    """`_plain` undone: a dataclass of this kind."""
-    inner = {Config: ("stages", Stage), Stage: ("components", Component)}
-    unknown = set(value) - set(get_type_hints(cls))
-    if unknown:
-        raise TrainError(f"unknown settings: {', '.join(sorted(unknown))}")
-    field, kind = inner.get(cls, ("", None))
-    made = {
-        name: tuple(_built(kind, part) for part in given) if name == field and kind
-        else tuple(given) if isinstance(given, list) else given
-        for name, given in value.items()
-    }  # fmt: skip
-    return cls(**made)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kvgraph import methods, models
-from kvgraph.methods import KVLink
+from kvgraph.methods import Method
 from kvgraph.models import Trainable
 from kvgraph.train import start
 from kvgraph.train.config import FULL, LINKS, NONE, WHOLE, Config, Stage, TrainError
-from kvgraph.train.links import add_link_tokens, rows_of
+from kvgraph.train.links import add_link_tokens
 
 NEW, NEW_LINKS = "world", "kvlink"  # in a configuration: the new model, and the method that gets the new link tokens
 
@@ -66,13 +66,16 @@ def build(config: Config) -> Student:
     torch.manual_seed(config.seed)
     loaded = _started(config.seed) if config.model == NEW else models.load(config.model)
     hf, dtype = loaded.hf.float(), loaded.dtype
-    if config.deepen:
-        models.deepen(hf, config.deepen)
+    if config.stack:
+        models.deepen(hf, config.stack)
     stages = config.stages
     if config.slots:
         stages = _with_links(stages, add_link_tokens(hf, config.links, config.slots))
     trained = [methods.parse(spec) for stage in stages for component in stage.components for spec in component.methods]
-    declared = {"tuned_for": sorted({m.name for m in trained} - {"full"}), "methods": sorted(set(_specs(stages)))}
+    declared = {
+        "tuned_for": sorted({m.name for m in trained if m.needs_tuning}),
+        "methods": sorted(set(_specs(stages))),
+    }
     hf.config.kvgraph = (getattr(hf.config, "kvgraph", None) or {}) | declared
     trainable = models.trainable(hf)
     module = hf.train() if config.trained == WHOLE else _adapted(hf, config, trained)
@@ -95,10 +98,9 @@ def _specs(stages: tuple[Stage, ...]) -> Iterator[str]:
     return (spec for stage in stages for component in stage.components for spec in component.methods)
 
 
-def _with_links(stages: tuple[Stage, ...], method: KVLink) -> tuple[Stage, ...]:
+def _with_links(stages: tuple[Stage, ...], method: Method) -> tuple[Stage, ...]:
     """The stages with this method in place of "kvlink"."""
-    fields = {k: v for k, v in vars(method).items() if v is not None}
-    spec = "kvlink:" + ",".join(f"{name}={value}" for name, value in fields.items())
+    spec = methods.format(method)
     if NEW_LINKS not in _specs(stages):
         raise TrainError('slots gives the model link tokens for the method "kvlink", but no component has it')
     return tuple(
@@ -110,15 +112,16 @@ def _with_links(stages: tuple[Stage, ...], method: KVLink) -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
-def _adapted(hf: Any, config: Config, trained: list[Any]) -> nn.Module:
-    """A peft model around it that trains the links' rows alone, or a LoRA adapter and these rows if there are some."""
+def _adapted(hf: Any, config: Config, trained: list[Method]) -> nn.Module:
+    """A peft model around it that trains the rows of the methods' own tokens alone, or a LoRA adapter and these rows if there are some."""
     from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 
-    linked = [m for m in trained if isinstance(m, KVLink) and (m.links or m.mem_start is not None)]
-    rows = sorted({row for method in linked for row in rows_of(method)})
+    rows = sorted({row for method in trained for row in method.own_tokens})
     if config.trained == LINKS:
         if not rows:
-            raise TrainError('trained is "links", but no component has a kvlink method with link or memory tokens')
+            raise TrainError(
+                'trained is "links", but no component has a method with tokens of its own, such as kvlink with links'
+            )
         return get_peft_model(hf, TrainableTokensConfig(token_indices=rows)).train()
     rank = config.lora_rank
     settings = LoraConfig(

@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from kvgraph.data import io
 from kvgraph.train import batches, checkpoint, model, optim, parallel
-from kvgraph.train.batches import Exam, Planned, Progress, Step
+from kvgraph.train.batches import Batch, Cursor, Planned, ValidationSet
 from kvgraph.train.config import MUON, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
@@ -35,7 +36,7 @@ LOG_EVERY = 10  # steps, between looks at losses: on a GPU every look waits for 
 MAY_CHANGE = {"limit", "data", "threads", "evaluate_every", "evaluation", "save_every", "keep"}  # when a run goes on
 
 
-class Result(NamedTuple):
+class TrainResult(NamedTuple):
     """How a run ended. step: taken by then. checkpoint: the latest. signal: that stopped it before its last step."""
 
     step: int
@@ -43,7 +44,7 @@ class Result(NamedTuple):
     signal: signal.Signals | None
 
 
-def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool = False) -> Result:
+def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool = False) -> TrainResult:
     """Train a model; the run's folder `out` gets its configuration, log and checkpoints.
 
     If there are checkpoints of the same run already, it goes on from the latest: same data, same losses. SIGTERM or
@@ -51,12 +52,22 @@ def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool =
     of TensorBoard.
     Raises TrainError, ModelError, GraphError where a setting, the data, memory or the disk don't allow it.
     """
-    with _explained(config, Path(out)):
+    with _explained(config, Path(out)), _without_denormals():
         trainer = Trainer(config, Path(out), resume, wandb)
         try:
             return trainer.run()
         finally:
             trainer.log.close()
+
+
+@contextmanager
+def _without_denormals() -> Iterator[None]:
+    """Sharp attention leaves many numbers that small, and they are slow on CPUs: zero within."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 class Trainer:
@@ -66,7 +77,6 @@ class Trainer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the process that prepares steps is forked
         if config.threads:
             torch.set_num_threads(config.threads)
-        torch.set_flush_denormal(True)  # sharp attention leaves many numbers that small, and they are slow on CPUs
         before = _may_go_on(config, out, resume)
         self.config, self.out = config, out
         tracker = "wandb" if wandb else "tensorboard"
@@ -87,23 +97,23 @@ class Trainer:
         frozen = self.student.frozen
         self.masks = [(p, parallel.like(_without(p, part), p)) for p, part in frozen]
         self.optimizers = optim.optimizers(config, self.module, self.student.embeddings, [p for p, _ in frozen])
-        self.progress = Progress()
+        self.progress = Cursor()
         if before is not None:
             self.progress = checkpoint.load_state(before, self.module, self.optimizers)
         self.planned = batches.plan(config, self.student.stages, self.student.tokenizer)
         self.total = sum(planned.steps for planned in self.planned)
         self.last = min(self.total, config.limit or self.total)
-        self.exams: tuple[Planned | None, list[Exam]] = (None, [])
+        self.validation_sets: tuple[Planned | None, list[ValidationSet]] = (None, [])
         self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         self.saved = before
         if self.main:
             out.mkdir(parents=True, exist_ok=True)
-            (out / checkpoint.CONFIG).write_text(config.to_json(), encoding="utf-8")
+            io.write(out / checkpoint.CONFIG, config.to_json())
             name = "kvgraph" if wandb else tracker  # W&B's project, TensorBoard's folder
             self.accelerator.init_trackers(name, {"configuration": config.to_json()})
         self.log = Log(out, self.accelerator, self.progress.step, self.last)
 
-    def run(self) -> Result:
+    def run(self) -> TrainResult:
         """Train to the last step, or until a signal comes."""
         if self.progress.step:
             self.log.say(f"going on after step {self.progress.step:,} of {self.last:,}")
@@ -123,7 +133,7 @@ class Trainer:
             self.log.say(f"{missing:,} examples didn't fit {self.config.length:,} tokens, or their method: {told}")
         assert self.saved is not None
         stopped = signals.received if self.progress.step < self.last else None
-        return Result(self.progress.step, self.saved, stopped)
+        return TrainResult(self.progress.step, self.saved, stopped)
 
     def _look_after(self, stopping: bool) -> bool:
         """Log, evaluate and save after a step, if it's time to. Returns whether it was the last step."""
@@ -139,11 +149,11 @@ class Trainer:
             self._save()
         return ends
 
-    def _steps(self) -> Iterator[Step]:
+    def _steps(self) -> Iterator[Batch]:
         limit = self.student.trainable.limit
-        return batches.ahead(batches.Steps(self.config, self.planned, self.progress, limit, self.last))
+        return batches.ahead(batches.Batches(self.config, self.planned, self.progress, limit, self.last))
 
-    def _step(self, step: Step) -> tuple[Tensor, Tensor]:
+    def _step(self, step: Batch) -> tuple[Tensor, Tensor]:
         """Take an optimizer step. Returns this process's part of the loss, and the gradient's norm."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         shares = list(self._share(step.sequences))
@@ -191,7 +201,7 @@ class Trainer:
 
     # -- what a run leaves behind ----------------------------------------------------------------------------------
 
-    def _row(self, step: Step, seconds: float) -> dict[str, Any]:
+    def _row(self, step: Batch, seconds: float) -> dict[str, Any]:
         return {
             "step": step.progress.step,
             "lr": self.config.lr * optim.share(self.config, step.progress.step, self.total),
@@ -227,25 +237,25 @@ class Trainer:
             return
         at = itertools.accumulate(planned.steps for planned in self.planned)
         stage = next(p for p, end in zip(self.planned, at, strict=True) if self.progress.step <= end)
-        if self.exams[0] is not stage:
-            self.exams = stage, batches.exams(self.config, stage, self.student.trainable.limit)
+        if self.validation_sets[0] is not stage:
+            self.validation_sets = stage, batches.validation_sets(self.config, stage, self.student.trainable.limit)
         self.module.eval()
-        self.log.evaluated([self._taken(exam) for exam in self.exams[1]])
+        self.log.evaluated([self._taken(validation_set) for validation_set in self.validation_sets[1]])
         self.module.train()
         parallel.release(self.module)
 
     @torch.no_grad()
-    def _taken(self, exam: Exam) -> dict[str, Any]:
+    def _taken(self, validation_set: ValidationSet) -> dict[str, Any]:
         """The row of one component and method: loss a token, and the share of answers whose every token is the greedy one."""
         sums = torch.zeros(4, dtype=torch.float64)  # loss, tokens, exact answers, answers
-        for number, packed, weight in self._share(exam.sequences):
+        for number, packed, weight in self._share(validation_set.sequences):
             found = self._logits(packed)
             value = loss(found, packed).double().cpu() * len(packed.targets)
-            right = (found.argmax(-1) == packed.targets).cpu().split(exam.answers[number])
+            right = (found.argmax(-1) == packed.targets).cpu().split(validation_set.answers[number])
             exact = sum(bool(answer.all()) for answer in right)
             sums += weight * torch.stack([value, *map(torch.tensor, (len(packed.targets), exact, len(right)))])
         value, tokens, exact, answers = self._sum(sums).tolist()
-        row = {"step": self.progress.step, "component": exam.name, "method": exam.method}
+        row = {"step": self.progress.step, "component": validation_set.name, "method": validation_set.method}
         return row | {"loss": value / tokens, "exact": exact / answers, "answers": int(answers)}
 
     def _save(self) -> None:
@@ -256,7 +266,7 @@ class Trainer:
             weights = self._weights()
             if self.main:
                 model.save(self.student, weights, folder / checkpoint.MODEL)
-                (folder / checkpoint.CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+                io.write(folder / checkpoint.CONFIG, self.config.to_json())
         self.saved = checkpoint.found(self.out)[-1]
 
     def _weights(self) -> dict[str, Tensor]:

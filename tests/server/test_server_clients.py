@@ -348,7 +348,9 @@ def test_an_answer_that_has_begun_is_continued(server):
     begun = [USER, {"role": "assistant", "content": "The"}]
     closed = chat(server, messages=begun)["usage"]["prompt_tokens"]
     continued = chat(server, messages=begun, continue_final_message=True, add_generation_prompt=False)
-    assert continued["usage"]["prompt_tokens"] == closed - len(server.server.engine.encode("<|end|>\n<|assistant|>\n"))
+    assert continued["usage"]["prompt_tokens"] == closed - len(
+        server.server.engine.tokenize("<|end|>\n<|assistant|>\n")
+    )
     told = chat(server, 400, messages=[USER], continue_final_message=True, add_generation_prompt=False)
     assert told["param"] == "continue_final_message"
     assert chat(server, 400, messages=begun, continue_final_message=True, add_generation_prompt=True)["param"] == (

@@ -29,7 +29,7 @@ def client(server) -> LocalCompletionsAPI:
 
 
 def scored(engine: Engine, context: str, continuation: str) -> tuple[float, bool]:
-    ids, rest = engine.encode(context), engine.encode(continuation)
+    ids, rest = engine.tokenize(context), engine.tokenize(continuation)
     result = engine.score(ContextGraph([], ids), rest)
     return float(result.scores.sum()), result.greedy
 
@@ -53,7 +53,7 @@ def test_a_rolling_likelihood_is_that_of_the_text(server, client, model):
     (alone,) = client.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (short,), 0)], disable_tqdm=True)
     engine = Engine(model, kv_budget=1 << 28)
     start = client.prefix_token_id
-    want = engine.score(ContextGraph([], [start]), engine.encode(short)).scores.sum()
+    want = engine.score(ContextGraph([], [start]), engine.tokenize(short)).scores.sum()
     assert alone == pytest.approx(float(want), abs=1e-3)
 
 

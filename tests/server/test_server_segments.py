@@ -280,7 +280,7 @@ def test_a_graph_may_bring_its_texts_and_no_id(live):
         ({"segments": ["a", "b"], "edges": "spiral"}, 400, "none of all, chain"),
         ({"segments": ["a"], "method": "full"}, 400, "full reads no edges"),
         ({"segments": ["a"], "method": "magic"}, 400, "no method 'magic'"),
-        ({"segments": ["a"], "method": "graph-kv-rag"}, 400, "depends on every segment"),
+        ({"segments": ["a"], "method": "graph-kv-rag"}, 400, "depends on every segment of the graph"),
         ({"segments": ["a"], "band": 3}, 400, "more than the band of 3"),
         ({"segments": ["a"], "rounds": -1}, 400, "rounds must be"),
         ({"segments": ["a"], "colour": 1}, 400, "colour: neither an option nor a field"),
@@ -386,7 +386,7 @@ def test_an_unfinished_graph_goes_on_where_it_was(model, tmp_path):
     """The library says that two of three segments are done, though nothing is: so only the third is encoded."""
     engine = Engine.load(model, check=False, store=tmp_path)
     library = Library(tmp_path / "library.sqlite", engine.model.fingerprint)
-    library.add("", [StoredSegment(n, tuple(engine.encode(t))) for n, t in TEXTS.items()], most=3)
+    library.add("", [StoredSegment(n, tuple(engine.tokenize(t))) for n, t in TEXTS.items()], most=3)
     graph = library.add_graph("", "g", GraphKV(band=50), list(TEXTS), [(0, 1), (1, 2)], spans=3, tokens=1)
     library.progress(graph, "running", 2)
     library.close()
@@ -422,9 +422,9 @@ def test_a_part_of_a_graph_plans_what_the_whole_graph_plans(tmp_path, rounds, la
 
         def facts(plan):
             keys = dict(zip(plan.spans, plan.keys("m"), strict=True))
-            return {keys[s] for s in plan.spans}, {(keys[plan.spans[p.span]], p.at) for p in plan.live.sees}
+            return {keys[s] for s in plan.spans}, {(keys[plan.spans[p.span]], p.at) for p in plan.prompt.sees}
 
-        assert facts(part) == facts(plan) and part.live.start == plan.live.start
+        assert facts(part) == facts(plan) and part.prompt.start == plan.prompt.start
     assert len(library.part(stored, ["s4"]).segments) == {1: 2, 2: 3, 3: 5}[rounds]
 
 

@@ -174,7 +174,7 @@ def test_an_echo_is_the_prompt_and_its_log_probabilities(server, engine, prompt)
     choice = complete(server, prompt=prompt, echo=True, max_tokens=3)
     plain = complete(server, prompt=prompt, max_tokens=3)
     assert choice["text"] == prompt + plain["text"]
-    logprobs, ids = choice["logprobs"], engine.encode(prompt)
+    logprobs, ids = choice["logprobs"], engine.tokenize(prompt)
     scores = engine.score(ContextGraph([], ids[:1]), ids[1:]).scores
     assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
     assert logprobs["token_logprobs"][1 : len(ids)] == pytest.approx(scores.tolist(), abs=1e-4)
@@ -194,10 +194,10 @@ def test_an_echo_is_the_prompt_and_its_log_probabilities(server, engine, prompt)
 
 def test_an_echo_may_be_all(server, engine):
     """As lm-eval asks, with token ids; several prompts, each with its own."""
-    prompts = [engine.encode(text) for text in ("the light", "one two", "a")]
+    prompts = [engine.tokenize(text) for text in ("the light", "one two", "a")]
     answer = server.ask(prompt=prompts, echo=True, max_tokens=0, logprobs=1).json()
     for prompt, choice in zip(prompts, answer["choices"], strict=True):
-        assert choice["text"] == engine.decode(prompt) and choice["finish_reason"] == "length"
+        assert choice["text"] == engine.detokenize(prompt) and choice["finish_reason"] == "length"
         scores = engine.score(ContextGraph([], prompt[:1]), prompt[1:]) if prompt[1:] else None
         want = [] if scores is None else scores.scores.tolist()
         assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(want, abs=1e-4)
@@ -208,7 +208,7 @@ def test_an_echo_may_be_all(server, engine):
 
 
 def test_a_long_echo_is_scored_in_several_steps(server, engine):
-    prompt = engine.encode("the light of one ship and two " * 40)
+    prompt = engine.tokenize("the light of one ship and two " * 40)
     engine.scheduler.max_step_tokens = 64
     choice = complete(server, prompt=prompt, echo=True, max_tokens=1)
     scores = engine.score(ContextGraph([], prompt[:1]), prompt[1:]).scores
@@ -224,7 +224,7 @@ def post(server: Live, path: str, **body: Any) -> httpx.Response:
 
 
 def test_texts_are_tokenized_and_written_out(server, engine):
-    ids = engine.encode("the light")
+    ids = engine.tokenize("the light")
     told = post(server, "tokenize", model=server.name, prompt="the light", return_token_strs=True).json()
     assert told["tokens"] == ids and told["count"] == len(ids) and told["max_model_len"] == engine.model.limit
     assert told["token_strs"] == engine.model.tokenizer.convert_ids_to_tokens(ids)
@@ -243,7 +243,7 @@ def test_a_chat_is_tokenized_as_it_is_answered(server, engine):
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
     assert told["count"] == answer["usage"]["prompt_tokens"] == len(told["tokens"])
     open_ = post(server, "tokenize", messages=messages, add_generation_prompt=False, continue_final_message=True).json()
-    assert engine.decode(open_["tokens"]).endswith("of a ship") and open_["count"] < told["count"]
+    assert engine.detokenize(open_["tokens"]).endswith("of a ship") and open_["count"] < told["count"]
 
 
 def test_the_tokenizer_tells_of_itself(server, engine):

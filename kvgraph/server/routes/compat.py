@@ -25,7 +25,7 @@ from kvgraph.edges import all_pairs, top_k
 from kvgraph.engine.request import Request
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import Block, Full, Method, get
+from kvgraph.methods import Method, get
 from kvgraph.server import errors
 from kvgraph.server.errors import APIError
 from kvgraph.server.lifecycle import Call, TheCall
@@ -114,13 +114,13 @@ async def generate_gapemp_appr(body: TopKRequest, call: TheCall) -> Generated:
 
 
 def _vanilla(body: BlocksRequest, eos: int | None) -> Problem:
-    return Full(), ContextGraph([], "".join(body.blocks))
+    return get("full"), ContextGraph([], "".join(body.blocks))
 
 
 def _block(body: LocalBlocksRequest, eos: int | None) -> Problem:
     blocks, alone = [body.prefix, *body.contexts], body.num_local_attention_blocks
     query = "".join([*blocks[alone:], body.query])
-    return Block(), ContextGraph(blocks[1:alone], query, blocks[0] if alone else "")
+    return get("block"), ContextGraph(blocks[1:alone], query, blocks[0] if alone else "")
 
 
 def _gapemp(body: BlocksRequest, eos: int | None) -> Problem:

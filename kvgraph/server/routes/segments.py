@@ -7,7 +7,6 @@ import hashlib
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
@@ -18,12 +17,13 @@ from kvgraph.data.chat import DOCUMENT, Document
 from kvgraph.edges import named_edges
 from kvgraph.engine.request import Request
 from kvgraph.engine.result import Usage
+from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import GraphKV
+from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server import errors
 from kvgraph.server.errors import APIError
-from kvgraph.server.library import State, StoredGraph, StoredSegment
+from kvgraph.server.library import DEFAULT_METHOD, State, StoredGraph, StoredSegment
 from kvgraph.server.lifecycle import Call, TheCall
 from kvgraph.server.precompute import QUERY, encoded, encoding, keys_of, segment_plan
 from kvgraph.server.prompts import with_fields
@@ -114,8 +114,8 @@ class GraphIn(BaseModel):
     """A corpus graph: who reads whom. Fields besides these are fields of the method: `rounds`, `band`, `keep`, `layout`.
 
     segments: ids of stored ones, or texts to store with it. edges: pairs [source, reader] of segments by index or id, or
-    a name: all, chain, top-k:3, last-k:3, layers:1-3, star:0. method: graph-kv or a preset of it, in a layout where a
-    segment's KV depends only on its sources: aligned or tight.
+    a name: all, chain, top-k:3, last-k:3, layers:1-3, star:0. method: one that reads edges, by which
+    a segment's KV depends on its sources alone: graph-kv in layout aligned or tight.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -123,7 +123,7 @@ class GraphIn(BaseModel):
     id: Id | None = None
     segments: Annotated[list[Id | SegmentIn], Field(min_length=1)]
     edges: Name | list[tuple[Ref, Ref]] = []
-    method: Name = GraphKV.name
+    method: Name = DEFAULT_METHOD
 
 
 class GraphOut(BaseModel):
@@ -218,7 +218,7 @@ def _tokenized(server: Server, given: Sequence[SegmentIn]) -> list[StoredSegment
     segments = []
     for i, item in enumerate(given):
         text = Document(item.text, item.title or "").filled(template)
-        tokens = tuple(server.engine.encode(text) if isinstance(text, str) else text)
+        tokens = tuple(server.engine.tokenize(text) if isinstance(text, str) else text)
         if not tokens:
             raise APIError(400, f"segment {item.id or i!r} holds no tokens; give it a text", param=f"segments.{i}.text")
         segments.append(StoredSegment(item.id or _name(tokens), tokens, item.title or "", item.text))
@@ -314,7 +314,7 @@ async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Dele
 
 def _kept(server: Server, caller: Caller, body: GraphIn) -> StoredGraph:
     """The graph of a request, kept in the library if all of it can be encoded. Raises APIError or GraphError."""
-    method = _method(body)
+    chosen = with_fields(methods.parse(body.method), body.model_extra)
     library, tenant = server.library, caller.tenant
     brought = _tokenized(server, [item for item in body.segments if isinstance(item, SegmentIn)])
     new = iter(brought)
@@ -323,8 +323,7 @@ def _kept(server: Server, caller: Caller, body: GraphIn) -> StoredGraph:
     ]
     names, tokens = [segment.id for segment in segments], [segment.tokens for segment in segments]
     graph = ContextGraph(tokens, QUERY, edges=_edges(server, body.edges, names), names=names)
-    if method.layout == "aligned" and method.band is None:
-        method = replace(method, band=max(map(len, tokens)))
+    method = _for_corpus(chosen, max(map(len, tokens)))
     plan = method.plan(graph)
     limit = server.engine.model.limit
     if plan.highest_position >= limit:
@@ -339,20 +338,12 @@ def _kept(server: Server, caller: Caller, body: GraphIn) -> StoredGraph:
     return library.add_graph(tenant, body.id, method, names, graph.edges, spans=len(spans), tokens=sum(spans.values()))
 
 
-def _method(body: GraphIn) -> GraphKV:
-    """The method of a stored graph, which must be graph-kv in a layout that leaves segments' KV to their sources."""
-    method = with_fields(methods.parse(body.method), body.model_extra)
-    if not isinstance(method, GraphKV):
-        raise APIError(
-            400, f"{method.name} reads no edges; name stored segments in a request's documents instead", param="method"
-        )
-    if method.layout not in ("aligned", "tight"):
-        raise APIError(
-            400,
-            f"in layout {method.layout!r} the query's view depends on every segment; use aligned or tight",
-            param="layout",
-        )
-    return method
+def _for_corpus(method: Method, longest: int) -> Method:
+    """The method of a stored graph. Raises APIError 400 for one by which a part isn't encoded as in the whole."""
+    try:
+        return method.for_corpus(longest)
+    except GraphError as error:
+        raise APIError(400, str(error), param="method") from None
 
 
 def _edges(server: Server, edges: str | list[tuple[Ref, Ref]], names: Sequence[str]) -> Sequence[tuple[Ref, Ref]]:
@@ -379,7 +370,7 @@ def _shown(server: Server, graph: StoredGraph) -> GraphOut:
         tokens=graph.tokens,
         bytes=graph.tokens * server.engine.model.kv_bytes_per_token,
         method=graph.method.name,
-        fields=asdict(graph.method),
+        fields=methods.configuration(graph.method),
         created=int(graph.created),
         error=graph.error,
     )

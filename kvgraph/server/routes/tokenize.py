@@ -83,9 +83,9 @@ def _tokenized(server: Server, body: TokenizeRequest) -> Tokenized:
         graph = prompts.chat_graph(server, body.messages, body)
         tokens = [int(token) for piece in (*graph.prefix, graph.query) for token in piece]
     elif body.add_special_tokens:
-        tokens = prompts.with_bos(server, server.engine.encode(body.prompt or ""))
+        tokens = prompts.with_bos(server, server.engine.tokenize(body.prompt or ""))
     else:
-        tokens = server.engine.encode(body.prompt or "")
+        tokens = server.engine.tokenize(body.prompt or "")
     written = server.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
     return Tokenized(count=len(tokens), max_model_len=server.engine.model.limit, tokens=tokens, token_strs=written)
 
