@@ -66,7 +66,7 @@ def score(
         example, given = records[number], len(records.record(number).get("questions", [None]))
         if example is None:
             continue
-        laid = {way: one for way in dict.fromkeys(((FULL, "none"), *ways)) if (one := _laid(example, way, number))}
+        laid = {way: one for way in dict.fromkeys(((FULL, "none"), *ways)) if (one := laid_by(example, way, number))}
         if (FULL, "none") not in laid or max(map(len, laid.values())) > length:
             continue
         if any(sum(len(c[3].get(way, ())) for c in chunk) + len(one) > length for way, one in laid.items()):
@@ -77,7 +77,8 @@ def score(
         yield from _scored(run, states, chunk)
 
 
-def _laid(example: Example, way: Way, number: int) -> Packed | None:
+def laid_by(example: Example, way: Way, number: int) -> Packed | None:
+    """The example by a method and edges, of which random ones are drawn by the number; None where it can't be laid out."""
     method, edges = methods.parse(way[0]), way[1]
     try:
         told = with_edges(example, edges if methods.reads_edges(method) else "none", random.Random(number))

@@ -137,7 +137,7 @@ def _task(record: Record, tokenizer: Any) -> _Made:
     """
     if template := _template(tokenizer):
         _around(tokenizer, template)  # raises what is wrong with every answer
-    task = _task_of(record)
+    task = task_of(record)
     asked = record["questions"] if "questions" in record else [record]
     links = tuple((source, reader) for source, reader in record.get("links", ()))
     documents = tuple(Document(document["text"], document["title"]) for document in record["documents"])
@@ -148,7 +148,8 @@ def _task(record: Record, tokenizer: Any) -> _Made:
     return _Made(graph, [_asked(task, some, one["question"], one["answer"], tokenizer) for one in asked])
 
 
-def _task_of(record: Record) -> Task:
+def task_of(record: Record) -> Task:
+    """The task whose prompt a record's questions have. Raises TaskError for an unknown one."""
     task = tasks.get(record["task"])
     return replace(task, instruction="", question="{question}") if record.get("plain") else task
 
@@ -171,7 +172,7 @@ def _asked(
 
 def _recitations(record: Record, tokenizer: Any, count: int, rng: random.Random) -> list[Question]:
     """Questions for some of a task's documents, in the place of its own kind of question."""
-    task, documents = replace(_task_of(record), question="{question}"), record["documents"]
+    task, documents = replace(task_of(record), question="{question}"), record["documents"]
     told = [i for i, document in enumerate(documents) if document["text"].strip()]
     chosen, some = rng.sample(told, min(count, len(told))), (Document("-"),)
     return [_asked(task, some, recitation(documents, i), documents[i]["text"], tokenizer, most=RECITED) for i in chosen]
