@@ -81,7 +81,7 @@ def tune(
         if dry_run:
             return
         lines = tuning.tune(config, out, lambda text: typer.echo(text, err=True))
-    _show(lines)
+    show_lines(lines)
     typer.echo(f"the adapter is in {out}; use it with --adapter {out}")
 
 
@@ -109,7 +109,8 @@ def _show_estimate(found: Estimate, steps: int) -> None:
     )
 
 
-def _show(lines: list[Line]) -> None:
+def show_lines(lines: list[Line]) -> None:
+    """Print the table of what composing costs before and after tuning."""
     table = common.table("", "answers", "nats before", "after", "gap closed", "KL before", "after", "agrees", left=1)
     for line in lines:
         closed = "" if line.closed != line.closed else f"{line.closed:.0%} ± {line.interval:.0%}"

@@ -41,6 +41,7 @@ WORDS = (60, 140)  # of a passage: a shorter one takes the next paragraph too, a
 CONTEXT = 5  # passages of a record
 RECITE = 5  # recitations of a record
 HELD_OUT = 8  # one document in so many is held out
+LENGTH = 4096  # tokens of a sequence
 SCORED = 12  # held-out records in the table
 DEPENDS = 0.3  # nats a token by which its passage must make an answer likelier
 NAME = "tune"
@@ -231,7 +232,7 @@ def configuration(name: str, specs: Sequence[str], edges: Sequence[str], data: P
     tuned = Component(NAME, NAME, tuple(specs), 4.0, edges=tuple(edges), recite=RECITE)
     held = Component("held", NAME, (gap.FULL,), 1.0, recite=RECITE)
     steps = settings.pop("steps")
-    common: dict[str, Any] = {"batch": 2, "length": 4096, "lr": 1e-3, "betas": (0.9, 0.99), "evaluation": 0}
+    common: dict[str, Any] = {"batch": 2, "length": LENGTH, "lr": 1e-3, "betas": (0.9, 0.99), "evaluation": 0}
     return Config(
         name=NAME,
         model=name,
