@@ -28,6 +28,7 @@ def locked(folder: Path, error: type[KVGraphError]) -> Iterator[None]:
     """Holds the folder, which is made if it isn't there, so that two processes can't both append to it."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -35,4 +36,18 @@ def locked(folder: Path, error: type[KVGraphError]) -> Iterator[None]:
             raise error(f"{folder} is being written by another process; wait for it, or give another folder") from None
         yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+_held: set[int] = set()  # descriptors of locked folders
+
+
+def _let_go() -> None:
+    """In a forked process: leave the locks to the one that took them, or they would outlive it."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -76,27 +76,31 @@ class Planned(NamedTuple):
         return [c for c, source in zip(self.stage.components, self.held_out, strict=True) if not len(source)]
 
 
-def plan(config: Config, stages: Iterable[Stage], tokenizer: Any) -> list[Planned]:
-    """The stages of a run, opened. An epoch is as many steps as take every example of its finite components once, on average."""
+def plan(config: Config, stages: Iterable[Stage], tokenizer: Any, limit: int | None = None) -> list[Planned]:
+    """The stages of a run, opened. An epoch is as many steps as take every example of its finite components once, on average.
+
+    limit: positions that the model has; texts are cut to these too.
+    """
     planned = []
     for stage in stages:
-        sources = _sources(config, stage, tokenizer, "train")
+        sources = _sources(config, stage, tokenizer, "train", limit)
         finite = sum(len(source) for source in sources if len(source) < ENDLESS)
         steps = stage.steps or math.ceil(stage.epochs * finite / config.batch)
         if not steps:
             raise TrainError("a stage counts epochs, but none of its components has an end; give it steps")
-        planned.append(Planned(stage, sources, _sources(config, stage, tokenizer, VALIDATION), steps))
+        planned.append(Planned(stage, sources, _sources(config, stage, tokenizer, VALIDATION, limit), steps))
     return planned
 
 
-def _sources(config: Config, stage: Stage, tokenizer: Any, split: str) -> list[Source]:
-    return [open_source(c, config.data, tokenizer, config.seed, split, _room(config, c)) for c in stage.components]
+def _sources(config: Config, stage: Stage, tokenizer: Any, split: str, limit: int | None) -> list[Source]:
+    most = config.length if limit is None else min(config.length, limit)
+    return [open_source(c, config.data, tokenizer, config.seed, split, _room(most, c)) for c in stage.components]
 
 
-def _room(config: Config, component: Component) -> int:
+def _room(most: int, component: Component) -> int:
     """Tokens that an example may have, so that a text that is cut still fits with its link and memory tokens."""
     linked = [method for method in map(methods.parse, component.methods) if isinstance(method, KVLink)]
-    return config.length - max((method.links * method.slots + 2 for method in linked), default=0)
+    return most - max((method.links * method.slots + 2 for method in linked), default=0)
 
 
 class Sent(NamedTuple):
@@ -172,7 +176,7 @@ def _steps(config: Config, planned: Planned, progress: Progress, limit: int) -> 
             left_out[names[component]] += 1
             misses += 1
             if misses == MISSES:
-                raise nothing_fits(config.length)
+                raise nothing_fits(config.length, limit)
             continue
         drawn.extend(made)
         examples, misses = examples + 1, 0
@@ -234,8 +238,8 @@ class Exam:
 
 
 def exams(config: Config, planned: Planned, limit: int) -> list[Exam]:
-    """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some, by each of its
-    methods.
+    """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some that fit, by each of
+    its methods.
     """
     held_out = dict(zip(planned.stage.components, planned.held_out, strict=True))
     components = [component for component in held_out if component not in planned.unseen]
@@ -244,7 +248,7 @@ def exams(config: Config, planned: Planned, limit: int) -> list[Exam]:
     found = validation(
         components, sources, config.seed, config.evaluation, length=config.length, limit=limit, documents=False
     )
-    return [_exam(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True)]
+    return [_exam(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True) if drawn]
 
 
 def _exam(name: str, method: str, drawn: list[Drawn], length: int) -> Exam:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from kvgraph.errors import KVGraphError
 
@@ -129,6 +130,9 @@ class Config:
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise TrainError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("lr", "matrix_lr", "weight_decay", "clip", "document_weight", "minutes", "hold"):
+            if not math.isfinite(getattr(self, name)):
+                raise TrainError(f"{name} is {getattr(self, name)}; it must be a finite number")
         if not self.lr > 0 or (self.optimizer == MUON and not self.matrix_lr > 0):
             raise TrainError("lr must be above 0, and so must matrix_lr where the optimizer is muon")
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
@@ -209,9 +213,34 @@ def _built(cls: type, value: Mapping[str, Any]) -> Any:
     if unknown:
         raise TrainError(f"unknown settings: {', '.join(sorted(unknown))}")
     field, kind = inner.get(cls, ("", None))
+    hints = get_type_hints(cls)
     made = {
-        name: tuple(_built(kind, part) for part in given) if name == field and kind
-        else tuple(given) if isinstance(given, list) else given
+        name: tuple(_built(kind, part) for part in _listed(name, given)) if name == field and kind
+        else _fitting(name, given, hints[name])
         for name, given in value.items()
     }  # fmt: skip
     return cls(**made)
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name} is {value!r}; it must be a list")
+    return value
+
+
+def _fitting(name: str, value: Any, kind: Any) -> Any:
+    """A value of JSON as a field of this type: lists are tuples there, and 2.0 is a whole number. Raises TypeError."""
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        made = tuple(_fitting(name, item, inner[0]) for item in _listed(name, value))
+        if inner[-1] is not Ellipsis and len(made) != len(inner):
+            raise TypeError(f"{name} is {value!r}; it must have {len(inner)} items")
+        return made
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise TypeError(f"{name} is {json.dumps(value)}; it must be {names[kind]}")
+    return value

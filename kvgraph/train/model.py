@@ -14,12 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from kvgraph import methods, models
+from kvgraph.errors import PlanError
+from kvgraph.graph import ContextGraph
 from kvgraph.methods import KVLink
+from kvgraph.methods.base import Probing
 from kvgraph.models import Trainable
+from kvgraph.models.fingerprint import state_hash
 from kvgraph.models.loading import one_line
 from kvgraph.train import start
 from kvgraph.train.config import ANSWERS, DISTILL, FULL, LINKS, NONE, WHOLE, Config, Stage, TrainError
+from kvgraph.train.example import Example
 from kvgraph.train.links import add_link_tokens, rows_of
+from kvgraph.train.pack import lay
 
 STUDENT, TEACHER = "default", "teacher"  # peft's names of the adapter that is trained, and of the one that teaches
 NEW, NEW_LINKS = "world", "kvlink"  # in a configuration: the new model, and the method that gets the new link tokens
@@ -31,7 +37,7 @@ class Student:
 
     trainable: it, as training runs it. module: what holds the parameters to train: the model itself, or peft's around it.
     stages: the configuration's, with the new link tokens' ids in place of "kvlink". dtype: that it was loaded in, and is
-    saved in. It is float32 while it is trained.
+    saved in. It is float32 while it is trained. base: a hash of its weights as they were loaded.
     """
 
     trainable: Trainable
@@ -40,6 +46,7 @@ class Student:
     stages: tuple[Stage, ...]
     dtype: torch.dtype
     config: Config
+    base: str
 
     @property
     def hf(self) -> Any:
@@ -83,6 +90,7 @@ def build(config: Config) -> Student:
     """
     torch.manual_seed(config.seed)
     loaded = _started(config.seed) if config.model == NEW else models.load(config.model)
+    base = state_hash(loaded.hf)
     hf, dtype = loaded.hf.float(), loaded.dtype
     if config.deepen:
         models.deepen(hf, config.deepen)
@@ -96,7 +104,32 @@ def build(config: Config) -> Student:
     module = hf.train() if config.trained == WHOLE else _adapted(hf, config, trained)
     if config.checkpointing != NONE:
         hf.activation_checkpointing_enable(every_n_layers=1 if config.checkpointing == FULL else 2)
-    return Student(trainable, module, loaded.tokenizer, stages, dtype, config)
+    return Student(trainable, module, loaded.tokenizer, stages, dtype, config, base)
+
+
+def check(student: Student) -> None:
+    """Raise TrainError for methods that can't be trained, by themselves or with this model, before the first step."""
+    rows = student.hf.get_input_embeddings().weight.shape[0]
+    graph = ContextGraph([[0, 1], [1, 0]], prefix=[0])
+    for component in (c for stage in student.stages for c in stage.components if c.through_links):
+        for spec in component.methods:
+            if not getattr(methods.parse(spec), "links", 0):
+                raise TrainError(f"component {component.name} asks through link tokens, but {spec} has none")
+    for spec in dict.fromkeys(_specs(student.stages)):
+        method = methods.parse(spec)
+        if isinstance(method, Probing) and method.needs_probe:
+            raise TrainError(f"{spec} chooses tokens by what the model computes, so it can't be trained; leave it out")
+        if isinstance(method, KVLink) and (own := linked_rows(method)) and own[-1] >= rows:
+            raise TrainError(f"{spec} has the token id {own[-1]:,}, but the model's vocabulary has {rows:,}")
+        try:
+            lay(Example(graph, [((1,), (0, 1)), ((1, 1), (0,))]), method)
+        except PlanError as error:
+            raise TrainError(f"{spec} can't be trained: {error}") from None
+
+
+def linked_rows(method: KVLink) -> list[int]:
+    """The ids of a method's own tokens, ascending; none where it has none."""
+    return rows_of(method) if method.links or method.mem_start is not None else []
 
 
 def _started(seed: int) -> models.Model:

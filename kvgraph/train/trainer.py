@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from kvgraph.data.folder import locked
 from kvgraph.train import batches, checkpoint, distill, model, optim, parallel
-from kvgraph.train.batches import Exam, Planned, Progress, Step
+from kvgraph.train.batches import Exam, Progress, Step
 from kvgraph.train.config import AUTO, FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
@@ -61,7 +62,10 @@ def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool =
     of TensorBoard.
     Raises TrainError, ModelError, GraphError where a setting, the data, memory or the disk don't allow it.
     """
-    with _explained(config, Path(out)):
+    if not config.model:
+        raise TrainError(f"{config.name} goes on from another model; give it with --model")
+    first = os.environ.get("RANK", "0") == "0"
+    with _explained(config, Path(out)), locked(Path(out), TrainError) if first else nullcontext():
         trainer = Trainer(config, Path(out), resume, wandb)
         try:
             return trainer.run()
@@ -91,6 +95,9 @@ class Trainer:
         on_gpu = self.accelerator.device.type == "cuda"
         self.flex = on_gpu if config.attention == AUTO else config.attention == FLEX
         self.student = model.build(config)
+        model.check(self.student)
+        if before is not None:
+            checkpoint.check_base(before, self.student.base)
         self.module = self.student.module
         if self.count > 1:
             parallel.shard(self.module, self.student.hf.get_decoder().layers)
@@ -102,10 +109,13 @@ class Trainer:
         self.progress = Progress()
         if before is not None:
             self.progress = checkpoint.load_state(before, self.module, self.optimizers)
-        self.planned = batches.plan(config, self.student.stages, self.student.tokenizer)
+        self.planned = batches.plan(config, self.student.stages, self.student.tokenizer, self.student.trainable.limit)
+        self.data = {c.name: len(s) for p in self.planned for c, s in zip(p.stage.components, p.sources, strict=True)}
+        if before is not None:
+            checkpoint.check_data(before, self.data)
         self.total = sum(planned.steps for planned in self.planned)
         self.last = min(self.total, config.limit or self.total)
-        self.exams: tuple[Planned | None, list[Exam]] = (None, [])
+        self.exams: list[list[Exam]] = []
         self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         self.saved = before
         self.began = time.monotonic()
@@ -122,6 +132,7 @@ class Trainer:
             self.log.say(f"going on after step {self.progress.step:,} of {self.last:,}")
         for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
             self.log.say(f"{name} has no held-out examples, so it isn't evaluated")
+        self._prepare_exams()
         with _Signals() as signals:
             began = time.perf_counter()
             for step in self._steps():
@@ -146,10 +157,10 @@ class Trainer:
         evaluates, saves = step % config.evaluate_every == 0 or last, step % config.save_every == 0 or ends
         if step % LOG_EVERY == 0 or evaluates or saves:
             self._flush()
-        if evaluates:
-            self._evaluate()
         if saves:
             self._save()
+        if evaluates:  # after saving: whatever goes wrong there costs nothing
+            self._evaluate()
         return ends
 
     def _steps(self) -> Iterator[Step]:
@@ -264,13 +275,24 @@ class Trainer:
         if not self.config.evaluation:
             return
         at = itertools.accumulate(planned.steps for planned in self.planned)
-        stage = next(p for p, end in zip(self.planned, at, strict=True) if self.progress.step <= end)
-        if self.exams[0] is not stage:
-            self.exams = stage, batches.exams(self.config, stage, self.student.trainable.limit)
+        exams = next(e for e, end in zip(self.exams, at, strict=True) if self.progress.step <= end)
         self.module.eval()
-        self.log.evaluated([self._taken(exam) for exam in self.exams[1]])
+        self.log.evaluated([self._taken(exam) for exam in exams])
         self.module.train()
         parallel.release(self.module)
+
+    def _prepare_exams(self) -> None:
+        """Lay out what each stage is evaluated with, and say what can't be."""
+        if not self.config.evaluation:
+            return
+        limit = self.student.trainable.limit
+        self.exams = [batches.exams(self.config, planned, limit) for planned in self.planned]
+        for planned, exams in zip(self.planned, self.exams, strict=True):
+            there = {(exam.name, exam.method) for exam in exams}
+            for c in planned.stage.components:
+                for spec in c.methods:
+                    if c not in planned.unseen and (c.name, spec) not in there:
+                        self.log.say(f"no held-out example of {c.name} fits {spec}, so it isn't evaluated")
 
     @torch.no_grad()
     def _taken(self, exam: Exam) -> dict[str, Any]:
@@ -297,6 +319,7 @@ class Trainer:
                 if self.config.trained != WHOLE:
                     model.save_adapter(self.student, weights, folder / checkpoint.ADAPTER)
                 (folder / checkpoint.CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+                checkpoint.save_origin(folder, self.student.base, self.data)
         self.saved = checkpoint.found(self.out)[-1]
 
     def _weights(self) -> dict[str, Tensor]:
@@ -307,6 +330,11 @@ class Trainer:
                 weight = parallel.whole(p.detach())
                 if self.main:
                     found[name] = weight.cpu()
+                    if not bool(torch.isfinite(found[name]).all()):
+                        raise TrainError(
+                            f"after step {self.progress.step:,} {name} isn't finite any more; lower lr, or lengthen warmup, "
+                            "in a new run"
+                        )
         return found
 
 
@@ -327,7 +355,11 @@ def _may_go_on(config: Config, out: Path, resume: bool) -> Path | None:
     before = Config.read(found[-1] / checkpoint.CONFIG)
     for field in fields(Config):
         old, new = getattr(before, field.name), getattr(config, field.name)
-        if field.name not in MAY_CHANGE and old != new:
+        if (
+            field.name not in MAY_CHANGE
+            and old != new
+            and not (field.name == "model" and checkpoint.has_base(found[-1]))
+        ):
             what = f"{field.name} {old} there, {new} here" if field.name != "stages" else "its stages are others"
             raise TrainError(
                 f"{out} holds another run ({what}); give another folder, or --resume {out} to go on with it"
