@@ -62,7 +62,7 @@ def main() -> None:
     base = documents(args.documents, args.length, args.query)
     graphs = [base.with_query(ids(args.query, 20_000 + i)) for i in range(args.requests)]
     engine = engine_on(hf)
-    engine.warm(base, "block")
+    engine.encode(base, "block")
     flat = [t for s in base.segments for t in s]
     cache = DynamicCache()
     with torch.inference_mode():

@@ -27,7 +27,7 @@ def main() -> None:
     while size <= args.largest:
         graph = documents(round(size / args.length), args.length, args.query)
         tokens = [t for s in (*graph.segments, graph.query) for t in s]
-        cold, cold_scratch = measured(lambda g=graph: engine.warm(g, "block"), 1, args.device)
+        cold, cold_scratch = measured(lambda g=graph: engine.encode(g, "block"), 1, args.device)
         warm, warm_scratch = measured(
             lambda g=graph: engine.generate(g, "block", max_tokens=1), args.repeats, args.device
         )

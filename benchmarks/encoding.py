@@ -33,7 +33,7 @@ def main() -> None:
 
     def ours() -> None:
         engine.scheduler.memory.pool.evict_to(0)
-        assert engine.warm(graphs, "block", progress=False).computed_tokens == sum(lengths)
+        assert engine.encode(graphs, "block", progress=False).computed_tokens == sum(lengths)
 
     engine = engine_on(hf)
 

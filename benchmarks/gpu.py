@@ -238,7 +238,7 @@ def ttft(bench: Bench) -> Figures:
     flat = torch.tensor([[t for s in graph.segments for t in s] + list(graph.query)], device=DEVICE)
     engine = bench.engine()
     started = time.perf_counter()
-    engine.warm(graph, "block")
+    engine.encode(graph, "block")
     encode = time.perf_counter() - started
     usages = []
 
@@ -319,11 +319,11 @@ def encode(bench: Bench) -> Figures:
     """Encoding documents of 500 tokens, against the rate of dense matrix products."""
     count, hf, vocab = (64 if bench.quick else 256), bench.hf(), LARGE["vocab_size"]
     engine = bench.engine()
-    engine.warm(ContextGraph([ids(500, 7000 + i, vocab) for i in range(16)]), "block")
+    engine.encode(ContextGraph([ids(500, 7000 + i, vocab) for i in range(16)]), "block")
     graph = ContextGraph([ids(500, i, vocab) for i in range(count)])
     torch.cuda.synchronize()
     started = time.perf_counter()
-    engine.warm(graph, "block")
+    engine.encode(graph, "block")
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     rate = flops_per_token(hf) * count * 500 / seconds / 1e12
@@ -335,7 +335,7 @@ def encode(bench: Bench) -> Figures:
         "share of the matrix rate": rate / bench.limits["matrix TFLOP/s"],
         "share of the rate of the model's own matrices": rate / bench.limits["the model's own matrices TFLOP/s"],
         "profile of 16 documents": profile(
-            lambda: engine.warm(
+            lambda: engine.encode(
                 ContextGraph([ids(500, 9000 + 100 * i + j, vocab) for i in [next(other)] for j in range(16)]), "block"
             )
         ),
@@ -347,7 +347,7 @@ def tiers(bench: Bench) -> Figures:
     vocab = LARGE["vocab_size"]
     graph = ContextGraph([ids(LENGTH, i, vocab) for i in range(DOCUMENTS)], query=ids(QUERY, 999, vocab))
     with tempfile.TemporaryDirectory() as folder:
-        bench.engine(store=folder).warm(graph, "block")
+        bench.engine(store=folder).encode(graph, "block")
         kv = DOCUMENTS * LENGTH * 131072
         times = []
         for _ in range(2 if bench.quick else 3):

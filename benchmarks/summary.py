@@ -41,10 +41,10 @@ def main() -> None:
     lines = [
         "# Results",
         "",
-        "Made by `make bench`: every section names the command behind it. Medians; all sides of a table are measured in one run,",
-        "and clocks start after the model is loaded, from token ids. The model is a random Llama of 124 M parameters in float32,",
-        "except in the table of precisions, which has a tiny random model for each family, in those of serving and evaluation,",
-        "which use a tiny random model, and in those of training and the synthetic world, whose commands name their models.",
+        "`make bench` makes this page. Every section names its command. Figures are medians, and all sides of a table are measured",
+        "in one run. Clocks start after the model is loaded, from token ids. The model is a random Llama of 124 M parameters in",
+        "float32, with these exceptions: the table of precisions has a tiny random model for each family; serving and evaluation",
+        "use a tiny random model; training and the synthetic world name their models.",
         "",
     ]
     for file in files:

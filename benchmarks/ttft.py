@@ -51,7 +51,7 @@ def main() -> None:
     prefill(hf, flat, cache)
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_on(hf, store=folder)
-        engine.warm(graph, "block")
+        engine.encode(graph, "block")
         before_layers: list[float] = []
         started = [0.0]
         engine.model.hf.model.layers[0].register_forward_pre_hook(

@@ -4,7 +4,7 @@
 
 Several models are several seeds of one recipe; `--before` are the models that their mixed training began with. All are
 asked the same questions about corpora with held-out names, whichever the method and however a corpus is told
-(docs/world.md), so every difference is paired.
+(docs/reference/world.md), so every difference is paired.
 
 Answers are judged without generating them: the documents and all questions about them are one packed forward, and an
 answer is right if each of its tokens, the full stop too, is the likeliest. That is when greedy decoding gives it. A sample
@@ -33,15 +33,14 @@ from rich.table import Table
 
 from benchmarks.common import cpu_name
 from kvgraph import Engine, methods, models
+from kvgraph.data.tasks.world import WORLD_HOPS
 from kvgraph.data.world import tokenizer
 from kvgraph.data.world.world import CHUNKS, COMPARISON, HOPS, KEPT, SHUFFLED, TYPES
 from kvgraph.engine.probe import deviations
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import ModelError
 from kvgraph.eval.stats import mean_interval
-from kvgraph.eval.tasks.world import WORLD_HOPS
 from kvgraph.methods import Method
-from kvgraph.methods.base import Probing
 from kvgraph.progress import Progress
 from kvgraph.train.example import Example, Question
 from kvgraph.train.forward import logits
@@ -164,7 +163,7 @@ def asked(case: Case, tokens: Any, corpora: int) -> Asked:
     examples, wanted = [], []
     for number in range(corpora):
         corpus = source.world.corpus(number)
-        example = with_edges(source[number], "links" if methods.reads_edges(method) else "none")
+        example = with_edges(source[number], "links" if method.reads_edges else "none")
         questions = list(example.questions)
         wanted += [Wanted(question.kind, corpus.id, question.floor) for question in corpus.questions]
         for question, told in zip(corpus.questions, example.questions, strict=True):
@@ -172,7 +171,7 @@ def asked(case: Case, tokens: Any, corpora: int) -> Asked:
                 questions.append(Question(told.query, source.encode(f"{question.edges_say}.")))
                 wanted.append(Wanted(question.kind, corpus.id, 0.0, follows=True))
         examples.append(Example(example.graph, questions))
-    alike = not isinstance(method, methods.APE | Probing)
+    alike = method.trains_by_mask and not method.needs_probe
     return Asked(method, examples, wanted, laid_out(examples, [method] * corpora) if alike else [])
 
 
@@ -200,7 +199,9 @@ def load(folder: str) -> Learned:
     except ModelError as error:
         sys.exit(str(error))
     if model.tokenizer is None or model.tokenizer.get_vocab() != tokenizer.vocabulary():
-        sys.exit(f"{folder} hasn't the world's tokenizer; train a model of the world first (docs/training.md)")
+        sys.exit(
+            f"{folder} hasn't the world's tokenizer; train a model of the world first (docs/reference/training.md)"
+        )
     model.tuned_for = tuple(methods.METHODS)  # no warnings: how much worse untuned methods are is what is measured
     return Learned(folder, Engine(model), models.trainable(model.hf))
 
@@ -208,10 +209,10 @@ def load(folder: str) -> Learned:
 def answered(model: Learned, asked: Asked) -> list[float]:
     """For each question by how much the answer leads: its logit - the best other one, of the token where that is least.
 
-    Above 0 greedy decoding gives this answer, below 0 another. By ape it is infinite: the engine alone can run it, and
+    Above 0 greedy decoding gives this answer, below 0 another. By a method that no mask expresses (ape) it is infinite: the engine alone can run it, and
     doesn't tell more.
     """
-    if isinstance(asked.method, methods.APE):
+    if not asked.method.trains_by_mask:
         return _through_engine(model, asked)
     packed = asked.packed or laid_out(asked.examples, [_selecting(model, e, asked.method) for e in asked.examples])
     with torch.no_grad():
@@ -228,7 +229,7 @@ def _leads(model: Learned, packed: Packed) -> torch.Tensor:
 
 def _selecting(model: Learned, example: Example, method: Method) -> Method:
     """The method itself or, if it asks the model which tokens to recompute, the one that knows: all questions share it."""
-    if not isinstance(method, Probing):
+    if not method.needs_probe:
         return method
     return method.selecting(deviations(model.engine.model, example.graph, 1 << 30)[0])
 
@@ -237,8 +238,8 @@ def _through_engine(model: Learned, asked: Asked) -> list[float]:
     found = []
     for example in asked.examples:
         graphs = [(example.graph.with_query(question.query), question.answer) for question in example.questions]
-        requests = [model.engine.submit_score(graph, answer, asked.method) for graph, answer in graphs]
-        found += [math.inf if model.engine.wait(request).greedy else -math.inf for request in requests]
+        results = dict(model.engine.run(model.engine.prepare_score(*graph, asked.method) for graph in graphs))
+        found += [math.inf if results[i].greedy else -math.inf for i in range(len(graphs))]
     return found
 
 
@@ -403,15 +404,20 @@ def markdown(found: dict[str, Any]) -> list[str]:
 def explained(found: dict[str, Any]) -> str:
     """What the numbers are, in one paragraph."""
     after = len(found["models"][AFTER])
-    seeds = f", then the lowest and the highest of {after} models trained with different seeds" if after > 1 else ""
-    first = " Goals, where they are told, are for the first of them, which ships." if after > 1 else ""
     counts = [cell["n"] for cell in found["cells"]]
-    return (
-        f"Whole answers that are right, in %, with 95 % intervals in which the questions about one corpus are a cluster{seeds}. "
-        f"{min(counts):,} to {max(counts):,} questions a cell, about names that were never trained on. A guess that knows the asked "
-        "relation and nothing else is right as often as the line `guessing` says. The lines `what these say` count how often wrong "
-        f"edges are believed, where they say something else. {found['compared']:,} answers were compared with the engine's; all were the same.{first}"
-    )
+    sentences = [
+        "Each figure is the share of answers that are right as a whole, in %, with a 95 % interval. Questions about one corpus are one "
+        "cluster of the interval.",
+        f"After it come the lowest and the highest of {after} models trained with different seeds."
+        if after > 1
+        else "",
+        f"Each cell covers {min(counts):,} to {max(counts):,} questions, about names that were never trained on.",
+        "The line `guessing` is how often a guess is right that knows only the asked relation.",
+        "The lines `what these say` are how often answers follow wrong edges that say something else.",
+        f"{found['compared']:,} answers were compared with the engine's; all were the same.",
+        "Goals are for the first model, which ships." if after > 1 else "",
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def write_card(folder: str | Path, found: dict[str, Any]) -> None:

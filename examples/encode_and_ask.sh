@@ -5,7 +5,7 @@ set -euo pipefail
 model=$1 corpus=$2 question=$3
 store=${KVGRAPH_STORE:-kv}
 
-kvgraph encode "$model" "$corpus" --store "$store" --dry-run
-kvgraph encode "$model" "$corpus" --store "$store"
-kvgraph ask "$model" "$question" --documents "$corpus" --store "$store" --max-tokens 64
+kvgraph encode "$model" "$corpus" --method block --store "$store" --dry-run
+kvgraph encode "$model" "$corpus" --method block --store "$store"
+kvgraph ask "$model" "$question" --documents "$corpus" --method block --store "$store" --max-tokens 64
 kvgraph store stat --store "$store"

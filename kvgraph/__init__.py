@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvgraph.engine.engine import Engine, Warmed
+    from kvgraph.engine.engine import Encoded, Engine
     from kvgraph.engine.result import Chunk, Result, Usage
     from kvgraph.engine.sampling import SamplingParams
     from kvgraph.errors import CapacityError, GraphError, KVGraphError, ModelError, PlanError, StoreError
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "kvgraph.engine.engine",
-    "Warmed": "kvgraph.engine.engine",
+    "Encoded": "kvgraph.engine.engine",
     "Chunk": "kvgraph.engine.result",
     "Result": "kvgraph.engine.result",
     "Usage": "kvgraph.engine.result",
@@ -41,6 +41,7 @@ __all__ = [
     "CapacityError",
     "Chunk",
     "ContextGraph",
+    "Encoded",
     "Engine",
     "GraphError",
     "KVGraphError",
@@ -53,7 +54,6 @@ __all__ = [
     "Span",
     "StoreError",
     "Usage",
-    "Warmed",
     "__version__",
 ]
 

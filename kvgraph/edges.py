@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 from kvgraph.errors import GraphError
 from kvgraph.graph import Edge, Ref, is_int
+from kvgraph.registry import Registry
 
 
 def all_pairs(n: int, self_edges: bool = False) -> tuple[Edge, ...]:
@@ -64,6 +65,45 @@ def layered(layers: Iterable[Iterable[Ref]]) -> tuple[Edge, ...]:
     return tuple((s, r) for above, below in pairwise(lists) for r in below for s in above)
 
 
+Shape = Callable[[int, str, bool], tuple[Edge, ...] | None]
+"""Edges among n segments from (n, what stands after the colon, whether "+self" does); None if it takes no such text."""
+
+
+def _all(n: int, argument: str, self_edges: bool) -> tuple[Edge, ...] | None:
+    return None if argument else all_pairs(n, self_edges)
+
+
+def _chain(n: int, argument: str, self_edges: bool) -> tuple[Edge, ...] | None:
+    return None if argument or self_edges else chain(n)
+
+
+def _top_k(n: int, argument: str, self_edges: bool) -> tuple[Edge, ...] | None:
+    return top_k(n, int(argument), self_edges) if _is_number(argument) else None
+
+
+def _last_k(n: int, argument: str, self_edges: bool) -> tuple[Edge, ...] | None:
+    return top_k(n, int(argument), self_edges, last=True) if _is_number(argument) else None
+
+
+def _star(n: int, argument: str, self_edges: bool) -> tuple[Edge, ...] | None:
+    if self_edges or not _is_number(argument):
+        return None
+    return star(int(argument), [i for i in range(n) if i != int(argument)])
+
+
+def _sizes(n: int, argument: str, self_edges: bool) -> tuple[Edge, ...] | None:
+    sizes = argument.split("-")
+    return None if self_edges or not all(map(_is_number, sizes)) else layered(_layers(list(map(int, sizes)), n))
+
+
+SHAPES: Registry[Shape] = Registry(
+    {"all": _all, "chain": _chain, "top-k": _top_k, "last-k": _last_k, "layers": _sizes, "star": _star},
+    "kvgraph.edges",
+    lambda name, shape: "" if callable(shape) else "it is no function",
+)
+"""Shapes of edges by the name that texts call them by. Other packages add some in the group "kvgraph.edges"."""
+
+
 def named_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
     """Edges among segments with these names, from one line of text: what commands, requests and evaluations accept.
 
@@ -72,21 +112,14 @@ def named_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
     others); "all", "top-k" and "last-k" with "+self" let sources read themselves. Else pairs "source>reader" by name or
     number: "0>2,1>2". Raises GraphError when it is none of these.
     """
-    count = len(names)
-    shape, plus, after = spec.strip().partition("+self")
-    shape, colon, rest = shape.partition(":")
-    if shape in ("", "none") and not plus and not colon:
+    if spec.strip() in ("", "none"):
         return ()
-    if shape == "chain" and not plus and not colon:
-        return chain(count)
-    if shape == "all" and not colon and not after:
-        return all_pairs(count, self_edges=bool(plus))
-    if shape in ("top-k", "last-k") and _is_number(rest) and not after:
-        return top_k(count, int(rest), self_edges=bool(plus), last=shape == "last-k")
-    if shape == "star" and _is_number(rest) and not plus:
-        return star(int(rest), [i for i in range(count) if i != int(rest)])
-    if shape == "layers" and all(map(_is_number, rest.split("-"))) and not plus:
-        return layered(_layers([int(size) for size in rest.split("-")], count))
+    text, plus, after = spec.strip().partition("+self")
+    shape, colon, argument = text.partition(":")
+    if shape in SHAPES and not after and bool(colon) == bool(argument):
+        made = SHAPES[shape](len(names), argument, bool(plus))
+        if made is not None:
+            return made
     pairs = [pair.split(">") for pair in spec.split(",")]
     if any(len(pair) != 2 for pair in pairs):
         raise GraphError(

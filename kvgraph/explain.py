@@ -7,7 +7,7 @@ from itertools import groupby, pairwise
 
 from kvgraph.plan import Place, Plan, Span
 
-MOST_RUNS = 4  # position runs shown of a live span
+MOST_RUNS = 4  # position runs shown of a prompt span
 MOST_VIEWS = 6  # views shown of what a span sees
 
 
@@ -21,7 +21,7 @@ def explain(plan: Plan) -> str:
     header = ("#", "span", "tokens", "positions", "state", "sees")
     rows = [header]
     for i, span in enumerate(plan.spans):
-        state = "cached" if span.cached else "live"
+        state = "cached" if span.cached else "prompt"
         rows.append((str(i), span.name or "-", f"{len(span):,}", _positions(span), state, _views(plan, span.sees)))
     widths = [max(len(row[c]) for row in rows) for c in range(len(header))]
     right = (0, 2)  # number columns
@@ -48,13 +48,13 @@ def _groups(plan: Plan) -> list[str]:
 def _summary(plan: Plan) -> str:
     sizes = {key: len(span) for key, span in zip(plan.keys(""), plan.spans, strict=True) if key is not None}
     cached = [span for span in plan.spans if span.cached]
-    live = sum(len(span) for span in plan.spans if not span.cached)
+    computed = sum(len(span) for span in plan.spans if not span.cached)
     total = sum(map(len, cached))
     text = f"{plan.method}: " if plan.method else ""
     text += f"{_count(len(plan.spans), 'span')}; {_count(total, 'token')} cached in {_count(len(cached), 'span')}"
     if len(sizes) < len(cached):  # equal spans are encoded once
         text += f" ({len(sizes):,} distinct: {_count(sum(sizes.values()), 'token')})"
-    return text + f", {live:,} live; highest position {plan.highest_position:,}"
+    return text + f", {computed:,} in the prompt span; highest position {plan.highest_position:,}"
 
 
 def _count(n: int, what: str) -> str:

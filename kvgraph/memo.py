@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from kvgraph.data import io
 
 
 def recall(name: str, key: str) -> Any:
@@ -20,13 +22,9 @@ def recall(name: str, key: str) -> Any:
 def remember(name: str, key: str, value: Any) -> None:
     """Remember a JSON value under (name, key); replaces the file atomically."""
     path = _folder() / f"{name}.json"
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump({**_read(path), key: value}, file)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+        io.write_json(path, {**_read(path), key: value}, indent=None)
 
 
 def _folder() -> Path:

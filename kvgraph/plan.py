@@ -7,7 +7,8 @@ Rules, in full:
   <= i of its own span. Nothing else.
 - RoPE is relative, so every span lives in its own frame: only differences of positions matter, and a span's key is the
   same wherever it is placed.
-- Cached spans see only cached spans. The last span is live: decoding continues from it.
+- Cached spans see only cached spans. The last span is the prompt span: it is computed every time, and decoding
+  continues from it.
 - All a token attends to enters one softmax, except that places may form groups whose joint weight is changed: see Group.
 """
 
@@ -15,9 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -58,9 +57,11 @@ class Group(NamedTuple):
 class Span:
     """Tokens computed together.
 
-    tokens: token ids. positions: strictly ascending, one a token; contiguous for documents, with gaps for live spans
+    tokens: token ids. positions: strictly ascending, one a token; contiguous for documents, with gaps for prompt spans
     that hold link tokens. sees: views of earlier spans. cached: False for what is recomputed each time.
-    name: for people only; it is in no key and no comparison. groups: what the groups of its places mean.
+    groups: what the groups of its places mean. segment: the graph's segment that the span is a version of, by index,
+    and round: which version, 0 for the first; None for every other span. name: what people call it.
+    A key and a comparison cover neither name nor segment nor round.
     """
 
     tokens: tuple[int, ...]
@@ -69,6 +70,8 @@ class Span:
     cached: bool = True
     name: str = field(default="", compare=False)
     groups: tuple[Group, ...] = ()
+    segment: int | None = field(default=None, compare=False)
+    round: int | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -83,7 +86,7 @@ class Span:
 class Dense:
     """A plan as one problem. tokens [T], positions [T] (may be negative), visible [T, T] bool (row attends to column).
 
-    The live span is the last `live` rows; `span` [T] is the index of the span each row copies. group [T, T]: where a row
+    The prompt span is the last `prompt` rows; `span` [T] is the index of the span each row copies. group [T, T]: where a row
     attends to a column as part of groups[i], the number i + 1, elsewhere 0; None for a plan without groups.
     """
 
@@ -91,28 +94,29 @@ class Dense:
     positions: np.ndarray
     visible: np.ndarray
     span: np.ndarray
-    live: int
+    prompt: int
     group: np.ndarray | None = None
     groups: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Spans in encoding order; the last is the live prompt. `method` names what made it, for people."""
+    """Spans in encoding order; the last is the prompt span. `method` names what made it, for people."""
 
     spans: tuple[Span, ...]
     method: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spans", tuple(_checked(i, s, self.spans) for i, s in enumerate(self.spans)))
+        known: dict[int, Place] = {}
+        object.__setattr__(self, "spans", tuple(_checked(i, s, self.spans, known) for i, s in enumerate(self.spans)))
         if not self.spans:
-            raise PlanError("a plan needs at least one span: the live prompt")
+            raise PlanError("a plan needs at least one span: the prompt span")
         if self.spans[-1].cached:
-            raise PlanError("the last span of a plan is the live prompt and can't be cached; set cached=False")
+            raise PlanError("the last span of a plan is the prompt span and can't be cached; set cached=False")
 
     @property
-    def live(self) -> Span:
-        """The last span: the prompt that decoding continues from."""
+    def prompt(self) -> Span:
+        """The last span, which decoding continues from."""
         return self.spans[-1]
 
     @property
@@ -135,14 +139,9 @@ class Plan:
         """Lay the plan out as one (tokens, positions, visibility) problem; see `lay_out`."""
         return _dense(self)
 
-    def __str__(self) -> str:
-        from kvgraph.explain import explain  # text for people lives apart from the rules
-
-        return explain(self)
-
 
 def pruned(spans: Sequence[Span], method: str = "") -> Plan:
-    """The plan of `spans` without those that nothing live reads (directly or through another span)."""
+    """The plan of `spans` without those that its prompt span doesn't read, directly or through another span."""
     wanted = {i for i, s in enumerate(spans) if not s.cached}
     for i in reversed(range(len(spans))):
         if i in wanted:
@@ -152,8 +151,12 @@ def pruned(spans: Sequence[Span], method: str = "") -> Plan:
     return Plan(tuple(kept), method)
 
 
-def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
-    """The span with its places normalised (hi filled in); raises PlanError naming the span and the rule it breaks."""
+def _checked(index: int, span: Span, earlier: Sequence[Span], known: dict[int, Place]) -> Span:
+    """The span with its places normalised (hi filled in); raises PlanError naming the span and the rule it breaks.
+
+    known: by its id, each place that a cached span of the plan gave, normalised. The spans of a long chain share their
+    places, so each is checked once, and one is the same object for all its readers.
+    """
     who = f"span {index}" + (f" ({span.name})" if span.name else "")
     if not span.tokens:
         raise PlanError(f"{who} is empty; leave empty spans out of the plan")
@@ -170,30 +173,42 @@ def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
         raise PlanError(f"{who}: positions must be strictly ascending")
     groups = tuple(_group(group, f"{who}: group {i}") for i, group in enumerate(span.groups, 1))
     places = []
-    for place in map(_place, span.sees):
-        _integers(tuple(x for x in place if x is not None), f"{who}: a place's numbers")
-        if not 0 <= place.span < index:
-            raise PlanError(f"{who} sees span {place.span}, which isn't earlier in the plan")
-        child = earlier[place.span]
-        hi = len(child) if place.hi is None else place.hi
-        if not 0 <= place.lo < hi <= len(child):
-            raise PlanError(f"{who} sees tokens {place.lo}..{hi} of span {place.span}, which has {len(child)}")
-        if span.cached and not child.cached:
-            raise PlanError(f"{who} is cached but sees span {place.span}, which is not")
-        if not 0 <= place.group <= len(groups):
-            raise PlanError(f"{who} has a place in group {place.group}, but {len(groups)} groups")
-        places.append(place._replace(hi=hi))
+    for given in span.sees:
+        place = known.get(id(given))
+        if place is None:
+            place = _checked_place(given, index, span, len(groups), earlier, who)
+            if isinstance(given, Place) and not place.group and earlier[place.span].cached:
+                known[id(given)] = place
+        places.append(place)
     return replace(span, sees=tuple(places), groups=groups)
 
 
-def _place(place: Place | tuple) -> Place:
+def _checked_place(
+    given: Place | tuple[int, ...], index: int, span: Span, groups: int, earlier: Sequence[Span], who: str
+) -> Place:
+    place = _place(given)
+    _integers(tuple(x for x in place if x is not None), f"{who}: a place's numbers")
+    if not 0 <= place.span < index:
+        raise PlanError(f"{who} sees span {place.span}, which isn't earlier in the plan")
+    child = earlier[place.span]
+    hi = len(child) if place.hi is None else place.hi
+    if not 0 <= place.lo < hi <= len(child):
+        raise PlanError(f"{who} sees tokens {place.lo}..{hi} of span {place.span}, which has {len(child)}")
+    if span.cached and not child.cached:
+        raise PlanError(f"{who} is cached but sees span {place.span}, which is not")
+    if not 0 <= place.group <= groups:
+        raise PlanError(f"{who} has a place in group {place.group}, but {groups} groups")
+    return place._replace(hi=hi)
+
+
+def _place(place: Place | tuple[int, ...]) -> Place:
     try:
         return Place(*place)
     except TypeError:
         raise PlanError(f"{place!r} is no Place(span, at, lo, hi, group)") from None
 
 
-def _group(group: Group | tuple, what: str) -> Group:
+def _group(group: Group | tuple[float, ...], what: str) -> Group:
     """The group as floats; PlanError unless both lie where float32 scores stay finite, with room to spare."""
     try:
         checked = Group(*map(float, group))
@@ -234,10 +249,9 @@ def _key(span: Span, keys: Sequence[str | None], fingerprint: str, salt: str) ->
     else:
         relative = np.asarray(span.positions, dtype="<i8") - start
         add(b"range" if relative[-1] == len(span) - 1 else relative.tobytes())
-    for child, at, lo, hi, group in sorted(
-        (keys[p.span] or "", p.at - start, p.lo, p.hi or 0, p.group) for p in span.sees
-    ):
-        add((f"{child} {at} {lo} {hi}" + (f" {group}" if group else "")).encode())
+    seen = sorted([(keys[p.span] or "", p.at - start, p.lo, p.hi or 0, p.group) for p in span.sees])
+    lines = [(f"{c} {at} {lo} {hi} {g}" if g else f"{c} {at} {lo} {hi}").encode() for c, at, lo, hi, g in seen]
+    h.update(b"".join([len(line).to_bytes(8, "little") + line for line in lines]))  # what `add` does, at once
     for weights in span.groups:  # 16 bytes, so it can't be taken for a place
         add(np.array(weights, dtype="<f8").tobytes())
     return h.hexdigest()
@@ -257,35 +271,49 @@ def lay_out(spans: Sequence[Span], roots: Sequence[int]) -> list[Laid]:
     A span read at two positions is laid out twice, with its ancestors; exact, because KV is relative. So is one that a
     reader sees twice, because a duplicate counts twice in the softmax.
     """
-    found: dict[tuple[int, int, int], int] = {}  # (span, start, copy) -> its index in the result
+    reads: dict[_Standing, list[tuple[_Standing, Place]]] = {}
+    found: dict[_Standing, int] = {}  # -> its index in the result
     laid: list[Laid] = []
-
-    def lay(index: int, start: int, copy: int) -> int:
-        if (index, start, copy) in found:
-            return found[index, start, copy]
-        span = spans[index]
-        copies: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}
-        views = []
-        for p in span.sees:
-            at = p.at - span.start + start
-            hi = p.hi or 0
-            slices = copies.setdefault((p.span, at), [])
-            # Views of one copy mustn't overlap: its columns would then count once.
-            n = 0
-            while n < len(slices) and any(lo < hi and p.lo < h for lo, h in slices[n]):
-                n += 1
-            if n == len(slices):
-                slices.append([])
-            slices[n].append((p.lo, hi))
-            views.append((lay(p.span, at, n), p))
-        found[index, start, copy] = len(laid)
-        laid.append(Laid(index, start, tuple(views)))
-        return found[index, start, copy]
-
-    with _recursion(4 * len(spans) + 1000):
-        for root in roots:
-            lay(root, spans[root].start, 0)
+    for root in roots:
+        stack = [_Standing(root, spans[root].start)]
+        while stack:  # depth first, without recursion: plans may be thousands of spans deep
+            here = stack[-1]
+            if here not in reads:
+                reads[here] = _reads(spans[here.span], here.start)
+                stack += [child for child, _ in reversed(reads[here]) if child not in found]
+                continue
+            stack.pop()
+            if here not in found:
+                found[here] = len(laid)
+                sees = tuple((found[child], place) for child, place in reads[here])
+                laid.append(Laid(here.span, here.start, sees))
     return laid
+
+
+class _Standing(NamedTuple):
+    """A span at a position. copy: which of several there, since the views of one reader of one copy don't overlap."""
+
+    span: int
+    start: int
+    copy: int = 0
+
+
+def _reads(span: Span, start: int) -> list[tuple[_Standing, Place]]:
+    """What a span that stands at `start` reads, and by which of its places."""
+    copies: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}  # (span, start) -> slices seen of each copy
+    found = []
+    for place in span.sees:
+        at, hi = place.at - span.start + start, place.hi or 0
+        slices = copies.setdefault((place.span, at), [])
+        # Views of one copy mustn't overlap: its columns would then count once.
+        n = 0
+        while n < len(slices) and any(lo < hi and place.lo < h for lo, h in slices[n]):
+            n += 1
+        if n == len(slices):
+            slices.append([])
+        slices[n].append((place.lo, hi))
+        found.append((_Standing(place.span, at, n), place))
+    return found
 
 
 def _dense(plan: Plan) -> Dense:
@@ -310,17 +338,6 @@ def _dense(plan: Plan) -> Dense:
     return Dense(tokens, pos, visible, span_of, len(spans[-1]), grouped, groups)
 
 
-@contextmanager
-def _recursion(limit: int) -> Iterator[None]:
-    """Room for plans nested deeper than Python's default recursion limit."""
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(before, limit))
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(before)
-
-
 def contiguous(
     tokens: Iterable[int],
     start: int,
@@ -329,7 +346,9 @@ def contiguous(
     cached: bool = True,
     name: str = "",
     groups: Sequence[Group] = (),
+    segment: int | None = None,
+    round: int | None = None,
 ) -> Span:
     """A span of `tokens` at positions start, start+1, ..."""
     ids = tuple(tokens)
-    return Span(ids, range(start, start + len(ids)), tuple(sees), cached, name, tuple(groups))
+    return Span(ids, range(start, start + len(ids)), tuple(sees), cached, name, tuple(groups), segment, round)

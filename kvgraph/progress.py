@@ -5,43 +5,65 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import Any, Self
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 
 class Progress:
-    """`with Progress("encoding", 64) as bar: bar.advance(1, tokens=n)`; enabled None: on a terminal, for more than one."""
+    """`with Progress("encoding", 64) as bar: bar.advance(1, tokens=n)`.
 
-    def __init__(self, label: str, total: int, enabled: bool | None = None):
+    total: None when it isn't known. enabled: None shows the bar on a terminal, for more than one item. done: items that
+    an earlier run did.
+    """
+
+    def __init__(self, label: str, total: int | None, enabled: bool | None = None, done: int = 0):
+        self.console = Console(stderr=True)
         self.bar = None
         self.started = time.perf_counter()
-        if (sys.stderr.isatty() and total > 1) if enabled is None else enabled:
-            from rich.console import Console
-
-            self.bar = Bar(
+        if (sys.stderr.isatty() and total != 1 and total != 0) if enabled is None else enabled:
+            columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
+                TextColumn("{task.fields[note]}"),
             )
-            self.task = self.bar.add_task(label, total=total, rate="")
+            self.bar = Bar(*columns, TimeRemainingColumn(), console=self.console, refresh_per_second=4)
+            self.task = self.bar.add_task(label, total=total, completed=done, note="")
 
     def advance(self, n: int, tokens: int = 0, label: str | None = None) -> None:
         """Count n more items done; `tokens` so far give the rate; `label` replaces the text before the bar."""
         if self.bar is not None:
             rate = f"{tokens / max(1e-9, time.perf_counter() - self.started):,.0f} tokens/s" if tokens else ""
-            self.bar.update(self.task, advance=n, rate=rate, description=label)
+            self.bar.update(self.task, advance=n, note=rate, description=label)
 
-    def __enter__(self) -> Progress:
+    def show(self, done: int | None = None, note: str | None = None, label: str | None = None) -> None:
+        """Say how many items are done in all, and change the text after or before the bar; None leaves it."""
+        if self.bar is not None:
+            texts: dict[str, Any] = {} if note is None else {"note": note}
+            self.bar.update(self.task, completed=done, description=label, **texts)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar, whether or not there is one."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self) -> None:
+        """Show the bar; a `with` block does so by itself."""
         if self.bar is not None:
             self.bar.start()
+
+    def stop(self) -> None:
+        """End the bar; a `with` block does so by itself."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.stop()

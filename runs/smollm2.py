@@ -160,7 +160,7 @@ def _attention(config: Config, device: str) -> str:
     student = model.build(config)
     student.module.to(device)
     planned = batches.plan(config, student.stages, student.tokenizer)
-    step = next(iter(batches.ahead(config, planned, batches.Progress(), student.trainable.limit, 1)))
+    step = next(iter(batches.ahead(config, planned, batches.Cursor(), student.trainable.limit, 1)))
     sequence = step.sequences[0].to(device)
     found: dict[str, tuple[float, float]] = {}
     signal.signal(signal.SIGALRM, _too_long)

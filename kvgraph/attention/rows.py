@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
+from kvgraph.attention.rope import Rotary
 from kvgraph.store.record import Record
 
 
@@ -45,7 +47,7 @@ class View:
             for a, b in gaps:
                 self.shown[a - lo : b - lo] = False
         positions = source.positions if isinstance(source, RowKV) else source.positions.numpy()
-        self.positions = positions[lo:hi]  # relative to the source's first token
+        self.positions = positions[lo:hi]  # as the source counts them: from its first token, or where it was gathered
         self.first = at + int(self.positions[0])
         self.last = at + int(self.positions[-1])
 
@@ -79,13 +81,50 @@ class RowKV:
 
 @dataclass
 class Row:
-    """One request's share of a step: new tokens at `positions` ([T] int64, the row's frame), what it sees, its own KV."""
+    """One request's share of a step: new tokens at `positions` ([T] int64, the row's frame), what it sees, its own KV.
+
+    joined: it continues the row before it in the step as the next link of a chain. It sees all that the chain's first row
+    sees, and all earlier rows of the chain, which are new and whole, except that the first may have a past. Its own views
+    are not used. lead: the position of its frame's origin in the frame of the chain's first row, higher than all positions
+    there.
+    """
 
     tokens: Sequence[int]
     positions: np.ndarray
     views: Sequence[View]
     kv: RowKV
+    joined: bool = False
+    lead: int = 0
 
     def commit(self) -> None:
         """Count the new tokens as part of the row's KV; to be called once, after the forward."""
         self.kv.length += len(self.tokens)
+
+
+MANY, SHORT = 16, 64  # at least so many views, of at most so many tokens on average, are gathered
+
+
+def gathered(
+    views: Sequence[View], shapes: Sequence[tuple[int, int, int]], rotaries: Sequence[Rotary | None]
+) -> Sequence[View]:
+    """The views of a row, many short ones copied side by side into one, with keys moved to where the row sees them.
+
+    A chat of a thousand messages is then one span to attend to, not a thousand. Views in groups, with gaps, or whose
+    positions aren't one after another stay. rotaries: of every layer. The copy costs one more rounding of 16-bit keys.
+    """
+    plain = sorted((v for v in views if v.weights is None and v.shown is None), key=lambda v: v.first)
+    total = sum(v.hi - v.lo for v in plain)
+    if len(plain) < MANY or total > SHORT * len(plain) or any(a.last >= b.first for a, b in pairwise(plain)):
+        return views
+    sample = plain[0].source.keys[0]
+    copy = RowKV(shapes, total, sample.dtype, sample.device)
+    copy.length = total
+    copy.positions[:] = np.concatenate([v.positions + v.at for v in plain])
+    at = torch.from_numpy(np.repeat([v.at for v in plain], [v.hi - v.lo for v in plain]))
+    tables = {id(r): tuple(t.to(sample.device) for t in r.table(at)) for r in rotaries if r is not None}
+    for layer, rotary in enumerate(rotaries):
+        keys = torch.cat([v.source.keys[layer][:, v.lo : v.hi] for v in plain], 1)
+        copy.keys[layer][:] = keys if rotary is None else rotary.rotate(keys, *tables[id(rotary)])
+        torch.cat([v.source.values[layer][:, v.lo : v.hi] for v in plain], 1, out=copy.values[layer])
+    ids = set(map(id, plain))
+    return [View(copy, 0, 0, total), *(v for v in views if id(v) not in ids)]

@@ -1,7 +1,7 @@
 """The gate: does this model, composed from stored KV, give the logits of one plain forward?
 
-Every case runs a plan through the engine and through `Plan.dense()` with the model's own attention, on random tokens,
-and compares the next-token logits. Correct is not yet good: `kvgraph.checks.quality` measures what a method costs an untuned model.
+Every case takes the logits of a plan from whoever composes it, and those of `Plan.dense()` with the model's own
+attention, on random tokens, and compares them. Correct is not yet good: `kvgraph.checks.quality` measures what a method costs an untuned model.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvgraph import memo, methods
 from kvgraph.edges import all_pairs, chain
-from kvgraph.engine.engine import Engine
 from kvgraph.errors import ModelError
-from kvgraph.graph import ContextGraph
+from kvgraph.graph import ContextGraph, Edge
 from kvgraph.models import Model
 from kvgraph.plan import Place, Plan, Span, contiguous
 from kvgraph.progress import Progress
@@ -32,6 +32,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 DRAWS = {torch.float32: 1, torch.float16: 3, torch.bfloat16: 3}
 SHORTEST = 256  # positions a model must allow for the cases to fit
 LONGEST = 4096  # tokens of the sliding-window case; a larger window is said to be untested
+
+Logits = Callable[[Plan], Tensor]  # next-token logits [V] float32 after a plan's last span, composed span by span
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,18 @@ class Case:
         return self.worst is None or self.worst <= self.limit
 
 
-def gate(model: Model, progress: bool | None = None) -> list[Case]:
-    """Run all cases on a model, in an engine of their own: what a broken model computes must reach no store."""
+def gate(model: Model, logits: Logits, progress: bool | None = None) -> list[Case]:
+    """Run all cases on a model. logits: see `kvgraph.engine.engine.composed`."""
     if model.limit < SHORTEST:
         raise ModelError(f"{model.name} allows only {model.limit} positions; the gate needs {SHORTEST}")
-    engine = Engine(model, kv_budget=2 * LONGEST * model.kv_bytes_per_token)
     plans = [_plans(model, seed) for seed in range(DRAWS[model.dtype])]
     results = []
     with Progress("checking", len(plans[0]), enabled=progress) as bar:
         for draws in zip(*plans, strict=True):
             name, what, plan = draws[0]
-            worst = None if plan is None else median(_difference(engine, p) for _, _, p in draws if p is not None)
+            worst = (
+                None if plan is None else median(_difference(model, logits, p) for _, _, p in draws if p is not None)
+            )
             tokens = 0 if plan is None else sum(map(len, plan.spans))
             results.append(Case(name, what, tokens, worst, TOLERANCE[model.dtype]))
             bar.advance(1)
@@ -74,7 +77,7 @@ def _plans(model: Model, seed: int) -> list[tuple[str, str, Plan | None]]:
     def ids(n: int) -> tuple[int, ...]:
         return tuple(random.randrange(model.vocab_size) for _ in range(n))
 
-    def plan(method: str, edges: tuple = (), **fields: Any) -> Plan:
+    def plan(method: str, edges: tuple[Edge, ...] = (), **fields: Any) -> Plan:
         return methods.get(method, **fields).plan(ContextGraph(segments, query, prefix, edges))
 
     segments, query, prefix = [ids(n) for n in (17, 24, 9)], ids(7), ids(5)
@@ -85,7 +88,7 @@ def _plans(model: Model, seed: int) -> list[tuple[str, str, Plan | None]]:
         ("shared", "re-encoded readers at shared positions", plan("graph-kv", all_pairs(3))),
         ("moved", "spans read elsewhere than computed", plan("graph-kv-rag", all_pairs(3))),
         ("rounds", "three rounds along a chain", plan("graph-kv", chain(3), rounds=3)),
-        ("gaps", "a live span with gaps between its tokens", _gaps(ids)),
+        ("gaps", "a prompt span with gaps between its tokens", _gaps(ids)),
         ("far", f"spans read at position {far:,}", _shifted(plan("block"), far - 62)),
     ]
     windows = [layer.window for layer in model.layers if layer.window is not None]
@@ -97,13 +100,13 @@ def _plans(model: Model, seed: int) -> list[tuple[str, str, Plan | None]]:
     return cases
 
 
-def require(model: Model) -> None:
+def require(model: Model, logits: Logits) -> None:
     """Raise ModelError unless the gate passes. A pass is remembered for this model, these versions and this device."""
     versions = [version(package) for package in ("kvgraph", "torch", "transformers")]
     key = " ".join([model.fingerprint, model.device.type, *versions])
     if memo.recall("gate", key):
         return
-    failed = [c for c in gate(model, progress=False) if not c.passed]
+    failed = [c for c in gate(model, logits, progress=False) if not c.passed]
     if failed:
         raise ModelError(
             f"{model.name} fails the gate: {', '.join(c.name for c in failed)} differ from a plain forward by up to "
@@ -113,20 +116,20 @@ def require(model: Model) -> None:
     memo.remember("gate", key, True)
 
 
-def _difference(engine: Engine, plan: Plan) -> float:
+def _difference(model: Model, logits: Logits, plan: Plan) -> float:
     dense = plan.dense()
-    logits = (
-        engine.model.dense(
-            torch.from_numpy(dense.tokens), torch.from_numpy(dense.positions), torch.from_numpy(dense.visible)
-        )[-1]
+    plain = (
+        model.dense(torch.from_numpy(dense.tokens), torch.from_numpy(dense.positions), torch.from_numpy(dense.visible))[
+            -1
+        ]
         .float()
         .cpu()
     )
-    return float((engine.logits(plan) - logits).abs().max() / logits.std())
+    return float((logits(plan) - plain).abs().max() / plain.std())
 
 
 def _gaps(ids: Callable[[int], tuple[int, ...]]) -> Plan:
-    """Two documents with two live tokens after each, then a query: KVLink's shape, without its reserved ids."""
+    """Two documents with two prompt tokens after each, then a query: KVLink's shape, without its reserved ids."""
     spans = [contiguous(ids(5), 0), contiguous(ids(11), 5), contiguous(ids(8), 18)]
     positions = (16, 17, 26, 27, *range(28, 33))
     places = (Place(0, 0), Place(1, 5), Place(2, 18))

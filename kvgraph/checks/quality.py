@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kvgraph.engine.engine import Engine
+from torch import Tensor
+
+from kvgraph.data import io
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph, Text
 from kvgraph.methods import Method
 from kvgraph.progress import Progress
+
+# Log-probabilities [n] of the tokens of an answer after a graph's query, under a method; see `Engine.scores`.
+Score = Callable[[ContextGraph, Text, str | Method], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Quality:
 
 
 def quality(
-    engine: Engine, method: str | Method, items: Iterable[tuple[ContextGraph, Text]], progress: bool | None = None
+    score: Score, method: str | Method, items: Iterable[tuple[ContextGraph, Text]], progress: bool | None = None
 ) -> Quality:
     """Score every (graph, answer) with `method` and with `full` on identical tokens."""
     pairs = list(items)
@@ -38,7 +44,7 @@ def quality(
     with Progress(f"scoring {name} against full", len(pairs), enabled=progress) as bar:
         for graph, answer in pairs:
             plain = ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix)
-            scores = [engine.score(graph, answer, method).scores, engine.score(plain, answer, "full").scores]
+            scores = [score(graph, answer, method), score(plain, answer, "full")]
             for i, s in enumerate(scores):
                 sums[i] -= float(s.sum())
             tokens += len(scores[0])
@@ -47,35 +53,22 @@ def quality(
 
 
 def read_items(path: Path, limit: int | None = None) -> list[tuple[ContextGraph, str]]:
-    """JSON Lines of {"question", "answer", "documents": [text or {"title", "text"}], "prefix"?, "edges"?} as graphs.
+    """Records {"question", "answer", "documents": [text or {"title", "text"}], "prefix"?, "edges"?} as graphs.
 
-    limit: read only the first items. Raises GraphError, naming file and line, for what isn't such an object.
+    path: a file or folder that `kvgraph.data.io` reads. limit: read only the first items. Raises GraphError, naming file
+    and line, for a record that isn't such an object.
     """
     items: list[tuple[ContextGraph, str]] = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise GraphError(f"can't read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise GraphError(f"can't read {path}: it is not UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if limit is not None and len(items) >= limit:
-            break
+    for where, row in islice(io.records(path, GraphError), limit):
         try:
-            items.append(_item(json.loads(line)))
+            items.append(_item(row))
         except GraphError as error:
-            raise GraphError(f"{path}:{number}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise GraphError(f"{path}:{number} is not JSON: {error}") from None
+            raise GraphError(f"{where}: {error}") from None
     return items
 
 
-def _item(row: Any) -> tuple[ContextGraph, str]:
-    """(graph, answer) of one line of a data file. Raises GraphError saying which field is wrong."""
-    if not isinstance(row, dict):
-        raise GraphError('every line must be an object with "question", "answer" and "documents"')
+def _item(row: dict[str, Any]) -> tuple[ContextGraph, str]:
+    """(graph, answer) of one record of a data file. Raises GraphError saying which field is wrong."""
     for field in ("question", "answer"):
         if not isinstance(row.get(field), str) or not row[field].strip():
             raise GraphError(f'needs "{field}", which must be text and not empty{_found(row, field)}')

@@ -57,8 +57,8 @@ def kvgraph(
     Encode a corpus, then ask about some of its documents: they are read from the store instead of being prefilled.
 
     \b
-      kvgraph encode MODEL corpus.jsonl --store kv
-      kvgraph ask MODEL "Who dug the harbour?" --documents corpus.jsonl --pick 0,3 --store kv
+      kvgraph encode MODEL corpus.jsonl --method block --store kv
+      kvgraph ask MODEL "Who dug the harbour?" --documents corpus.jsonl --pick 0,3 --method block --store kv
 
     Start with `kvgraph demo`. Before using a method other than `full` with a model that isn't tuned for it, see what it
     costs: `kvgraph check MODEL --method block --data questions.jsonl`.

@@ -39,7 +39,7 @@ def ask(
     documents: Documents,
     pick: Pick = None,
     store: StoreFolder = None,
-    method: MethodName = "block",
+    method: MethodName = None,
     edges: Edges = "",
     prefix: Prefix = "",
     template: Template = None,
@@ -66,10 +66,10 @@ def ask(
     of a chat template, into --prefix and QUESTION.
 
     \b
-      kvgraph ask ./llama "\\nWho dug the harbour?\\n" --documents corpus.jsonl --pick 0,3,7 --store kv
+      kvgraph ask ./llama "\\nWho dug the harbour?\\n" --documents corpus.jsonl --pick 0,3,7 --method block --store kv
       kvgraph ask ./llama "..." --documents corpus.jsonl --method graph-kv --edges top-k:3
     """
-    chosen = methods.parse(method)
+    chosen = None if method is None else methods.parse(method)
     graph = common.graph_of(
         common.chosen(documents, template, pick), common.unescaped(question), common.unescaped(prefix), edges
     )

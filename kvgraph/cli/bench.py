@@ -46,7 +46,7 @@ def bench(
         list[str] | None,
         typer.Option(help=f"Method to measure, with its fields; may be repeated [default: {', '.join(METHODS)}]."),
     ] = None,
-    edges: Annotated[str, typer.Option(help="Edges for graph-kv, as in `kvgraph ask`.")] = "top-k:1",
+    edges: Annotated[str, typer.Option(help="Edges for methods that read them, as in `kvgraph ask`.")] = "top-k:1",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's choice].")] = None,
     as_json: Json = False,
     dtype: Dtype = "auto",
@@ -67,24 +67,23 @@ def bench(
     names = method or list(METHODS)
     chosen = [methods.parse(name) for name in names]
     pairs = named_edges(edges, [""] * documents)
-    loaded = common.load_model(model, dtype, device, allow_untested, adapter)
     import torch
 
-    from kvgraph.checks.gate import require
-    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.engine import Engine, load_model
     from kvgraph.progress import Progress
 
     if threads is not None:
         torch.set_num_threads(threads)
-    if not no_check:
-        require(loaded)
+    loaded = load_model(
+        model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check
+    )
     rows = []
     with Progress("measuring", len(names) * repeats) as bar:
         for name, m in zip(names, chosen, strict=True):
             cold: list[Usage] = []
             warm: list[Usage] = []
             for i in range(-1, repeats):  # the first round only warms the machine up
-                graph = _graph(loaded, documents, length, seed=i, edges=pairs if m.name == "graph-kv" else ())
+                graph = _graph(loaded, documents, length, seed=i, edges=pairs if m.reads_edges else ())
                 engine = Engine(loaded, kv_budget=kv_budget)
                 for q, usages in ((0, cold), (1, warm)):
                     asked = graph.with_query(_ids(loaded, query, random.Random(f"{i} {q}")))

@@ -63,11 +63,11 @@ def check(
       kvgraph check ./llama --method block --documents docs --adapter docs-adapter
     """
     if (method is None) != (data is None and documents is None):
-        raise typer.BadParameter("--method belongs together with --data or --documents")
+        raise typer.BadParameter("--method and --data (or --documents) belong together")
     from kvgraph.checks.gate import gate
     from kvgraph.checks.quality import quality as measured
     from kvgraph.checks.quality import read_items
-    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.engine import Engine, composed
 
     chosen = None if method is None else methods.parse(method)
     items = read_items(data, limit) if data else []
@@ -81,8 +81,8 @@ def check(
         kv_budget=kv_budget,
         store=None,
     )
-    cases = gate(engine.model)
-    quality = None if chosen is None else measured(engine, chosen, items)
+    cases = gate(engine.model, composed(engine.model))
+    quality = None if chosen is None else measured(engine.scores, chosen, items)
     passed = all(case.passed for case in cases)
     if as_json:
         found = {
@@ -109,7 +109,7 @@ def _print_gap(model: str, adapter: str | None, documents: Path, method: str, li
     from kvgraph.train import tune
 
     passages = tune.passages_of(corpus.load(documents))
-    edges = "all" if methods.reads_edges(methods.parse(method)) else "none"
+    edges = "all" if methods.parse(method).reads_edges else "none"
     with tempfile.TemporaryDirectory() as scratch:
         tune.prepare(passages, Path(scratch), 0)
         lines = tune.measured(

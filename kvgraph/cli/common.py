@@ -62,10 +62,11 @@ AllowUntested = Annotated[
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the exactness gate (`kvgraph check`) while loading.")]
 StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of the store of KV records.")]
 MethodName = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--method",
-        help="full, block, kvlink, graph-kv or a preset; fields after a colon: graph-kv:rounds=2,layout=tight.",
+        help="full, block, kvlink, graph-kv, ... or a preset; fields after a colon: graph-kv:rounds=2,layout=tight "
+        "[default: the first that the model declares tuning for, else full].",
     ),
 ]
 Edges = Annotated[
@@ -98,7 +99,7 @@ def unescaped(text: str) -> str:
 
 
 def graph_of(
-    documents: Sequence[corpus.Document],
+    documents: Sequence[corpus.CorpusDocument],
     query: Text = "",
     prefix: Text = "",
     edges: str = "",
@@ -111,7 +112,9 @@ def graph_of(
     return ContextGraph(pieces, query, prefix, named_edges(edges, names or [""] * len(pieces)), names)
 
 
-def chosen(path: Path, template: str | None, pick: list[str] | None, token_ids: bool = False) -> list[corpus.Document]:
+def chosen(
+    path: Path, template: str | None, pick: list[str] | None, token_ids: bool = False
+) -> list[corpus.CorpusDocument]:
     """Documents of a corpus, all or the picked ones. token_ids: they are token ids written out, maybe as lists."""
     documents = corpus.load(path, None if template is None else unescaped(template), token_ids=token_ids)
     wanted = [ref.strip() for item in pick or () for ref in item.split(",") if ref.strip()]

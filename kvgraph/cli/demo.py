@@ -17,7 +17,7 @@ from kvgraph.cli import common
 from kvgraph.data import chat
 from kvgraph.data.chat import Document
 from kvgraph.data.world import tokenizer
-from kvgraph.data.world.world import CHUNKS, HOPS, PRONOUN, SHUFFLED, WRONG, Corpus, Question, World
+from kvgraph.data.world.world import CHUNKS, HOPS, PRONOUN, SHUFFLED, WRONG, Corpus, World, WorldQuestion
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
@@ -43,13 +43,13 @@ class Asked(NamedTuple):
     """A question about a corpus of the synthetic world."""
 
     corpus: Corpus
-    question: Question
+    question: WorldQuestion
 
     def graph(self, model: Model, method: Method) -> ContextGraph:
         """What the model is asked, as `kvgraph eval` asks it; with the corpus' edges where the method reads them."""
         documents = [Document(segment.text) for segment in self.corpus.segments]
         prompt = chat.plain(model.tokenizer, "\n\n", documents, self.question.text, "{text}\n")
-        return prompt.graph(self.corpus.edges if methods.reads_edges(method) else ())
+        return prompt.graph(self.corpus.edges if method.reads_edges else ())
 
     def is_right(self, result: Result) -> bool:
         """Whether the answer is the right one."""
@@ -186,7 +186,7 @@ def _explain(model: Model, right: Mapping[str, int]) -> None:
 Of the {EACH} questions like 2, graph-kv answers {right["graph-kv"]} ({others}). With wrong edges
 {wrong} of its answers are right, and {as_told} are what the wrong edges say. This is a tiny model in a synthetic
 world: it shows what edges can carry, not how good a method is on real text (`kvgraph eval` measures
-that), and there are ways to say the same in plain text (docs/world.md).
+that), and there are ways to say the same in plain text (docs/reference/world.md).
 """)
 
 

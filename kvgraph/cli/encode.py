@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,9 +36,8 @@ from kvgraph.plan import Plan
 
 if TYPE_CHECKING:
     from kvgraph.engine.engine import Engine
-    from kvgraph.engine.result import Usage
+    from kvgraph.engine.request import Request
 
-BATCH = 128  # documents tokenized, looked up and encoded together
 SAMPLE = 16  # documents timed for the estimate of --dry-run
 NAMED = 5  # skipped documents named one by one
 
@@ -58,7 +57,7 @@ def encode(
     model: ModelName,
     documents: Annotated[Path, typer.Argument(metavar="CORPUS", help="JSON Lines (also .gz), text file, or folder.")],
     store: StoreFolder = None,
-    method: MethodName = "block",
+    method: MethodName = None,
     template: Template = None,
     prefix: Prefix = "",
     dtype: Dtype = "auto",
@@ -77,12 +76,12 @@ def encode(
     was, and documents that are already stored cost nothing.
 
     \b
-      kvgraph encode ./llama corpus.jsonl --store kv --dry-run
-      kvgraph encode ./llama corpus.jsonl --store kv --template '{title}\\n{text}\\n'
+      kvgraph encode ./llama corpus.jsonl --method block --store kv --dry-run
+      kvgraph encode ./llama corpus.jsonl --method block --store kv --template '{title}\\n{text}\\n'
     """
     if store is None and not dry_run:
         raise typer.BadParameter("encode needs --store FOLDER (or --dry-run)")
-    chosen = methods.parse(method)
+    chosen = None if method is None else methods.parse(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
     where = None if dry_run else store
     from kvgraph.engine.engine import Engine
@@ -128,54 +127,58 @@ def _unlogged(name: str) -> Iterator[None]:
         logger.disabled = False
 
 
-def _encode(engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals) -> None:
+def _encode(
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, totals: _Totals
+) -> None:
     from kvgraph.progress import Progress
 
     started = time.perf_counter()
     with Progress("encoding", len(documents)) as bar:
-        for at in range(0, len(documents), BATCH):
-            batch = documents[at : at + BATCH]
-            graphs = []
-            for graph, plan in _planned(engine, batch, method, prefix, totals):
-                if _is_stored(engine, plan):
-                    totals.reused += _tokens(plan)
-                else:
-                    graphs.append(graph)
-            bar.advance(len(batch) - len(graphs), tokens=totals.computed)
 
-            def done(_: int, usage: Usage) -> None:
-                totals.computed += usage.computed_tokens
-                totals.reused += sum(usage.reused_tokens.values())
+        def missing() -> Iterator[Request]:
+            """Requests for the documents that aren't stored yet."""
+            for document in documents:
+                plan = _planned(engine, document, method, prefix, totals)
+                if plan is not None and not _is_stored(engine, plan):
+                    yield engine.prepare(plan, encode_only=True)
+                    continue
+                totals.reused += 0 if plan is None else _tokens(plan)
                 bar.advance(1, tokens=totals.computed)
 
-            engine.warm(graphs, method, progress=False, on_done=done)
-            totals.seconds = time.perf_counter() - started
-            if engine.store_error is not None:
-                raise engine.store_error
+        with closing(engine.run(missing())) as outcomes:
+            for _, result in outcomes:
+                if isinstance(result, KVGraphError):
+                    raise result
+                totals.computed += result.usage.computed_tokens
+                totals.reused += sum(result.usage.reused_tokens.values())
+                bar.advance(1, tokens=totals.computed)
+                if engine.store_error is not None:
+                    raise engine.store_error
+        engine.flush()
+        totals.seconds = time.perf_counter() - started
+        if engine.store_error is not None:
+            raise engine.store_error
 
 
 def _planned(
-    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, totals: _Totals
-) -> list[tuple[ContextGraph, Plan]]:
-    """Tokenized graphs and plans, one a document; documents that are empty or too big go to totals.skipped."""
-    planned = []
-    for document in documents:
-        # The query changes no document. The name is for errors: every document is the only one of its graph.
-        graph = ContextGraph([document.text], [0], prefix, names=[document.where]).tokenized(engine.encode)
-        if not graph.segments[0]:
-            totals.skipped.append(f"{document.where}: no tokens")
-            continue
-        plan = engine.plan(graph, method, probe=False)
-        size = _tokens(plan) * engine.model.kv_bytes_per_token
-        if plan.highest_position >= engine.model.limit or size > engine.scheduler.memory.budget:
-            totals.too_long += 1
-            totals.skipped.append(
-                f"{document.where}: {len(graph.segments[0]):,} tokens don't fit the model's {engine.model.limit:,} positions "
-                f"or the KV budget of {common.human_size(engine.scheduler.memory.budget)}"
-            )
-            continue
-        planned.append((graph, plan))
-    return planned
+    engine: Engine, document: corpus.CorpusDocument, method: Method | None, prefix: str, totals: _Totals
+) -> Plan | None:
+    """The plan of a graph with this document alone; one that is empty or too big goes to totals.skipped."""
+    # The query changes no document. The name is for errors: every document is the only one of its graph.
+    graph = ContextGraph([document.text], [0], prefix, names=[document.where]).tokenized(engine.tokenize)
+    if not graph.segments[0]:
+        totals.skipped.append(f"{document.where}: no tokens")
+        return None
+    plan = engine.plan(graph, method, probe=False)
+    budget = engine.scheduler.memory.budget
+    if plan.highest_position < engine.model.limit and _tokens(plan) * engine.model.kv_bytes_per_token <= budget:
+        return plan
+    totals.too_long += 1
+    totals.skipped.append(
+        f"{document.where}: {len(graph.segments[0]):,} tokens don't fit the model's {engine.model.limit:,} positions "
+        f"or the KV budget of {common.human_size(budget)}"
+    )
+    return None
 
 
 def _is_stored(engine: Engine, plan: Plan) -> bool:
@@ -190,31 +193,36 @@ def _tokens(plan: Plan) -> int:
 
 
 def _estimate(
-    engine: Engine, documents: Sequence[corpus.Document], method: Method, prefix: str, store: Path | None
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, store: Path | None
 ) -> None:
     """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
     totals = _Totals()
-    planned = _planned(engine, documents, method, prefix, totals)
+    plans = [plan for d in documents if (plan := _planned(engine, d, method, prefix, totals)) is not None]
     spans = {
         key: len(span)
-        for _, plan in planned
+        for plan in plans
         for key, span in zip(plan.keys(engine.model.fingerprint), plan.spans, strict=True)
         if key is not None
     }
     tokens = sum(spans.values())
-    graphs = [graph for graph, _ in planned]
     _report_skipped(totals)
-    typer.echo(f"documents   {len(graphs):,}")
+    typer.echo(f"documents   {len(plans):,}")
     typer.echo(f"tokens      {tokens:,}")
     typer.echo(f"KV on disk  {common.human_size(tokens * engine.model.kv_bytes_per_token)}{_free(store)}")
-    if graphs:
-        first = engine.warm(graphs[:1], method)  # slower than the others
-        more = graphs[1 :: max(1, len(graphs) // SAMPLE)]
-        sample = engine.warm(more, method, progress=False) if more else first
-        if sample.computed_tokens:
-            rate = sample.computed_tokens / sample.seconds
+    if plans:
+        first = _rate(engine, plans[:1])  # slower than the others
+        rate = _rate(engine, plans[1 :: max(1, len(plans) // SAMPLE)]) or first
+        if rate:
             typer.echo(f"time        about {common.human_time(tokens / rate)} at {rate:,.0f} tokens/s, without writing")
     typer.echo("nothing was written")
+
+
+def _rate(engine: Engine, plans: Sequence[Plan]) -> float:
+    """Tokens a second of encoding these plans; 0 if there was nothing to encode."""
+    started = time.perf_counter()
+    outcomes = [result for _, result in engine.run(engine.prepare(plan, encode_only=True) for plan in plans)]
+    computed = sum(result.usage.computed_tokens for result in outcomes if not isinstance(result, KVGraphError))
+    return computed / (time.perf_counter() - started)
 
 
 def _free(store: Path | None) -> str:

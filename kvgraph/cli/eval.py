@@ -88,24 +88,23 @@ def evaluate(
     if len(set(specs)) < len(specs):
         raise typer.BadParameter("the same --method is given twice")
     parsed = list(map(methods.parse, specs))
+    from kvgraph.data import tasks
     from kvgraph.data.items import read
     from kvgraph.eval import ablate as ablations
-    from kvgraph.eval import tasks
     from kvgraph.eval.run import evaluate, slug
 
     names = ablations.parse(ablate)
 
     chosen = tasks.get(task)
-    if edges is not None and not any(map(methods.reads_edges, parsed)):
+    if edges is not None and not any(m.reads_edges for m in parsed):
         raise typer.BadParameter(f"none of these methods reads edges: {', '.join(specs)}; leave --edges out")
     found = read(chosen, data, limit, shuffle=shuffle, seed=seed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    from kvgraph.checks.gate import require
-    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.engine import Engine, load_model
 
-    loaded = common.load_model(model, dtype, device, allow_untested, adapter)
-    if not no_check:
-        require(loaded)
+    loaded = load_model(
+        model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check
+    )
     assert out is not None
     options: dict[str, Any] = {"data": found, "edges": edges, "max_tokens": max_tokens, "seed": seed}
     summaries = []
@@ -134,7 +133,7 @@ def evaluate(
 
 def _list() -> None:
     """Print the tasks and methods there are."""
-    from kvgraph.eval.tasks import TASKS
+    from kvgraph.data.tasks import TASKS
 
     tasks = common.table("task", "metric", "what it is", left=3)
     for task in TASKS.values():

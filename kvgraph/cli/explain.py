@@ -13,6 +13,7 @@ from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import Documents, Edges, MethodName, Pick, Prefix, Template
 from kvgraph.errors import GraphError, ModelError
+from kvgraph.explain import explain as as_text
 
 
 def explain(
@@ -27,7 +28,7 @@ def explain(
     ] = False,
     question: Annotated[str | None, typer.Option(help="The query [default: a placeholder of one token or so].")] = None,
     pick: Pick = None,
-    method: MethodName = "block",
+    method: MethodName = None,
     edges: Edges = "",
     prefix: Prefix = "",
     template: Template = None,
@@ -43,16 +44,17 @@ def explain(
     sources = [source for source in (model, tokenizer) if source is not None]
     if len(sources) + ids != 1:
         raise typer.BadParameter("give one of MODEL, --tokenizer DIR or --ids, so that it is clear how to count tokens")
-    chosen = methods.parse(method)
+    chosen = None if method is None else methods.parse(method)
     found = common.chosen(documents, template, pick, token_ids=ids)
     if question is None:
         question = "0" if ids else "?"
+    tuned_for: tuple[str, ...] = ()
     if ids:
         graph = common.graph_of(found, _ids(question), _ids(prefix), edges, piece=_ids)
     else:
-        encode = _encoder(sources[0])
+        encode, tuned_for = _source(sources[0])
         graph = common.graph_of(found, common.unescaped(question), common.unescaped(prefix), edges).tokenized(encode)
-    typer.echo(str(chosen.plan(graph)))
+    typer.echo(as_text(methods.resolve(chosen, tuned_for).plan(graph)))
 
 
 def _ids(text: str) -> list[int]:
@@ -64,11 +66,12 @@ def _ids(text: str) -> list[int]:
     return [int(w) for w in words]
 
 
-def _encoder(source: str) -> Callable[[str], list[int]]:
+def _source(source: str) -> tuple[Callable[[str], list[int]], tuple[str, ...]]:
+    """What tokenizes as the model does, and the methods that the model declares tuning for."""
     from kvgraph import models
 
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1  # no hub name does, as for `ask`
     if looks_local and not Path(source).expanduser().is_dir():
         raise ModelError(f"there is no folder {source}")
     tokenizer = models.load_tokenizer(source)
-    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False), models.tuned_for(source)

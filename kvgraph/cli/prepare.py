@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvgraph.cli import common
+from kvgraph.progress import Progress
 
 if TYPE_CHECKING:
     from kvgraph.train.prepare.run import State
@@ -58,7 +58,7 @@ def prepare(
     """Prepare training data: train.jsonl, validation.jsonl, and prepared.json, which says what they are.
 
     Records are texts without prompts, for any model. Stop it whenever you like, even with kill -9: run the same command
-    again, and it goes on to the same files. docs/data.md says what they hold.
+    again, and it goes on to the same files. docs/reference/data.md says what they hold.
 
     \b
       kvgraph data prepare tulu --sample --out data/tulu
@@ -94,7 +94,7 @@ def prepare(
                 validation=validation,
                 limit=limit,
                 on_progress=bar.update,
-                say=bar.say,
+                say=bar.doing,
             )
     except KeyboardInterrupt:
         typer.echo("stopped; what is prepared is kept, run the same command again to go on", err=True)
@@ -104,46 +104,25 @@ def prepare(
         typer.echo(f"{name}: {bar.said}")
 
 
-class _Bar:
-    """A bar on the terminal, if there is one: records, and how many a second."""
+class _Bar(Progress):
+    """Records, and how many a second."""
 
     def __init__(self, label: str, total: int | None):
-        self.bar: Any = None
-        self.label, self.said, self.shown, self.before = label, "", 0.0, -1
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
-            self.bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(label, total=total, rate="")
+        super().__init__(label, total)
+        self.label, self.said, self.before = label, "", -1
 
     def update(self, state: State) -> None:
-        """Show how many records there are; at most ten times a second."""
-        now = time.perf_counter()
-        if self.bar is None or now - self.shown < 0.1:
-            return
+        """Show how many records there are."""
         records = sum(state["counts"][split]["records"] for split in ("train", "validation"))
         if self.before < 0:  # what an earlier run made says nothing about the rate
-            self.before, self.started = records, now
-        rate = (records - self.before) / max(1e-9, now - self.started)
-        self.bar.update(self.task, completed=records, rate=f"{rate:,.0f} records/s" if rate else "")
-        self.shown = now
+            self.before, self.started = records, time.perf_counter()
+        rate = (records - self.before) / max(1e-9, time.perf_counter() - self.started)
+        self.show(records, f"{rate:,.0f} records/s" if rate else "")
 
-    def say(self, text: str) -> None:
-        """Show what a source is doing, behind its name; the last of it is told at the end."""
+    def doing(self, text: str) -> None:
+        """Show what a source is doing, behind its name; the command ends with the last such text."""
         self.said = text
-        if self.bar is not None:
-            self.bar.update(self.task, description=f"{self.label}  {text}")
-
-    def __enter__(self) -> _Bar:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.show(label=f"{self.label}  {text}")
 
 
 def _list() -> None:

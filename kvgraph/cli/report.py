@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvgraph.cli import common
+from kvgraph.data import io
 
 if TYPE_CHECKING:
     from kvgraph.eval.compare import Comparison
@@ -54,7 +55,7 @@ def report(
         out = out or Path("report.html")
     for path, text in ((out, made.html), (markdown, made.markdown), (as_json, lambda: _json(made.as_json()))):
         if path is not None:
-            path.write_text(text(), encoding="utf-8")
+            io.write(path, text())
             typer.echo(f"wrote {path}", err=True)
     _show(made)
 
@@ -88,7 +89,7 @@ def _compare(a: Path, b: Path, as_json: Path | None) -> None:
 
     found = compare(a, b)
     if as_json is not None:
-        as_json.write_text(_json(found.as_json()), encoding="utf-8")
+        io.write_json(as_json, found.as_json())
     _show_comparison(found)
 
 

@@ -26,6 +26,8 @@ MaxSize = Annotated[
     ),
 ]
 
+Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys, or their first digits.")]
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -119,6 +121,32 @@ def prune(folder: Folder, max_size: MaxSize = None, older_than: Older = None) ->
         raise typer.BadParameter("say what to remove: --max-size SIZE, --older-than TIME, or both")
     removed, size = _opened(folder).prune(max_size, older_than)
     typer.echo(f"removed {removed:,} records ({common.human_size(size)})")
+
+
+@app.command()
+def pin(folder: Folder, keys: Keys) -> None:
+    """Protect records: they stay when others make room, and `prune` leaves them.
+
+    \b
+      kvgraph store pin --store kv 3f9a01c2
+    """
+    opened = _opened(folder)
+    for key in map(opened.find, keys):
+        opened.pin(key)
+        typer.echo(f"pinned {key}")
+
+
+@app.command()
+def unpin(folder: Folder, keys: Keys) -> None:
+    """Take the protection of `pin` back.
+
+    \b
+      kvgraph store unpin --store kv 3f9a01c2
+    """
+    opened = _opened(folder)
+    for key in map(opened.find, keys):
+        opened.unpin(key)
+        typer.echo(f"unpinned {key}")
 
 
 @app.command()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kvgraph.data import io
 
 
 def world(
@@ -20,8 +21,8 @@ def world(
         str,
         typer.Option(
             metavar="NAME=VALUE,...",
-            help="How corpora are made and told: split, entities, distractors, questions, types, order, edges, share, "
-            "prefix, gold_position; docs/world.md explains them.",
+            help="How corpora are made and told: split, entities, questions, types, order, edges, share, "
+            "prefix, statements; docs/reference/world.md explains them.",
         ),
     ] = "",
     out: Annotated[
@@ -47,10 +48,10 @@ def world(
         typer.echo("\n\n".join(map(str, shown)))
     if out is not None:
         made = replace(made, count=count or made.count)
-        with open(out, "w", encoding="utf-8") as file:
-            written = 0
+        written = 0
+        with io.replacing(out) as file:
             for record in records(made):
-                file.write(json.dumps(record) + "\n")
+                file.write(io.line(record))
                 written += 1
         typer.echo(f"{written:,} questions over {made.count:,} corpora in {out}")
     if tokenizer is not None:

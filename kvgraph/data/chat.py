@@ -2,7 +2,7 @@
 
 Whatever is cut, the pieces joined are the template's text, so a plain prefill of them is what the model was tuned on.
 Pieces are cut where nothing later can change them: turn k of a conversation is the same piece in turn k + 1, and its KV
-is found again. Pure Python: a tokenizer is only asked for `chat_template`, `apply_chat_template` and its ids.
+is found again. Pure Python: a tokenizer is only asked for `chat_template`, `apply_chat_template`, its ids and their offsets.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph, Edge, Text
 
 DOCUMENT = "{title}\n{text}\n\n"
+Messages = Sequence[Mapping[str, Any]]
 MARK = "\u2063kvgraph-{}\u2063"  # stands for a text while a template renders; invisible separators keep it unique
 
 
 class ChatError(GraphError):
-    """Messages can't be laid out: no chat template, a template that refuses them, or no user message for documents."""
+    """Messages can't be laid out: no chat template, or one that refuses or drops them; no user message for documents."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,29 @@ def opening(tokenizer: Any) -> tuple[int, ...]:
 
 def chat(
     tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Messages,
     documents: Sequence[Document] = (),
     *,
     template: str | None = None,
+    answer: bool = True,
+    proceed: bool = False,
     **variables: Any,
 ) -> Prompt:
     """Messages ({"role", "content"}), and the documents the last user message is about, as a prompt.
+
+    The prompt contains every message: a `developer` message is a `system` message to a template that doesn't know the
+    role, and a message that the template would leave out is an error. answer: end with the header of the answer.
+    proceed: the last message is the beginning of the answer, which is left open.
 
     Documents stand where the model's template has a place for them, as it writes them. Where it has none, and whenever
     `template` (see `DOCUMENT`) is given, they stand filled into that template at the start of the last user message, so
     that earlier turns stay a prefix. variables: further variables of the template. Raises ChatError.
     """
-    render = _Renderer(tokenizer, variables)
+    render = _Renderer(tokenizer, variables, answer, proceed)
+    messages = render.known(messages)
     if not documents:
-        whole = render(messages, answer=True)
-        cuts = render.cuts(whole, messages)
+        whole = render.whole(messages)
+        cuts = render.cuts(whole, messages[:-1] if proceed else messages)
         return Prompt(_pieces(whole, cuts), (), whole[cuts[-1] if cuts else 0 :])
     if template is None and (prompt := render.native(messages, documents)) is not None:
         return prompt
@@ -109,7 +117,7 @@ def chat(
         {**messages[last], "content": mark + str(messages[last]["content"])},
         *messages[last + 1 :],
     ]
-    before, *after = render(marked, answer=True).split(mark)
+    before, *after = render.whole(marked).split(mark)
     if len(after) != 1:
         raise ChatError("the chat template doesn't render the last user message exactly once; documents need that")
     cuts = [*render.cuts(before, messages[:last]), len(before)]
@@ -126,12 +134,45 @@ def plain(
 
 
 class _Renderer:
-    def __init__(self, tokenizer: Any, variables: Mapping[str, Any]):
+    def __init__(self, tokenizer: Any, variables: Mapping[str, Any], answer: bool, proceed: bool):
         if not getattr(tokenizer, "chat_template", None):
             raise ChatError("this model has no chat template; send a plain prompt, or give a template")
-        self.tokenizer, self.variables = tokenizer, variables
+        self.tokenizer, self.variables, self.answer, self.proceed = tokenizer, variables, answer, proceed
 
-    def __call__(self, messages: Sequence[Mapping[str, Any]], *, answer: bool, **more: Any) -> str:
+    def whole(self, messages: Messages, **more: Any) -> str:
+        """The prompt of messages, up to where the model goes on."""
+        if self.proceed:
+            return self(messages, answer=False, continue_final_message=True, **more)
+        return self(messages, answer=self.answer, **more)
+
+    def known(self, messages: Messages) -> Messages:
+        """The messages, with roles that the template renders. Raises ChatError for one that it would leave out."""
+        developers = {i for i, message in enumerate(messages) if message.get("role") == "developer"}
+        try:
+            lost = self._lost(messages)
+        except ChatError:  # many templates raise an error for a role that they don't know
+            if not developers:
+                raise
+            lost = sorted(developers)
+        if developers.intersection(lost):
+            messages = [{**m, "role": "system"} if i in developers else m for i, m in enumerate(messages)]
+            lost = self._lost(messages)
+        if lost:
+            role = messages[lost[0]].get("role")
+            raise ChatError(
+                f"the model's chat template leaves message {lost[0]} out of the prompt (role {role!r}); "
+                "send it in a role that the template renders, or in another place"
+            )
+        return messages
+
+    def _lost(self, messages: Messages) -> list[int]:
+        """The messages with a content that isn't rendered, by number. The content itself may also stand elsewhere."""
+        marks = [f"kvgraph{os.urandom(8).hex()}" if message.get("content") else "" for message in messages]
+        marked = [{**m, "content": mark} if mark else m for m, mark in zip(messages, marks, strict=True)]
+        text = self(marked, answer=self.answer)
+        return [i for i, mark in enumerate(marks) if mark not in text]
+
+    def __call__(self, messages: Messages, *, answer: bool, **more: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=answer, **self.variables, **more
@@ -139,28 +180,57 @@ class _Renderer:
         except Exception as error:  # a template is a program, and raises what it likes
             raise ChatError(f"the model's chat template refuses these messages: {error}") from None
 
-    def cuts(self, whole: str, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Where the first 1, 2, ... messages (see `_ends`) end in `whole`, where rendering them alone gives its beginning."""
+    def cuts(self, whole: str, messages: Messages) -> list[int]:
+        """Where the first 1, 2, ... messages (see `_ends`) end in `whole`.
+
+        That is where the text of these messages alone and any text with further messages part: a template may end a
+        conversation in a way that it ends no turn within one.
+        """
         ends: list[int] = []
         for i in _ends(len(messages)):
             try:
                 part = self(messages[:i], answer=False)
             except ChatError:  # some templates refuse a system message alone
                 continue
-            if whole.startswith(part) and (ends[-1] if ends else 0) < len(part) < len(whole):
-                ends.append(len(part))
+            end = self._shared(part, whole)
+            if i == len(messages):
+                end = min(end, self._shared(part, self._later(messages)))
+            if (ends[-1] if ends else 0) < end < len(whole):
+                ends.append(end)
         return ends
 
-    def native(self, messages: Sequence[Mapping[str, Any]], documents: Sequence[Document]) -> Prompt | None:
+    def _later(self, messages: Messages) -> str:
+        """What the messages may look like in the next turn; without a next message if the template allows none."""
+        role = "user" if messages[-1].get("role") == "assistant" else "assistant"
+        try:
+            return self([*messages, {"role": role, "content": MARK.format("later")}], answer=False)
+        except ChatError:
+            return self(messages, answer=False)
+
+    def _shared(self, part: str, whole: str) -> int:
+        """How many characters two texts begin with in common, up to the start of a token of both if they part in one."""
+        if whole.startswith(part):
+            return len(part)
+        same = len(os.path.commonprefix([part, whole]))
+        return max((at for at in self._starts(part) & self._starts(whole) if at <= same), default=0)
+
+    def _starts(self, text: str) -> set[int]:
+        """Where the tokens of a text begin; nowhere, as far as a tokenizer without offsets can tell."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return set()
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return {start for start, _ in encoded["offset_mapping"]}
+
+    def native(self, messages: Messages, documents: Sequence[Document]) -> Prompt | None:
         """The prompt as a template with a place for documents renders it; None when this one has no such place."""
         if "documents" not in str(self.tokenizer.chat_template) or any(d.tokens is not None for d in documents):
             return None
         key = os.urandom(8).hex()
         twice = [{"title": MARK.format("t" + key), "text": MARK.format("x" + key)}] * 2
-        parts = self(messages, answer=True, documents=twice).split(twice[0]["text"])
+        parts = self.whole(messages, documents=twice).split(twice[0]["text"])
         marks = [MARK.format(f"{i}-{key}") for i in range(len(documents))]
         listed = [{"title": d.title, "text": mark} for d, mark in zip(documents, marks, strict=True)]
-        whole = self(messages, answer=True, documents=listed)
+        whole = self.whole(messages, documents=listed)
         if len(parts) != 3 or any(whole.count(mark) != 1 for mark in marks):
             return None
         footer = os.path.commonprefix(parts[1:])  # what follows a document, whether or not another comes

@@ -1,37 +1,35 @@
-"""Corpora: documents from JSON Lines, text files and folders, one at a time. Pure Python.
+"""Corpora: documents from records, text files and folders, one at a time. Pure Python.
 
-JSON Lines are split on "\\n" only (not on the other line ends that may stand inside JSON strings). Each object is one
-document: a template such as "{title}\\n{text}\\n" says which fields make its text. A text file is one document; a
-folder is all its files, recursively, in sorted order, hidden ones left out. A name ending in .gz is decompressed.
+A record of a JSON Lines, JSON, CSV or Parquet file (`kvgraph.data.io`) is one document: a template such as
+"{title}\\n{text}\\n" says which fields make its text. Any other file is text, and one document. A folder stands for all
+files in it, recursively, in sorted order; hidden ones are left out. A name ending in .gz is decompressed.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import string
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from kvgraph.errors import KVGraphError
+from kvgraph.data import io
 
-JSONL_TEMPLATE = "{title}\n{text}\n"
+RECORD_TEMPLATE = "{title}\n{text}\n"
 TEXT_TEMPLATE = "{text}"
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
 ID_FIELDS = ("id", "_id")
+RECORDS = tuple(filter(None, io.SUFFIXES))
 
 
-class CorpusError(KVGraphError, ValueError):
+class CorpusError(io.DataError):
     """A corpus can't be read: no such file, a bad line, a missing field. The message names the file and line."""
 
 
 @dataclass(frozen=True)
-class Document:
-    """One document. name: its id (JSON Lines: field "id" or "_id"; files: the path in the folder), or "" without one.
+class CorpusDocument:
+    """One document. name: its id (records: field "id" or "_id"; text files: the path in the folder), or "" without one.
 
     where: the file and line it comes from, for messages.
     """
@@ -43,7 +41,7 @@ class Document:
 
 def load(
     path: str | Path, template: str | None = None, limit: int | None = None, token_ids: bool = False
-) -> list[Document]:
+) -> list[CorpusDocument]:
     """All documents of a corpus (or the first `limit`) in order; see `read`. Raises CorpusError when there are none."""
     documents = list(islice(read(path, template, token_ids), limit))
     if not documents:
@@ -51,11 +49,12 @@ def load(
     return documents
 
 
-def read(path: str | Path, template: str | None = None, token_ids: bool = False) -> Iterator[Document]:
-    """Documents of a JSON Lines file, a text file, or a folder of such files, as they are read.
+def read(path: str | Path, template: str | None = None, token_ids: bool = False) -> Iterator[CorpusDocument]:
+    """Documents of a file of records, a text file, or a folder of such files, as they are read.
 
-    template: fields in braces, "{{" for a brace. Unless given, JSON Lines use "{title}\\n{text}\\n" and text files their
-    text; text files have the fields `title` (the file's name without its ending) and `text`.
+    template: fields in braces, "{{" for a brace. Unless given, records use "{title}\\n{text}\\n" (CSV without a column
+    `title`: "{text}\\n") and text files their text. Text files have the fields `title` (the file's name without its
+    ending) and `text`.
     token_ids: a field may also be a list of integers, for documents that are token ids written out.
     Raises CorpusError, naming file and line: nothing there, no UTF-8, bad JSON, fields that the template needs missing
     or neither texts nor numbers; and for a template without any field.
@@ -66,13 +65,11 @@ def read(path: str | Path, template: str | None = None, token_ids: bool = False)
     if not root.is_dir():
         yield from _file(root, root.name, template, token_ids)
         return
-    for file in sorted(root.rglob("*")):
-        inside = file.relative_to(root)
-        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
-            yield from _file(file, inside.as_posix(), template, token_ids)
+    for file in io.files(root, CorpusError):
+        yield from _file(file, file.relative_to(root).as_posix(), template, token_ids)
 
 
-def pick(documents: Sequence[Document], wanted: Iterable[str]) -> list[Document]:
+def pick(documents: Sequence[CorpusDocument], wanted: Iterable[str]) -> list[CorpusDocument]:
     """The wanted documents in the order asked for. Each is a document's id, or else its number counted from 0.
 
     Raises CorpusError for one that is neither, or asked for twice, or for an id that several documents have.
@@ -103,43 +100,19 @@ def _number(ref: str) -> int:
     return int(ref) if ref.isascii() and ref.isdigit() and len(ref) <= 18 else -1
 
 
-def _file(path: Path, name: str, template: str | None, token_ids: bool) -> Iterator[Document]:
-    gz = path.suffix == ".gz"
-    try:
-        with gzip.open(path) if gz else open(path, "rb") as file:
-            if Path(path.stem if gz else path.name).suffix in JSONL_SUFFIXES:
-                yield from _json_lines(file, str(path), JSONL_TEMPLATE if template is None else template, token_ids)
-            else:
-                text = _decoded(file.read(), str(path))
-                fields = {"title": Path(name).stem, "text": text}
-                filled = _filled(TEXT_TEMPLATE if template is None else template, fields, str(path), token_ids)
-                yield Document(filled, name, str(path))
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "damaged"
-        raise CorpusError(f"can't read {path}: {reason}") from None
-
-
-def _json_lines(file: IO[bytes] | gzip.GzipFile, path: str, template: str, token_ids: bool) -> Iterator[Document]:
-    for number, raw in enumerate(file, 1):  # binary files split on b"\n" alone
-        where = f"{path}:{number}"
-        line = _decoded(raw, where)
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(f"{where} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise CorpusError(f"{where} holds a {type(row).__name__}; every line must be a JSON object")
-        name = next((str(row[f]) for f in ID_FIELDS if isinstance(row.get(f), str | int)), "")
-        yield Document(_filled(template, row, where, token_ids), name, where)
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise CorpusError(f"{where} is not UTF-8 text") from None
+def _file(path: Path, name: str, template: str | None, token_ids: bool) -> Iterator[CorpusDocument]:
+    if io.suffix(path) not in RECORDS:
+        fields = {"title": Path(name).stem, "text": io.read_text(path, CorpusError)}
+        filled = _filled(TEXT_TEMPLATE if template is None else template, fields, str(path), token_ids)
+        yield CorpusDocument(filled, name, str(path))
+        return
+    for where, row in io.records(path, CorpusError):
+        id_ = next((str(row[f]) for f in ID_FIELDS if isinstance(row.get(f), str | int)), "")
+        chosen = template
+        if chosen is None:
+            untitled = io.suffix(path) in io.TABLE and "title" not in row
+            chosen = "{text}\n" if untitled else RECORD_TEMPLATE
+        yield CorpusDocument(_filled(chosen, row, where, token_ids), id_, where)
 
 
 def _filled(template: str, fields: Mapping[str, Any], where: str, token_ids: bool) -> str:

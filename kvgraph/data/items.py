@@ -1,32 +1,25 @@
-"""Raw records, from a local path or the hub, and the items a task makes of them.
+"""The items that a task makes of raw records, from a local path or the hub.
 
-Local files: .jsonl or .ndjson (one JSON object a line; also a file without a suffix), .json (a list, or an object with a
-list under "data"), .parquet, the first three also with .gz. A folder is all such files in it, recursively, in sorted
-order. A task that knows its own layout (`Task.read`) reads the path itself. Some tasks make their records
-(`Task.generate`): "generated", or "generated:SETTINGS".
+Local files are read by `kvgraph.data.io`. A task that knows its own layout (`Task.read`) reads the path itself. Some
+tasks make their records (`Task.generate`): "generated", or "generated:SETTINGS".
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
 import random
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvgraph.data.task import Hub, Item, Task, TaskError
-from kvgraph.errors import KVGraphError
+from kvgraph.data import hub, io
+from kvgraph.data.task import Item, Task, TaskError
 
 HUB, GENERATED = "hub", "generated"
-LINES, WHOLE, PARQUET = (".jsonl", ".ndjson", ""), (".json",), (".parquet",)
-SUFFIXES = (*LINES, *WHOLE, *PARQUET)
-
-Record = tuple[str, Mapping[str, Any]]  # (where it stands, the record)
+Placed = tuple[str, Mapping[str, Any]]  # (where a record stands, the record)
 
 
 class Data(NamedTuple):
@@ -53,6 +46,8 @@ def read(task: Task, source: str | Path, limit: int | None = None, *, shuffle: b
     try:
         found = islice(_items(task, rows), None if shuffle else limit)
         items = tuple(_unique(found, rows))
+    except _Unreadable:
+        raise
     except TaskError as error:
         raise TaskError(f"{rows.where}: {error}" if rows.where else str(error)) from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a task stumbles over
@@ -64,10 +59,14 @@ def read(task: Task, source: str | Path, limit: int | None = None, *, shuffle: b
     return Data(items, str(source), rows.sha256.hexdigest(), limit, shuffle)
 
 
+class _Unreadable(TaskError):
+    """Says by itself where it went wrong, which isn't where the record before stands."""
+
+
 class _Rows:
     """Records on their way to a task: hashed, and with their place at hand."""
 
-    def __init__(self, records: Iterator[Record]):
+    def __init__(self, records: Iterator[Placed]):
         self.records = records
         self.where = ""
         self.sha256 = hashlib.sha256()
@@ -75,8 +74,6 @@ class _Rows:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for where, record in self.records:
             self.where = where
-            if not isinstance(record, Mapping):
-                raise TaskError(f"a record is a JSON object, not a {type(record).__name__}")
             text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
             try:
                 self.sha256.update(text.encode() + b"\n")
@@ -98,7 +95,7 @@ def _unique(items: Iterable[Item], rows: _Rows) -> Iterator[Item]:
         if not item.id or item.id in seen:
             first = f", as at {seen[item.id]}" if seen.get(item.id) else ""
             raise TaskError(f"the item's id {item.id!r} is {'used twice' + first if item.id else 'empty'}")
-        if not item.golds or not all(isinstance(gold, str) and gold.strip() for gold in item.golds):
+        if not item.references or not all(isinstance(r, str) and r.strip() for r in item.references):
             raise TaskError(f"item {item.id!r} has no answer, or an empty one, so nothing could be right")
         for name, value in item.facts.items():
             if not isinstance(value, str) and not math.isfinite(value):
@@ -107,7 +104,7 @@ def _unique(items: Iterable[Item], rows: _Rows) -> Iterator[Item]:
         yield item
 
 
-def _records(task: Task, source: str | Path) -> Iterator[Record]:
+def _records(task: Task, source: str | Path) -> Iterator[Placed]:
     if source == HUB:
         return _hub(task)
     kind, _, settings = str(source).partition(":")
@@ -117,115 +114,24 @@ def _records(task: Task, source: str | Path) -> Iterator[Record]:
     return _local(task, Path(source))
 
 
-def _local(task: Task, path: Path) -> Iterator[Record]:
+def _local(task: Task, path: Path) -> Iterator[Placed]:
     if not path.exists():
         raise TaskError(f"there is no file or folder {path}; --data takes a path, or {HUB!r}")
     if task.read is not None:
         for number, record in enumerate(task.read(path), 1):
             yield f"{path}, record {number}", record
-    elif path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES)
-        for file in inside:
-            if not any(part.startswith(".") for part in file.relative_to(path).parts):
-                yield from _file(file)
     else:
-        yield from _file(path)
+        yield from io.records(path, _Unreadable)
 
 
-def _suffix(path: Path) -> str:
-    """The suffix that says what is in a file: that before .gz if there is one."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
-
-
-def _file(path: Path) -> Iterator[Record]:
-    suffix = _suffix(path)
-    if suffix not in SUFFIXES:
-        raise TaskError(
-            f"{path}: {suffix} is none of {', '.join(filter(None, SUFFIXES))}, the first three also with .gz"
-        )
-    if suffix in PARQUET:
-        yield from _parquet(path)
-        return
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            if suffix in WHOLE:
-                yield from _whole(str(path), file.read())
-                return
-            for number, line in enumerate(file, 1):  # binary files split on b"\n" alone
-                if line.strip():
-                    yield f"{path}:{number}", _json(f"{path}:{number}", line)
-    except (OSError, EOFError, zlib.error) as error:
-        raise TaskError(f"can't read {path}: {getattr(error, 'strerror', None) or error or 'damaged'}") from None
-
-
-def _whole(where: str, raw: bytes) -> Iterator[Record]:
-    value = _json(where, raw)
-    listed = value.get("data") if isinstance(value, dict) else value
-    if not isinstance(listed, list):
-        raise TaskError(f"{where} holds neither a list of records nor one under 'data'")
-    for number, record in enumerate(listed, 1):
-        yield f"{where}, record {number}", record
-
-
-def _json(where: str, raw: bytes) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
-
-    try:
-        return json.loads(raw.decode("utf-8-sig"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise TaskError(f"{where} is not JSON in UTF-8: {error}") from None
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise TaskError(f"to read {path}, install pyarrow: pip install 'kvgraph[eval]'") from None
-    try:
-        number = 0
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", record
-    except (OSError, pyarrow.ArrowException) as error:
-        raise TaskError(f"can't read {path}: {_line(error)}") from None
-
-
-def _hub(task: Task) -> Iterator[Record]:
+def _hub(task: Task) -> Iterator[Placed]:
     if task.hub is None:
         raise TaskError(f"{task.name} has no data set on the hub; give --data PATH")
-    try:
-        if task.hub.file is not None:
-            yield from _local(task, _download(task.hub))
-            return
-        for number, record in enumerate(_stream(task.hub), 1):
-            yield f"{task.hub.name}, record {number}", record
-    except ImportError:
-        raise TaskError("to read from the hub, install datasets: pip install 'kvgraph[eval]'") from None
-    except KVGraphError:
-        raise
-    except Exception as error:  # the libraries' own, requests', ...
-        raise TaskError(f"can't get {task.hub.name} from the hub: {_line(error)}; or give --data PATH") from None
+    if task.hub.file is not None:
+        return _local(task, hub.download(task.hub, _no_hub))
+    name = task.hub.name
+    return ((f"{name}, record {i}", record) for i, record in enumerate(hub.Stream(task.hub, _no_hub), 1))
 
 
-def _download(hub: Hub) -> Path:
-    """One file of a data set, in the hub's own cache."""
-    from huggingface_hub import hf_hub_download
-
-    assert hub.file is not None
-    return Path(hf_hub_download(hub.name, hub.file, repo_type="dataset", revision=hub.revision))
-
-
-def _stream(hub: Hub) -> Iterator[Mapping[str, Any]]:
-    """A data set's records as they arrive."""
-    from datasets import load_dataset
-
-    return iter(load_dataset(hub.name, hub.config, split=hub.split, revision=hub.revision, streaming=True))
-
-
-def _line(error: Exception) -> str:
-    """An error's first line."""
-    return (str(error).strip() or repr(error)).split("\n")[0][:200]
+def _no_hub(text: str) -> TaskError:
+    return _Unreadable(f"{text}; or give --data PATH")

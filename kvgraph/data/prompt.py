@@ -23,7 +23,7 @@ def build(task: Task, item: Item, tokenizer: Any) -> Prompt:
     """
     instruction, question = task.instruction.strip(), task.question.format(question=item.question)
     if not getattr(tokenizer, "chat_template", None):
-        return chat.plain(tokenizer, instruction and f"{instruction}\n\n", item.documents, question, task.document)
+        return chat.plain(tokenizer, f"{instruction}\n\n", item.documents, question, task.document)
     user = {"role": "user", "content": question}
     if not instruction:
         return _chat(tokenizer, [user], task, item)

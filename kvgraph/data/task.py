@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvgraph.data.chat import Document
+from kvgraph.data.hub import Hub
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import Edge
 
@@ -26,7 +27,7 @@ class TaskError(KVGraphError, ValueError):
 class Item:
     """One question. Its documents are in the order of the record: best first where a retriever ranked them.
 
-    id: unique in the task and stable between runs. golds: every acceptable answer (for a summary: the reference).
+    id: unique in the task and stable between runs. references: every acceptable answer (for a summary: the reference).
     kind: the question's type, for breakdowns ("bridge", "comparison", ...). facts: further things to break down by
     (gold_position, hops, distractors, ...), plain numbers or texts. links: edges (source, reader) that the data itself
     has, by index. cluster: what the item shares with others, so that they tell less than as many unrelated ones (several
@@ -36,22 +37,12 @@ class Item:
 
     id: str
     question: str
-    golds: tuple[str, ...]
+    references: tuple[str, ...]
     documents: tuple[Document, ...] = ()
     kind: str = ""
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
     links: tuple[Edge, ...] = ()
     cluster: str = ""
-
-
-class Hub(NamedTuple):
-    """Where the full data set is on the hub: `datasets.load_dataset(name, config, split=split)`, or one file of it."""
-
-    name: str
-    config: str | None = None
-    split: str = "validation"
-    file: str | None = None
-    revision: str | None = None
 
 
 @dataclass(frozen=True)

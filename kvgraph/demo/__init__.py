@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from kvgraph.data.corpus import Document, load
+from kvgraph.data import io
+from kvgraph.data.corpus import CorpusDocument, load
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import Edge
 
@@ -32,7 +33,7 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 6, 4, 2, 64, 768
 SHARPNESS = 4  # standard deviation of attention scores: enough that a few keys among thousands matter
 
 
-def documents() -> list[Document]:
+def documents() -> list[CorpusDocument]:
     """The ten documents, in order."""
     return load(DOCUMENTS)
 
@@ -74,7 +75,7 @@ def write_model(folder: Path, seed: int = 0) -> None:
     tokenizer.add_special_tokens(SPECIAL)
     vocab = tokenizer.get_vocab_size()
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
+    io.write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -82,7 +83,7 @@ def write_model(folder: Path, seed: int = 0) -> None:
             "chat_template": CHAT_TEMPLATE,
         },
     )
-    _write_json(
+    io.write_json(
         folder / "config.json",
         {
             "architectures": ["LlamaForCausalLM"],
@@ -133,7 +134,3 @@ def _weights(vocab: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
             f"{layer}.mlp.down_proj.weight": random(HIDDEN, MLP),
         }
     return weights
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

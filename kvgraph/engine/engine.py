@@ -1,53 +1,56 @@
 """The engine: execute any plan, on one model, with one pool of KV and one store behind it.
 
 It knows nothing about methods or text beyond turning a graph into a plan with the method's own function. The loop is
-`submit -> step -> step -> ... -> result`; `generate`, `stream`, `warm` and `score` are short uses of it.
+`submit -> step -> step -> ... -> result`; `run` keeps several requests in it, and `generate`, `stream`, `encode` and
+`score` are short uses of these.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import psutil
 import torch
 from torch import Tensor
 
 from kvgraph import methods, models
+from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.probe import cost, probed
-from kvgraph.engine.request import UNCACHED, Request, sequence_of
+from kvgraph.engine.request import UNCACHED, Request
+from kvgraph.engine.request import Sequence as TokenSequence
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
 from kvgraph.engine.scheduler import Scheduler
 from kvgraph.errors import CapacityError, GraphError, KVGraphError, StoreError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
-from kvgraph.methods.base import Probing
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
-from kvgraph.store.base import Store
-from kvgraph.store.disk import DiskStore
+from kvgraph.store.base import Found, Store
+from kvgraph.store.open import open_store
 from kvgraph.store.record import Record
-from kvgraph.store.tiered import TieredStore
 
 log = logging.getLogger("kvgraph.engine")
 
 WRITES = 64  # records waiting to be written before encoding waits for the disk
+IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
 
 @dataclass
-class Warmed:
-    """What `Engine.warm` did. Tokens and bytes are of the spans that queries of these graphs will read."""
+class Encoded:
+    """What `Engine.encode` did. Tokens and bytes are of the spans that queries of these graphs will read."""
 
     graphs: int = 0
     computed_tokens: int = 0
@@ -88,7 +91,7 @@ class Engine:
         if store is not None and not isinstance(store, str | Path) and not hasattr(store, "get"):
             raise KVGraphError(f"store must be a folder or a store, not {type(store).__name__}")
         self.model, self.salt = model, salt
-        self.store = DiskStore(store, fingerprint=model.fingerprint) if isinstance(store, str | Path) else store
+        self.store = open_store(store, model.fingerprint) if isinstance(store, str | Path) else store
         self.store_errors = 0
         self.store_error: StoreError | None = None  # the first of them
         step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
@@ -99,7 +102,7 @@ class Engine:
         self._uncached = count()
         self._warned: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "kvgraph-writer") if self.store is not None else None
-        self._writes: list[Future] = []
+        self._writes: list[Future[None]] = []
 
     @classmethod
     def load(
@@ -122,59 +125,79 @@ class Engine:
         check=False skips the gate (`kvgraph check`), which refuses a model whose composed logits differ from a plain
         forward. The other arguments: see Engine. Raises ModelError with the reason.
         """
-        loaded = models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
-        if check:
-            from kvgraph.checks.gate import require
-
-            require(loaded)
+        loaded = load_model(
+            model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=check
+        )
         return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
-    def plan(self, graph: ContextGraph, method: str | Method = "full", *, probe: bool = True) -> Plan:
+    def plan(self, graph: ContextGraph, method: str | Method | None = None, *, probe: bool = True) -> Plan:
         """The plan of a graph: text is tokenized piece by piece with the model's tokenizer, then the method decides.
 
+        method: as text ("epic:k=8") or an instance; None is the model's default (see kvgraph.methods.resolve).
         A method that asks what the model makes of the documents (cacheblend) is told, by running its first layer here.
-        probe=False doesn't look: such a method then recomputes nothing, which is what `warm` encodes documents for.
+        probe=False doesn't look: such a method then recomputes nothing, which is what `encode` encodes documents for.
         """
         if not isinstance(graph, ContextGraph):
             raise GraphError(f"give a ContextGraph (or a list of them), not {type(graph).__name__}")
-        if isinstance(method, type):
-            raise GraphError(f"give a method's name or an instance, such as {method.__name__}(), not the class")
-        method = methods.get(method) if isinstance(method, str) else method
+        method = methods.resolve(method, self.model.tuned_for)
         if not graph.is_tokenized:
-            graph = graph.tokenized(self.encode)
+            graph = graph.tokenized(self.tokenize)
         self._warn_untuned(method)
-        if isinstance(method, Probing) and method.needs_probe:
+        if method.needs_probe:
             if probe:
                 return probed(self.model, graph, method, self.scheduler.max_step_tokens)
             method = method.selecting([])
         return method.plan(graph)
 
+    @overload
+    def generate(
+        self,
+        graph: ContextGraph,
+        method: str | Method | None = ...,
+        params: SamplingParams | None = ...,
+        *,
+        first_logits: bool = ...,
+        **sampling: Any,
+    ) -> Result: ...
+
+    @overload
+    def generate(
+        self,
+        graph: Sequence[ContextGraph],
+        method: str | Method | None = ...,
+        params: SamplingParams | None = ...,
+        *,
+        first_logits: bool = ...,
+        **sampling: Any,
+    ) -> list[Result]: ...
+
     def generate(
         self,
         graph: ContextGraph | Sequence[ContextGraph],
-        method: str | Method = "full",
+        method: str | Method | None = None,
         params: SamplingParams | None = None,
         *,
         first_logits: bool = False,
         **sampling: Any,
-    ) -> Any:
+    ) -> Result | list[Result]:
         """Answer a graph (-> Result) or several at once (-> list of Result, batched together).
 
         params or its fields as keywords (max_tokens=…, temperature=…). first_logits keeps the logits of the first step.
         """
         graphs = list(graph) if isinstance(graph, Sequence) else [graph]
         params = params_of(params, sampling)
-        requests: list[Request] = []
-        with self._all_or_none(requests):
-            for g in graphs:
-                requests.append(self.submit(self.plan(g, method), params, first_logits=first_logits))
-            results = [self.wait(r) for r in requests]
-        return results if isinstance(graph, Sequence) else results[0]
+        requests = [self.prepare(self.plan(g, method), params, first_logits=first_logits) for g in graphs]
+        results = dict(self._results(requests))
+        return [results[i] for i in range(len(graphs))] if isinstance(graph, Sequence) else results[0]
 
     def stream(
-        self, graph: ContextGraph, method: str | Method = "full", params: SamplingParams | None = None, **sampling: Any
+        self,
+        graph: ContextGraph,
+        method: str | Method | None = None,
+        params: SamplingParams | None = None,
+        **sampling: Any,
     ) -> Iterator[Chunk]:
         """Answer a graph piece by piece; the last chunk carries the Result. It starts with the first `next`.
 
@@ -182,67 +205,80 @@ class Engine:
         """
         yield from self.chunks(self.submit(self.plan(graph, method), params_of(params, sampling)))
 
-    def warm(
+    def encode(
         self,
         graph: ContextGraph | Sequence[ContextGraph],
-        method: str | Method = "full",
+        method: str | Method | None = None,
         *,
         progress: bool | None = None,
-        on_done: Callable[[int, Usage], None] | None = None,
-    ) -> Warmed:
+    ) -> Encoded:
         """Encode what queries over these graphs will read, into the pool and the store; a query isn't needed.
 
-        progress: a bar on the terminal (default: when there is one and several graphs). on_done(i, usage) is called as
-        graph i is finished. Returns totals.
+        progress: a bar on the terminal (default: when there is one and several graphs). Returns totals.
         """
         graphs = list(graph) if isinstance(graph, Sequence) else [graph]
-        started, total = time.perf_counter(), Warmed(graphs=len(graphs))
-        pending: dict[Request, int] = {}  # -> the graph's number, in order of submission
-
-        def finish(most: int) -> None:
-            """Run steps until at most `most` graphs are pending."""
-            while len(pending) > most:
-                self._advance(next(iter(pending)))
-                for request in [r for r in pending if r.finished]:
-                    i = pending.pop(request)
-                    usage = self.wait(request).usage
-                    total.add(usage)
-                    bar.advance(1, tokens=total.computed_tokens)
-                    if on_done:
-                        on_done(i, usage)
-
-        with Progress("encoding", len(graphs), enabled=progress) as bar, self._all_or_none(pending):
-            for i, g in enumerate(graphs):
-                g = g if g.has_query else g.with_query([0])  # the query changes no document
-                plan = self.plan(g, method, probe=False)
-                pending[self.submit(plan, SamplingParams(max_tokens=1), encode_only=True)] = i
-                finish(most=2 * WRITES)
-            finish(most=0)
+        started, total = time.perf_counter(), Encoded(graphs=len(graphs))
+        with Progress("encoding", len(graphs), enabled=progress) as bar:
+            for _, result in self._results(self.prepare_encoding(g, method) for g in graphs):
+                total.add(result.usage)
+                bar.advance(1, tokens=total.computed_tokens)
         self.flush()
         total.seconds = time.perf_counter() - started
         return total
 
-    def score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method = "full") -> Result:
+    def score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method | None = None) -> Result:
         """Log-probabilities of a given answer after the graph's query: Result.scores, one a token of the answer."""
-        return self.wait(self.submit_score(graph, answer, method))
+        return self.wait(self._enqueued(self.prepare_score(graph, answer, method)))
 
-    def submit_score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method = "full") -> Request:
-        """Queue what `score` does; `wait` gives the result."""
+    def scores(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method | None = None) -> Tensor:
+        """The scores of `score` alone: [n] float32."""
+        return self.score(graph, answer, method).scores
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def run(
+        self, requests: Iterable[Request | KVGraphError], *, in_flight: int = IN_FLIGHT
+    ) -> Generator[tuple[int, Result | KVGraphError]]:
+        """Answer prepared requests, `in_flight` of them at once: (i, what came of request i), in the order they end.
+
+        A request is taken from the iterable when there is room for it. What a user can cause ends one request and is its
+        outcome; an error that stands in a request's place, because it couldn't be prepared, is passed on. Any other error
+        is raised. Then, and when the iterator is closed, all requests in the engine are cancelled.
+        """
+        pending: dict[Request, int] = {}
+        with self._all_or_none(pending):
+            for i, request in enumerate(requests):
+                if isinstance(request, KVGraphError):
+                    yield i, request
+                    continue
+                pending[self._enqueued(request)] = i
+                while len(pending) >= in_flight:
+                    yield from self._finished(pending)
+            while pending:
+                yield from self._finished(pending)
+
+    def prepare_encoding(self, graph: ContextGraph, method: str | Method | None = None) -> Request:
+        """A request that encodes what queries over this graph will read. Errors: see `plan` and `prepare`."""
+        graph = graph if graph.has_query else graph.with_query([0])  # the query changes no document
+        return self.prepare(self.plan(graph, method, probe=False), encode_only=True)
+
+    def prepare_score(
+        self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method | None = None
+    ) -> Request:
+        """A request that scores an answer, as `score` does. Errors: see `plan` and `prepare`."""
         if not graph.is_tokenized:
-            graph = graph.tokenized(self.encode)
-        ids = self.encode(answer) if isinstance(answer, str) else list(answer)
+            graph = graph.tokenized(self.tokenize)
+        ids = self.tokenize(answer) if isinstance(answer, str) else list(answer)
         if not ids or not graph.has_query:
             raise GraphError("scoring needs a query and an answer of at least one token each")
         plan = self.plan(graph.with_query([*graph.query, *ids[:-1]]), method)
-        return self.submit(plan, SamplingParams(max_tokens=1), answer=ids)
+        return self.prepare(plan, SamplingParams(max_tokens=1), answer=ids)
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
     def submit(self, plan: Plan, params: SamplingParams | None = None, **options: Any) -> Request:
         """Queue a plan; drive it with `wait`, `chunks` or `step`. Arguments and errors: see `prepare`."""
-        request = self.prepare(plan, params, **options)
-        self.enqueue(request)
-        return request
+        return self._enqueued(self.prepare(plan, params, **options))
 
     def prepare(
         self,
@@ -257,13 +293,13 @@ class Engine:
         """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
 
         encode_only: stop when every cached span is encoded. answer: score these tokens instead of decoding; all but the
-        last of them end the plan's live span. salt: another tenant's than the engine's. Raises PlanError or
+        last of them end the plan's prompt span. salt: another tenant's than the engine's. Raises PlanError or
         CapacityError if the request could never run.
         """
         params = params or SamplingParams()
         keys = plan.keys(self.model.fingerprint, self.salt if salt is None else salt)
         pool_keys = [k if k is not None else f"{UNCACHED}{next(self._uncached)}" for k in keys[:-1]]
-        live = plan.live
+        live = plan.prompt
         new = min(params.max_tokens, self.model.limit - live.positions[-1])
         own = 0 if encode_only else len(live)
         usage = Usage(sum((p.hi or 0) - p.lo for p in live.sees) + own, computed_tokens=own, live_tokens=own)
@@ -273,8 +309,8 @@ class Engine:
             keys=pool_keys,
             params=params,
             sampler=Sampler(params, prompt_tokens(plan)),
-            stream=TextStream(self.decode, params.stop),
-            sequence=sequence_of(live, pool_keys, max(0, new - 1)),
+            stream=TextStream(self.detokenize, params.stop),
+            sequence=TokenSequence(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
             answer=tuple(answer),
             keep_logits=first_logits,
@@ -330,14 +366,14 @@ class Engine:
             self.scheduler.cancel(request)
 
     def logits(self, plan: Plan) -> Tensor:
-        """Next-token logits [V] float32 after a plan's live span."""
+        """Next-token logits [V] float32 after a plan's prompt span."""
         result = self.wait(self.submit(plan, SamplingParams(max_tokens=1, ignore_eos=True), first_logits=True))
         assert result.first_logits is not None
         return result.first_logits
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Token ids of one piece of text, no special tokens added."""
         if self.model.tokenizer is None:
             raise GraphError("this model has no tokenizer; give token ids instead of text")
@@ -347,9 +383,9 @@ class Engine:
             raise GraphError(
                 f"character {error.start} of a text is half of a surrogate pair; send whole ones"
             ) from None
-        return self.model.tokenizer.encode(text, add_special_tokens=False)
+        return list(self.model.tokenizer.encode(text, add_special_tokens=False))
 
-    def decode(self, tokens: list[int]) -> str:
+    def detokenize(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out; empty for a model without a tokenizer."""
         return "" if self.model.tokenizer is None else self.model.tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -359,7 +395,7 @@ class Engine:
         """Where a span's KV is now: "memory" or the store's first tier that has it; None: nowhere. Changes nothing."""
         if self.scheduler.memory.pool.contains(key):
             return self.scheduler.memory.pool.name
-        tiers = self.store.tiers if isinstance(self.store, TieredStore) else [self.store] if self.store else []
+        tiers = () if self.store is None else self.store.tiers
         return next((tier.name for tier in tiers if tier.contains(key)), None)
 
     def forget(self, keys: Iterable[str]) -> None:
@@ -404,6 +440,30 @@ class Engine:
             if not request.finished:
                 self.scheduler.step()
 
+    def _enqueued(self, request: Request) -> Request:
+        self.enqueue(request)
+        return request
+
+    def _finished(self, pending: dict[Request, int]) -> Iterator[tuple[int, Result | KVGraphError]]:
+        """Run a step; the requests that are finished leave `pending`."""
+        self._advance(next(iter(pending)))
+        for request in [r for r in pending if r.finished]:
+            yield pending.pop(request), self._outcome(request)
+
+    def _outcome(self, request: Request) -> Result | KVGraphError:
+        try:
+            return self.wait(request)
+        except KVGraphError as error:
+            return error
+
+    def _results(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
+        """As `run`, but the first error is raised."""
+        with closing(self.run(requests)) as outcomes:
+            for i, outcome in outcomes:
+                if isinstance(outcome, KVGraphError):
+                    raise outcome
+                yield i, outcome
+
     @contextmanager
     def _all_or_none(self, requests: Iterable[Request]) -> Iterator[None]:
         """Whatever goes wrong inside, Ctrl-C among it, none of the requests is left running."""
@@ -414,14 +474,9 @@ class Engine:
                 self.cancel(request)
             raise
 
-    def _fetch(self, key: str) -> tuple[Record | None, str]:
-        if self.store is None:
-            return None, ""
-        if isinstance(self.store, TieredStore):
-            record, tier = self.store.get_with_tier(key)
-        else:
-            record, tier = self.store.get(key), self.store.name
-        return (None, "") if record is None else (on_device(record, self.model.device), tier)
+    def _fetch(self, key: str) -> Found | None:
+        found = None if self.store is None else self.store.get(key)
+        return None if found is None else (on_device(found[0], self.model.device), found[1])
 
     def _save(self, record: Record) -> None:
         """Hand a record to the writer thread; a full queue makes encoding wait for the disk."""
@@ -451,13 +506,34 @@ class Engine:
             log.warning("the store can't remove records: %s", error)
 
     def _warn_untuned(self, method: Method) -> None:
-        if method.name != "full" and method.name not in self.model.tuned_for and method.name not in self._warned:
+        if method.needs_tuning and method.name not in self.model.tuned_for and method.name not in self._warned:
             self._warned.add(method.name)
             warnings.warn(
                 f"this model doesn't declare tuning for {method.name!r}; answers may be worse than with 'full'. "
                 f"`kvgraph check MODEL --method {method.name} --data FILE` measures by how much",
-                stacklevel=4,
+                stacklevel=_outside(),
             )
+
+
+def load_model(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    allow_untested: bool = False,
+    check: bool = True,
+) -> models.Model:
+    """Load a model and, unless check is False, run the gate. Raises ModelError with the reason."""
+    loaded = models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
+    if check:
+        gate.require(loaded, composed(loaded))
+    return loaded
+
+
+def composed(model: models.Model) -> gate.Logits:
+    """What the gate compares: logits of plans from an engine of their own. What a broken model computes reaches no store."""
+    return Engine(model, kv_budget=2 * gate.LONGEST * model.kv_bytes_per_token).logits
 
 
 def on_device(record: Record, device: torch.device) -> Record:
@@ -476,10 +552,10 @@ def on_device(record: Record, device: torch.device) -> Record:
 
 
 def prompt_tokens(plan: Plan) -> Iterator[int]:
-    """Every token the answer can attend to before decoding: what the live span sees, and the live span itself."""
-    for place in plan.live.sees:
+    """Every token the answer can attend to before decoding: what the prompt span sees, and the prompt span itself."""
+    for place in plan.prompt.sees:
         yield from plan.spans[place.span].tokens[place.lo : place.hi]
-    yield from plan.live.tokens
+    yield from plan.prompt.tokens
 
 
 def params_of(params: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
@@ -496,4 +572,12 @@ def default_budget(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
     if device.type != "cpu":
         raise CapacityError(f"give kv_budget: kvgraph can't tell how much memory a {device.type!r} device has")
-    return psutil.virtual_memory().available // 2
+    return int(psutil.virtual_memory().available) // 2
+
+
+def _outside() -> int:
+    """How many frames above its caller the first one is that runs no code of this file, for a warning's stacklevel."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame, depth = frame.f_back, depth + 1
+    return depth

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from kvgraph.attention.rows import Row, RowKV
 from kvgraph.attention.step import Step
 from kvgraph.errors import PlanError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import Probing, ids
+from kvgraph.methods.base import Method, ids
 from kvgraph.models import Model
 from kvgraph.plan import Plan
 
@@ -38,7 +39,7 @@ def cost(plan: Plan) -> tuple[int, float]:
     return (plan.probe_tokens, plan.probe_seconds) if isinstance(plan, ProbedPlan) else (0, 0.0)
 
 
-def probed(model: Model, graph: ContextGraph, method: Probing, step_tokens: int) -> ProbedPlan:
+def probed(model: Model, graph: ContextGraph, method: Method, step_tokens: int) -> ProbedPlan:
     """The plan of a tokenized graph by a method that needs deviations. At most `step_tokens` tokens run at once.
 
     Raises GraphError or PlanError, before anything runs, for a graph that the method can't plan or the model can't read.
@@ -93,7 +94,7 @@ def _second_layer(model: Model, sequences: Sequence[tuple[Sequence[int], int]], 
     while rows := _next_rows(sequences, kvs, step_tokens):
         step = Step(rows, layers, model.rotaries, model.device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *more, step: Step = step) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *more: Any, step: Step = step) -> Tensor:
             if layer < LAYER:
                 return step(layer, q, k, v, *more)
             for row, here in zip(step.rows, step.spans, strict=True):

@@ -14,13 +14,13 @@ from kvgraph.engine.sampling import Sampled
 class Usage:
     """What one request read and computed. Times are seconds; bytes are of KV.
 
-    prompt_tokens: tokens the answer could attend to before decoding: every span version the live span sees, and the
-    live span itself. computed_tokens: tokens this request ran through the model before its first output token (spans
-    it was first to need, and its live span). reused_tokens: span tokens it did not compute, by where they came from:
+    prompt_tokens: tokens the answer could attend to before decoding: every span version the prompt span sees, and the
+    prompt span itself. computed_tokens: tokens this request ran through the model before its first output token (spans
+    it was first to need, and its prompt span). reused_tokens: span tokens it did not compute, by where they came from:
     "memory", "disk" (or another tier's name), "shared" (another running request was already encoding them).
     probe_tokens: tokens run through the model's first layer alone before the plan was made (cacheblend); they are in no
     other number. probe: the seconds this took; submission is counted from its beginning, so they are in queued too.
-    kv_bytes: stored KV its live span reads plus its own. From submission: queued, until it was admitted; encoded, until
+    kv_bytes: stored KV its prompt span reads plus its own. From submission: queued, until it was admitted; encoded, until
     everything it reads was at hand; ttft, until its first token. decode: first to last token.
     """
 
@@ -39,7 +39,7 @@ class Usage:
 
     @property
     def document_tokens_computed(self) -> int:
-        """Computed tokens besides the live span's: 0 when every document came from a store."""
+        """Computed tokens besides the prompt span's: 0 when every document came from a store."""
         return self.computed_tokens - self.live_tokens
 
 

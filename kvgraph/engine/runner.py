@@ -86,14 +86,15 @@ class CudaRunner(Runner):
         tables.fill(step, staging)
         event.record()
         graph.replay()
-        return logits[: len(step.want)]
+        found: Tensor = logits[: len(step.want)]
+        return found
 
     def _captured(self, step: Any, sizes: Any, flags: Any) -> Any:
         """(tables, graph, logits) of one size of step; None if the model's forward can't be captured."""
         from kvgraph.attention.cuda import Attention, Tables
 
         model = self.model
-        tables = Tables(model.device, sizes, step.windows, flags.groups)
+        tables = Tables(model.device, sizes, step.windows, flags.groups, step.scratch(sizes.tokens))
         staging, event = self._upload_buffer(tables.layout.end)
         tables.fill(step, staging)
         event.record()
@@ -102,7 +103,7 @@ class CudaRunner(Runner):
             attention = Attention(tables, flags, model.layers, self.rotaries, step.tune, self._partial)
             return model.forward(tables.tokens, tables.positions, attention, tables.want)
 
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             forward()  # compiles the kernels, and lets libraries allocate what they keep
@@ -120,7 +121,7 @@ class CudaRunner(Runner):
 
     def _upload_buffer(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
         """Pinned memory of at least `size` int64 that no upload reads any more, and the event to record after its upload."""
-        staging, event = self._staging.pop(0) if len(self._staging) >= UPLOADS else (None, torch.cuda.Event())
+        staging, event = self._staging.pop(0) if len(self._staging) >= UPLOADS else (None, _event())
         event.synchronize()
         if staging is None or len(staging) < size:
             staging = torch.empty(max(size, 1 << 15), dtype=torch.int64, pin_memory=torch.cuda.is_available())
@@ -134,3 +135,7 @@ def runner_for(model: Model) -> Runner:
     if model.device.type == "cuda" and torch.version.cuda and find_spec("triton") and uniform:
         return CudaRunner(model)
     return Runner(model)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -1,6 +1,6 @@
 """Continuous batching: which rows run in the next step, and what their results change.
 
-Everything is a row: a span being encoded, a live span being prefilled, a request decoding one token. A step serves
+Everything is a row: a span being encoded, a prompt span being prefilled, a request decoding one token. A step serves
 decoding rows first, then prefill, then encoding, up to a number of tokens; long rows run in chunks.
 
 A request is admitted when it fits `kvgraph.engine.admission.Memory`. What it then misses is encoded once for everyone
@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.rows import Row, RowKV, View
+from kvgraph.attention.rows import Row, RowKV, View, gathered
 from kvgraph.engine.admission import Memory
-from kvgraph.engine.request import Encoding, Request, Sequence, sequence_of
+from kvgraph.engine.request import Encoding, Request, Sequence, continues
 from kvgraph.engine.result import Result
 from kvgraph.engine.runner import runner_for
 from kvgraph.errors import PlanError
 from kvgraph.models import Model
+from kvgraph.store.base import Found
 from kvgraph.store.record import Record
 
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
@@ -33,7 +34,7 @@ Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its
 class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
-    fetch(key): a record from the backing store and its tier's name, or None. save(record): hand a new record to it.
+    fetch(key): a record of the backing store and its tier's name, or None. save(record): hand a new record to it.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Scheduler:
         model: Model,
         budget: int,
         max_step_tokens: int,
-        fetch: Callable[[str], tuple[Record | None, str]],
+        fetch: Callable[[str], Found | None],
         save: Callable[[Record], None],
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
@@ -97,9 +98,10 @@ class Scheduler:
             assert not self.running, "admitted requests, but nothing can run"  # better than waiting forever
             return
         new = [e.sequence for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
-        self.memory.make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
+        copies = max((s.to_gather for s in new), default=0)  # only the first row of a chain gathers
+        self.memory.make_room((sum(s.capacity for s in new) + copies) * self.model.kv_bytes_per_token)
         try:
-            rows = [self._row(owner.sequence, count) for owner, count in work]
+            rows = self._rows(work)
             want, counts = self._wanted(work)
             logits = self.runner.run(rows, want)
         except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
@@ -136,7 +138,7 @@ class Scheduler:
         for owner in owners:
             if not self._ready_beside(owner, complete):
                 continue
-            parts = 1 + len(owner.sequence.places)
+            parts = 1 + owner.sequence.parts
             count = min(owner.sequence.left, tokens, max(1, pairs // parts))
             if count <= 0 or (work and pairs < parts):
                 break
@@ -150,16 +152,41 @@ class Scheduler:
         """Whether all that a row reads is there, or will be in a step that completes these encodings."""
         if isinstance(owner, Request):
             return not owner.encode_only and owner.missing <= complete
-        return all(k in complete or k in self.memory.pool for k, *_ in owner.sequence.places)
+        if owner.follows is not None:  # which had all that this reads, but itself
+            return owner.follows.key in complete or owner.follows.key not in self.encodings
+        return all(seen.key in complete or seen.key in self.memory.pool for seen in owner.sequence.places)
 
-    def _row(self, sequence: Sequence, count: int) -> Row:
-        """The next `count` tokens of a sequence; its KV is allocated with its first row."""
-        if sequence.kv is None:
-            sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
-            sequence.kv.positions[: len(sequence.positions)] = sequence.positions
-            sequence.views = [View(self._source(key), *how) for key, how in sequence.places]
-        here = slice(sequence.done, sequence.done + count)
-        return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
+    def _rows(self, work: list[Work]) -> list[Row]:
+        """The next tokens of each. A new link of a chain whose last link ends in the same step is joined to it."""
+        rows: list[Row] = []
+        before: Encoding | None = None  # the row before, if another can be joined to it
+        lead = 0
+        for owner, count in work:
+            sequence = owner.sequence
+            joined = before is not None and owner.follows is before and sequence.done == 0
+            if sequence.kv is None:
+                sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
+                sequence.kv.positions[: len(sequence.positions)] = sequence.positions
+            lead = lead + sequence.span.start - before.sequence.span.start if joined and before is not None else 0
+            views = () if joined else self._views(sequence)
+            here = slice(sequence.done, sequence.done + count)
+            rows.append(Row(sequence.tokens[here], sequence.positions[here], views, sequence.kv, joined, lead))
+            before = owner if isinstance(owner, Encoding) and count == sequence.left else None
+        return rows
+
+    def _views(self, sequence: Sequence) -> list[View]:
+        """What a sequence's rows see; short spans are gathered once all of them are there."""
+        if sequence.views is not None:
+            return list(sequence.views)
+        views = [View(self._source(seen.key), *seen[1:]) for seen in sequence.places]
+        if any(isinstance(view.source, RowKV) for view in views):
+            return views  # of sources beside it in this step: next time they are records
+        if sequence.to_gather:
+            rotaries = [None if x.rotary is None else self.model.rotaries[x.rotary] for x in self.model.layers]
+            views = list(gathered(views, self.shapes, rotaries))
+            sequence.copied = sum(view.source.nbytes for view in views if isinstance(view.source, RowKV))
+        sequence.views = views
+        return views
 
     def _source(self, key: str) -> Record | RowKV:
         """What a row reads: a record that is pinned, or the KV of a row of the same step that completes it."""
@@ -177,7 +204,7 @@ class Scheduler:
         for owner, count in work:
             before = len(want)
             if isinstance(owner, Request):
-                first = len(owner.plan.live.tokens) - max(1, len(owner.answer))
+                first = len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
                 want.extend(range(start + skipped, start + count))
             counts.append(len(want) - before)
@@ -287,7 +314,7 @@ class Scheduler:
                 if not encoding.waiters:
                     del self.encodings[key]
         request.missing = set()
-        request.sequence.kv, request.sequence.views = None, []
+        request.sequence.kv, request.sequence.views = None, ()
         if error is not None:
             request.error = error
             return
@@ -326,9 +353,9 @@ class Scheduler:
                     self._ready(request)
 
     def _resolve(self, request: Request) -> None:
-        """Find or start everything the live span reads; what is missing pulls in its own sources, transitively."""
+        """Find or start everything the prompt span reads; what is missing pulls in its own sources, transitively."""
         usage, spans = request.usage, request.plan.spans
-        need = sorted({p.span for p in request.plan.live.sees})
+        need = sorted({p.span for p in request.plan.prompt.sees})
         seen: set[str] = set()
         stack = need[::-1]
         started: list[int] = []
@@ -349,30 +376,37 @@ class Scheduler:
             if tier in (None, "shared"):
                 request.missing.add(key)
                 stack.extend(p.span for p in span.sees)
+        before, last = -1, None
         for index in sorted(started):  # plan order: sources before their readers
-            self.encodings[request.keys[index]] = self._encoding(request, index)
+            encoding = self._encoding(request, index)
+            encoding.follows = last if last is not None and continues(spans, index, before) else None
+            self.encodings[encoding.key] = encoding
+            before, last = index, encoding
+        if last is not None and continues(spans, len(spans) - 1, before):
+            request.follows = last
         for key in request.missing:
             self.encodings[key].waiters.add(request)
 
     def _find(self, key: str) -> str | None:
         """Where a record was found ("memory" or a tier of the store); it is in the pool afterwards."""
-        if self.memory.pool.get(key) is not None:
+        if key in self.memory.pool:
             return "memory"
-        record, tier = self.fetch(key)
-        if record is None:
+        found = self.fetch(key)
+        if found is None:
             return None
+        record, tier = found
         self.memory.make_room(record.nbytes)
         self.memory.keep(record)
         return tier
 
     def _encoding(self, request: Request, index: int) -> Encoding:
         span = request.plan.spans[index]
-        return Encoding(request.keys[index], sequence_of(span, request.keys), persistent=span.cached)
+        return Encoding(request.keys[index], Sequence(span, request.keys), persistent=span.cached)
 
     def _ready(self, request: Request) -> None:
-        """Everything the live span reads is in the pool: intermediate versions are no longer needed."""
+        """Everything the prompt span reads is in the pool: intermediate versions are no longer needed."""
         request.usage.encoded = time.perf_counter() - request.submitted
-        wanted = {request.keys[p.span] for p in request.plan.live.sees}
+        wanted = {request.keys[p.span] for p in request.plan.prompt.sees}
         for key in [k for k in request.held if k not in wanted]:
             self.memory.release(request, key)
         request.usage.kv_bytes = self.memory.held_bytes(request, wanted)

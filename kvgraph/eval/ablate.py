@@ -9,7 +9,6 @@ the new order; an item's own links are about documents, so they follow them.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,20 +16,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from kvgraph.data import io
 from kvgraph.data.prompt import LINKS, edges_of
 from kvgraph.data.task import Item, Task
 from kvgraph.errors import GraphError
 from kvgraph.eval import runs, stats
 from kvgraph.eval.stats import Difference
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import GraphKV, Method, reads_edges
+from kvgraph.methods import Method
 
 if TYPE_CHECKING:
     from kvgraph.engine.engine import Engine
 
 BASE = "base"
 DISTRACTORS = (0, 1, 2, 4, 8, 16)
-ROUNDS = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,7 @@ Ablation = Callable[[Variant, int], Iterable[Variant]]  # (base, seed) -> varian
 
 def mask_and_positions(base: Variant, seed: int) -> Iterator[Variant]:
     """Who reads whom, and shared positions: each alone, and neither."""
-    method = base.method
-    if not isinstance(method, GraphKV) or method.layout not in ("aligned", "tight"):
-        return
-    plain = replace(method, layout="sequential", band=None)
-    yield replace(base, name="mask-only", about="the edges, at sequential positions", method=plain)
-    yield replace(base, name="positions-only", about="shared positions, without edges", edges="none")
-    yield replace(base, name="neither", about="sequential positions, without edges (block)", method=plain, edges="none")
+    return _of_method(base, "mask-positions")
 
 
 def random_edges(base: Variant, seed: int) -> Iterator[Variant]:
@@ -63,7 +56,7 @@ def random_edges(base: Variant, seed: int) -> Iterator[Variant]:
 
     Drawn for every item by itself, by the seed and the item's id, and never the graph it had if there is another.
     """
-    if reads_edges(base.method):
+    if base.method.reads_edges:
         items = [replace(item, links=_relabelled(item, base.edges, seed)) for item in base.items]
         about = "as many edges, between random documents"
         yield replace(base, name="random-edges", about=about, items=items, edges=LINKS)
@@ -71,37 +64,25 @@ def random_edges(base: Variant, seed: int) -> Iterator[Variant]:
 
 def reversed_edges(base: Variant, seed: int) -> Iterator[Variant]:
     """Every edge turned round: sources read their readers."""
-    if reads_edges(base.method):
+    if base.method.reads_edges:
         items = [replace(item, links=tuple((r, s) for s, r in indexed_edges(item, base.edges))) for item in base.items]
         yield replace(base, name="reversed-edges", about="every edge turned round", items=items, edges=LINKS)
 
 
 def rounds(base: Variant, seed: int) -> Iterator[Variant]:
     """How often caches travel along the edges: 0, 1, 2 and 3 rounds."""
-    method = base.method
-    if not isinstance(method, GraphKV) or method.layout == "packed":
-        return
-    for n in ROUNDS:
-        if n != method.rounds:
-            yield replace(
-                base,
-                name=f"rounds-{n}",
-                about="1 round" if n == 1 else f"{n} rounds",
-                method=replace(method, rounds=n),
-                edges=base.edges if n else "none",
-            )
+    return _of_method(base, "rounds")
 
 
 def keep(base: Variant, seed: int) -> Iterator[Variant]:
     """Whether the query still sees a reader's standalone version: dropped (`keep=read`) or kept (`keep=all`)."""
-    method = base.method
-    if not isinstance(method, GraphKV) or method.layout == "packed":
-        return
-    if method.keep == "read":
-        about, other = "standalone versions kept for the query", replace(method, keep="all")
-    else:
-        about, other = "standalone versions dropped unless read", replace(method, keep="read")
-    yield replace(base, name=f"keep-{other.keep}", about=about, method=other)
+    return _of_method(base, "keep")
+
+
+def _of_method(base: Variant, ablation: str) -> Iterator[Variant]:
+    """What the method itself has to be compared with."""
+    for name, about, method, edges in base.method.variations().get(ablation, ()):
+        yield replace(base, name=name, about=about, method=method, edges=base.edges if edges else "none")
 
 
 def order(base: Variant, seed: int) -> Iterator[Variant]:
@@ -169,7 +150,7 @@ def variants(base: Variant, names: Iterable[str], seed: int = 0) -> tuple[list[V
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow:
     """One variant's line: its run, and its difference to the base with Holm's correction over all lines."""
 
     run: runs.Run
@@ -182,7 +163,7 @@ class Row:
 class Table:
     """An ablation's result, base first. `left_out` says what was not run, and why."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[AblationRow, ...]
     left_out: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -242,7 +223,7 @@ def run(
     from kvgraph.eval.run import evaluate
 
     spec = task.edges if edges is None else edges
-    base = Variant(BASE, "", method, items, spec if reads_edges(method) else "none")
+    base = Variant(BASE, "", method, items, spec if method.reads_edges else "none")
     made, left_out = variants(base, names, seed)
     for variant in [base, *made]:
         with open_engine() as engine:
@@ -251,8 +232,8 @@ def run(
                 edges=variant.edges, seed=seed, ablation=None if variant is base else variant.name, **options,
             )  # fmt: skip
     table = compare([base, *made], out, left_out, seed)
-    (out / "table.md").write_text(table.markdown(), encoding="utf-8")
-    (out / "table.json").write_text(json.dumps(table.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    io.write(out / "table.md", table.markdown())
+    io.write_json(out / "table.json", table.as_json())
     return table
 
 
@@ -261,8 +242,8 @@ def compare(ran: Sequence[Variant], out: Path, left_out: Iterable[str] = (), see
     base, *others = [runs.Run.load(out / variant.name) for variant in ran]
     found = [runs.compared(base, other, seed=seed) for other in others]
     corrected = stats.holm([difference.p for difference in found if difference])
-    rows = [Row(base, ran[0].about)]
-    rows += map(Row, others, (variant.about for variant in ran[1:]), found, corrected)
+    rows = [AblationRow(base, ran[0].about)]
+    rows += map(AblationRow, others, (variant.about for variant in ran[1:]), found, corrected)
     return Table(tuple(rows), tuple(left_out))
 
 
@@ -334,15 +315,6 @@ def _is_same(one: Variant, other: Variant) -> bool:
 
 
 def _shape(variant: Variant, item: Item) -> Any:
-    """What a variant makes of an item's documents: of methods that read edges the plan, else the method alone decides.
-
-    In the plan the documents stand for 1, 2, 3, ... tokens, all different.
-    """
-    method = variant.method
-    if not isinstance(method, GraphKV):
-        return method
-    if method.band is not None:
-        method = replace(method, band=max(method.band, len(item.documents)))
-    ids = iter(range(1, (len(item.documents) + 1) ** 2))
-    segments = [[next(ids) for _ in range(i + 1)] for i in range(len(item.documents))]
-    return method.plan(ContextGraph(segments, query=[0], edges=indexed_edges(item, variant.edges)))
+    """What decides the plan of an item's documents, whatever their lengths."""
+    documents = ContextGraph([""] * len(item.documents), edges=indexed_edges(item, variant.edges))
+    return variant.method.outline(documents)

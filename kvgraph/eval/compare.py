@@ -15,7 +15,7 @@ OUTCOME = {"scores", "by", "sets", "errors", "finish", "tokens", "timing"}  # of
 UNIMPORTANT = {"environment.started", "environment.finished"}
 
 
-class Row(NamedTuple):
+class ComparisonRow(NamedTuple):
     """One score of both runs on the items they share, and the paired test."""
 
     name: str
@@ -35,9 +35,9 @@ class Flip(NamedTuple):
     def cells(self) -> tuple[str, ...]:
         """Texts for a line of a table."""
         values = [f"{100 * line['scores'][self.metric]:.0f}" for line in (self.a, self.b)]
-        golds = " / ".join(self.a.get("golds", ()))
+        references = " / ".join(self.a.get("golds", ()))
         answers = [line.get("error") or line.get("extracted", "") for line in (self.a, self.b)]
-        return self.id[:40], *values, *(" ".join(text.split())[:60] for text in (golds, *answers))
+        return self.id[:40], *values, *(" ".join(text.split())[:60] for text in (references, *answers))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Comparison:
     a: Run
     b: Run
     settings: tuple[tuple[str, Any, Any], ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     flips: tuple[Flip, ...]
     costs: tuple[tuple[str, str, str], ...]
     warnings: tuple[str, ...]
@@ -103,7 +103,7 @@ def compare(a: Path, b: Path) -> Comparison:
     return Comparison(left, right, settings, rows, flips, tuple(_costs(left, right)), tuple(warnings))
 
 
-def _rows(a: Run, b: Run) -> Iterator[Row]:
+def _rows(a: Run, b: Run) -> Iterator[ComparisonRow]:
     for metric in dict.fromkeys([a.headline, *a.summary["scores"]]):
         yield from _row(metric, a, b, metric)
     for name, values in a.summary["by"].items():
@@ -111,7 +111,7 @@ def _rows(a: Run, b: Run) -> Iterator[Row]:
             yield from _row(f"{a.headline}, {name.replace('_', ' ')} {value}", a, b, a.headline, (name, value))
 
 
-def _row(name: str, a: Run, b: Run, metric: str, only: tuple[str, str] | None = None) -> Iterator[Row]:
+def _row(name: str, a: Run, b: Run, metric: str, only: tuple[str, str] | None = None) -> Iterator[ComparisonRow]:
     """The row of a metric over the shared items, or over those whose kind or fact has this value; none without items."""
     scores = [
         (result["scores"][metric], b.by_id[result["id"]]["scores"][metric], result)
@@ -123,7 +123,7 @@ def _row(name: str, a: Run, b: Run, metric: str, only: tuple[str, str] | None = 
     if scores:
         first, second, results = zip(*scores, strict=True)
         difference = stats.paired(first, second, stats.clusters_of(results))
-        yield Row(name, sum(first) / len(first), sum(second) / len(second), difference)
+        yield ComparisonRow(name, sum(first) / len(first), sum(second) / len(second), difference)
 
 
 def _value(result: Mapping[str, Any], breakdown: str) -> str:

@@ -10,8 +10,9 @@ of the harness's own `hf` model, and repeated examples are computed once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,14 +40,14 @@ BLANK_LINES = re.compile(r"\n\n+")
 class KVGraphLM(TemplateLM):
     """A model for the harness. Arguments are those of `--model_args`.
 
-    pretrained: folder or hub name. method: as in `kvgraph ask --method`. edges: as in `--edges`, for methods that read
+    pretrained: folder or hub name. method: as in `kvgraph ask --method`, the model's default unless given. edges: as in `--edges`, for methods that read
     them. store: a folder that keeps KV between runs. adapter: a LoRA adapter to merge. max_gen_toks: tokens of an answer when the task doesn't say.
     """
 
     def __init__(
         self,
         pretrained: str,
-        method: str = "full",
+        method: str | None = None,
         edges: str = "",
         store: str | None = None,
         adapter: str | None = None,
@@ -61,7 +62,8 @@ class KVGraphLM(TemplateLM):
         self.engine = Engine.load(pretrained, adapter=adapter, dtype=str(dtype), device=device, store=store)
         if self.engine.model.tokenizer is None:
             raise KVGraphError(f"{pretrained} has no tokenizer; the harness works on text")
-        self.method, self.edges, self.max_gen_toks = methods.parse(method), edges, max_gen_toks
+        self.method = methods.resolve(method, self.engine.model.tuned_for)
+        self.edges, self.max_gen_toks = edges, max_gen_toks
         self.tokenizer = self.engine.model.tokenizer
 
     @property
@@ -117,7 +119,7 @@ class KVGraphLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers; sampling arguments that mean nothing here are an error, not silence."""
 
-        def submit(instance: Instance) -> Request:
+        def prepared(instance: Instance) -> Request:
             context, wanted = instance.args
             options = normalize_gen_kwargs(wanted, self.max_gen_toks)
             most, sample = options.pop("max_gen_toks"), options.pop("do_sample")
@@ -135,41 +137,43 @@ class KVGraphLM(TemplateLM):
             encoded = self._encoded(context)
             ids = encoded["input_ids"]
             graph = self._graph(ids, self._cuts(context, encoded), keep=self.max_length - most)
-            return self.engine.submit(self.engine.plan(graph, self.method), params)
+            return self.engine.prepare(self.engine.plan(graph, self.method), params)
 
-        answers = []
-        for instance, result in zip(requests, self._run("generating", requests, submit, disable_tqdm), strict=True):
-            answers.append(result.text)
-            self.cache_hook.add_partial("generate_until", instance.args, result.text)
+        answers = [""] * len(requests)
+        for i, result in self._run("generating", requests, prepared, disable_tqdm):
+            answers[i] = result.text
+            self.cache_hook.add_partial("generate_until", requests[i].args, result.text)
         return answers
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        def submit(request: tuple[tuple[str, str], list[int], list[int]]) -> Request:
+        def prepared(request: tuple[tuple[str, str], list[int], list[int]]) -> Request:
             texts, context, answer = request
             cuts = self._cuts(texts[0], self._encoded(texts[0])) if texts else []
             graph = self._graph(context, cuts, keep=self.max_length + 1 - len(answer))
-            return self.engine.submit_score(graph, answer, self.method)
+            return self.engine.prepare_score(graph, answer, self.method)
 
-        scores = []
-        for request, result in zip(requests, self._run("scoring", requests, submit, disable_tqdm), strict=True):
-            scores.append((float(result.scores.double().sum()), result.greedy))
-            if request[0] is not None:
-                self.cache_hook.add_partial("loglikelihood", request[0], scores[-1])
+        scores = [(0.0, False)] * len(requests)
+        for i, result in self._run("scoring", requests, prepared, disable_tqdm):
+            scores[i] = (float(result.scores.double().sum()), result.greedy)
+            if requests[i][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], scores[i])
         return scores
 
-    def _run(self, what: str, items: Sequence[Any], submit: Any, quiet: bool) -> Iterator[Result]:
-        """Results in order, a window of requests at once in the scheduler."""
-        waiting: list[Request] = []
-        left = iter(items)
-        with Progress(what, len(items), enabled=False if quiet else None) as bar:
-            waiting += map(submit, islice(left, WINDOW))
-            while waiting:
-                result = self.engine.wait(waiting.pop(0))
-                waiting += map(submit, islice(left, 1))
+    def _run(
+        self, what: str, items: Sequence[Any], prepared: Callable[[Any], Request], quiet: bool
+    ) -> Iterator[tuple[int, Result]]:
+        """(number of the item, its result) as they end, a window of requests at once in the engine."""
+        with (
+            Progress(what, len(items), enabled=False if quiet else None) as bar,
+            closing(self.engine.run(map(prepared, items), in_flight=WINDOW)) as outcomes,
+        ):
+            for i, outcome in outcomes:
+                if isinstance(outcome, KVGraphError):
+                    raise outcome
                 bar.advance(1)
-                yield result
+                yield i, outcome
 
     def _encoded(self, text: str, special: bool | None = None) -> Any:
         if special is None and text.startswith(self.tokenizer.decode(self.prefix_token_id)):

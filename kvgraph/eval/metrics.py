@@ -1,7 +1,7 @@
-"""What an answer is worth: scores of one answer, what of it is scored, and scores of whole sets. See docs/eval.md.
+"""Metrics: scores of one answer, the part of it that is scored, and scores of whole sets. See docs/reference/evaluation.md.
 
-A metric is a function (answer, golds) -> number in [0, 1], `golds` being every acceptable answer. Where the papers' code
-gives a point for nothing, it isn't given here: a gold without any letter or digit (after normalising, for metrics that
+A metric is a function (answer, references) -> number in [0, 1], `references` being every acceptable answer. Where the papers' code
+gives a point for nothing, it isn't given here: a reference without any letter or digit (after normalising, for metrics that
 normalise) never matches, although an empty text is a part of every text.
 """
 
@@ -22,22 +22,6 @@ Metric = Callable[[str, Sequence[str]], float]
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def flatten(answers: Any) -> tuple[str, ...]:
-    """Every answer of arbitrarily nested lists, as text, each once, in order; None and blank texts are left out.
-
-    Raises TypeError for anything but texts, numbers and lists.
-    """
-    if answers is None:
-        return ()
-    if isinstance(answers, str):
-        return (answers,) if answers.strip() else ()
-    if isinstance(answers, int | float) and not isinstance(answers, bool):
-        return (str(answers),)
-    if not isinstance(answers, list | tuple):
-        raise TypeError(f"answers are texts, numbers or lists of them, not {type(answers).__name__}")
-    return tuple(dict.fromkeys(text for answer in answers for text in flatten(answer)))
-
-
 def normalise(text: str) -> str:
     """SQuAD's normalisation: lower case, no ASCII punctuation, no words a, an, the, single spaces.
 
@@ -47,70 +31,72 @@ def normalise(text: str) -> str:
     return " ".join(regex.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def substring_em(answer: str, golds: Sequence[str]) -> float:
-    """1 if any normalised gold is a part of the normalised answer: "best_subspan_em" of Lost in the Middle
+def substring_em(answer: str, references: Sequence[str]) -> float:
+    """1 if any normalised reference is a part of the normalised answer: "best_subspan_em" of Lost in the Middle
     (arXiv 2307.03172), used unchanged by Block-Attention, KVLink and Graph-KV. Word borders don't matter."""
     text = normalise(answer)
-    return float(any(gold in text for gold in _normalised(golds)))
+    return float(any(reference in text for reference in _normalised(references)))
 
 
-def em(answer: str, golds: Sequence[str]) -> float:
-    """1 if the normalised answer equals any normalised gold: SQuAD's exact match (arXiv 1606.05250)."""
-    return float(normalise(answer) in _normalised(golds))
+def em(answer: str, references: Sequence[str]) -> float:
+    """1 if the normalised answer equals any normalised reference: SQuAD's exact match (arXiv 1606.05250)."""
+    return float(normalise(answer) in _normalised(references))
 
 
-def f1(answer: str, golds: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over normalised words, counted with repetition; the best gold counts.
+def f1(answer: str, references: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over normalised words, counted with repetition; the best reference counts.
 
     SQuAD's F1 (arXiv 1606.05250, section 6.1).
     """
     words = normalise(answer).split()
-    return max((_word_f1(words, gold.split()) for gold in _normalised(golds)), default=0.0)
+    return max((_word_f1(words, reference.split()) for reference in _normalised(references)), default=0.0)
 
 
-def hotpot_f1(answer: str, golds: Sequence[str]) -> float:
+def hotpot_f1(answer: str, references: Sequence[str]) -> float:
     """`f1`, but 0 when either is just yes, no or noanswer and the other isn't the same.
 
     The official F1 of HotpotQA (arXiv 1809.09600), 2WikiMultiHopQA and MoreHopQA: "yes, they are" is no "yes".
     """
     text = normalise(answer)
     closed = {"yes", "no", "noanswer"}
-    allowed = [gold for gold in _normalised(golds) if gold == text or not closed & {gold, text}]
-    return max((_word_f1(text.split(), gold.split()) for gold in allowed), default=0.0)
+    allowed = [
+        reference for reference in _normalised(references) if reference == text or not closed & {reference, text}
+    ]
+    return max((_word_f1(text.split(), reference.split()) for reference in allowed), default=0.0)
 
 
-def accuracy(answer: str, golds: Sequence[str]) -> float:
-    """1 if the answer is one of the golds, without regard to case, outer punctuation and spaces.
+def accuracy(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer is one of the references, without regard to case, outer punctuation and spaces.
 
     For labels and choices; nothing is removed inside, so the choice "A" isn't taken for an article.
     """
     label = _label(answer)
-    return float(bool(label) and label in map(_label, golds))
+    return float(bool(label) and label in map(_label, references))
 
 
-def string_match_all(answer: str, golds: Sequence[str]) -> float:
-    """The share of golds that stand in the answer, without regard to case: RULER's string_match_all (arXiv 2404.06654)."""
+def string_match_all(answer: str, references: Sequence[str]) -> float:
+    """The share of references that stand in the answer, without regard to case: RULER's string_match_all (arXiv 2404.06654)."""
     text = answer.lower()
-    found = [bool(gold.strip()) and gold.lower() in text for gold in golds]
+    found = [bool(reference.strip()) and reference.lower() in text for reference in references]
     return sum(found) / len(found) if found else 0.0
 
 
-def word_overlap(answer: str, golds: Sequence[str]) -> float:
-    """1 if the answer shares a word with any gold, in lower case, split at spaces, punctuation kept.
+def word_overlap(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer shares a word with any reference, in lower case, split at spaces, punctuation kept.
 
     What MultiHop-RAG's qa_evaluate.py counts as right (arXiv 2401.15391). It is lenient ("The Verge" and "the dog" share
     a word) and strict ("Yes." and "Yes" don't): kept, because published numbers are made with it.
     """
     words = set(answer.lower().split())
-    return float(any(words & set(gold.lower().split()) for gold in golds))
+    return float(any(words & set(reference.lower().split()) for reference in references))
 
 
 def rouge(kind: str) -> Metric:
-    """F-measure of rouge1, rouge2 or rougeL with Porter stemming, by the rouge-score package; the best gold counts."""
+    """F-measure of rouge1, rouge2 or rougeL with Porter stemming, by the rouge-score package; the best reference counts."""
 
-    def score(answer: str, golds: Sequence[str]) -> float:
+    def score(answer: str, references: Sequence[str]) -> float:
         scorer = _rouge_scorer(kind)
-        return max((float(scorer.score(gold, answer)[kind].fmeasure) for gold in golds), default=0.0)
+        return max((float(scorer.score(reference, answer)[kind].fmeasure) for reference in references), default=0.0)
 
     return score
 
@@ -207,14 +193,14 @@ SETS: Mapping[str, tuple[str, Callable[[Iterable[float]], MultiHopRAG]]] = Mappi
 """Scores of whole sets: a metric's name -> (name, function of the items' scores). Computed for tasks with that metric."""
 
 
-def _normalised(golds: Sequence[str]) -> list[str]:
-    """The golds that hold anything once they are normalised."""
-    return [text for gold in golds if (text := normalise(gold))]
+def _normalised(references: Sequence[str]) -> list[str]:
+    """The references that hold anything once they are normalised."""
+    return [text for reference in references if (text := normalise(reference))]
 
 
-def _word_f1(words: Sequence[str], gold: Sequence[str]) -> float:
-    same = (Counter(words) & Counter(gold)).total()
-    return 2 * same / (len(words) + len(gold)) if same else 0.0
+def _word_f1(words: Sequence[str], reference: Sequence[str]) -> float:
+    same = (Counter(words) & Counter(reference)).total()
+    return 2 * same / (len(words) + len(reference)) if same else 0.0
 
 
 def _label(text: str) -> str:

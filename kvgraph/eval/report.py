@@ -63,7 +63,7 @@ class Ablation:
 
 
 @dataclass(frozen=True)
-class Example:
+class ShownItem:
     """One item with what every method answered: (label, prediction, score)."""
 
     item: Mapping[str, Any]
@@ -152,7 +152,7 @@ class Section:
         return Plot(caption, plots.svg(panels, f"{self.metric} (points)", looks, caption), plots.is_wide(panels))
 
     @cached_property
-    def examples(self) -> list[Example]:
+    def examples(self) -> list[ShownItem]:
         """Items that the methods answered with the most different scores, in item order."""
         shared = set.intersection(*(set(line.run.by_id) for line in self.lines))
         first = [item for item in self.lines[0].run.results if item["id"] in shared]
@@ -162,7 +162,7 @@ class Section:
             return max(scores) - min(scores)
 
         chosen = sorted(first, key=spread, reverse=True)[:EXAMPLES]
-        return [Example(item, tuple(self._answers(item["id"]))) for item in first if item in chosen]
+        return [ShownItem(item, tuple(self._answers(item["id"]))) for item in first if item in chosen]
 
     @cached_property
     def settings(self) -> list[tuple[str, dict[str, str]]]:

@@ -1,7 +1,7 @@
 """One run: a task's items, by one method, on one model, through the real engine; resumable at any moment.
 
 A run is a folder: `config.json` (written first), `results.jsonl` (a line an item, as they finish) and, once every item
-has its line, `summary.json`. docs/eval.md says what is in them.
+has its line, `summary.json`. docs/reference/evaluation.md says what is in them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +27,7 @@ import torch
 
 import kvgraph
 from kvgraph import methods
-from kvgraph.data import prompt
-from kvgraph.data.folder import errors_named, locked
+from kvgraph.data import io, prompt
 from kvgraph.data.items import Data
 from kvgraph.data.task import Item, Task, TaskError
 from kvgraph.engine.engine import Engine
@@ -80,13 +79,13 @@ def evaluate(
     call goes on where it was.
     """
     params = SamplingParams(max_tokens=task.max_tokens if max_tokens is None else max_tokens, stop=task.stop)
-    spec = method if isinstance(method, str) else spec_of(method)
-    method = methods.parse(method) if isinstance(method, str) else method
-    edges = (task.edges if edges is None else edges) if methods.reads_edges(method) else "none"
+    spec = method if isinstance(method, str) else methods.format(method)
+    method = methods.resolve(method)
+    edges = (task.edges if edges is None else edges) if method.reads_edges else "none"
     _check(engine, task, items, edges)
     config = _config(engine, task, spec, method, params, items, data, edges, seed, ablation)
     folder = Path(out)
-    with errors_named(folder, RunError), locked(folder, RunError):
+    with io.errors_named(folder, RunError), io.locked(folder, RunError):
         _begin(folder, config)
         with closing(_Results(folder / RESULTS, items)) as results:
             if results.complete and (folder / SUMMARY).is_file():
@@ -107,18 +106,8 @@ def evaluate(
                     bar.advance(1, label=f"{label}  {headline} {total / len(results.lines):.3f}")
             lines = results.finish()
         summary = config | _scores(task, lines, seed) | _costs(engine, lines, session)
-        _write(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        io.write_json(folder / SUMMARY, summary)
         return summary
-
-
-def spec_of(method: Method) -> str:
-    """The text that `kvgraph.methods.parse` reads as this method: its name, and the fields that aren't the default."""
-    changed = {}
-    for field in fields(method):  # type: ignore[arg-type]  # methods are dataclasses
-        value = getattr(method, field.name)
-        if field.default is MISSING or value != field.default:
-            changed[field.name] = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-    return method.name + (":" if changed else "") + ",".join(f"{name}={value}" for name, value in changed.items())
 
 
 def slug(spec: str) -> str:
@@ -166,35 +155,23 @@ def _answers(
     window: int,
 ) -> Generator[tuple[_Asked, Result | KVGraphError]]:
     """Answers as they finish; a new item enters as soon as fewer than `window` are in the engine."""
-    pending: dict[Request, _Asked] = {}
+    entered: dict[int, _Asked] = {}  # by number, until their answer
 
-    def finished() -> Iterator[tuple[_Asked, Result | KVGraphError]]:
-        engine.step()
-        for request in [r for r in pending if r.finished]:
-            asked = pending.pop(request)
-            try:
-                yield asked, engine.wait(request)
-            except KVGraphError as error:
-                yield asked, error
-
-    try:
-        for item in items:
-            asked = _Asked(item, ContextGraph([]), 0)
+    def requests() -> Iterator[Request | KVGraphError]:
+        for i, item in enumerate(items):
+            asked = entered[i] = _Asked(item, ContextGraph([]), 0)
             try:
                 graph = prompt.build(task, item, engine.model.tokenizer).graph(prompt.edges_of(item, edges))
-                asked = asked._replace(graph=graph)
+                asked = entered[i] = asked._replace(graph=graph)
                 plan = engine.plan(graph, method)
-                asked = asked._replace(plan_tokens=_tokens(plan))
-                pending[engine.submit(plan, params)] = asked
+                entered[i] = asked._replace(plan_tokens=_tokens(plan))
+                yield engine.prepare(plan, params)
             except KVGraphError as error:
-                yield asked, error
-            while len(pending) >= window:
-                yield from finished()
-        while pending:
-            yield from finished()
-    finally:
-        for request in pending:
-            engine.cancel(request)
+                yield error
+
+    with closing(engine.run(requests(), in_flight=window)) as outcomes:
+        for i, outcome in outcomes:
+            yield entered.pop(i), outcome
 
 
 def _tokens(plan: Plan) -> int:
@@ -216,8 +193,8 @@ def _line(task: Task, asked: _Asked, answer: Result | KVGraphError) -> dict[str,
         "edges": [list(edge) for edge in asked.graph.edges],
         "prediction": result.text,
         "extracted": extracted,
-        "golds": list(item.golds),
-        "scores": {name: 0.0 if failed else METRICS[name](extracted, item.golds) for name in task.metrics},
+        "golds": list(item.references),
+        "scores": {name: 0.0 if failed else METRICS[name](extracted, item.references) for name in task.metrics},
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
             "plan_tokens": asked.plan_tokens,
@@ -259,15 +236,12 @@ class _Results:
         self.file = open(path, "ab", buffering=0)
         self.lines: dict[str, dict[str, Any]] = {}
         known = {item.id for item in items}
-        whole, end, torn = path.read_bytes().rpartition(b"\n")
-        for number, raw in enumerate(whole.split(b"\n") if end else (), 1):
+        for number, raw in enumerate(io.whole_lines(path), 1):
             line = self._parsed(raw, number)
             if line["id"] not in known or line["id"] in self.lines:
                 why = "a second line for item" if line["id"] in self.lines else "a line for the unknown item"
                 raise RunError(f"{path}:{number} is {why} {line['id']!r}; delete that line, or give another folder")
             self.lines[line["id"]] = line
-        if torn:
-            os.truncate(path, len(whole) + len(end))
 
     def _parsed(self, raw: bytes, number: int) -> dict[str, Any]:
         try:
@@ -284,14 +258,7 @@ class _Results:
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a finished item's line; after an error (a full disk) the file is as it was."""
-        end = os.fstat(self.file.fileno()).st_size
-        left = memoryview(_encoded(line))
-        try:
-            while left:
-                left = left[self.file.write(left) :]
-        except OSError:
-            os.truncate(self.path, end)
-            raise
+        io.append(self.file, io.line(line))
         self.lines[line["id"]] = line
 
     def finish(self) -> list[dict[str, Any]]:
@@ -299,16 +266,12 @@ class _Results:
         ordered = [self.lines[item.id] for item in self.items]
         os.fsync(self.file.fileno())
         if list(self.lines) != [item.id for item in self.items]:
-            _write(self.path, b"".join(map(_encoded, ordered)).decode())
+            io.write(self.path, b"".join(map(io.line, ordered)))
         return ordered
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
-
-
-def _encoded(line: dict[str, Any]) -> bytes:
-    return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _begin(folder: Path, config: dict[str, Any]) -> None:
@@ -317,7 +280,7 @@ def _begin(folder: Path, config: dict[str, Any]) -> None:
     if not path.is_file():
         if any((folder / name).exists() for name in (RESULTS, SUMMARY)):
             raise RunError(f"{folder} has results but no {CONFIG} to say of what; give another folder")
-        _write(path, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+        io.write_json(path, config)
         return
     for field, before, now in changes(_loaded(path), config):
         if field not in MAY_CHANGE:
@@ -332,16 +295,6 @@ def _loaded(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
         raise RunError(f"{path} is damaged; delete it if it is a {SUMMARY}, else give another folder") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole or not at all."""
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 # -- the summary ------------------------------------------------------------------------------------------------------
@@ -360,7 +313,7 @@ def _config(
     ablation: str | None,
 ) -> dict[str, Any]:
     """What makes the run what it is: the part of the summary that is known before it."""
-    digest = hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest()
+    digest = _digest(items)
     data = data or Data(tuple(items), sha256=digest)
     model = engine.model
     config = {
@@ -368,7 +321,7 @@ def _config(
         "task": task.name,
         "headline": task.metrics[0],
         "metrics": task.metrics,
-        "method": {"spec": spec, "name": method.name, "fields": asdict(method)},  # type: ignore[call-overload]
+        "method": {"spec": spec, "name": method.name, "fields": methods.configuration(method)},
         "model": {
             "name": model.name,
             "fingerprint": model.fingerprint,
@@ -391,6 +344,12 @@ def _config(
         "ablation": ablation,
     }
     return json.loads(json.dumps(config))  # as it will be read back: lists, no tuples
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """A hash of the items. It names their references as format 1 does, so that older runs resume."""
+    fields = [{"golds" if k == "references" else k: v for k, v in asdict(item).items()} for item in items]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
 def _scores(task: Task, lines: Sequence[Mapping[str, Any]], seed: int) -> Summary:

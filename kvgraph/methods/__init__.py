@@ -1,4 +1,4 @@
-"""Methods: pure functions from graphs to plans, one file each. To add one, add a file and a line in METHODS."""
+"""Methods: pure functions from graphs to plans, one file each. docs/extending.md says how to add one."""
 
 from kvgraph.methods.ape import APE
 from kvgraph.methods.base import Method
@@ -10,11 +10,12 @@ from kvgraph.methods.graph_kv import GraphKV
 from kvgraph.methods.kvlink import KVLink
 from kvgraph.methods.pcw import PCW
 from kvgraph.methods.prompt_cache import PromptCache
-from kvgraph.methods.registry import METHODS, PRESETS, get, reads_edges
-from kvgraph.methods.spec import parse
+from kvgraph.methods.registry import BASELINE, METHODS, PRESETS, configuration, get, with_fields
+from kvgraph.methods.spec import format, parse, resolve
 
 __all__ = [
     "APE",
+    "BASELINE",
     "METHODS",
     "PCW",
     "PRESETS",
@@ -26,7 +27,10 @@ __all__ = [
     "KVLink",
     "Method",
     "PromptCache",
+    "configuration",
+    "format",
     "get",
     "parse",
-    "reads_edges",
+    "resolve",
+    "with_fields",
 ]

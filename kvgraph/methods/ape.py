@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import check, end, ids, prefix_parts, where_computed
+from kvgraph.methods.base import Method, check, end, ids, where_computed
 from kvgraph.methods.pcw import windows
 from kvgraph.plan import Group, Plan, contiguous
 
@@ -15,7 +15,7 @@ LEAST, MOST = 0.1, 10.0
 
 
 @dataclass(frozen=True)
-class APE:
+class APE(Method):
     """Every document is encoded after the prefix, which all share, at the same positions; the query follows the longest.
 
     For the query and the answer the documents are one group (the prefix isn't in it): the scores of their tokens are
@@ -40,11 +40,16 @@ class APE:
             if isinstance(value, bool) or not isinstance(value, int | float) or not LEAST <= value <= MOST:
                 raise GraphError(f"ape: {field} must be a number from {LEAST:g} to {MOST:g}, not {value!r}")
 
+    @property
+    def trains_by_mask(self) -> bool:
+        """A mask says who sees whom; it can't weigh a group of keys."""
+        return False
+
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
-        graph = check(graph, self.name)
+        check(graph, self.name)
         spans = windows(graph, shared_prefix=True)
-        pieces = len(prefix_parts(graph))
+        pieces = len(graph.prefix)
         places = [place._replace(group=int(place.span >= pieces)) for place in where_computed(spans)]
         context = Group(self.temperature, self.temperature * self.scale)
         query = contiguous(ids(graph.query), end(spans), places, cached=False, name="query", groups=[context])

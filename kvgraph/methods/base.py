@@ -1,58 +1,121 @@
-"""What methods share: the checks every graph passes first, and the pieces plans are laid out from."""
+"""What a method is and can do, the checks every graph passes first, and the pieces plans are laid out from.
+
+To add a method: a frozen dataclass in a file of its own, derived from `Method`, with a `name` and `plan`; then a line in
+`kvgraph.methods.registry`, or an entry point of another package (docs/extending.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.plan import Place, Plan, Span, contiguous
 
-Part = tuple[str, tuple[int, ...]]  # (name, token ids), never empty
+
+class Variation(NamedTuple):
+    """The same method with one thing changed. about: a few words for a table. edges: False to leave the edges out."""
+
+    name: str
+    about: str
+    method: Method
+    edges: bool = True
 
 
-class Method(Protocol):
-    """A pure function from graphs to plans; its dataclass fields are its whole configuration."""
+class Method(ABC):
+    """A pure function from graphs to plans. Subclasses are frozen dataclasses whose fields are their whole configuration.
+
+    The properties below are capabilities: what an engine, a server, training and evaluation ask before they use a method.
+    Their defaults are those of a method that ignores edges and computes nothing but the graph's own tokens.
+    """
 
     name: ClassVar[str]
 
+    @abstractmethod
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph with a query. Raises GraphError when the graph doesn't fit the method."""
-        ...
 
+    @property
+    def reads_edges(self) -> bool:
+        """Whether edges change the plan. Without, `plan` refuses a graph that has some."""
+        return False
 
-@runtime_checkable
-class Probing(Method, Protocol):
-    """A method whose plan depends on what the model computes: the engine measures, the method decides."""
+    @property
+    def needs_tuning(self) -> bool:
+        """Whether a model has to be tuned for the method to answer as well as it can."""
+        return True
+
+    @property
+    def own_tokens(self) -> tuple[int, ...]:
+        """Token ids that the method adds to a graph's own, ascending. No text may hold them."""
+        return ()
+
+    @property
+    def link_tokens(self) -> tuple[int, ...]:
+        """Those of its own tokens that stand between documents and the query, so that one may learn to read them instead."""
+        return ()
+
+    @property
+    def trains_by_mask(self) -> bool:
+        """Whether an attention mask says everything its plans say, so that a model can be trained through them."""
+        return True
+
+    # -- plans that depend on what the model computes -----------------------------------------------------------------
 
     @property
     def needs_probe(self) -> bool:
-        """Whether deviations are wanted; without, `plan` is as pure as any method's."""
-        ...
+        """Whether `plan` needs to know deviations first; then it is `selecting(deviations)` that plans."""
+        return False
 
     def selecting(self, deviations: Sequence[Sequence[float]]) -> Method:
-        """The method that knows them: one number a token, by segment; an empty sequence when nobody looked."""
-        ...
+        """The method that knows how far each token's KV is off: one number a token, by segment; none: nobody looked."""
+        return self
+
+    # -- graphs that are stored ahead ---------------------------------------------------------------------------------
+
+    def for_corpus(self, longest: int) -> Method:
+        """The method with every field fixed that depends on the whole of a graph whose longest segment has `longest` tokens.
+
+        By it a part of the graph, the segments a query reads and those up to `reach` edges before them, is encoded as in
+        the whole. Raises GraphError where that can't be.
+        """
+        why = "can't encode a part of a graph as in the whole" if self.reads_edges else "reads no edges"
+        raise GraphError(f"{self.name} {why}; name stored segments in a request's documents instead")
+
+    @property
+    def reach(self) -> int:
+        """How many edges away a segment may be to change another's KV."""
+        return 0
+
+    # -- ablations ----------------------------------------------------------------------------------------------------
+
+    def variations(self) -> Mapping[str, Sequence[Variation]]:
+        """What to compare the method with, by the ablation that asks: "mask-positions", "rounds" or "keep"."""
+        return {}
+
+    def outline(self, graph: ContextGraph) -> Any:
+        """What decides the plans of a graph like this one, whatever its segments' lengths: equal outlines, equal plans.
+
+        Ablations leave out a variant with the outline of another.
+        """
+        return (self, frozenset(graph.edges)) if self.reads_edges else self
 
 
-def check(graph: ContextGraph, method: str, *, reads_edges: bool = False) -> ContextGraph:
-    """The graph as the method sees it. A method without edges sees the chosen segments alone, as if there were no others.
-
-    Raises GraphError unless the graph is tokenized, has a query, and has no edges that the method would ignore.
-    """
+def check(graph: ContextGraph, method: str, *, reads_edges: bool = False) -> None:
+    """Raise GraphError unless the graph is tokenized, has a query, and has no edges that the method would ignore."""
     if not graph.is_tokenized:
         raise GraphError(f"{method} plans token ids but the graph holds text; call graph.tokenized(encode) first")
     if not graph.query:
-        raise GraphError("the query is empty; a plan ends with at least one live token (see ContextGraph.with_query)")
-    if reads_edges:
-        return graph
-    if graph.edges:
+        raise GraphError(
+            "the query is empty; the prompt span of a plan needs at least one token (see ContextGraph.with_query)"
+        )
+    if graph.edges and not reads_edges:
         raise GraphError(
             f"{method} ignores edges, but the graph has {len(graph.edges)}; leave them out or use graph-kv"
         )
-    return graph.restricted()
 
 
 def ids(piece: str | tuple[int, ...]) -> tuple[int, ...]:
@@ -60,23 +123,37 @@ def ids(piece: str | tuple[int, ...]) -> tuple[int, ...]:
     return () if isinstance(piece, str) else piece
 
 
-def prefix_parts(graph: ContextGraph) -> list[Part]:
-    """The prefix's pieces."""
-    several = len(graph.prefix) > 1
-    return [(f"prefix {i}" if several else "prefix", ids(piece)) for i, piece in enumerate(graph.prefix)]
-
-
-def segment_parts(graph: ContextGraph) -> list[Part]:
-    """The segments that hold tokens."""
-    return [(name, ids(s)) for name, s in zip(graph.names, graph.segments, strict=True) if s]
-
-
-def chain(parts: Iterable[Part]) -> list[Span]:
-    """Spans at sequential positions from 0, each seeing all before it: together a plain causal prefill."""
+def prefix_spans(graph: ContextGraph, ending: Sequence[int] = ()) -> list[Span]:
+    """The prefix as a causal chain from position 0, one span a piece. ending: tokens that the last piece ends with."""
+    pieces = [ids(piece) for piece in graph.prefix]
+    if ending:
+        last = pieces.pop() if pieces else ()
+        pieces.append((*last, *ending))
     spans: list[Span] = []
-    for name, tokens in parts:
-        spans.append(contiguous(tokens, end(spans), where_computed(spans), name=name))
+    places: tuple[Place, ...] = ()  # grown, so that all readers of a span share one place
+    for i, tokens in enumerate(pieces):
+        name = f"prefix {i}" if len(pieces) > 1 else "prefix"
+        spans.append(contiguous(tokens, end(spans[-1:]), places, name=name))
+        places = (*places, Place(i, spans[i].start))
     return spans
+
+
+class SegmentTokens(NamedTuple):
+    """A segment of a graph: its number there, its name, its token ids, which may be none."""
+
+    number: int
+    name: str
+    tokens: tuple[int, ...]
+
+    def span(self, start: int, sees: Sequence[Place] = (), *, round: int = 0) -> Span:
+        """A version of it at positions start, start + 1, ..."""
+        name = f"{self.name} · round {round}" if round else self.name
+        return contiguous(self.tokens, start, sees, name=name, segment=self.number, round=round)
+
+
+def segments_read(graph: ContextGraph) -> list[SegmentTokens]:
+    """The segments that the query reads, empty ones too, in order: all that a method without edges sees of a graph."""
+    return [SegmentTokens(i, graph.names[i], ids(graph.segments[i])) for i in graph.read]
 
 
 def where_computed(spans: Sequence[Span]) -> list[Place]:
@@ -84,28 +161,33 @@ def where_computed(spans: Sequence[Span]) -> list[Place]:
     return [Place(i, span.start) for i, span in enumerate(spans)]
 
 
-def recomputed(graph: ContextGraph, selected: Sequence[Collection[int]], method: str) -> Plan:
-    """The plan of `block`, but with `selected` tokens of each segment (their indices) live, in one span with the query.
+def prompt_span(tokens: Sequence[tuple[int, int]], sees: Sequence[Place], name: str) -> Span:
+    """The prompt span of (token, position) pairs."""
+    token_ids, positions = zip(*tokens, strict=True)
+    return Span(token_ids, positions, tuple(sees), cached=False, name=name)
 
-    The live tokens keep their positions, so each sees all before it: the tokens of segments that aren't selected as
+
+def recomputed(graph: ContextGraph, selected: Sequence[Collection[int]], method: str) -> Plan:
+    """The plan of `block`, but with `selected` tokens of each segment read (their indices) in the prompt span.
+
+    The recomputed tokens keep their positions, so each sees all before it: the tokens of segments that aren't selected as
     they were stored, the selected ones as they are now. A segment without tokens left makes no span.
     """
-    spans = chain(prefix_parts(graph))
+    spans = prefix_spans(graph)
     places, at = where_computed(spans), end(spans)
-    live: list[tuple[int, int]] = []  # (token, position)
-    for name, segment, chosen in zip(graph.names, graph.segments, selected, strict=True):
-        tokens, cuts = ids(segment), sorted(set(chosen))
+    prompt: list[tuple[int, int]] = []  # (token, position)
+    for segment, chosen in zip(segments_read(graph), selected, strict=True):
+        tokens, cuts = segment.tokens, sorted(set(chosen))
         for before, hi in pairwise([-1, *cuts, len(tokens)]):
             if before + 1 < hi:
                 places.append(Place(len(spans), at, before + 1, hi))
         if len(cuts) < len(tokens):
-            spans.append(contiguous(tokens, at, name=name))
-        live += [(tokens[i], at + i) for i in cuts]
+            spans.append(segment.span(at))
+        prompt += [(tokens[i], at + i) for i in cuts]
         at += len(tokens)
-    label = "recomputed + query" if live else "query"
-    live += [(token, at + i) for i, token in enumerate(ids(graph.query))]
-    live_tokens, positions = zip(*live, strict=True)
-    return Plan((*spans, Span(live_tokens, positions, tuple(places), cached=False, name=label)), method)
+    label = "recomputed + query" if prompt else "query"
+    prompt += [(token, at + i) for i, token in enumerate(ids(graph.query))]
+    return Plan((*spans, prompt_span(prompt, places, label)), method)
 
 
 def end(spans: Iterable[Span]) -> int:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import chain, check, end, ids, prefix_parts, segment_parts, where_computed
+from kvgraph.methods.base import Method, check, end, ids, prefix_spans, segments_read, where_computed
 from kvgraph.plan import Plan, contiguous
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Method):
     """Every segment, prefix included, is encoded alone; the query sees all of them at sequential positions.
 
     A prefix of several pieces is one causal chain.
@@ -23,9 +23,10 @@ class Block:
 
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
-        graph = check(graph, self.name)
-        spans = chain(prefix_parts(graph))
-        for name, tokens in segment_parts(graph):
-            spans.append(contiguous(tokens, end(spans[-1:]), name=name))
+        check(graph, self.name)
+        spans = prefix_spans(graph)
+        for segment in segments_read(graph):
+            if segment.tokens:
+                spans.append(segment.span(end(spans[-1:])))
         query = contiguous(ids(graph.query), end(spans), where_computed(spans), cached=False, name="query")
         return Plan((*spans, query), self.name)

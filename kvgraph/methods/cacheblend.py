@@ -9,15 +9,15 @@ from typing import ClassVar
 
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import check, recomputed
+from kvgraph.methods.base import Method, check, recomputed, segments_read
 from kvgraph.plan import Plan
 
 
 @dataclass(frozen=True)
-class CacheBlend:
+class CacheBlend(Method):
     """Every segment is encoded alone; the tokens whose KV this changes most are recomputed, seeing all before them.
 
-    The recomputed tokens are live and run in one pass with the query; what reads a segment sees them instead of the
+    The recomputed tokens run in one pass with the query; what reads a segment sees them instead of the
     stored ones. All positions are sequential, and the prefix is never recomputed.
 
     Which tokens, only the model can tell: `Engine.plan` measures how far every token's KV is off (kvgraph.engine.probe)
@@ -68,17 +68,18 @@ class CacheBlend:
 
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or without a selection."""
-        graph = check(graph, self.name)
+        check(graph, self.name)
         return recomputed(graph, self._selection(graph), self.name)
 
     def _selection(self, graph: ContextGraph) -> list[Sequence[int]]:
-        """The indices to recompute of every segment of the graph."""
+        """The indices to recompute of every segment that the query reads."""
         if self.needs_probe:
             raise GraphError(
                 f"cacheblend with ratio={self.ratio} picks tokens by what the model makes of them, so an engine plans it "
                 "(Engine.plan, kvgraph ask); without a model there is only ratio=0, ratio=1, or a given selection"
             )
-        lengths = [len(segment) for segment in graph.segments]
+        segments = segments_read(graph)
+        lengths = [len(segment.tokens) for segment in segments]
         if self.selected is None:
             return [range(n) if self.ratio else () for n in lengths]
         if len(self.selected) > len(lengths):
@@ -86,7 +87,9 @@ class CacheBlend:
                 f"cacheblend selects from {len(self.selected)} segments but the graph has {len(lengths)}; measure again"
             )
         chosen: list[Sequence[int]] = [*self.selected, *[()] * (len(lengths) - len(self.selected))]
-        for name, indices, n in zip(graph.names, chosen, lengths, strict=True):
+        for segment, indices, n in zip(segments, chosen, lengths, strict=True):
             if indices and not 0 <= min(indices) <= max(indices) < n:
-                raise GraphError(f"cacheblend selects tokens {min(indices)}..{max(indices)} of {name}, which has {n}")
+                raise GraphError(
+                    f"cacheblend selects tokens {min(indices)}..{max(indices)} of {segment.name}, which has {n}"
+                )
         return chosen

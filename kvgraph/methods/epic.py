@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import check, recomputed, require_int
+from kvgraph.methods.base import Method, check, recomputed, require_int, segments_read
 from kvgraph.plan import Plan
 
 
 @dataclass(frozen=True)
-class Epic:
+class Epic(Method):
     """Every segment is encoded alone; its first `k` tokens are recomputed, seeing everything before them.
 
     The first tokens of a text that is encoded alone draw attention to themselves (attention sinks), and would do so
-    again in the middle of a prompt. Recomputed there they are ordinary tokens. They are live and run in one pass with
+    again in the middle of a prompt. Recomputed there they are ordinary tokens. They run in one pass with
     the query; what reads a segment sees them instead of the stored ones. All positions are sequential. What opens the
     prompt needs no recomputing: the prefix or, without one, the first segment that isn't empty.
 
@@ -34,9 +34,10 @@ class Epic:
 
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
-        graph = check(graph, self.name)
-        heads = [range(min(self.k, len(segment))) for segment in graph.segments]
+        check(graph, self.name)
+        lengths = [len(segment.tokens) for segment in segments_read(graph)]
+        heads = [range(min(self.k, length)) for length in lengths]
         if not graph.prefix:
-            opening = next((i for i, segment in enumerate(graph.segments) if segment), None)
+            opening = next((i for i, length in enumerate(lengths) if length), None)
             heads = [range(0) if i == opening else head for i, head in enumerate(heads)]
         return recomputed(graph, heads, self.name)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import chain, check, end, ids, prefix_parts, require_int, require_one_of, where_computed
+from kvgraph.methods.base import (
+    Method,
+    SegmentTokens,
+    Variation,
+    check,
+    end,
+    ids,
+    prefix_spans,
+    require_int,
+    require_one_of,
+    where_computed,
+)
 from kvgraph.plan import Place, Plan, Span, contiguous, pruned
 
 LAYOUTS = ("aligned", "tight", "packed", "sequential")
 MOST_ROUNDS = 1000  # on a cycle every round makes new versions, without end
+COMPARED_ROUNDS = range(4)  # in ablations
 
 
 @dataclass(frozen=True)
-class GraphKV:
+class GraphKV(Method):
     """Round 0 encodes every segment alone; in round r a segment is encoded again, reading its sources.
 
     A segment gets a version in round r if one of its sources got one in round r - 1. That version sees the newest
@@ -80,10 +92,64 @@ class GraphKV:
             if self.layout != "packed":
                 raise GraphError(f'graph-kv: drop_token belongs to layout "packed", not "{self.layout}"; leave it out')
 
+    @property
+    def reads_edges(self) -> bool:
+        """Whether there is a round to read in."""
+        return self.rounds > 0
+
+    @property
+    def reach(self) -> int:
+        """A round carries caches along one edge."""
+        return self.rounds
+
+    def for_corpus(self, longest: int) -> GraphKV:
+        """The method with its band fixed.
+
+        Raises GraphError for a layout in which where a segment stands depends on segments that it doesn't read.
+        """
+        if self.layout not in ("aligned", "tight"):
+            raise GraphError(
+                f'in layout "{self.layout}" the query\'s view depends on every segment of the graph; use aligned or tight'
+            )
+        return replace(self, band=longest) if self.layout == "aligned" and self.band is None else self
+
+    def variations(self) -> Mapping[str, Sequence[Variation]]:
+        """The mask without its positions and the reverse, other numbers of rounds, and the other `keep`."""
+        made: dict[str, Sequence[Variation]] = {}
+        if self.layout in ("aligned", "tight"):
+            plain = replace(self, layout="sequential", band=None)
+            made["mask-positions"] = [
+                Variation("mask-only", "the edges, at sequential positions", plain),
+                Variation("positions-only", "shared positions, without edges", self, edges=False),
+                Variation("neither", "sequential positions, without edges (block)", plain, edges=False),
+            ]
+        if self.layout != "packed":
+            made["rounds"] = [
+                Variation(f"rounds-{n}", f"{n} round{'s' * (n != 1)}", replace(self, rounds=n), edges=n > 0)
+                for n in COMPARED_ROUNDS
+                if n != self.rounds
+            ]
+            if self.keep == "read":
+                about, other = "standalone versions kept for the query", replace(self, keep="all")
+            else:
+                about, other = "standalone versions dropped unless read", replace(self, keep="read")
+            made["keep"] = [Variation(f"keep-{other.keep}", about, other)]
+        return made
+
+    def outline(self, graph: ContextGraph) -> Any:
+        """The plan, with segments of 1, 2, 3, ... tokens, all different."""
+        count = len(graph.segments)
+        tokens = iter(range(1, (count + 1) ** 2))
+        segments = [[next(tokens) for _ in range(i + 1)] for i in range(count)]
+        method = self if self.band is None else replace(self, band=max(self.band, count))
+        return method.plan(ContextGraph(segments, [0], edges=graph.edges))
+
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or a segment above the band."""
         check(graph, "graph-kv" if self.rounds else "graph-kv with rounds=0", reads_edges=self.rounds > 0)
-        segments = {i: ids(segment) for i, segment in enumerate(graph.segments) if segment}
+        segments = {
+            i: SegmentTokens(i, graph.names[i], ids(segment)) for i, segment in enumerate(graph.segments) if segment
+        }
         sources: dict[int, list[int]] = {i: [] for i in segments}
         for source, reader in sorted(graph.edges):
             if source in segments and reader in segments:  # edges of empty segments vanish
@@ -94,18 +160,19 @@ class GraphKV:
         return pruned([*spans, query], self.name)
 
     def _in_rounds(
-        self, graph: ContextGraph, segments: dict[int, tuple[int, ...]], sources: dict[int, list[int]]
+        self, graph: ContextGraph, segments: dict[int, SegmentTokens], sources: dict[int, list[int]]
     ) -> tuple[list[Span], list[Place], int]:
         """Every layout but "packed": (spans, what the query sees, where it starts)."""
-        spans = chain(prefix_parts(graph))
+        spans = prefix_spans(graph)
         prefix, origin, band = where_computed(spans), end(spans), self._band(graph)
         offsets = dict.fromkeys(segments, 0)  # where a segment stands in its round's band
         if self.layout == "sequential":
-            offsets = dict(zip(segments, accumulate(map(len, segments.values()), initial=0), strict=False))
+            lengths = (len(segment.tokens) for segment in segments.values())
+            offsets = dict(zip(segments, accumulate(lengths, initial=0), strict=False))
         newest: dict[int, int] = {}  # segment -> its newest version, as an index into spans
-        for i, tokens in segments.items():
+        for i, segment in segments.items():
             newest[i] = len(spans)
-            spans.append(contiguous(tokens, origin + offsets[i], name=graph.names[i]))
+            spans.append(segment.span(origin + offsets[i]))
         made = {v: (i, 0) for i, v in newest.items()}  # version -> its segment and round
         read = {i for i in graph.read if i in segments}
         visible = {newest[i] for i in read} if self.keep == "all" else set()
@@ -123,7 +190,7 @@ class GraphKV:
                 newest[i] = len(spans)
                 made[newest[i]] = i, r
                 places = [Place(v, spans[v].start) for v in seen]
-                spans.append(contiguous(segments[i], start, places, name=_version(graph.names[i], r)))
+                spans.append(segments[i].span(start, places, round=r))
             changed = set(readers)
 
         visible.update(newest[i] for i in read)
@@ -137,20 +204,20 @@ class GraphKV:
         return spans, prefix + [Place(v, spans[v].start) for v in sorted(visible)], start
 
     def _packed(
-        self, graph: ContextGraph, segments: dict[int, tuple[int, ...]], sources: dict[int, list[int]]
+        self, graph: ContextGraph, segments: dict[int, SegmentTokens], sources: dict[int, list[int]]
     ) -> tuple[list[Span], list[Place], int]:
         """Layout "packed": (spans, what the query sees, where it starts)."""
-        spans = chain(prefix_parts(graph))
+        spans = prefix_spans(graph)
         prefix, origin = where_computed(spans), end(spans)
         first: dict[int, int] = {}
-        for i, tokens in segments.items():
+        for i, segment in segments.items():
             first[i] = len(spans)
-            spans.append(contiguous(tokens, 0, name=graph.names[i]))
+            spans.append(segment.span(0))
         again: dict[int, int] = {}
-        for i, tokens in segments.items() if any(sources.values()) else ():
+        for i, segment in segments.items() if any(sources.values()) else ():
             places, start = self._end_to_end(spans, [first[s] for s in sources[i]], 0)
             again[i] = len(spans)
-            spans.append(contiguous(tokens, start, places, name=_version(graph.names[i], 1)))
+            spans.append(segment.span(start, places, round=1))
         shown = [i for i in graph.read if i in segments]
         versions = [first[i] for i in shown] + [again[i] for i in shown if i in again]
         places, start = self._end_to_end(spans, versions, origin)
@@ -183,7 +250,3 @@ class GraphKV:
                 f"shorten it or give a longer band"
             )
         return self.band
-
-
-def _version(name: str, r: int) -> str:
-    return f"{name} · round {r}"

@@ -1,4 +1,4 @@
-"""KVLink: documents encoded alone, joined by a few live link tokens after each."""
+"""KVLink: documents encoded alone, joined by a few link tokens after each."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ from typing import ClassVar
 
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import chain, check, end, ids, prefix_parts, require_int, where_computed
-from kvgraph.plan import Plan, Span, contiguous
+from kvgraph.methods.base import (
+    Method,
+    check,
+    end,
+    ids,
+    prefix_spans,
+    prompt_span,
+    require_int,
+    segments_read,
+    where_computed,
+)
+from kvgraph.plan import Plan
 
 MOST_LINKS = 1000  # the paper has at most 5
 
 
 @dataclass(frozen=True)
-class KVLink:
+class KVLink(Method):
     """Every document is encoded alone; `links` link tokens after each see everything before them, links included.
 
-    The link tokens are live: they run in one pass with the query, between whose positions the documents lie. All
+    The link tokens run in one pass with the query, between whose positions the documents lie. All
     positions are sequential. An empty document keeps its slot, and so its link tokens.
 
     links: link tokens a document (the published models have 0, 1 or 5).
@@ -53,30 +63,35 @@ class KVLink:
                 f"the presets kvlink-llama3-1 and kvlink-llama3-5 have that of the released Llama 3 models"
             )
 
+    @property
+    def link_tokens(self) -> tuple[int, ...]:
+        """One id for every link token of every slot."""
+        first = self.link_start or 0
+        return tuple(range(first, first + self.links * self.slots))
+
+    @property
+    def own_tokens(self) -> tuple[int, ...]:
+        """Link and memory tokens."""
+        markers = (token for token in (self.mem_start, self.mem_end) if token is not None)
+        return tuple(sorted((*self.link_tokens, *markers)))
+
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or too many documents."""
-        graph = check(graph, self.name)
-        if self.links and len(graph.segments) > self.slots:
-            raise GraphError(
-                f"kvlink has link tokens for {self.slots} documents but the graph has {len(graph.segments)}"
-            )
-        prefix = prefix_parts(graph)
-        if self.mem_start is not None:
-            name, tokens = prefix.pop() if prefix else ("prefix", ())
-            prefix.append((name, (*tokens, self.mem_start)))
-        spans = chain(prefix)
+        check(graph, self.name)
+        segments = segments_read(graph)
+        if self.links and len(segments) > self.slots:
+            raise GraphError(f"kvlink has link tokens for {self.slots} documents but the graph has {len(segments)}")
+        spans = prefix_spans(graph, ending=() if self.mem_start is None else (self.mem_start,))
         at = end(spans)
-        live: list[tuple[int, int]] = []  # (token, position)
-        for slot, segment in enumerate(graph.segments):
-            if segment:
-                spans.append(contiguous(ids(segment), at, name=graph.names[slot]))
-                at += len(segment)
+        prompt: list[tuple[int, int]] = []  # (token, position)
+        for slot, segment in enumerate(segments):
+            if segment.tokens:
+                spans.append(segment.span(at))
+                at += len(segment.tokens)
             first = (self.link_start or 0) + self.links * slot
-            live += zip(range(first, first + self.links), range(at, at + self.links), strict=True)
+            prompt += zip(range(first, first + self.links), range(at, at + self.links), strict=True)
             at += self.links
         opening = () if self.mem_end is None else (self.mem_end,)
-        live += [(token, at + i) for i, token in enumerate((*opening, *ids(graph.query)))]
-        live_tokens, positions = zip(*live, strict=True)
-        label = "links + query" if self.links and graph.segments else "query"
-        query = Span(live_tokens, positions, tuple(where_computed(spans)), cached=False, name=label)
-        return Plan((*spans, query), self.name)
+        prompt += [(token, at + i) for i, token in enumerate((*opening, *ids(graph.query)))]
+        label = "links + query" if self.links and segments else "query"
+        return Plan((*spans, prompt_span(prompt, where_computed(spans), label)), self.name)

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import chain, check, end, ids, prefix_parts, segment_parts, where_computed
+from kvgraph.methods.base import Method, check, end, ids, prefix_spans, segments_read, where_computed
 from kvgraph.plan import Plan, Span, contiguous
 
 
 @dataclass(frozen=True)
-class PCW:
+class PCW(Method):
     """Every document is a window: it stands right after the prefix, where all others stand, and reads no other.
 
     The query sees the prefix once and every document, and stands right after the longest one. No window has a BOS of
@@ -34,7 +34,7 @@ class PCW:
 
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
-        graph = check(graph, self.name)
+        check(graph, self.name)
         spans = windows(graph, shared_prefix=self.shared_prefix)
         query = contiguous(ids(graph.query), end(spans), where_computed(spans), cached=False, name="query")
         return Plan((*spans, query), self.name)
@@ -42,6 +42,6 @@ class PCW:
 
 def windows(graph: ContextGraph, *, shared_prefix: bool) -> list[Span]:
     """The prefix's spans, then a span a document: all at the position after the prefix, seeing it or nothing."""
-    prefix = chain(prefix_parts(graph))
+    prefix = prefix_spans(graph)
     seen = where_computed(prefix) if shared_prefix else ()
-    return [*prefix, *(contiguous(tokens, end(prefix), seen, name=name) for name, tokens in segment_parts(graph))]
+    return [*prefix, *(segment.span(end(prefix), seen) for segment in segments_read(graph) if segment.tokens)]

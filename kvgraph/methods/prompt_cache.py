@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods.base import chain, check, end, ids, prefix_parts, require_int, where_computed
+from kvgraph.methods.base import (
+    Method,
+    SegmentTokens,
+    check,
+    end,
+    ids,
+    prefix_spans,
+    require_int,
+    segments_read,
+    where_computed,
+)
 from kvgraph.plan import Plan, contiguous
 
 
 @dataclass(frozen=True)
-class PromptCache:
+class PromptCache(Method):
     """Every document is encoded alone and starts its slot: slot i is at P + i * slot, with P the prefix's length.
 
     The query sees all and stands after the last slot. What a shorter document leaves of its slot is a gap in the
@@ -36,25 +47,25 @@ class PromptCache:
 
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or a document too long."""
-        graph = check(graph, self.name)
-        spans = chain(prefix_parts(graph))
-        at, slot = end(spans), self._slot(graph)
-        for i, segment in enumerate(graph.segments):
-            if segment:
-                spans.append(contiguous(ids(segment), at + i * slot, name=graph.names[i]))
-        start = at + len(graph.segments) * slot
+        check(graph, self.name)
+        spans, segments = prefix_spans(graph), segments_read(graph)
+        at, slot = end(spans), self._slot(segments)
+        for i, segment in enumerate(segments):
+            if segment.tokens:
+                spans.append(segment.span(at + i * slot))
+        start = at + len(segments) * slot
         query = contiguous(ids(graph.query), start, where_computed(spans), cached=False, name="query")
         return Plan((*spans, query), self.name)
 
-    def _slot(self, graph: ContextGraph) -> int:
-        lengths = [len(segment) for segment in graph.segments]
+    def _slot(self, segments: Sequence[SegmentTokens]) -> int:
+        lengths = [len(segment.tokens) for segment in segments]
         longest = max(lengths, default=0)
         if self.slot is None:
             return longest
         if longest > self.slot:
             i = lengths.index(longest)
             raise GraphError(
-                f"segment {i} ({graph.names[i]}) has {longest} tokens, more than the slot of {self.slot}; "
+                f"segment {i} ({segments[i].name}) has {longest} tokens, more than the slot of {self.slot}; "
                 f"shorten it or give a longer slot"
             )
         return self.slot

@@ -1,11 +1,13 @@
-"""The methods and presets that there are, by name."""
+"""The methods and presets that there are, by name.
+
+Other packages add methods by entry points in the group "kvgraph.methods", each named as its method is, and presets by
+entry points in "kvgraph.presets"; see kvgraph.registry.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields as fields_of
-from dataclasses import replace
-from types import MappingProxyType
+from dataclasses import Field, fields, replace
 from typing import Any
 
 from kvgraph.errors import GraphError
@@ -27,13 +29,30 @@ from kvgraph.methods.presets import (
     kvlink_llama3_5,
 )
 from kvgraph.methods.prompt_cache import PromptCache
+from kvgraph.registry import Registry
 
-METHODS: Mapping[str, type[Full | Block | KVLink | GraphKV | PCW | APE | PromptCache | Epic | CacheBlend]] = (
-    MappingProxyType({cls.name: cls for cls in (Full, Block, KVLink, GraphKV, PCW, APE, PromptCache, Epic, CacheBlend)})
+BASELINE = Full.name
+"""The method that other methods are measured against, and that every model answers by."""
+
+
+def _wrong(name: str, make: Any) -> str:
+    """What is wrong with a method class or preset of another package, or nothing."""
+    made = make()
+    if not isinstance(made, Method):
+        return "it makes no kvgraph.methods.Method"
+    if isinstance(make, type) and made.name != name:
+        return f"the method's name is {made.name!r}"
+    return ""
+
+
+METHODS: Registry[Callable[[], Method]] = Registry(
+    {cls.name: cls for cls in (Full, Block, KVLink, GraphKV, PCW, APE, PromptCache, Epic, CacheBlend)},
+    "kvgraph.methods",
+    _wrong,
 )
 """Method classes by name."""
 
-PRESETS: Mapping[str, Callable[[], Method]] = MappingProxyType(
+PRESETS: Registry[Callable[[], Method]] = Registry(
     {
         "graph-kv-rag": graph_kv_rag,
         "graph-kv-rag-top-k": graph_kv_rag_top_k,
@@ -41,27 +60,50 @@ PRESETS: Mapping[str, Callable[[], Method]] = MappingProxyType(
         "kvlink-llama3-0": kvlink_llama3_0,
         "kvlink-llama3-1": kvlink_llama3_1,
         "kvlink-llama3-5": kvlink_llama3_5,
-    }
+    },
+    "kvgraph.presets",
+    _wrong,
 )
 """Configured methods by name: functions whose docstrings say what they reproduce."""
 
 
-def get(spec: str, **fields: Any) -> Method:
-    """The method or preset called `spec`, with some of its fields changed.
+def known(name: str) -> bool:
+    """Whether there is a method or preset of this name."""
+    return name in METHODS or name in PRESETS
+
+
+def get(name: str, /, **changes: Any) -> Method:
+    """The method or preset called `name`, with some of its fields changed.
 
     Raises GraphError listing the known names, or the method's fields, when one is wrong.
     """
-    make: Callable[[], Any] | None = METHODS.get(spec) or PRESETS.get(spec)
+    make = METHODS.get(name) or PRESETS.get(name)
     if make is None:
-        raise GraphError(f"there is no method {spec!r}; there are {', '.join([*METHODS, *PRESETS])}")
-    method = make()
-    known = [f.name for f in fields_of(method)]
-    for field in fields:
-        if field not in known:
-            raise GraphError(f"{spec} has no field {field!r}; it has {', '.join(known) or 'no fields'}")
-    return replace(method, **fields)
+        raise GraphError(f"there is no method {name!r}; there are {', '.join([*METHODS, *PRESETS])}")
+    return with_fields(make(), changes, name)
 
 
-def reads_edges(method: Method) -> bool:
-    """Whether the method makes anything of edges; all others refuse a graph that has some."""
-    return isinstance(method, GraphKV) and method.rounds > 0
+def with_fields(method: Method, changes: Mapping[str, Any], called: str = "") -> Method:
+    """The method with some of its fields changed. called: what errors call it, its name unless given.
+
+    Raises GraphError for a field that it doesn't have, or a value that it doesn't take.
+    """
+    names = configuration(method)
+    for field in changes:
+        if field not in names:
+            raise GraphError(
+                f"{called or method.name} has no field {field!r}; it has {', '.join(names) or 'no fields'}"
+            )
+    changed: Any = method
+    return replace(changed, **changes) if changes else method
+
+
+def configuration(method: Method) -> dict[str, Any]:
+    """The values of a method's fields, by name."""
+    return {field.name: getattr(method, field.name) for field in fields_of(method)}
+
+
+def fields_of(method: Method) -> tuple[Field[Any], ...]:
+    """A method's fields."""
+    dataclass: Any = method
+    return fields(dataclass)

@@ -1,35 +1,100 @@
-"""Methods as text: "name" or "name:field=value,field=value"."""
+"""Methods as text, "name" or "name:field=value,field=value": one parser, one formatter, and what takes either.
+
+A value is a number, true, false, none, plain text, or, in brackets or quotes, JSON: "cacheblend:selected=[[0,1],[2]]".
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from kvgraph.errors import GraphError
 from kvgraph.methods.base import Method
-from kvgraph.methods.registry import get
+from kvgraph.methods.registry import BASELINE, fields_of, get, known
+
+_WORDS = {"none": None, "true": True, "false": False}
+_PLAIN = re.compile(r"[A-Za-z0-9_.+-]+")  # text that needs no quotes
+_JSON = json.JSONDecoder()
+
+
+def resolve(method: str | Method | None, tuned_for: Iterable[str] = ()) -> Method:
+    """The method that was asked for, as text or as it is.
+
+    None is the default: the first method in `tuned_for`, what a model declares, that there is; else `full`.
+    Raises GraphError for anything else.
+    """
+    if method is None:
+        return get(next(filter(known, tuned_for), BASELINE))
+    if isinstance(method, str):
+        return parse(method)
+    if isinstance(method, type):
+        raise GraphError(f"give a method's name or an instance, such as {method.__name__}(), not the class")
+    if not isinstance(method, Method):
+        raise GraphError(f"give a method's name or an instance, not {type(method).__name__}")
+    return method
 
 
 def parse(spec: str) -> Method:
-    """The method of "name" or "name:field=value,field=value", as commands and requests write it.
+    """The method of "name" or "name:field=value,field=value".
 
     Raises GraphError listing what there is.
     """
     name, _, rest = spec.partition(":")
-    fields: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        field, equals, value = item.partition("=")
-        if not equals:
+    changes: dict[str, Any] = {}
+    while rest:
+        item, _, after = rest.partition(",")
+        field, equals, text = item.partition("=")
+        if equals and text.lstrip()[:1] in ("[", '"'):  # it may hold commas
+            changes[field.strip()], after = _json(rest.partition("=")[2].lstrip(), spec)
+        elif equals:
+            changes[field.strip()] = _value(text.strip())
+        elif item:
             raise GraphError(f"method {spec[:80]!r}: {item!r} isn't FIELD=VALUE")
-        fields[field.strip()] = _value(value.strip())
-    return get(name, **fields)
+        rest = after
+    return get(name, **changes)
+
+
+def format(method: Method) -> str:
+    """The text that `parse` reads as this method: its name, and the fields that aren't the default."""
+    values = ((field, getattr(method, field.name)) for field in fields_of(method))
+    changed = [f"{field.name}={_text(value)}" for field, value in values if value != field.default]
+    return method.name + (":" if changed else "") + ",".join(changed)
+
+
+def _json(text: str, spec: str) -> tuple[Any, str]:
+    """(the JSON value that a text begins with, what comes after the comma behind it)."""
+    try:
+        value, length = _JSON.raw_decode(text)
+    except (ValueError, RecursionError):
+        raise GraphError(f"method {spec[:80]!r}: {text[:40]!r} isn't JSON") from None
+    behind = text[length:].lstrip()
+    if behind and behind[0] != ",":
+        raise GraphError(f"method {spec[:80]!r}: a comma is missing before {behind[:40]!r}")
+    return _tuples(value), behind[1:]
 
 
 def _value(text: str) -> Any:
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text) if len(text) <= 18 else text
-        except ValueError:
-            continue
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for kind, longest in ((int, 18), (float, 32)):  # nothing here needs more digits, and Python refuses thousands
+        with suppress(ValueError):
+            if len(text) <= longest:
+                return kind(text)
     return text
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and _value(value) == value:
+        return value
+    return json.dumps(value, separators=(",", ":"))

@@ -3,7 +3,7 @@
 from kvgraph.models.adapter import Attend, Layer, Model, Trainable
 from kvgraph.models.checkpoint import deepen, save
 from kvgraph.models.fingerprint import ATTENTION_NUMERICS
-from kvgraph.models.loading import load, load_tokenizer, trainable, wrap
+from kvgraph.models.loading import load, load_tokenizer, trainable, tuned_for, wrap
 from kvgraph.models.support import TESTED
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "load_tokenizer",
     "save",
     "trainable",
+    "tuned_for",
     "wrap",
 ]

@@ -134,6 +134,20 @@ def trainable(hf_model: PreTrainedModel, *, allow_untested: bool = False) -> Tra
     return Trainable(hf_model, layers)
 
 
+def tuned_for(path_or_name: str | Path) -> tuple[str, ...]:
+    """The methods that the config and card in a folder, or a hub name's config, declare tuning for.
+
+    Nothing else of the model is read. Empty where there is no config, as beside a tokenizer alone.
+    """
+    folder = Path(path_or_name).expanduser()
+    try:
+        config = AutoConfig.from_pretrained(str(folder if folder.is_dir() else path_or_name)).to_dict()
+    except (OSError, ValueError):
+        config = {}
+    found = declared(config, f"{path_or_name}'s config")
+    return found + (declared(card(folder), f"{path_or_name}'s model card") if folder.is_dir() else ())
+
+
 def load_tokenizer(path_or_name: str | Path) -> Any:
     """The tokenizer of a folder or hub name, without the model's weights. Raises ModelError with the reason."""
     name = str(path_or_name)

@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from kvgraph import __version__
 from kvgraph.engine.engine import Engine
-from kvgraph.server import errors, playground
+from kvgraph.server import handlers, playground
 from kvgraph.server.middleware import BodyLimit, Observed
 from kvgraph.server.routes import compat, health, inspect, metrics, openai, segments
 from kvgraph.server.settings import Settings
@@ -35,11 +36,19 @@ def create_app(settings: Settings, load: Callable[[Settings], Engine] = load_eng
         redoc_url=None,
     )
     app.state.server = server
-    errors.install(app)
+    handlers.install(app)
     for module in (openai, segments, compat, health, metrics, inspect, playground):
         app.include_router(module.router)
     app.add_middleware(
         BodyLimit, most=settings.max_request_bytes, together=settings.max_body_bytes, seconds=settings.body_timeout
     )
     app.add_middleware(Observed, server=server)  # the last one added is the outermost
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
     return app

@@ -5,11 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 
 from kvgraph.errors import CapacityError, GraphError, KVGraphError, ModelError, PlanError, StoreError
 from kvgraph.server import logs
@@ -60,6 +57,7 @@ DECLARED: dict[int | str, dict[str, Any]] = {
         408: "The body took too long to come.",
         409: "It is there with other content, or in use.",
         413: "The request is too large.",
+        415: "The body isn't JSON, or compressed.",
         429: "Too many requests; try again after Retry-After seconds.",
         500: "A fault of the server.",
         503: "Not ready, or shutting down.",
@@ -114,41 +112,3 @@ def printable(text: str, most: int = 1000) -> str:
     """One line without lone surrogates, so that it can be sent as UTF-8."""
     line = " ".join(text.encode("utf-8", "replace").decode().split())
     return line if len(line) <= most else line[: most - 1] + "…"
-
-
-def install(app: FastAPI) -> None:
-    """Let every error of an application's routes leave it in OpenAI's shape, and its OpenAPI document say so."""
-    described = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = described()
-        for operation in (o for path in document["paths"].values() for o in path.values()):
-            operation["responses"].pop("422", None)  # the framework's own shape, which `invalid` replaces
-        for name in ("HTTPValidationError", "ValidationError"):
-            document.get("components", {}).get("schemas", {}).pop(name, None)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-    @app.exception_handler(KVGraphError)
-    async def known(_: Request, error: KVGraphError) -> JSONResponse:
-        return response(report(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return response(APIError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json"))
-        where = [str(part) for part in first["loc"] if part not in ("body", "chat", "completion")]
-        param = ".".join(where) or None
-        message = f"{param}: {first['msg']}" if param else str(first["msg"])
-        return response(APIError(400, message, param=param, code=str(first["type"])))
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        made = response(APIError(error.status_code, str(error.detail)))
-        made.headers.update(error.headers or {})
-        documented = app.openapi()["paths"].get(getattr(request.scope.get("route"), "path_format", None))
-        if error.status_code == 405 and documented:  # the framework knows only the methods of the path's first route
-            made.headers["Allow"] = ", ".join(sorted(method.upper() for method in documented))
-        return made

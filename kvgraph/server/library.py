@@ -15,7 +15,7 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from kvgraph import methods
 from kvgraph.data.chat import Document
 from kvgraph.errors import StoreError
 from kvgraph.graph import ContextGraph, Text
-from kvgraph.methods import GraphKV
+from kvgraph.methods import Method
 from kvgraph.server.errors import APIError
 
 log = logging.getLogger("kvgraph.server")
@@ -31,6 +31,8 @@ log = logging.getLogger("kvgraph.server")
 State = Literal["pending", "running", "ready", "failed"]
 
 SCHEMA = 1
+DEFAULT_METHOD = "graph-kv"  # of the graphs that don't name theirs: it was the only one when this schema was made
+LIBRARY = "library.sqlite"  # in the folder of the store
 BUSY_TIMEOUT = 10.0  # seconds a writer waits for another process
 _CREATE = """
 CREATE TABLE segments (
@@ -57,7 +59,7 @@ CREATE TABLE edges (
 
 
 @dataclass(frozen=True)
-class Segment:
+class StoredSegment:
     """A stored segment: token ids, and the title and text they were made from. created: seconds since the epoch."""
 
     id: str
@@ -78,7 +80,7 @@ class StoredGraph:
     row: int
     tenant: str
     id: str
-    method: GraphKV
+    method: Method
     segments: int
     edges: int
     spans: int
@@ -90,10 +92,10 @@ class StoredGraph:
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphPart:
     """Segments of a graph, edges (source, reader) among them, and which were chosen, both as indices into `segments`."""
 
-    segments: tuple[Segment, ...]
+    segments: tuple[StoredSegment, ...]
     edges: tuple[tuple[int, int], ...]
     chosen: tuple[int, ...]
 
@@ -131,7 +133,7 @@ class Library:
 
     # -- segments -----------------------------------------------------------------------------------------------------
 
-    def add(self, tenant: str, segments: Iterable[Segment], most: int) -> list[Segment]:
+    def add(self, tenant: str, segments: Iterable[StoredSegment], most: int) -> list[StoredSegment]:
         """Keep segments, all or none, at most `most` of a tenant; returns them as kept. Idempotent.
 
         Raises APIError 409 when an id is taken by other tokens, and 400 beyond `most`.
@@ -143,7 +145,7 @@ class Library:
                 raise APIError(400, f"that would make {count} segments, but at most {most} are kept; delete some first")
             return kept
 
-    def _add(self, tenant: str, segment: Segment) -> Segment:
+    def _add(self, tenant: str, segment: StoredSegment) -> StoredSegment:
         there = self._find(tenant, segment.id)
         if there is not None:
             if there.tokens != segment.tokens:
@@ -156,9 +158,9 @@ class Library:
             "INSERT INTO segments (model, tenant, id, title, text, tokens, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (self._model, tenant, segment.id, segment.title, segment.text, _packed(segment.tokens), created),
         )
-        return Segment(segment.id, segment.tokens, segment.title, segment.text, created)
+        return StoredSegment(segment.id, segment.tokens, segment.title, segment.text, created)
 
-    def segment(self, tenant: str, id: str, param: str | None = None) -> Segment:
+    def segment(self, tenant: str, id: str, param: str | None = None) -> StoredSegment:
         """A stored segment. Raises APIError 404; `param` names the request's field."""
         with self._reading():
             found = self._find(tenant, id)
@@ -166,19 +168,19 @@ class Library:
             raise APIError(404, f"there is no segment {id!r}; store it with PUT /v1/segments", param=param)
         return found
 
-    def _find(self, tenant: str, id: str) -> Segment | None:
+    def _find(self, tenant: str, id: str) -> StoredSegment | None:
         row = self._one(
             "SELECT id, tokens, title, text, created FROM segments WHERE model = ? AND tenant = ? AND id = ?",
             *(self._model, tenant, id),
         )
-        return None if row is None else Segment(row[0], _unpacked(row[1]), *row[2:])
+        return None if row is None else StoredSegment(row[0], _unpacked(row[1]), *row[2:])
 
     def document(self, tenant: str, segment: str) -> Document:
         """A stored segment as a document. Raises APIError 404."""
         found = self.segment(tenant, segment, "documents")
         return Document(found.text, found.title, found.id, found.tokens)
 
-    def segments(self, tenant: str, after: str, limit: int) -> list[Segment]:
+    def segments(self, tenant: str, after: str, limit: int) -> list[StoredSegment]:
         """Up to `limit` segments with ids above `after`, in the order of their ids."""
         with self._reading():
             rows = self._db.execute(
@@ -186,9 +188,9 @@ class Library:
                 "ORDER BY id LIMIT ?",
                 (self._model, tenant, after, limit),
             ).fetchall()
-        return [Segment(row[0], _unpacked(row[1]), *row[2:]) for row in rows]
+        return [StoredSegment(row[0], _unpacked(row[1]), *row[2:]) for row in rows]
 
-    def remove(self, tenant: str, id: str) -> Segment:
+    def remove(self, tenant: str, id: str) -> StoredSegment:
         """Take a segment out; returns it. Raises APIError 404, or 409 while a graph uses it."""
         with self._changing():
             segment = self.segment(tenant, id)
@@ -210,7 +212,7 @@ class Library:
         self,
         tenant: str,
         id: str | None,
-        method: GraphKV,
+        method: Method,
         segments: Sequence[str],
         edges: Sequence[tuple[int, int]],
         *,
@@ -222,7 +224,7 @@ class Library:
 
         Raises APIError 409 when the id is taken by another graph, 404 for unknown segments.
         """
-        fields = json.dumps(asdict(method), sort_keys=True)
+        fields = _written(method)
         with self._changing():
             rows = [self._row_of(tenant, segment) for segment in segments]
             content = json.dumps([fields, rows, sorted(edges)])
@@ -278,7 +280,7 @@ class Library:
         with self._reading():
             rows = self._db.execute(f"SELECT {names} FROM graphs WHERE model = ? AND {where}", (self._model, *values))
             return [
-                StoredGraph(row, tenant, id, methods.get(GraphKV.name, **json.loads(method)), *rest)  # type: ignore[arg-type]
+                StoredGraph(row, tenant, id, _read(method), *rest)  # type: ignore[arg-type]
                 for row, tenant, id, method, *rest in rows
             ]
 
@@ -294,27 +296,27 @@ class Library:
         with self._changing():
             self._db.execute("DELETE FROM graphs WHERE row = ?", (graph.row,))
 
-    def part(self, graph: StoredGraph, chosen: Sequence[str | int] | None = None) -> Part:
+    def part(self, graph: StoredGraph, chosen: Sequence[str | int] | None = None) -> GraphPart:
         """What a query over the chosen segments (by id, or by number in the graph; None: all) needs of the graph.
 
-        That is the chosen segments in this order, then what their versions were computed from: sources up to `rounds`
-        edges away. Their keys are those of the whole graph. Raises APIError 404 for a segment that isn't in the graph.
+        That is the chosen segments in this order, then what their versions were computed from: sources up to the
+        method's `reach` edges away. Their keys are those of the whole graph. Raises APIError 404 for a segment that isn't in the graph.
         """
         with self._reading():
             places = range(graph.segments) if chosen is None else [self._place(graph, ref) for ref in chosen]
             needed, pairs = self._ancestors(graph, places)
             index = {place: i for i, place in enumerate(needed)}
-            return Part(
+            return GraphPart(
                 tuple(self._members(graph, needed)),
                 tuple((index[source], index[reader]) for source, reader in pairs),
                 tuple(index[place] for place in places),
             )
 
     def _ancestors(self, graph: StoredGraph, places: Iterable[int]) -> tuple[dict[int, None], list[tuple[int, int]]]:
-        """The places and all that is up to `rounds` edges before them, and the edges on the way."""
+        """The places and all that is within the method's reach before them, and the edges on the way."""
         needed, pairs = dict.fromkeys(places), []
         frontier = list(needed)
-        for _ in range(graph.method.rounds):
+        for _ in range(graph.method.reach):
             found: dict[int, None] = {}
             for reader in frontier:
                 rows = self._db.execute("SELECT source FROM edges WHERE graph = ? AND reader = ?", (graph.row, reader))
@@ -337,13 +339,13 @@ class Library:
             raise APIError(404, f"graph {graph.id!r} has no segment {ref!r}", param="kvgraph.segments")
         return row[0]
 
-    def _members(self, graph: StoredGraph, places: Iterable[int]) -> Iterator[Segment]:
+    def _members(self, graph: StoredGraph, places: Iterable[int]) -> Iterator[StoredSegment]:
         for place in places:
             id, tokens = self._one(
                 "SELECT id, tokens FROM members JOIN segments ON segments.row = segment WHERE graph = ? AND place = ?",
                 *(graph.row, place),
             )
-            yield Segment(id, _unpacked(tokens))
+            yield StoredSegment(id, _unpacked(tokens))
 
     # -- SQLite -------------------------------------------------------------------------------------------------------
 
@@ -395,6 +397,17 @@ def _opened(file: Path | None) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _written(method: Method) -> str:
+    """A method as the library keeps it: its fields as JSON and, unless it is DEFAULT_METHOD, its name."""
+    name = {} if method.name == DEFAULT_METHOD else {"method": method.name}
+    return json.dumps(methods.configuration(method) | name, sort_keys=True)
+
+
+def _read(text: str) -> Method:
+    fields = json.loads(text)
+    return methods.get(fields.pop("method", DEFAULT_METHOD), **fields)
 
 
 def _packed(tokens: Sequence[int]) -> bytes:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from kvgraph.server.runner import Job
+    from kvgraph.server.runner import EngineJob
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -27,10 +27,9 @@ class Exchange:
     id: str
     started: float = field(default_factory=time.perf_counter)
     tenant: str = ""
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[EngineJob] = field(default_factory=list)
     error: str | None = None  # the code of the error it ended with, also where a stream had begun with 200
     left: bool = False  # the client went before its answer was complete
-    ended: bool = False  # what its handlers started in the background may still be running
     trace: str | None = None
 
     @property

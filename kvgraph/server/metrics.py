@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import generate_latest as written
@@ -17,13 +16,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kvgraph import __version__
-from kvgraph.server.runner import Job, Update
-from kvgraph.store.disk import DiskStore
-from kvgraph.store.tiered import TieredStore
-
-if TYPE_CHECKING:
-    from kvgraph.server.state import Server
-
+from kvgraph.engine.engine import Engine
+from kvgraph.server.runner import EngineJob, Runner, Update
+from kvgraph.store.base import Store
 
 PATIENCE = 0.5  # seconds a scrape waits for the size of a store, which is else the one of the scrape before
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
@@ -32,11 +27,15 @@ METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 
 
 class Metrics:
-    """A server's metrics, in a registry of their own."""
+    """A server's metrics, in a registry of their own.
 
-    def __init__(self, server: Server):
+    model: the served model's name. ready: whether requests are taken. What there is to say of the engine and its stores
+    is said from `observe` on.
+    """
+
+    def __init__(self, model: str, ready: Callable[[], bool]):
         self.registry = CollectorRegistry()
-        self._state = _State(server)
+        self._state = _Gauges(model, ready)
         self._measuring: asyncio.Task[None] | None = None
         registry = self.registry
         registry.register(self._state)
@@ -68,13 +67,17 @@ class Metrics:
             "kvgraph_inter_token_seconds", "From one token of an answer to the next.", registry=registry, buckets=QUICK
         )
 
+    def observe(self, runner: Runner) -> None:
+        """Show gauges of this runner, its engine and the engine's stores too."""
+        self._state.runner = runner
+
     def count_http(self, route: str, method: str, status: int, seconds: float) -> None:
         """An HTTP request has been answered. route: its template, never its path."""
         known = method if method in METHODS else "other"
         self._http.labels(route, known, f"{status // 100}xx").inc()
         self._http_seconds.labels(route).observe(seconds)
 
-    def saw(self, job: Job, update: Update) -> None:
+    def saw(self, job: EngineJob, update: Update) -> None:
         """Something new of a job, on the event loop."""
         now, tokens = time.perf_counter(), len(update.sampled)
         if tokens:
@@ -87,7 +90,7 @@ class Metrics:
         if update.result is not None or update.error is not None:
             self._count(job, "error" if update.result is None else update.result.finish_reason)
 
-    def _count(self, job: Job, outcome: str) -> None:
+    def _count(self, job: EngineJob, outcome: str) -> None:
         usage = job.request.usage
         done = job.request.encode_only and outcome == "length"
         self._answers.labels("encoded" if done else outcome).inc()
@@ -106,31 +109,31 @@ class Metrics:
         return written(self.registry)
 
 
-class _State(Collector):
-    """What is so at the moment of a scrape."""
+class _Gauges(Collector):
+    """What is read at scrape time, not counted."""
 
-    def __init__(self, server: Server):
-        self._server = server
-        self._sizes: dict[DiskStore, int] = {}
+    def __init__(self, model: str, ready: Callable[[], bool]):
+        self.runner: Runner | None = None
+        self._model, self._ready = model, ready
+        self._sizes: dict[Store, int] = {}
 
     def measure(self) -> None:
         """Ask the stores for their sizes; that may wait for a disk."""
-        for store in self._stores():
+        for store in () if self.runner is None else _tiers(self.runner.engine):
             size = store.size()
             if size is not None:
                 self._sizes[store] = size
 
     def collect(self) -> Iterator[Metric]:
-        """Everything that is read, not counted. Before the model is loaded: only who this is, and that it isn't ready."""
-        server = self._server
+        """Before the model is loaded: only which server this is, and that it isn't ready."""
         built = GaugeMetricFamily("kvgraph_build_info", "Always 1.", labels=("version", "model"))
-        built.add_metric((__version__, server.settings.name), 1)
+        built.add_metric((__version__, self._model), 1)
         yield built
-        yield GaugeMetricFamily("kvgraph_ready", "1 while requests are taken.", value=float(server.ready))
-        if not server.loaded:
+        yield GaugeMetricFamily("kvgraph_ready", "1 while requests are taken.", value=float(self._ready()))
+        runner = self.runner
+        if runner is None:
             return
-        runner, budget = server.runner, server.engine.scheduler.memory.budget
-        load = runner.load
+        load, budget = runner.load, runner.engine.scheduler.memory.budget
         yield GaugeMetricFamily("kvgraph_requests_running", "Requests admitted by the engine.", value=load.running)
         waiting = max(0, runner.pending - load.running)
         yield GaugeMetricFamily("kvgraph_requests_waiting", "Requests that wait for the engine.", value=waiting)
@@ -141,10 +144,10 @@ class _State(Collector):
             "kvgraph_kv_pinned_bytes", "Of it, spans that requests in work read.", value=load.pinned
         )
         yield GaugeMetricFamily("kvgraph_kv_budget_bytes", "The most KV that is held in memory.", value=budget)
-        yield from self._of_stores()
+        yield from self._of_stores(runner.engine)
 
-    def _of_stores(self) -> Iterator[Metric]:
-        stores = self._stores()
+    def _of_stores(self, engine: Engine) -> Iterator[Metric]:
+        stores = _tiers(engine)
         for event, help in (
             ("hits", "Records found."),
             ("misses", "Records not found."),
@@ -156,7 +159,7 @@ class _State(Collector):
             for store in stores:
                 counted.add_metric((store.name,), store.counts()[event])
             yield counted
-        failed = self._server.engine.store_errors
+        failed = engine.store_errors
         yield CounterMetricFamily("kvgraph_store_write_errors", "Records that couldn't be kept.", value=failed)
         held = GaugeMetricFamily("kvgraph_store_bytes", "Record files, of all processes.", labels=("tier",))
         most = GaugeMetricFamily("kvgraph_store_capacity_bytes", "The store's limit, if any.", labels=("tier",))
@@ -167,7 +170,6 @@ class _State(Collector):
                 most.add_metric((store.name,), store.capacity)
         yield from (held, most)
 
-    def _stores(self) -> list[DiskStore]:
-        store = self._server.engine.store if self._server.loaded else None
-        tiers = store.tiers if isinstance(store, TieredStore) else (store,)
-        return [tier for tier in tiers if isinstance(tier, DiskStore)]
+
+def _tiers(engine: Engine) -> tuple[Store, ...]:
+    return () if engine.store is None else engine.store.tiers

@@ -48,21 +48,21 @@ class Observed:
                 MutableHeaders(scope=message)["X-Request-ID"] = exchange.id
             await send(message)
 
+        inner = _tidied(scope)
         token = logs.current.set(exchange)
         span = self.server.tracing.start(scope["method"], headers, exchange)
         self.server.metrics.in_flight.inc()
         try:
-            await self.app(scope, receive, noted)
+            await self.app(inner, receive, noted)
         except Exception as error:
             answer = errors.response(errors.report(error))
             if not status:
                 await answer(scope, receive, noted)
         finally:
             self.server.metrics.in_flight.dec()
-            exchange.ended = True
             seconds = time.perf_counter() - exchange.started
             told = LEFT if exchange.left or not status else status
-            route = getattr(scope.get("route"), "path", "unknown")
+            route = getattr(inner.get("route"), "path", "unknown")
             self.server.metrics.count_http(route, scope["method"], told, seconds)
             self.server.tracing.end(span, scope["method"], route, told, exchange)
             self._log(scope, told, seconds, exchange)
@@ -85,8 +85,16 @@ class Observed:
         access.log(level, "request", extra={"fields": fields})
 
 
+def _tidied(scope: Scope) -> Scope:
+    """The request as routes see it: HEAD is a GET whose body the HTTP server leaves out, and a last slash is nothing."""
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
+
+
 class BodyLimit:
     """Hands a request on when its body is complete, so that a slow client holds nothing but a connection.
+
+    A body that isn't JSON, or is compressed, is refused with 415.
 
     most: bytes of one body, declared or not; beyond it 413. together: bytes of the bodies of all requests that are being
     read or answered; beyond it 429. seconds: how long a client may take to send its body; then 408.
@@ -133,11 +141,14 @@ class BodyLimit:
                             429, "too many large requests at once; try again", code="overloaded", retry_after=1
                         )
                     if not message.get("more_body", False):
-                        return True
+                        break
         except TimeoutError:
             raise _Refused(
                 408, f"the request's body took longer than {self.seconds:g} seconds", code="request_timeout"
             ) from None
+        if body:
+            _check_type(Headers(scope=scope))
+        return True
 
     def _too_large(self) -> _Refused:
         return _Refused(413, f"the request is larger than {self.most:,} bytes; send less at once", code="too_large")
@@ -148,6 +159,20 @@ class _Refused(Exception):
 
     def __init__(self, status: int, message: str, **more: Any):
         self.error = APIError(status, message, **more)
+
+
+def _check_type(headers: Headers) -> None:
+    """Raise _Refused with 415 for a body that isn't plain JSON. A page of another site can send only such ones unasked."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise _Refused(
+            415, f"Content-Encoding is {encoding[:50]!r}; send the body as it is", code="unsupported_encoding"
+        )
+    given = headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        told = f"Content-Type is {given[:50]!r}" if given else "there is no Content-Type"
+        raise _Refused(415, f"{told}; send application/json", code="unsupported_media_type")
 
 
 async def _discard(receive: Receive) -> None:

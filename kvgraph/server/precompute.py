@@ -6,24 +6,21 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING
 
+from kvgraph import methods
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.request import Request
 from kvgraph.engine.result import Usage
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import Block
 from kvgraph.plan import Plan
 from kvgraph.server.library import Library, State, StoredGraph
-from kvgraph.server.runner import Job, Runner, Stopped
+from kvgraph.server.runner import EngineJob, Runner, Stopped
 from kvgraph.server.tenants import Caller
-
-if TYPE_CHECKING:
-    from kvgraph.server.state import Server
+from kvgraph.server.workers import Workers
 
 log = logging.getLogger("kvgraph.server")
 
@@ -35,7 +32,7 @@ QUERY = [0]  # any token: a query changes no document
 
 def segment_plan(tokens: Sequence[int]) -> Plan:
     """The plan that encodes one segment alone, as every method but full begins with it."""
-    return Block().plan(ContextGraph([tokens], QUERY))
+    return methods.get("block").plan(ContextGraph([tokens], QUERY))
 
 
 def encoding(engine: Engine, plan: Plan, salt: str) -> Request:
@@ -48,12 +45,12 @@ def keys_of(engine: Engine, plan: Plan, salt: str) -> list[str]:
     return [key for key in plan.keys(engine.model.fingerprint, salt) if key is not None]
 
 
-async def encoded(runner: Runner, requests: AsyncIterable[Request]) -> AsyncGenerator[Usage]:
+async def encoded(submit: Callable[[Request], EngineJob], requests: AsyncIterable[Request]) -> AsyncGenerator[Usage]:
     """What each request took, in order; a few are in work at once. Raises what ended one, or Stopped."""
-    jobs: deque[Job] = deque()
+    jobs: deque[EngineJob] = deque()
     try:
         async for request in requests:
-            jobs.append(runner.submit(request))
+            jobs.append(submit(request))
             if len(jobs) == JOBS:
                 yield await _usage(jobs)
         while jobs:
@@ -63,27 +60,25 @@ async def encoded(runner: Runner, requests: AsyncIterable[Request]) -> AsyncGene
             job.cancel()
 
 
-async def _usage(jobs: deque[Job]) -> Usage:
+async def _usage(jobs: deque[EngineJob]) -> Usage:
     result = await jobs[0].result()
     jobs.popleft()
-    if result.finish_reason == "cancelled":
-        raise Stopped("the server is shutting down and ended the encoding")
     return result.usage
 
 
 class Precompute:
     """Encodes stored graphs, a few at a time, each segment's versions after those of its sources.
 
-    A graph that wasn't finished when the server stopped goes on where it was when the next one starts.
+    A graph that wasn't finished when the server stopped is resumed when the next one starts.
     """
 
-    def __init__(self, server: Server, library: Library):
-        self._server, self._library = server, library
+    def __init__(self, runner: Runner, library: Library, workers: Workers):
+        self._runner, self._library, self._workers = runner, library, workers
         self._turn = asyncio.Semaphore(GRAPHS)
         self._tasks: dict[int, asyncio.Task] = {}  # by the graph's row
 
     async def resume(self) -> None:
-        """Go on with what an earlier server left unfinished."""
+        """Start what an earlier server left unfinished."""
         for graph in await asyncio.to_thread(self._library.unfinished):
             self.start(graph)
 
@@ -107,7 +102,7 @@ class Precompute:
             async with self._turn:
                 noted = time.monotonic()
                 await self._note(graph, "running", done)
-                async with aclosing(encoded(self._server.runner, self._requests(graph))) as finished:
+                async with aclosing(encoded(self._runner.submit, self._requests(graph))) as finished:
                     async for _ in finished:
                         done += 1
                         if time.monotonic() - noted > NOTED_EVERY:
@@ -115,22 +110,22 @@ class Precompute:
                             noted = time.monotonic()
                 await self._note(graph, "ready", done)
         except Stopped:
-            log.info("graph %r isn't finished; it goes on when the server starts again", graph.id)
+            log.info("graph %r isn't finished; it is resumed when the server starts again", graph.id)
         except Exception as error:
             log.error("can't encode graph %r: %s", graph.id, error, exc_info=not isinstance(error, KVGraphError))
             reason = str(error) if isinstance(error, KVGraphError) else "an unexpected error; see the server's log"
-            await self._server.off_loop(self._library.progress, graph, "failed", done, reason)
+            await self._workers.run(self._library.progress, graph, "failed", done, reason)
 
     async def _note(self, graph: StoredGraph, state: State, done: int) -> None:
         """Write down how many segments are encoded, once their records are written."""
-        await self._server.off_loop(self._server.engine.flush)
-        await self._server.off_loop(self._library.progress, graph, state, done)
+        await self._workers.run(self._runner.engine.flush)
+        await self._workers.run(self._library.progress, graph, state, done)
 
     async def _requests(self, graph: StoredGraph) -> AsyncIterator[Request]:
         for place in range(graph.done, graph.segments):
-            yield await self._server.off_loop(self._request, graph, place)
+            yield await self._workers.run(self._request, graph, place)
 
     def _request(self, graph: StoredGraph, place: int) -> Request:
         """The encoding of all that a query over one segment of the graph reads."""
         plan = graph.method.plan(self._library.part(graph, [place]).graph(QUERY))
-        return encoding(self._server.engine, plan, Caller(graph.tenant).salt)
+        return encoding(self._runner.engine, plan, Caller(graph.tenant).salt)

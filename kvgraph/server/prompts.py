@@ -5,12 +5,14 @@ Everything here may take long (tokenizing, planning, hashing) and runs on worker
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sized
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kvgraph import methods
-from kvgraph.data.chat import DOCUMENT, Document, chat, opening
+from kvgraph.data.chat import DOCUMENT, ChatError, Document, chat, opening
 from kvgraph.edges import named_edges
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.request import Request
@@ -19,7 +21,7 @@ from kvgraph.errors import CapacityError, GraphError, PlanError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
-from kvgraph.server.errors import APIError
+from kvgraph.server.errors import APIError, printable
 from kvgraph.server.schema import ChatRequest, CompletionRequest, Generation, GraphOptions, StoredDocument
 
 if TYPE_CHECKING:
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
     from kvgraph.server.tenants import Caller
 
 
+log = logging.getLogger("kvgraph.server")
+
+
 @dataclass(frozen=True)
-class Laid:
+class PreparedPrompt:
     """A prompt ready to be asked: its graph, method and plan, and one engine request a choice.
 
     dropped: the names of documents that were left out because they didn't fit.
@@ -55,7 +60,7 @@ class _Context:
     chosen: tuple[int, ...] | None = None
 
 
-def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionRequest) -> list[Laid]:
+def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionRequest) -> list[PreparedPrompt]:
     """The prompts of a request. Raises APIError or GraphError for what can't be laid out."""
     context = _documents(server, caller, body) if body.kvgraph.graph is None else _stored_graph(server, caller, body)
     if isinstance(body, ChatRequest):
@@ -67,19 +72,19 @@ def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionReques
 
 def method_of(server: Server, options: GraphOptions) -> Method:
     """The method a request asks for, or the server's default. Raises GraphError listing what there is."""
-    method = server.method if options.method is None else methods.parse(options.method)
+    method = server.method if options.method is None else methods.resolve(options.method)
     return with_fields(method, options.model_extra, "kvgraph.")
 
 
 def with_fields(method: Method, given: dict[str, Any] | None, where: str = "") -> Method:
     """The method with fields of a request's object. Raises GraphError for one that it doesn't have."""
-    known = {f.name for f in fields(method)}  # type: ignore[arg-type]
-    if unknown := sorted(set(given or ()) - known):
+    known = methods.configuration(method)
+    if unknown := sorted((given or {}).keys() - known):
         raise GraphError(
             f"{where}{unknown[0]}: neither an option nor a field of {method.name}, which has "
             f"{', '.join(sorted(known)) or 'no fields'}"
         )
-    return replace(method, **given) if given else method  # type: ignore[type-var]
+    return methods.with_fields(method, given or {})
 
 
 def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
@@ -87,7 +92,7 @@ def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
     wanted = max_tokens(body)
     logprobs: int | None = None
     if isinstance(body, ChatRequest):
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise APIError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
     elif isinstance(body, CompletionRequest):
@@ -106,6 +111,19 @@ def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
     )
+
+
+def ignored(server: Server, body: Generation) -> list[str]:
+    """The fields of a request that kvgraph doesn't know, by path; some of them if there are many.
+
+    Raises APIError for the first of them if the setting `unknown_fields` says so.
+    """
+    names = [printable(name, most=100) for name in islice(body.unknown(), 20)]
+    if names and server.settings.unknown_fields == "refuse":
+        raise APIError(400, f"{names[0]} is no field that is known here", param=names[0], code="unknown_parameter")
+    if names:
+        log.info("ignored fields of a request", extra={"fields": {"ignored": names}})
+    return names
 
 
 def max_tokens(body: Generation) -> int | None:
@@ -174,23 +192,26 @@ def _stored_graph(server: Server, caller: Caller, body: Generation) -> _Context:
 
 
 def _chat_graph(server: Server, body: ChatRequest, context: _Context) -> ContextGraph:
-    messages = [{"role": m.role, "content": m.text} | ({"name": m.name} if m.name else {}) for m in body.messages]
     if body.kvgraph.prefix is not None:
         raise APIError(400, "chat has system messages for what stands before documents", param="kvgraph.prefix")
-    prompt = chat(server.tokenizer, messages, context.documents, template=server.settings.document_template)
+    messages = [message.rendered() for message in body.messages]
+    try:
+        prompt = chat(server.tokenizer, messages, context.documents, template=server.settings.document_template)
+    except ChatError as error:
+        raise APIError(400, str(error), param="messages", code="invalid_value") from None
     return _tokenized(server.engine, prompt.graph((), context.names))
 
 
 def _plain_graph(server: Server, body: CompletionRequest, prompt: str | list[int], context: _Context) -> ContextGraph:
     tokenizer, engine = server.tokenizer, server.engine
-    query = engine.encode(prompt) if isinstance(prompt, str) else prompt
+    query = engine.tokenize(prompt) if isinstance(prompt, str) else prompt
     bos = opening(tokenizer)
     prefix = body.kvgraph.prefix
     if not context.documents and prefix is None:
         if isinstance(prompt, str) and tuple(query[: len(bos)]) != bos:
             query = [*bos, *query]
         return ContextGraph([], query)
-    start = engine.encode(prefix or "")
+    start = engine.tokenize(prefix or "")
     template = server.settings.document_template or DOCUMENT
     segments = [d.filled(template) for d in context.documents]
     first = start if tuple(start[: len(bos)]) == bos else [*bos, *start]
@@ -204,20 +225,24 @@ def prompt_list(prompt: Any) -> list[str | list[int]]:
 
 
 def _tokenized(engine: Engine, graph: ContextGraph) -> ContextGraph:
-    return graph if graph.is_tokenized else graph.tokenized(engine.encode)
+    return graph if graph.is_tokenized else graph.tokenized(engine.tokenize)
 
 
-def _fitting(server: Server, caller: Caller, body: Generation, graph: ContextGraph, context: _Context) -> Laid:
+def _fitting(
+    server: Server, caller: Caller, body: Generation, graph: ContextGraph, context: _Context
+) -> PreparedPrompt:
     """The prompt over all documents, or, under the policy "drop", over as many of the first as fit."""
     whole = _with_edges(graph, context, len(graph.segments if context.chosen is None else context.chosen))
     total = len(whole.read)
 
-    def laid(kept: int) -> Laid:
+    def laid(kept: int) -> PreparedPrompt:
         fitted = whole if kept == total else _with_edges(graph, context, kept, whole)
         plan = server.engine.plan(fitted, context.method)
         _check_room(server, body, plan)
         made = (server.engine.prepare(plan, sampling(server, body, i), salt=caller.salt) for i in range(body.n))
-        return Laid(fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:]))
+        return PreparedPrompt(
+            fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:])
+        )
 
     best, low, high, middle = None, 0, total, total
     while low <= high:  # fewer documents need less room, so the most that fit are found by halving
@@ -252,7 +277,7 @@ def _with_edges(graph: ContextGraph, context: _Context, kept: int, whole: Contex
 
 def _check_room(server: Server, body: Generation, plan: Plan) -> None:
     """Raise PlanError unless the prompt and the answer, where its length is given, fit the model's positions."""
-    last, limit, wanted = plan.live.positions[-1], server.engine.model.limit, max_tokens(body) or 1
+    last, limit, wanted = plan.prompt.positions[-1], server.engine.model.limit, max_tokens(body) or 1
     if wanted > limit - last:
         raise PlanError(
             f"the prompt ends at position {last} and the answer may have {wanted} tokens, but the model's limit is {limit}; "

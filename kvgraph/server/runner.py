@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -20,7 +20,6 @@ from kvgraph.engine.request import Request
 from kvgraph.engine.result import Result
 from kvgraph.engine.sampling import Sampled
 from kvgraph.errors import KVGraphError
-from kvgraph.server import logs
 
 log = logging.getLogger("kvgraph.server")
 
@@ -41,23 +40,21 @@ class Update:
     error: BaseException | None = None
 
 
-class Job:
-    """A request on its way through the engine, as the event loop sees it: iterate over its updates, once."""
+class EngineJob:
+    """A request on its way through the engine, as the event loop sees it: iterate over its updates, once.
 
-    def __init__(self, request: Request, runner: Runner):
-        self.request, self._runner = request, runner
-        self.started = time.perf_counter()  # when its HTTP request came, if it is one's
-        self.last_token_at: float | None = None  # on the same clock
-        exchange = logs.current.get()
-        if exchange is not None and not exchange.ended:
-            self.started = exchange.started
-            exchange.jobs.append(self)
+    started: when its HTTP request came, if it is one's, and last_token_at: both by `time.perf_counter`.
+    """
+
+    def __init__(self, request: Request, runner: Runner, started: float):
+        self.request, self._runner, self.started = request, runner, started
+        self.last_token_at: float | None = None
         self._updates: list[Update] = []
         self._news = asyncio.Event()
         self._handed_out = 0  # sampled tokens; used by the engine thread alone
 
     async def updates(self) -> AsyncIterator[Update]:
-        """Updates as steps give them; raises what ended the request. Leaving early cancels it."""
+        """Updates as steps give them; raises what ended the request, or Stopped. Leaving early cancels it."""
         try:
             while True:
                 await self._news.wait()
@@ -66,6 +63,8 @@ class Job:
                 for update in updates:
                     if update.error is not None:
                         raise update.error
+                    if update.result is not None and update.result.finish_reason == "cancelled":
+                        raise Stopped("the server is shutting down and ended the request")
                     yield update
                     if update.result is not None:
                         return
@@ -117,7 +116,7 @@ class Runner:
     Jobs of a failed step end with its error; if the loop itself fails, all jobs do and `failed` tells why.
     """
 
-    def __init__(self, engine: Engine, watch: Callable[[Job, Update], None] = lambda job, update: None):
+    def __init__(self, engine: Engine, watch: Callable[[EngineJob, Update], None] = lambda job, update: None):
         self.engine, self._watch = engine, watch
         self.failed: BaseException | None = None
         self.step_seconds = 0.0  # time spent in steps
@@ -126,8 +125,8 @@ class Runner:
         self._commands: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]]] = queue.SimpleQueue()
         self._ended = False
         self._ending = threading.Lock()  # no command is put into a queue that nobody reads any more
-        self._live: dict[Job, None] = {}  # in order of submission; the engine thread's own
-        self._pending: set[Job] = set()  # the event loop's own: submitted, last update not yet delivered
+        self._live: dict[EngineJob, None] = {}  # in order of submission; the engine thread's own
+        self._pending: set[EngineJob] = set()  # the event loop's own: submitted, last update not yet delivered
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="kvgraph-engine", daemon=True)
@@ -147,11 +146,11 @@ class Runner:
         """Whether `submit` would take a job."""
         return not self._stopping and self.failed is None
 
-    def submit(self, request: Request) -> Job:
-        """Queue a prepared request (see `Engine.prepare`). Raises Stopped."""
+    def submit(self, request: Request, started: float | None = None) -> EngineJob:
+        """Queue a prepared request (see `Engine.prepare`). started: see `EngineJob`; default: now. Raises Stopped."""
         if not self.takes_work:
             raise self._stopped()
-        job = Job(request, self)
+        job = EngineJob(request, self, time.perf_counter() if started is None else started)
         self._pending.add(job)
 
         def start() -> None:
@@ -165,7 +164,7 @@ class Runner:
         self._order(start, refuse)
         return job
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: EngineJob) -> None:
         """Cancel a job; its last update comes with the next step."""
         self._order(lambda: self.engine.cancel(job.request))
 
@@ -254,7 +253,7 @@ class Runner:
             command()
 
     def _publish(self) -> None:
-        updates: list[tuple[Job, Update]] = []
+        updates: list[tuple[EngineJob, Update]] = []
         for job in list(self._live):
             update = job._take()
             if update is not None:
@@ -264,14 +263,14 @@ class Runner:
         if updates:
             self._send(updates)
 
-    def _send(self, updates: list[tuple[Job, Update]]) -> None:
+    def _send(self, updates: list[tuple[EngineJob, Update]]) -> None:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(self._hand_out, updates)
         except RuntimeError:  # the loop is closed: nobody listens any more
             log.debug("updates after the event loop was closed")
 
-    def _hand_out(self, updates: list[tuple[Job, Update]]) -> None:
+    def _hand_out(self, updates: list[tuple[EngineJob, Update]]) -> None:
         for job, update in updates:
             if update.result is not None or update.error is not None:
                 self._pending.discard(job)
@@ -279,7 +278,7 @@ class Runner:
             job._deliver(update)
 
 
-async def merged(jobs: list[Job]) -> AsyncIterator[tuple[int, Update]]:
+async def merged(jobs: list[EngineJob]) -> AsyncGenerator[tuple[int, Update]]:
     """Updates of several jobs as they come, each with its job's index. Leaving early cancels all of them."""
     if len(jobs) == 1:
         async for update in jobs[0].updates():
@@ -287,7 +286,7 @@ async def merged(jobs: list[Job]) -> AsyncIterator[tuple[int, Update]]:
         return
     news: asyncio.Queue[tuple[int, Update] | BaseException] = asyncio.Queue()
 
-    async def forward(index: int, job: Job) -> None:
+    async def forward(index: int, job: EngineJob) -> None:
         try:
             async for update in job.updates():
                 news.put_nowait((index, update))

@@ -1,48 +1,86 @@
 """The JSON of requests and responses: OpenAI's shapes, `documents`, and the `kvgraph` object.
 
-A field that isn't known is refused, and one that OpenAI knows but kvgraph doesn't support is refused unless it has its
-neutral value: nothing is dropped silently.
+What a client sends falls into three: what is understood; what asks for something that kvgraph doesn't do, which is refused;
+and what changes no answer, which is taken and, if kvgraph doesn't know it, named in the usage (setting `unknown_fields`).
+null stands for a field that wasn't sent, at every depth.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Ref = Annotated[int, Field(ge=0, lt=1 << 31)] | Name  # a document by index or by id
+Unless = Field(exclude_if=lambda value: value is None)  # in answers: left out rather than null
 Edge = Annotated[tuple[Ref, Ref], Field(strict=False)]  # JSON has lists, and no tuples
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # OpenAI's fields that mean nothing here, with the values that ask for nothing
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "prediction": (),
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, with the values that ask for nothing
+    # OpenAI's
+    "add_generation_prompt": (True,),
     "audio": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({}, []),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
     "web_search_options": (),
+    # vLLM's and other servers'
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "chat_template": (),
+    "early_stopping": (False,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (-1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
 }
 IGNORED = (  # who asks and for what, which changes no answer
     "metadata",
+    "priority",
     "prompt_cache_key",
+    "prompt_cache_retention",
+    "request_id",
     "safety_identifier",
     "service_tier",
     "store",
     "user",
 )
+OF_ANSWERS = ("annotations", "id", "parsed", "provider_specific_fields", "status", "type")  # in messages sent back
+
+
+def without_nulls(data: Any) -> Any:
+    """A JSON object without the fields that are null; anything else as it is."""
+    return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class Strict(BaseModel):
@@ -51,7 +89,47 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextDocument(Strict):
+class Sent(Strict):
+    """As `Strict`, but null is nothing, and unknown fields are kept for `unknown` to tell of."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return without_nulls(data)
+
+    def unknown(self, path: str = "") -> Iterator[str]:
+        """Paths of the fields that aren't known and have a value that may ask for something."""
+        yield from (f"{path}{name}" for name, value in (self.model_extra or {}).items() if value)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for i, item in enumerate(value if isinstance(value, list) else ()):
+                if isinstance(item, Sent):
+                    yield from item.unknown(f"{path}{name}.{i}.")
+            if isinstance(value, Sent):
+                yield from value.unknown(f"{path}{name}.")
+
+
+def unsupported(name: str, hint: str = "") -> PydanticCustomError:
+    """The error of a field that asks for something kvgraph doesn't do."""
+    return PydanticCustomError("unsupported_parameter", "{param} isn't supported" + hint, {"param": name})
+
+
+def taken(data: dict[str, Any], refused: dict[str, tuple[Any, ...]], ignored: tuple[str, ...]) -> dict[str, Any]:
+    """A JSON object without the fields that ask for nothing. Raises the error of one that asks for something."""
+    for name, values in refused.items():
+        if data.get(name) is not None and not any(same(data[name], value) for value in values):
+            raise unsupported(name)
+    return {name: value for name, value in data.items() if name not in refused and name not in ignored}
+
+
+def same(sent: Any, value: Any) -> bool:
+    """Whether a JSON value is this one; 0 isn't false."""
+    return sent == value and isinstance(sent, bool) == isinstance(value, bool)
+
+
+class TextDocument(Sent):
     """A document to read. `id` names it in edges and in the usage."""
 
     id: Name | None = None
@@ -65,7 +143,14 @@ class StoredDocument(Strict):
     segment: Name
 
 
-DocumentIn = TextDocument | StoredDocument
+def _kind(document: Any) -> str:
+    stored = "segment" in document if isinstance(document, dict) else isinstance(document, StoredDocument)
+    return "stored" if stored else "text"
+
+
+DocumentIn = Annotated[
+    Annotated[TextDocument, Tag("text")] | Annotated[StoredDocument, Tag("stored")], Discriminator(_kind)
+]
 
 
 class GraphOptions(BaseModel):
@@ -86,11 +171,17 @@ class GraphOptions(BaseModel):
     prefix: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return without_nulls(data)
 
-class StreamOptions(Strict):
-    """include_usage: a last chunk with the usage."""
+
+class StreamOptions(Sent):
+    """include_usage: a last chunk with the usage; continuous_usage_stats: and in every chunk, how it stands."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -99,11 +190,11 @@ def _with_neutral(document: dict[str, Any]) -> None:
     fields = document["properties"]
     for name in set(fields) - set(document["required"]):
         fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
-    fields.update({name: {"enum": [*values, None]} for name, values in NEUTRAL.items()})
+    fields.update({name: {"enum": [*values, None]} for name, values in UNSUPPORTED.items()})
     fields.update({name: {} for name in IGNORED})
 
 
-class Generation(Strict):
+class Generation(Sent):
     """What chat and plain completions share."""
 
     model_config = ConfigDict(json_schema_extra=_with_neutral)
@@ -128,41 +219,57 @@ class Generation(Strict):
     @model_validator(mode="before")
     @classmethod
     def _neutral(cls, data: Any) -> Any:
-        """Take out what OpenAI's clients may send and asks for nothing here."""
+        """Take out what clients may send and asks for nothing here."""
         if not isinstance(data, dict):
             return data
-        kept = {}
-        for name, value in data.items():
-            if name in IGNORED or (name in NEUTRAL and (value is None or value in NEUTRAL[name])):
-                continue
-            if name in NEUTRAL:
-                raise ValueError(f"{name} isn't supported")
-            if value is not None:
-                kept[name] = value
-        return kept
+        if data.get("tool_choice") == "none":
+            data = {name: value for name, value in data.items() if name not in ("tools", "tool_choice")}
+        if data.get("best_of") is not None and data["best_of"] != data.get("n", 1):
+            raise unsupported("best_of", "; ask for `n` answers")
+        return taken({name: value for name, value in data.items() if name != "best_of"}, UNSUPPORTED, IGNORED)
 
 
-class TextPart(Strict):
+class TextPart(Sent):
     """A part of a message's content."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+    cache_control: Any = None  # what is read again is found again in any case
 
 
-class Message(Strict):
-    """One message. Roles are those of the model's chat template."""
+class Message(Sent):
+    """One message. Roles are those of the model's chat template.
+
+    reasoning_content: the thoughts before an earlier answer, for templates that read them. tool_call_id: the call that a
+    tool's message answers.
+    """
 
     role: Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    refusal: None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral(cls, data: Any) -> Any:
+        """Take out what answers that are sent back hold, and asks for nothing."""
+        if not isinstance(data, dict):
+            return data
+        return taken(data, {"tool_calls": ([],), "function_call": (), "audio": ()}, OF_ANSWERS)
 
     @property
     def text(self) -> str:
         """The content as one text."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content or self.refusal or ""
+
+    def rendered(self) -> dict[str, str]:
+        """What the chat template gets."""
+        fields = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
+        return {"role": self.role, "content": self.text} | {name: value for name, value in fields.items() if value}
 
 
 class ChatRequest(Generation):
@@ -186,7 +293,8 @@ class Details(BaseModel):
 
     computed_tokens ran through the model before the first token of the answer; of them document_tokens_computed are the
     documents'. reused_tokens: by where they came from: memory, disk, or shared with a request that runs now. dropped:
-    documents left out because they didn't fit (setting `overflow`).
+    documents left out because they didn't fit (setting `overflow`). ignored: fields of the request that kvgraph doesn't
+    know (setting `unknown_fields`).
     """
 
     method: str
@@ -199,6 +307,7 @@ class Details(BaseModel):
     ttft: float
     decode: float
     dropped: list[str] = []
+    ignored: Annotated[list[str], Field(exclude_if=lambda names: not names)] = []
 
 
 class PromptDetails(BaseModel):
@@ -295,14 +404,14 @@ class CompletionResponse(BaseModel):
     model: str
     system_fingerprint: str
     choices: list[TextChoice]
-    usage: UsageOut | None = None
+    usage: Annotated[UsageOut | None, Unless] = None
 
 
 class Delta(BaseModel):
     """What is new in a streamed message."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Annotated[Literal["assistant"] | None, Unless] = None
+    content: Annotated[str | None, Unless] = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -323,7 +432,7 @@ class ChatChunk(BaseModel):
     model: str
     system_fingerprint: str
     choices: list[ChatChunkChoice]
-    usage: UsageOut | None = None
+    usage: Annotated[UsageOut | None, Unless] = None
 
 
 class ModelCard(BaseModel):

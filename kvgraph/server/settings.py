@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tomllib
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +16,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from kvgraph import methods
 from kvgraph.data.chat import check_template
 from kvgraph.errors import KVGraphError
+
+log = logging.getLogger("kvgraph.server")
 
 Size = Annotated[ByteSize, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -55,8 +59,10 @@ class Settings(BaseSettings):
     method: str | None = None  # default: the first method that the model declares tuning for, else full
     chat_template: Path | None = None  # a Jinja file that replaces the model's
     document_template: str | None = None  # default: the chat template's own place, else "{title}\n{text}\n\n"
+    unknown_fields: Literal["report", "refuse"] = "report"  # of a request; report: in its usage, and in the log
     overflow: Literal["refuse", "drop"] = "refuse"  # drop: leave out the last documents until the request fits
 
+    cors_origins: list[str] = []  # web pages that may use the API: "https://example.org", or "*" for all
     api_keys: list[APIKey] = []  # none: everybody may ask, as one tenant
     default_max_tokens: PositiveInt = 512
     max_choices: PositiveInt = 16
@@ -79,6 +85,16 @@ class Settings(BaseSettings):
         if value is not None:
             methods.parse(value)
         return value
+
+    @field_validator("store", "chat_template")
+    @classmethod
+    def _at_home(cls, value: Path | None) -> Path | None:
+        return None if value is None else Path(_expanded(str(value)))
+
+    @field_validator("model")
+    @classmethod
+    def _model_at_home(cls, value: str) -> str:
+        return _expanded(value)
 
     @field_validator("document_template")
     @classmethod
@@ -111,12 +127,15 @@ class Settings(BaseSettings):
                 dotenv_settings: PydanticBaseSettingsSource,
                 file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
+                variables = env_settings.env_vars  # type: ignore[attr-defined]
+                env_settings.env_vars = _without_service_links(variables)  # type: ignore[attr-defined]
                 file = [] if config is None else [TomlConfigSettingsSource(settings_cls, config)]
                 return (init_settings, env_settings, *file)
 
         given = {name: value for name, value in flags.items() if value is not None}
         _check_names(cls)
         try:
+            config = None if config is None else Path(_expanded(str(config)))
             if config is not None:
                 tomllib.loads(config.read_text(encoding="utf-8"))  # its errors say less when they come from below
         except (OSError, ValueError) as error:
@@ -127,6 +146,23 @@ class Settings(BaseSettings):
             raise SettingsError(_explained(error, given, config)) from None
         except ValueError as error:  # a variable that should hold JSON
             raise SettingsError(f"the environment can't be read: {error}") from None
+
+
+def _expanded(path: str) -> str:
+    """The path with the home folder for a ~ at its beginning, as a shell would have it. Raises ValueError."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise ValueError(f"{path!r} is in a home folder, but there is none") from None
+
+
+def _without_service_links(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The environment without what Kubernetes puts there for a service named kvgraph: KVGRAPH_PORT=tcp://10.0.0.1:80."""
+    port = variables.get("kvgraph_port")
+    if port is None or not port.startswith(("tcp://", "udp://")):
+        return dict(variables)
+    log.warning("KVGRAPH_PORT is %s, which Kubernetes sets for a service named kvgraph; it is ignored", port[:50])
+    return {name: value for name, value in variables.items() if name != "kvgraph_port"}
 
 
 def _check_names(settings: type[BaseSettings]) -> None:

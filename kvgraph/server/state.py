@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -17,32 +16,29 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from kvgraph import methods
-from kvgraph.engine.engine import Engine
+from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
-from kvgraph.server import logs, schema
+from kvgraph.server import logs
 from kvgraph.server.errors import APIError
-from kvgraph.server.library import Library
+from kvgraph.server.library import LIBRARY, Library
 from kvgraph.server.metrics import Metrics
 from kvgraph.server.precompute import Precompute
 from kvgraph.server.runner import Runner
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.tenants import Caller, Tenants
 from kvgraph.server.tracing import Tracing
-from kvgraph.store.disk import LIBRARY, DiskStore
+from kvgraph.server.workers import Workers
+from kvgraph.store.open import open_store
 
 log = logging.getLogger("kvgraph.server")
 
 T = TypeVar("T")
-WORKERS = 2  # threads that tokenize, plan and hash
 
 
 def load_engine(settings: Settings) -> Engine:
     """The engine that the settings describe; its model has passed the gate. Raises KVGraphError."""
-    from kvgraph import models
-    from kvgraph.checks.gate import require
-
-    model = models.load(
+    model = load_model(
         settings.model,
         adapter=settings.adapter,
         dtype=settings.dtype,
@@ -56,10 +52,9 @@ def load_engine(settings: Settings) -> Engine:
             model.tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"can't read the chat template {settings.chat_template}: {error}") from None
-    require(model)
     store = None
     if settings.store is not None:
-        store = DiskStore(settings.store, capacity_bytes=settings.store_size, fingerprint=model.fingerprint)
+        store = open_store(settings.store, model.fingerprint, capacity_bytes=settings.store_size)
     return Engine(model, store=store, kv_budget=settings.kv_budget, max_step_tokens=settings.max_step_tokens)
 
 
@@ -70,7 +65,8 @@ class Server:
         self.settings = settings
         self.tenants = Tenants(settings.api_keys)
         self.tracing = Tracing(settings)
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(settings.name, lambda: self.ready)
+        self.workers = Workers()
         self.started = time.time()
         self.failure: BaseException | None = None  # why loading failed
         self.on_failure: Callable[[], None] = lambda: None
@@ -81,7 +77,6 @@ class Server:
         self._runner: Runner | None = None
         self._library: Library | None = None
         self._precompute: Precompute | None = None
-        self._workers = ThreadPoolExecutor(WORKERS, "kvgraph-worker")
         self._loading: asyncio.Task | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -97,8 +92,9 @@ class Server:
             self._library = await asyncio.to_thread(Library, file, engine.model.fingerprint)
             runner = Runner(engine, self.metrics.saw)
             runner.start()
+            self.metrics.observe(runner)
             self._engine, self._runner = engine, runner
-            self._precompute = Precompute(self, self._library)
+            self._precompute = Precompute(runner, self._library, self.workers)
             await self._precompute.resume()
         except Exception as error:
             self.failure = error
@@ -129,12 +125,7 @@ class Server:
         if self._library is not None:
             await asyncio.to_thread(self._library.close)
         await self.tracing.close()
-        self._workers.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def loaded(self) -> bool:
-        """Whether there is an engine and its runner."""
-        return self._runner is not None
+        self.workers.close()
 
     @property
     def ready(self) -> bool:
@@ -181,23 +172,7 @@ class Server:
     @property
     def method(self) -> Method:
         """The default method: the setting, else the first that the model declares tuning for, else full."""
-        tuned = [name for name in self.engine.model.tuned_for if name in methods.METHODS or name in methods.PRESETS]
-        return methods.parse(self.settings.method or (tuned[0] if tuned else "full"))
-
-    def card(self) -> schema.ModelCard:
-        """What `/v1/models` says of the model."""
-        model = self.engine.model
-        facts = {
-            "default_method": self.method.name,
-            "methods": list(methods.METHODS),
-            "presets": list(methods.PRESETS),
-            "tuned_for": list(model.tuned_for),
-            "chat": bool(self.tokenizer.chat_template),
-            "fingerprint": model.fingerprint,
-        }
-        return schema.ModelCard(
-            id=self.settings.name, created=int(self.started), max_model_len=model.limit, kvgraph=facts
-        )
+        return methods.resolve(self.settings.method, self.engine.model.tuned_for)
 
     def require_name(self, name: str) -> None:
         """Raise APIError 404 unless this is the served model's name."""
@@ -241,11 +216,6 @@ class Server:
     def deadline(self, timeout: float | None) -> float:
         """When a request that comes now must be done, in event loop time."""
         return asyncio.get_running_loop().time() + min(timeout or self.settings.timeout, self.settings.timeout)
-
-    async def off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Run something long on a worker thread."""
-        context = contextvars.copy_context()  # its log lines are the request's
-        return await asyncio.get_running_loop().run_in_executor(self._workers, context.run, work, *arguments)
 
 
 def _loaded(part: T | None) -> T:

@@ -1,25 +1,42 @@
-"""What every tier of the store can do. It is a cache: losing a record costs a recompute, serving a wrong one is the
-unforgivable failure."""
+"""What every store can do. It is a cache: losing a record costs a recompute, serving a wrong one is the unforgivable
+failure."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Protocol
 
 from kvgraph.store.record import Record
+
+Found = tuple[Record, str]  # a record, and the name of the tier that had it
+
+# What stores count. bad: records that weren't what they should be, moved aside. unreadable: records that couldn't be
+# read, or that this version doesn't understand. index_errors: times an index couldn't be used.
+EVENTS = ("hits", "misses", "bad", "unreadable", "index_errors")
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class Store(Protocol):
-    """Content-addressed KV records. Every operation is safe to call from several threads."""
+    """Content-addressed KV records. Every operation is safe to call from several threads.
 
-    name: str  # the tier's name in usage records: "memory", "disk", ...
+    name: as usage and metrics call it: "memory", "disk", ... capacity: bytes it keeps at most; None: no limit.
+    """
 
-    def get(self, key: str) -> Record | None:
-        """The record of `key`, or None. Never raises on a miss or a bad record, never returns doubtful data.
+    name: str
+    capacity: int | None
 
-        Changes no record that is good (a bad one may be moved aside), evicts nothing; counts as a use of the record.
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        """The stores it consists of, fastest first; a plain store is its own only tier."""
+        ...
+
+    def get(self, key: str) -> Found | None:
+        """The record of `key` and the name of the tier that had it, or None.
+
+        Never raises on a miss or a bad record, never returns doubtful data. Changes no record that is good (a bad one may
+        be moved aside), evicts nothing; counts as a use of the record.
         """
         ...
 
@@ -36,6 +53,14 @@ class Store(Protocol):
 
     def delete(self, key: str) -> bool:
         """Remove a record, pinned or not; True if there was one. Idempotent. Readers that hold it keep their data."""
+        ...
+
+    def counts(self) -> Mapping[str, int]:
+        """How often each of EVENTS happened in this process. Waits for nothing."""
+        ...
+
+    def size(self) -> int | None:
+        """Bytes of all its records; None if that can't be told now. It may wait for a disk or a network."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""One record as the bytes of one safetensors file. docs/format.md specifies them.
+"""One record as the bytes of one safetensors file. docs/reference/format.md specifies them.
 
 The header is written by hand for two reasons: tensor data starts 64-byte aligned, and the checksum stands at a fixed
 offset at the front, so that it covers every byte after itself, header and padding included. Reading trusts nothing:
@@ -8,6 +8,7 @@ the file may be anybody's.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ import xxhash
 
 from kvgraph.errors import StoreError
 from kvgraph.store.base import is_key
-from kvgraph.store.record import Record
+from kvgraph.store.codecs.base import Codec, TensorInfo
+from kvgraph.store.codecs.raw import Raw, bad_shape
+from kvgraph.store.codecs.registry import parse, spec_of
+from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
 
 VERSION = "1"
-CODEC = "raw"
 ALIGN = 64  # bytes; a cache line
 OPENINGS = 5  # tries to open a file that others replace with its like at the same time
 MAX_HEADER = 1 << 20  # bytes; 100 layers take 20 kB
@@ -32,27 +35,18 @@ MAGIC = b'{"__metadata__":{"kvgraph":"'  # the first bytes of the JSON of every 
 PREFIX = MAGIC + VERSION.encode() + b'","xxh3_128":"'
 SEALED = 8 + len(PREFIX) + 32  # the checksum's 32 hex digits end here; it covers everything from here to the end
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 INTS: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
-ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
-_CODES = {dtype: code for code, dtype in FLOATS.items()}
-
-
-class BadRecord(Exception):
-    """The bytes aren't the record they should be: damaged, mislabelled or not a record. The message says why."""
-
-
-class UnsupportedRecord(Exception):
-    """The bytes may be fine, but this reader doesn't understand them: another version, codec or kind of positions."""
-
-
-class TensorInfo:
-    """A line of the header's table: dtype code, shape, first byte in the data section."""
-
-    __slots__ = ("begin", "dtype", "shape")
-
-    def __init__(self, dtype: str, shape: tuple[int, ...], begin: int):
-        self.dtype, self.shape, self.begin = dtype, shape, begin
+ITEMSIZE = {code: dtype.itemsize for code, dtype in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RAW = Raw()
 
 
 @dataclass(frozen=True)
@@ -61,22 +55,23 @@ class Header:
 
     key: str
     fingerprint: str
+    codec: Codec
     tokens: int
     data: int
     tensors: dict[str, TensorInfo]
 
 
-def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
+def encode(record: Record, fingerprint: str = "", codec: Codec = RAW) -> list[bytes | memoryview]:
     """The record's file as buffers to be written one after the other; contiguous CPU tensors aren't copied.
 
-    fingerprint: the model's, empty if not stated. Raises StoreError for what the format can't hold.
+    fingerprint: the model's, empty if not stated. codec: how the KV are kept. Raises StoreError for what the format can't hold.
     """
-    kv = [t.detach() for pair in zip(record.keys, record.values, strict=True) for t in pair]
-    _check_encodable(record, kv)
-    code = _CODES[kv[0].dtype]
-    buffers = [t.contiguous().view(torch.uint8).numpy().reshape(-1).data for t in kv]
-    names = [f"{side}.{layer}" for layer in range(len(record.keys)) for side in ("keys", "values")]
-    table = [(name, code, list(t.shape), b.nbytes) for name, t, b in zip(names, kv, buffers, strict=True)]
+    _check_encodable(record)
+    packed = {name: t.detach().contiguous() for name, t in codec.pack(record).items()}
+    buffers = [t.view(torch.uint8).numpy().reshape(-1).data for t in packed.values()]
+    table = [
+        (name, _CODES[t.dtype], list(t.shape), b.nbytes) for (name, t), b in zip(packed.items(), buffers, strict=True)
+    ]
     # Positions come last: KV then starts aligned, whatever the number of tokens.
     positions = np.ascontiguousarray(record.positions.numpy(), dtype="<i8")
     table.append(("positions", "I64", [len(record)], positions.nbytes))
@@ -87,7 +82,7 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
             "xxh3_128": "0" * 32,
             "key": record.key,
             "fingerprint": fingerprint,
-            "codec": CODEC,
+            "codec": spec_of(codec),
             "tokens": str(len(record)),
         }
     }
@@ -149,22 +144,23 @@ def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = T
     if fingerprint and header.fingerprint not in ("", fingerprint):
         raise BadRecord(f"was written for the model with fingerprint {header.fingerprint}")
 
-    flat = data[header.data :]
-    flat = flat[: flat.shape[0] // 4 * 4].view(FLOATS[header.tensors["keys.0"].dtype])
-    itemsize, first = flat.element_size(), flat.storage_offset()
+    kv = {name: _tensor(data, header, info) for name, info in header.tensors.items() if name != "positions"}
+    return Record(key, *header.codec.unpack(kv, header.tokens), _positions(data, header))
 
-    def tensor(name: str) -> torch.Tensor:
-        info = header.tensors[name]
-        _, n, d = info.shape
-        return flat.as_strided(info.shape, (n * d, d, 1), first + info.begin // itemsize)
 
-    layers = range(len(header.tensors) // 2)
-    return Record(
-        key,
-        tuple([tensor(f"keys.{layer}") for layer in layers]),
-        tuple([tensor(f"values.{layer}") for layer in layers]),
-        _positions(data, header),
-    )
+def _tensor(data: torch.Tensor, header: Header, info: TensorInfo) -> torch.Tensor:
+    """A view of a tensor's bytes; a copy where they aren't aligned."""
+    size = ITEMSIZE[info.dtype]
+    begin = header.data + info.begin
+    there = data[begin : begin + size * math.prod(info.shape)]
+    if (data.storage_offset() + begin) % size:
+        there = there.clone()
+    # Unlike reshape, as_strided gives a dimension of one element the stride that it would have with more.
+    return there.view(DTYPES[info.dtype]).as_strided(info.shape, _strides(info.shape))
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def check_sum(data: torch.Tensor) -> None:
@@ -192,15 +188,17 @@ def read_header(data: torch.Tensor) -> Header:
     meta = table.pop("__metadata__")
     if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
         raise BadRecord("has malformed metadata")
-    if meta.get("codec") != CODEC:
-        raise UnsupportedRecord(f"is stored with codec {meta.get('codec')!r}; this version reads {CODEC!r}")
+    try:
+        codec = parse(meta.get("codec", ""))
+    except StoreError as error:
+        raise UnsupportedRecord(f"is stored with codec {meta.get('codec')!r}: {error}") from None
     if any(name.startswith("positions.") for name in table):
         raise UnsupportedRecord("has positions per layer and head, which this version doesn't read")
     key, tokens, fingerprint = meta.get("key", ""), meta.get("tokens", ""), meta.get("fingerprint")
     if not is_key(key) or not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10) or fingerprint is None:
         raise BadRecord("has malformed metadata")
-    header = Header(key, fingerprint, int(tokens), begin, _table(table, raw.nbytes - begin))
-    _check_shapes(header)
+    header = Header(key, fingerprint, codec, int(tokens), begin, _table(table, raw.nbytes - begin))
+    _check_tensors(header)
     return header
 
 
@@ -237,21 +235,15 @@ def _table(table: dict[str, Any], size: int) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _check_shapes(header: Header) -> None:
-    """Layers 0, 1, ...: keys and values [G, N, D] of one float dtype; positions [N]; nothing else."""
-    tensors = header.tensors
-    layers = len(tensors) // 2
-    names = {f"{side}.{layer}" for layer in range(layers) for side in ("keys", "values")}
-    if not layers or tensors.keys() != names | {"positions"}:
+def _check_tensors(header: Header) -> None:
+    """positions [N], and what the codec wants."""
+    info = header.tensors.get("positions")
+    if info is None:
         raise BadRecord("doesn't hold keys and values of every layer and positions")
-    dtype = tensors["keys.0"].dtype
-    for name, info in tensors.items():
-        if name == "positions":
-            good = info.shape == (header.tokens,) and info.dtype in INTS
-        else:
-            good = len(info.shape) == 3 and info.shape[1] == header.tokens and info.dtype == dtype and dtype in FLOATS
-        if not good:
-            raise BadRecord(f"has a tensor {name!r} of dtype {info.dtype} and shape {list(info.shape)}, which can't be")
+    if info.shape != (header.tokens,) or info.dtype not in INTS:
+        raise bad_shape("positions", info)
+    kv = {name: info for name, info in header.tensors.items() if name != "positions"}
+    header.codec.check(kv, header.tokens)
 
 
 def _positions(data: torch.Tensor, header: Header) -> torch.Tensor:
@@ -265,13 +257,14 @@ def _positions(data: torch.Tensor, header: Header) -> torch.Tensor:
     return torch.from_numpy(positions)
 
 
-def _check_encodable(record: Record, kv: list[torch.Tensor]) -> None:
+def _check_encodable(record: Record) -> None:
+    kv = (*record.keys, *record.values)
     dtypes = {t.dtype for t in kv}
     if not is_key(record.key):
         raise StoreError(f"a record's key has 64 lower-case hex digits; this isn't one: {record.key!r}")
     if not kv or len(record) == 0:
         raise StoreError(f"record {record.key[:12]} is empty; there is nothing to keep")
-    if len(dtypes) > 1 or kv[0].dtype not in _CODES:
+    if len(dtypes) > 1 or kv[0].dtype not in _KV_DTYPES:
         found = ", ".join(sorted(map(str, dtypes)))
         raise StoreError(f"record {record.key[:12]} has dtype {found}; the store keeps float32, float16 or bfloat16")
     if any(t.device.type != "cpu" for t in kv):

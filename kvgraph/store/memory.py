@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from kvgraph.store.base import EVENTS, Found, Store
 from kvgraph.store.record import Record
 
 
@@ -22,7 +23,9 @@ class MemoryStore:
     name = "memory"
 
     def __init__(self, capacity_bytes: int):
-        self.capacity = capacity_bytes
+        self.capacity: int | None = capacity_bytes
+        self._most = capacity_bytes
+        self._counts = dict.fromkeys(EVENTS, 0)
         self.bytes = 0
         self.pinned_bytes = 0
         self._idle: OrderedDict[str, _Entry] = OrderedDict()  # not pinned, least recently used first
@@ -39,16 +42,19 @@ class MemoryStore:
         """Changes nothing; not a use."""
         return key in self
 
-    def get(self, key: str) -> Record | None:
-        """The record or None. Evicts nothing; makes it the most recently used."""
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        """Itself."""
+        return (self,)
+
+    def get(self, key: str) -> Found | None:
+        """The record and "memory", or None. Evicts nothing; makes it the most recently used."""
         with self._lock:
             entry = self._pinned.get(key)
-            if entry is None:
-                entry = self._idle.get(key)
-                if entry is None:
-                    return None
+            if entry is None and (entry := self._idle.get(key)) is not None:
                 self._idle.move_to_end(key)
-            return entry.record
+            self._counts["misses" if entry is None else "hits"] += 1
+            return None if entry is None else (entry.record, self.name)
 
     def put(self, record: Record) -> None:
         """Keep a record, evicting others down to the capacity. Idempotent: the one that is there stays.
@@ -62,9 +68,9 @@ class MemoryStore:
             if record.key in self._idle:
                 self._idle.move_to_end(record.key)
                 return
-            if self.pinned_bytes + nbytes > self.capacity:
+            if self.pinned_bytes + nbytes > self._most:
                 return
-            self._evict_to(self.capacity - nbytes)
+            self._evict_to(self._most - nbytes)
             self._idle[record.key] = _Entry(record, nbytes)
             self.bytes += nbytes
 
@@ -103,6 +109,15 @@ class MemoryStore:
                 return False
             self.bytes -= entry.nbytes
             return True
+
+    def counts(self) -> dict[str, int]:
+        """Hits and misses."""
+        with self._lock:
+            return dict(self._counts)
+
+    def size(self) -> int:
+        """Bytes of keys and values."""
+        return self.bytes
 
     def close(self) -> None:
         """Forget all records; those handed out stay valid."""

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 import torch
 
 
+class BadRecord(Exception):
+    """The bytes aren't the record they should be: damaged, mislabelled or not a record. The message says why."""
+
+
+class UnsupportedRecord(Exception):
+    """The bytes may be fine, but this reader doesn't understand them: another version, codec or kind of positions."""
+
+
 @dataclass(frozen=True)
 class Record:
     """KV of one span, canonical: keys are rotated as if the span's first token stood at position 0.

@@ -1,11 +1,12 @@
-"""Several tiers as one store: read from the fastest that has it, write to all."""
+"""Several stores as one: read from the fastest that has the record, write to all."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from kvgraph.errors import StoreError
-from kvgraph.store.base import Store
+from kvgraph.store.base import Found, Store
 from kvgraph.store.record import Record
 
 
@@ -13,36 +14,38 @@ class TieredStore:
     """Tiers from fastest to slowest, e.g. `TieredStore([MemoryStore(10**9), DiskStore("kv")])`."""
 
     name = "tiered"
+    capacity: int | None = None  # each tier has its own
 
     def __init__(self, tiers: Sequence[Store]):
         if not tiers:
             raise StoreError("a tiered store needs at least one tier")
-        self.tiers = tuple(tiers)
+        self._tiers = tuple(tiers)
 
-    def get(self, key: str) -> Record | None:
-        """See `get_with_tier`."""
-        return self.get_with_tier(key)[0]
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        """The tiers, fastest first."""
+        return tuple(part for tier in self._tiers for part in tier.tiers)
 
-    def get_with_tier(self, key: str) -> tuple[Record | None, str]:
-        """The record and the name of the first tier that has it, or (None, "").
+    def get(self, key: str) -> Found | None:
+        """The record and the name of the first tier that has it, or None.
 
         Puts the record into the faster tiers, where it may evict others; that failing doesn't fail the get.
         """
-        for index, tier in enumerate(self.tiers):
-            record = tier.get(key)
-            if record is not None:
-                for faster in self.tiers[:index]:
+        for index, tier in enumerate(self._tiers):
+            found = tier.get(key)
+            if found is not None:
+                for faster in self._tiers[:index]:
                     try:
-                        faster.put(record)
+                        faster.put(found[0])
                     except StoreError:  # promotion only saves time later
                         pass
-                return record, tier.name
-        return None, ""
+                return found
+        return None
 
     def put(self, record: Record) -> None:
         """Write through to every tier. Idempotent. Raises the first tier's StoreError after all tiers were tried."""
         failed: StoreError | None = None
-        for tier in self.tiers:
+        for tier in self._tiers:
             try:
                 tier.put(record)
             except StoreError as error:
@@ -52,14 +55,26 @@ class TieredStore:
 
     def contains(self, key: str) -> bool:
         """Whether any tier has it. Changes nothing."""
-        return any(tier.contains(key) for tier in self.tiers)
+        return any(tier.contains(key) for tier in self._tiers)
 
     def delete(self, key: str) -> bool:
         """Remove it from every tier; True if one had it. Idempotent."""
-        found = [tier.delete(key) for tier in self.tiers]
+        found = [tier.delete(key) for tier in self._tiers]
         return any(found)
+
+    def counts(self) -> dict[str, int]:
+        """The sums of all tiers: a record found in the second tier is a miss of the first."""
+        total: Counter[str] = Counter()
+        for tier in self._tiers:
+            total.update(tier.counts())
+        return dict(total)
+
+    def size(self) -> int | None:
+        """Bytes in all tiers; None if one of them can't tell."""
+        sizes = [tier.size() for tier in self._tiers]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
 
     def close(self) -> None:
         """Close every tier."""
-        for tier in self.tiers:
+        for tier in self._tiers:
             tier.close()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kvgraph import methods
 from kvgraph.errors import KVGraphError
-from kvgraph.methods import Full, KVLink
+from kvgraph.methods import Full
 from kvgraph.train.config import DISTILL, Component, Config, Stage, TrainError
 from kvgraph.train.distill import Lesson
 from kvgraph.train.example import Example, join
@@ -36,7 +36,7 @@ AHEAD = 4  # chunks laid out ahead by each worker
 
 
 @dataclass(frozen=True)
-class Progress:
+class Cursor:
     """How far a run's data is: optimizer steps taken, examples drawn of each component and left out of them.
 
     Nothing else is needed to go on with the same data.
@@ -48,14 +48,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Step:
+class Batch:
     """The sequences of one optimizer step. totals: tokens to learn in all of them, (of answers, of documents).
 
     progress: that of the run when the step is done. lessons: of a distillation, one a sequence; totals are then its rows,
     (of methods, of `full`).
     """
 
-    progress: Progress
+    progress: Cursor
     sequences: list[Packed]
     totals: tuple[int, int]
     examples: int
@@ -98,9 +98,8 @@ def _sources(config: Config, stage: Stage, tokenizer: Any, split: str, limit: in
 
 
 def _room(most: int, component: Component) -> int:
-    """Tokens that an example may have, so that a text that is cut still fits with its link and memory tokens."""
-    linked = [method for method in map(methods.parse, component.methods) if isinstance(method, KVLink)]
-    return most - max((method.links * method.slots + 2 for method in linked), default=0)
+    """Tokens that an example may have, so that a text that is cut still fits with its methods' own tokens."""
+    return most - max(len(method.own_tokens) for method in map(methods.parse, component.methods))
 
 
 class Sent(NamedTuple):
@@ -138,7 +137,7 @@ def _sent(drawn: Drawn) -> Sent:
     return Sent(drawn.laid.arrays(), None if drawn.taught is None else drawn.taught.arrays(), full)
 
 
-def ahead(config: Config, planned: list[Planned], progress: Progress, limit: int, last: int) -> Iterator[Step]:
+def ahead(config: Config, planned: list[Planned], progress: Cursor, limit: int, last: int) -> Iterator[Batch]:
     """The steps of a run that come after its progress, in order. Other processes lay their examples out while this one trains:
     a thread would hold up every small operation.
 
@@ -154,7 +153,7 @@ def ahead(config: Config, planned: list[Planned], progress: Progress, limit: int
         before += stage.steps
 
 
-def _steps(config: Config, planned: Planned, progress: Progress, limit: int) -> Iterator[Step]:
+def _steps(config: Config, planned: Planned, progress: Cursor, limit: int) -> Iterator[Batch]:
     """The steps of a stage from here on; they never end."""
     mixture = Mixture(
         planned.stage.components,
@@ -181,7 +180,7 @@ def _steps(config: Config, planned: Planned, progress: Progress, limit: int) -> 
         drawn.extend(made)
         examples, misses = examples + 1, 0
         if examples == config.batch:
-            progress = Progress(progress.step + 1, dict(counts), dict(left_out))
+            progress = Cursor(progress.step + 1, dict(counts), dict(left_out))
             yield _packed(drawn, config.length, progress, examples)
             drawn, examples = [], 0
 
@@ -201,7 +200,7 @@ def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[Sent]]
         yield from chunk
 
 
-def _packed(drawn: list[Sent], length: int, progress: Progress, examples: int) -> Step:
+def _packed(drawn: list[Sent], length: int, progress: Cursor, examples: int) -> Batch:
     laid = [Packed.of(one.laid) for one in drawn]
     taught = [None if one.taught is None else Packed.of(one.taught) for one in drawn]
     groups = first_fit([max(len(x), len(y or ())) for x, y in zip(laid, taught, strict=True)], length)
@@ -211,7 +210,7 @@ def _packed(drawn: list[Sent], length: int, progress: Progress, examples: int) -
     )
     counted = [one.counts for one in lessons or sequences]
     methods, others = (sum(counts) for counts in zip(*counted, strict=True))
-    return Step(progress, sequences, (methods, others), examples, lessons)
+    return Batch(progress, sequences, (methods, others), examples, lessons)
 
 
 def _lesson(group: list[int], laid: list[Packed], taught: Sequence[Packed | None], drawn: list[Sent]) -> Lesson:
@@ -228,7 +227,7 @@ def _deaf(worker: int) -> None:
 
 
 @dataclass(frozen=True)
-class Exam:
+class ValidationSet:
     """What a component is evaluated with by one method: sequences, and how many targets each answer in them has."""
 
     name: str
@@ -237,7 +236,7 @@ class Exam:
     answers: list[list[int]]
 
 
-def exams(config: Config, planned: Planned, limit: int) -> list[Exam]:
+def validation_sets(config: Config, planned: Planned, limit: int) -> list[ValidationSet]:
     """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some that fit, by each of
     its methods.
     """
@@ -248,10 +247,10 @@ def exams(config: Config, planned: Planned, limit: int) -> list[Exam]:
     found = validation(
         components, sources, config.seed, config.evaluation, length=config.length, limit=limit, documents=False
     )
-    return [_exam(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True) if drawn]
+    return [_validation_set(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True) if drawn]
 
 
-def _exam(name: str, method: str, drawn: list[Drawn], length: int) -> Exam:
+def _validation_set(name: str, method: str, drawn: list[Drawn], length: int) -> ValidationSet:
     """Examples packed in their order, so that it is known whose answers the targets of a sequence are."""
     chunks: list[list[Drawn]] = []
     for one in drawn:
@@ -259,7 +258,7 @@ def _exam(name: str, method: str, drawn: list[Drawn], length: int) -> Exam:
             chunks.append([])
         chunks[-1].append(one)
     sequences = [concatenated([one.laid for one in chunk]) for chunk in chunks]
-    return Exam(name, method, sequences, [[n for one in chunk for n in _answers(one)] for chunk in chunks])
+    return ValidationSet(name, method, sequences, [[n for one in chunk for n in _answers(one)] for chunk in chunks])
 
 
 def _answers(drawn: Drawn) -> list[int]:

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 
-from kvgraph.train.batches import Progress
+from kvgraph.data import io
+from kvgraph.train.batches import Cursor
 from kvgraph.train.config import TrainError
 
 MODEL, ADAPTER, STATE, PROGRESS, CONFIG = "model", "adapter", "state", "progress.json", "config.json"
@@ -71,21 +72,21 @@ def writing(run: Path, step: int, keep: int, *, main: bool) -> Iterator[Path]:
     _wait()
 
 
-def save_state(folder: Path, module: nn.Module, optimizers: list[Optimizer], progress: Progress, *, main: bool) -> None:
+def save_state(folder: Path, module: nn.Module, optimizers: list[Optimizer], progress: Cursor, *, main: bool) -> None:
     """Write everything that the next step depends on; every process writes its part."""
     with _alone_or_not() as alone:
         dcp.save(_tensors(module, optimizers)[0], checkpoint_id=folder / STATE, no_dist=alone)
     if main:
-        (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+        io.write_json(folder / PROGRESS, asdict(progress))
 
 
-def load_state(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> Progress:
+def load_state(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> Cursor:
     """Read what `save_state` wrote, by as many processes or another number of them."""
     tensors, states = _tensors(module, optimizers)
     read_tensors(folder / STATE, tensors)
     set_optimizer_state_dict(module, optimizers, states)
     try:
-        return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+        return Cursor(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise TrainError(
             f"{folder / PROGRESS} can't be read: {error}; delete {folder} to go on from the one before"
@@ -94,7 +95,7 @@ def load_state(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> 
 
 def save_origin(folder: Path, base: str, data: Mapping[str, int]) -> None:
     """Write what a run started from: a hash of the model's weights, and how many examples its components have."""
-    (folder / ORIGIN).write_text(json.dumps({"base": base, "data": dict(data)}, indent=1) + "\n", encoding="utf-8")
+    io.write_json(folder / ORIGIN, {"base": base, "data": dict(data)})
 
 
 def has_base(folder: Path) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated
 
 from kvgraph.errors import KVGraphError
 
@@ -18,6 +18,8 @@ ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
 ANSWERS, DISTILL = OBJECTIVES = ("answers", "distill")
 AUTO, FLEX, SDPA = ATTENTIONS = ("auto", "flex", "sdpa")
+OLD_NAMES = {"deepen": "stack"}  # in the config.json of older runs
+STRICT = {"extra": "forbid"}  # pydantic refuses settings that don't exist
 
 
 class TrainError(KVGraphError, ValueError):
@@ -46,6 +48,7 @@ class Component:
     edges: tuple[str, ...] = ("links",)
     through_links: bool = False
     recite: int = 0
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.recite < 0:
@@ -66,6 +69,7 @@ class Stage:
     components: tuple[Component, ...]
     steps: int = 0
     epochs: float = 0.0
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if (self.steps > 0) == (self.epochs > 0):
@@ -109,7 +113,7 @@ class Config:
     trained: Annotated[str, "all weights, the links' rows alone, or a lora adapter (saved merged)"] = WHOLE
     lora_rank: Annotated[int, "rank of the lora adapter"] = 16
     adapter: Annotated[str, "a lora adapter's folder to go on training; a distillation's teacher has it too"] = ""
-    deepen: Annotated[int, "copies of the last so many layers to put on top before the first step (stacking)"] = 0
+    stack: Annotated[int, "copies of the last so many layers to put on top before the first step (stacking)"] = 0
     links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
     slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
     precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
@@ -122,6 +126,7 @@ class Config:
     evaluation: Annotated[int, "examples of each component, by each of its methods; 0: don't evaluate"] = 64
     save_every: Annotated[int, "steps between checkpoints; one is at the end"] = 500
     keep: Annotated[int, "so many checkpoints, the latest"] = 2
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -152,16 +157,25 @@ class Config:
 
     def to_json(self) -> str:
         """The whole configuration, to be read again by `from_json`."""
-        return json.dumps(_plain(self), indent=1) + "\n"
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """What `to_json` wrote. Raises TrainError for anything else."""
+        """What `to_json` wrote. Raises TrainError, naming the setting, for anything else."""
+        from pydantic import TypeAdapter, ValidationError
+
+        from kvgraph.data.schema import first_error
+
+        wrong = "this is no configuration of a training run"
         try:
-            found: Config = _built(cls, json.loads(text))
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise TrainError(f"this is no configuration of a training run: {error}") from None
-        return found
+            given = json.loads(text)
+            if isinstance(given, dict):
+                given = {OLD_NAMES.get(name, name): value for name, value in given.items()}
+            return TypeAdapter(cls).validate_python(given)
+        except ValidationError as error:
+            raise TrainError(f"{wrong}: {first_error(error)}") from None
+        except ValueError as error:
+            raise TrainError(f"{wrong}: it is not JSON: {error}") from None
 
     @classmethod
     def read(cls, path: str | Path) -> Config:
@@ -185,7 +199,7 @@ _LEAST = {
             "limit",
             "minutes",
             "hold",
-            "deepen",
+            "stack",
             "links",
             "slots",
             "threads",
@@ -197,50 +211,3 @@ _LEAST = {
         0,
     ),
 }
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as dicts and lists."""
-    if isinstance(value, (Config, Stage, Component)):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _built(cls: type, value: Mapping[str, Any]) -> Any:
-    """`_plain` undone: a dataclass of this kind."""
-    inner = {Config: ("stages", Stage), Stage: ("components", Component)}
-    unknown = set(value) - set(get_type_hints(cls))
-    if unknown:
-        raise TrainError(f"unknown settings: {', '.join(sorted(unknown))}")
-    field, kind = inner.get(cls, ("", None))
-    hints = get_type_hints(cls)
-    made = {
-        name: tuple(_built(kind, part) for part in _listed(name, given)) if name == field and kind
-        else _fitting(name, given, hints[name])
-        for name, given in value.items()
-    }  # fmt: skip
-    return cls(**made)
-
-
-def _listed(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{name} is {value!r}; it must be a list")
-    return value
-
-
-def _fitting(name: str, value: Any, kind: Any) -> Any:
-    """A value of JSON as a field of this type: lists are tuples there, and 2.0 is a whole number. Raises TypeError."""
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)
-        made = tuple(_fitting(name, item, inner[0]) for item in _listed(name, value))
-        if inner[-1] is not Ellipsis and len(made) != len(inner):
-            raise TypeError(f"{name} is {value!r}; it must have {len(inner)} items")
-        return made
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise TypeError(f"{name} is {json.dumps(value)}; it must be {names[kind]}")
-    return value

@@ -80,7 +80,7 @@ class Target(NamedTuple):
 class Joined:
     """The plans of one example as one list of spans.
 
-    spans: what the plans share, then one live span a question, before these the beginning that all of them have in
+    spans: what the plans share, then one prompt span a question, before these the beginning that all of them have in
     common. roots: the live ones. answers, documents: what to learn.
     """
 
@@ -95,7 +95,7 @@ def join(example: Example, method: Method, *, documents: bool = False, through_l
 
     An answer's token is learned from the live token before it. documents: learn the segments' tokens too, each distinct
     segment where it is first encoded, from its second token on. through_links: questions see what comes before them in the
-    live span, which is the links, and the prefix, but no document.
+    prompt span, which is the links, and the prefix, but no document.
     Raises GraphError where the method can't plan the graph; PlanError where its plan can't be trained.
     """
     shared, sees, lives, before = _lives(example, method)
@@ -124,7 +124,7 @@ def join(example: Example, method: Method, *, documents: bool = False, through_l
 
 
 class _Lives(NamedTuple):
-    """What plans share: spans and the live span's places; each one's live (token, position) pairs, of which `before` come
+    """What plans share: spans and the prompt span's places; each one's live (token, position) pairs, of which `before` come
     before its query."""
 
     shared: tuple[Span, ...]
@@ -136,21 +136,21 @@ class _Lives(NamedTuple):
 def _lives(example: Example, method: Method) -> _Lives:
     """What the plans of all questions share.
 
-    The live span is what comes before the query, then the query, whatever it is. So two plans tell all: what the others
+    The prompt span is what comes before the query, then the query, whatever it is. So two plans tell all: what the others
     would be is put together from them. tests/train/test_train_pack.py compares that with `Example.plans`.
     """
     asked = [(*question.query, *question.answer[:-1]) for question in example.questions]
     planned = sorted(asked, key=len, reverse=True)[:2]  # the longest isn't empty, so it tells where queries start
     plans = [method.plan(example.graph.with_query(query)) for query in planned]
-    shared, sees = plans[0].spans[:-1], plans[0].live.sees
+    shared, sees = plans[0].spans[:-1], plans[0].prompt.sees
     before, *others = (
-        list(zip(plan.live.tokens, plan.live.positions, strict=True))[: len(plan.live) - len(query)]
+        list(zip(plan.prompt.tokens, plan.prompt.positions, strict=True))[: len(plan.prompt) - len(query)]
         for plan, query in zip(plans, planned, strict=True)
     )
-    same = all(plan.spans[:-1] == shared and plan.live.sees == sees for plan in plans)
+    same = all(plan.spans[:-1] == shared and plan.prompt.sees == sees for plan in plans)
     if not same or any(other != before for other in others):
         raise PlanError(f"{method.name} encodes documents by the question; give every question an example of its own")
-    start = plans[0].live.positions[-1] + 1 - len(planned[0])
+    start = plans[0].prompt.positions[-1] + 1 - len(planned[0])
     lives = [[*before, *zip(query, range(start, start + len(query)), strict=True)] for query in asked]
     if any(span.groups for plan in plans for span in plan.spans):
         raise PlanError(
@@ -160,7 +160,7 @@ def _lives(example: Example, method: Method) -> _Lives:
 
 
 def _live(tokens: Sequence[tuple[int, int]], sees: tuple[Place, ...], name: str) -> Span:
-    """A live span of (token, position) pairs."""
+    """A prompt span of (token, position) pairs."""
     ids, positions = zip(*tokens, strict=True)
     return Span(ids, positions, sees, cached=False, name=name)
 
@@ -173,7 +173,7 @@ def _goes_on(live: Sequence[tuple[int, int]], at: int) -> bool:
 
 
 def _common(lives: Sequence[Sequence[tuple[int, int]]]) -> int:
-    """Tokens at the beginning that all live spans share, leaving each at least one of its own."""
+    """Tokens at the beginning that all prompt spans share, leaving each at least one of its own."""
     shortest = min(map(len, lives)) - 1
     return next((i for i in range(shortest) if any(live[i] != lives[0][i] for live in lives)), shortest)
 

@@ -81,7 +81,7 @@ def laid_by(example: Example, way: Way, number: int) -> Packed | None:
     """The example by a method and edges, of which random ones are drawn by the number; None where it can't be laid out."""
     method, edges = methods.parse(way[0]), way[1]
     try:
-        told = with_edges(example, edges if methods.reads_edges(method) else "none", random.Random(number))
+        told = with_edges(example, edges if method.reads_edges else "none", random.Random(number))
         return lay(told, method)
     except (GraphError, PlanError):  # more documents than link tokens, for one
         return None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvgraph import methods
 from kvgraph.errors import GraphError
-from kvgraph.methods import KVLink
+from kvgraph.methods import Method
 
 
-def add_link_tokens(hf: Any, links: int, slots: int) -> KVLink:
+def add_link_tokens(hf: Any, links: int, slots: int) -> Method:
     """Give a transformers model rows for `links` link tokens a document, `slots` documents, and the two memory tokens.
 
     The new ids follow those that its embedding has rows for, so no text is ever tokenized to one. Their embeddings are
@@ -17,22 +18,20 @@ def add_link_tokens(hf: Any, links: int, slots: int) -> KVLink:
     """
     first = hf.get_input_embeddings().weight.shape[0]
     mem_start = first + links * slots
-    method = KVLink(links, first if links else None, slots, mem_start, mem_start + 1)
+    ids = {"link_start": first if links else None, "mem_start": mem_start, "mem_end": mem_start + 1}
+    method = methods.get("kvlink", links=links, slots=slots, **ids)
     hf.resize_token_embeddings(mem_start + 2)
     return method
 
 
-def rows_of(method: KVLink) -> list[int]:
-    """The token ids of a method's link and memory tokens, ascending. Raises GraphError if it has none."""
-    first = method.link_start or 0
-    ids = [*range(first, first + method.links * method.slots)]
-    ids += [i for i in (method.mem_start, method.mem_end) if i is not None]
-    if not ids:
-        raise GraphError("kvlink has neither link nor memory tokens here, so there are no rows of their own to train")
-    return sorted(ids)
+def rows_of(method: Method) -> list[int]:
+    """The ids of a method's own tokens (kvlink's link and memory tokens), ascending. Raises GraphError if it has none."""
+    if not method.own_tokens:
+        raise GraphError(f"{methods.format(method)} has no tokens of its own, so there are no rows of theirs to train")
+    return list(method.own_tokens)
 
 
-def train_only_rows(hf: Any, method: KVLink) -> Any:
+def train_only_rows(hf: Any, method: Method) -> Any:
     """Train the embeddings of the method's tokens and nothing else: a peft model around `hf`.
 
     Only they reach the optimizer, so neither momentum nor weight decay moves another parameter. `merge_and_unload()`

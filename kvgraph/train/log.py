@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvgraph.data import io
+from kvgraph.progress import Progress
 
 FILE = "log.jsonl"
 
@@ -29,17 +29,7 @@ class Log:
         self.path = folder / FILE
         _keep_until(self.path, step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-            refresh_per_second=2,
-        )
-        self.task = self.bar.add_task("training", total=last, completed=step, now="")
+        self.bar = Progress("training", last, done=step)
         self.bar.start()
 
     def steps(self, rows: list[dict[str, Any]]) -> None:
@@ -55,7 +45,7 @@ class Log:
         curves |= {f"drawn/{name}": count for name, count in last["drawn"].items()}
         self._track(curves, last["step"])
         now = f"loss {loss:.4f}  lr {last['lr']:.2g}  {speed:,.0f} tokens/s"
-        self.bar.update(self.task, completed=last["step"], now=now)
+        self.bar.show(last["step"], note=now)
 
     def evaluated(self, rows: list[dict[str, Any]]) -> None:
         """Log what an evaluation found: a row for each component and method."""
@@ -72,7 +62,7 @@ class Log:
     def say(self, text: str) -> None:
         """Tell people something."""
         if self.main:
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.bar.say(text)
 
     def to_disk(self) -> None:
         """Wait until what was logged is on the disk."""
@@ -100,11 +90,9 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in io.whole_lines(path):
         try:
-            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
         except ValueError:
             break
-    shorter = path.with_name(f".{path.name}")
-    shorter.write_text("".join(kept), encoding="utf-8")
-    shorter.replace(path)
+    io.write(path, b"".join(kept))

@@ -20,17 +20,16 @@ from kvgraph import methods
 from kvgraph.data import prompt
 from kvgraph.data.chat import Document
 from kvgraph.data.task import Item
+from kvgraph.data.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.data.world.names import HELD_OUT_SPLIT, TRAIN
 from kvgraph.data.world.world import CHUNKS, World
 from kvgraph.edges import named_edges
 from kvgraph.errors import GraphError, PlanError
-from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.graph import ContextGraph, Edge
-from kvgraph.methods import KVLink, Method
+from kvgraph.methods import Method
 from kvgraph.train.config import Component, TrainError
 from kvgraph.train.distill import everything, taught
 from kvgraph.train.example import Example
-from kvgraph.train.links import rows_of
 from kvgraph.train.pack import Packed, lay
 
 ENDLESS = 1 << 62
@@ -146,6 +145,14 @@ class Mixture:
         for component, source in zip(components, sources, strict=True):
             if len(source) == 0:
                 raise TrainError(f"component {component.name} has no examples in {component.source}")
+            for spec in component.methods:
+                method = methods.parse(spec)
+                if method.needs_probe or not method.trains_by_mask:
+                    raise TrainError(
+                        f"component {component.name} trains by {spec}, which no attention mask can express"
+                    )
+                if component.through_links and not method.link_tokens:
+                    raise TrainError(f"component {component.name} asks through link tokens, but {spec} has none")
 
     def draw(self) -> list[Drawn]:
         """The next example, by one of its component's methods or by every one. Never empty.
@@ -191,7 +198,7 @@ class Mixture:
         for method in chosen:
             if _spells_own_tokens(example, method):
                 return []
-            told = with_edges(example, edges if methods.reads_edges(method) else "none", rng)
+            told = with_edges(example, edges if method.reads_edges else "none", rng)
             try:
                 drawn = self._drawn(component, told, method)
             except (GraphError, PlanError):  # more documents than link tokens, for one
@@ -212,10 +219,10 @@ class Mixture:
 
 
 def _spells_own_tokens(example: Example, method: Method) -> bool:
-    """Whether a text holds one of the method's link and memory tokens, which are there to mean something else."""
-    if not isinstance(method, KVLink) or not (method.links or method.mem_start is not None):
+    """Whether a text holds one of the method's own tokens, which are there to mean something else."""
+    own, graph = set(method.own_tokens), example.graph
+    if not own:
         return False
-    own, graph = set(rows_of(method)), example.graph
     texts = (*graph.prefix, *graph.segments, *(piece for q in example.questions for piece in (q.query, q.answer)))
     return any(not own.isdisjoint(text) for text in texts)
 

@@ -14,18 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kvgraph import methods, models
-from kvgraph.errors import PlanError
-from kvgraph.graph import ContextGraph
-from kvgraph.methods import KVLink
-from kvgraph.methods.base import Probing
+from kvgraph.methods import Method
 from kvgraph.models import Trainable
 from kvgraph.models.fingerprint import state_hash
 from kvgraph.models.loading import one_line
 from kvgraph.train import start
 from kvgraph.train.config import ANSWERS, DISTILL, FULL, LINKS, NONE, WHOLE, Config, Stage, TrainError
-from kvgraph.train.example import Example
-from kvgraph.train.links import add_link_tokens, rows_of
-from kvgraph.train.pack import lay
+from kvgraph.train.links import add_link_tokens
 
 STUDENT, TEACHER = "default", "teacher"  # peft's names of the adapter that is trained, and of the one that teaches
 NEW, NEW_LINKS = "world", "kvlink"  # in a configuration: the new model, and the method that gets the new link tokens
@@ -92,13 +87,16 @@ def build(config: Config) -> Student:
     loaded = _started(config.seed) if config.model == NEW else models.load(config.model)
     base = state_hash(loaded.hf)
     hf, dtype = loaded.hf.float(), loaded.dtype
-    if config.deepen:
-        models.deepen(hf, config.deepen)
+    if config.stack:
+        models.deepen(hf, config.stack)
     stages = config.stages
     if config.slots:
         stages = _with_links(stages, add_link_tokens(hf, config.links, config.slots))
     trained = [methods.parse(spec) for stage in stages for component in stage.components for spec in component.methods]
-    declared = {"tuned_for": sorted({m.name for m in trained} - {"full"}), "methods": sorted(set(_specs(stages)))}
+    declared = {
+        "tuned_for": sorted({m.name for m in trained if m.needs_tuning}),
+        "methods": sorted(set(_specs(stages))),
+    }
     hf.config.kvgraph = (getattr(hf.config, "kvgraph", None) or {}) | declared
     trainable = models.trainable(hf)
     module = hf.train() if config.trained == WHOLE else _adapted(hf, config, trained)
@@ -110,26 +108,14 @@ def build(config: Config) -> Student:
 def check(student: Student) -> None:
     """Raise TrainError for methods that can't be trained, by themselves or with this model, before the first step."""
     rows = student.hf.get_input_embeddings().weight.shape[0]
-    graph = ContextGraph([[0, 1], [1, 0]], prefix=[0])
-    for component in (c for stage in student.stages for c in stage.components if c.through_links):
-        for spec in component.methods:
-            if not getattr(methods.parse(spec), "links", 0):
-                raise TrainError(f"component {component.name} asks through link tokens, but {spec} has none")
     for spec in dict.fromkeys(_specs(student.stages)):
         method = methods.parse(spec)
-        if isinstance(method, Probing) and method.needs_probe:
-            raise TrainError(f"{spec} chooses tokens by what the model computes, so it can't be trained; leave it out")
-        if isinstance(method, KVLink) and (own := linked_rows(method)) and own[-1] >= rows:
-            raise TrainError(f"{spec} has the token id {own[-1]:,}, but the model's vocabulary has {rows:,}")
-        try:
-            lay(Example(graph, [((1,), (0, 1)), ((1, 1), (0,))]), method)
-        except PlanError as error:
-            raise TrainError(f"{spec} can't be trained: {error}") from None
-
-
-def linked_rows(method: KVLink) -> list[int]:
-    """The ids of a method's own tokens, ascending; none where it has none."""
-    return rows_of(method) if method.links or method.mem_start is not None else []
+        if method.own_tokens and method.own_tokens[-1] >= rows:
+            raise TrainError(
+                f"{spec} has the token id {method.own_tokens[-1]:,}, but the model's vocabulary has {rows:,}"
+            )
+        if method.needs_probe or not method.trains_by_mask:
+            raise TrainError(f"{spec} can't be trained, because no attention mask can express it; leave it out")
 
 
 def _started(seed: int) -> models.Model:
@@ -146,10 +132,9 @@ def _specs(stages: tuple[Stage, ...]) -> Iterator[str]:
     return (spec for stage in stages for component in stage.components for spec in component.methods)
 
 
-def _with_links(stages: tuple[Stage, ...], method: KVLink) -> tuple[Stage, ...]:
+def _with_links(stages: tuple[Stage, ...], method: Method) -> tuple[Stage, ...]:
     """The stages with this method in place of "kvlink"."""
-    fields = {k: v for k, v in vars(method).items() if v is not None}
-    spec = "kvlink:" + ",".join(f"{name}={value}" for name, value in fields.items())
+    spec = methods.format(method)
     if NEW_LINKS not in _specs(stages):
         raise TrainError('slots gives the model link tokens for the method "kvlink", but no component has it')
     return tuple(
@@ -161,15 +146,16 @@ def _with_links(stages: tuple[Stage, ...], method: KVLink) -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
-def _adapted(hf: Any, config: Config, trained: list[Any]) -> nn.Module:
-    """A peft model around it that trains the links' rows alone, or a LoRA adapter and these rows if there are some."""
+def _adapted(hf: Any, config: Config, trained: list[Method]) -> nn.Module:
+    """A peft model around it that trains the rows of the methods' own tokens alone, or a LoRA adapter and these rows if there are some."""
     from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 
-    linked = [m for m in trained if isinstance(m, KVLink) and (m.links or m.mem_start is not None)]
-    rows = sorted({row for method in linked for row in rows_of(method)})
+    rows = sorted({row for method in trained for row in method.own_tokens})
     if config.trained == LINKS:
         if not rows:
-            raise TrainError('trained is "links", but no component has a kvlink method with link or memory tokens')
+            raise TrainError(
+                'trained is "links", but no component has a method with tokens of its own, such as kvlink with links'
+            )
         return get_peft_model(hf, TrainableTokensConfig(token_indices=rows)).train()
     rank = config.lora_rank
     if config.adapter:

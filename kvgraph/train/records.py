@@ -1,6 +1,6 @@
 """Training records, and what they are to a model: examples with the tokens that evaluation and server would give it.
 
-`docs/data.md` says what the three kinds of records hold. Records are text without prompts; the prompt is made here, by
+`docs/reference/data.md` says what the three kinds of records hold. Records are text without prompts; the prompt is made here, by
 the code that evaluation (`kvgraph.data.prompt`) and server (`kvgraph.data.chat`) use.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvgraph.data import chat
+from kvgraph.data import chat, io, tasks
 from kvgraph.data import prompt as prompts
 from kvgraph.data.chat import Document, Prompt
 from kvgraph.data.task import Item, Task, TaskError
 from kvgraph.errors import GraphError, KVGraphError
-from kvgraph.eval import tasks
 from kvgraph.graph import ContextGraph
 from kvgraph.train.example import Example, Question
 
@@ -31,7 +31,6 @@ SPLITS = TRAIN, VALIDATION = ("train", "validation")
 AS_THEY_ARE = "{text}"  # how documents of conversations are written: they bring their own line ends
 RECITED = 48  # tokens of a quoted document
 FIRST_WORDS = 6  # by which a document without a title is asked for
-SCANNED = 1 << 26  # bytes of a file at a time
 
 Record = Mapping[str, Any]
 
@@ -95,7 +94,7 @@ class _Made(NamedTuple):
 
 
 def _encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
-    """`Engine.encode`."""
+    """`Engine.tokenize`."""
     return lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -298,21 +297,17 @@ class Records:
             raise RecordError(f"{folder} isn't finished; run its `kvgraph data prepare` again to go on")
         self.path, self.tokenizer, self.max_tokens = folder / f"{split}.jsonl", tokenizer, max_tokens
         try:
-            self.starts = _starts(self.path)
+            self.lines = io.Lines(self.path, _starts(self.path))
         except OSError as error:
             raise RecordError(f"can't read {self.path}: {error.strerror or error}") from None
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.lines)
 
     def record(self, index: int) -> dict[str, Any]:
         """The training record with this number."""
-        start, end = self.starts[range(len(self))[index] :][:2]
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            raw = file.read(end - start)
         try:
-            return dict(json.loads(raw))
+            return dict(json.loads(self.lines[index]))
         except (ValueError, TypeError) as error:
             raise RecordError(f"{self._where(index)} is damaged: {error}; prepare the folder again") from None
 
@@ -339,22 +334,7 @@ def _starts(path: Path) -> np.ndarray:
                 return np.asarray(starts)
     except (OSError, ValueError, IndexError):
         pass
-    starts = _scanned(path)
-    part = kept.with_suffix(f".{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.save(file, starts)
-        os.replace(part, kept)
-    except OSError:  # a folder that can't be written to is read every time
-        part.unlink(missing_ok=True)
+    starts = io.line_starts(path)
+    with suppress(OSError), io.replacing(kept) as file:  # a folder that can't be written to is read every time
+        np.save(file, starts)
     return starts
-
-
-def _scanned(path: Path) -> np.ndarray:
-    found, offset = [np.zeros(1, np.int64)], 0
-    with open(path, "rb") as file:
-        while block := file.read(SCANNED):
-            found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset + 1)
-            offset += len(block)
-    starts = np.concatenate(found)
-    return starts if starts[-1] == offset else np.append(starts, offset)

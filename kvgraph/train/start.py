@@ -4,7 +4,7 @@ From purely random weights such a model sits on the floor of guessing for a long
 heads that know the tokens just before a token, and heads that find the same words again, and each pays only with the
 other. So both are there from the beginning (previous-token heads fixed for good, the others free to change), and
 training finds the rest. It has three layers, which is what it takes to read one fact; for facts that lead to others the
-recipes stack copies of these on top (`kvgraph.models.deepen`).
+recipes stack copies of these on top (`kvgraph.models.stack`).
 
 Tokens that mean something alike start alike: years differ along one direction by their order, and link tokens start as
 pronouns do, the same for every document, because they too stand for what was named before.
@@ -12,7 +12,6 @@ pronouns do, the same for every document, because they too stand for what was na
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kvgraph.data import io
 from kvgraph.data.world import tokenizer, world
 
 HIDDEN, LAYERS, HEADS, HEAD_DIM, MLP = 192, 3, 4, 48, 512
@@ -59,7 +59,7 @@ def write(folder: str | Path, seed: int) -> None:
         "pad_token_id": ids[tokenizer.PAD],
         "dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    io.write_json(folder / "config.json", config)
     weights = _weights(ids, torch.Generator().manual_seed(seed))
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 

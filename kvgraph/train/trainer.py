@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from kvgraph.data.folder import locked
+from kvgraph.data import io
 from kvgraph.train import batches, checkpoint, distill, model, optim, parallel
-from kvgraph.train.batches import Exam, Progress, Step
+from kvgraph.train.batches import Batch, Cursor, ValidationSet
 from kvgraph.train.config import AUTO, FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
@@ -46,7 +46,7 @@ MAY_CHANGE = {
 }  # when a run goes on
 
 
-class Result(NamedTuple):
+class TrainResult(NamedTuple):
     """How a run ended. step: taken by then. checkpoint: the latest. signal: that stopped it before its last step."""
 
     step: int
@@ -54,7 +54,7 @@ class Result(NamedTuple):
     signal: signal.Signals | None
 
 
-def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool = False) -> Result:
+def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool = False) -> TrainResult:
     """Train a model; the run's folder `out` gets its configuration, log and checkpoints.
 
     If there are checkpoints of the same run already, it goes on from the latest: same data, same losses. SIGTERM or
@@ -65,12 +65,26 @@ def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool =
     if not config.model:
         raise TrainError(f"{config.name} goes on from another model; give it with --model")
     first = os.environ.get("RANK", "0") == "0"
-    with _explained(config, Path(out)), locked(Path(out), TrainError) if first else nullcontext():
+    with (
+        _explained(config, Path(out)),
+        _without_denormals(),
+        io.locked(Path(out), TrainError) if first else nullcontext(),
+    ):
         trainer = Trainer(config, Path(out), resume, wandb)
         try:
             return trainer.run()
         finally:
             trainer.log.close()
+
+
+@contextmanager
+def _without_denormals() -> Iterator[None]:
+    """Sharp attention leaves many numbers that small, and they are slow on CPUs: zero within."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 class Trainer:
@@ -80,7 +94,6 @@ class Trainer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the process that prepares steps is forked
         if config.threads:
             torch.set_num_threads(config.threads)
-        torch.set_flush_denormal(True)  # sharp attention leaves many numbers that small, and they are slow on CPUs
         before = _may_go_on(config, out, resume)
         self.config, self.out = config, out
         tracker = "wandb" if wandb else "tensorboard"
@@ -106,7 +119,7 @@ class Trainer:
         frozen = self.student.frozen
         self.masks = [(p, parallel.like(_without(p, part), p)) for p, part in frozen]
         self.optimizers = optim.optimizers(config, self.module, self.student.embeddings, [p for p, _ in frozen])
-        self.progress = Progress()
+        self.progress = Cursor()
         if before is not None:
             self.progress = checkpoint.load_state(before, self.module, self.optimizers)
         self.planned = batches.plan(config, self.student.stages, self.student.tokenizer, self.student.trainable.limit)
@@ -115,24 +128,24 @@ class Trainer:
             checkpoint.check_data(before, self.data)
         self.total = sum(planned.steps for planned in self.planned)
         self.last = min(self.total, config.limit or self.total)
-        self.exams: list[list[Exam]] = []
+        self.validation_sets: list[list[ValidationSet]] = []
         self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         self.saved = before
         self.began = time.monotonic()
         if self.main:
             out.mkdir(parents=True, exist_ok=True)
-            (out / checkpoint.CONFIG).write_text(config.to_json(), encoding="utf-8")
+            io.write(out / checkpoint.CONFIG, config.to_json())
             name = "kvgraph" if wandb else tracker  # W&B's project, TensorBoard's folder
             self.accelerator.init_trackers(name, {"configuration": config.to_json()})
         self.log = Log(out, self.accelerator, self.progress.step, self.last)
 
-    def run(self) -> Result:
+    def run(self) -> TrainResult:
         """Train to the last step, or until the time is over or a signal comes."""
         if self.progress.step:
             self.log.say(f"going on after step {self.progress.step:,} of {self.last:,}")
         for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
             self.log.say(f"{name} has no held-out examples, so it isn't evaluated")
-        self._prepare_exams()
+        self._prepare_validation()
         with _Signals() as signals:
             began = time.perf_counter()
             for step in self._steps():
@@ -147,7 +160,7 @@ class Trainer:
             self.log.say(f"{missing:,} examples didn't fit {self.config.length:,} tokens, or their method: {told}")
         assert self.saved is not None
         stopped = signals.received if self.progress.step < self.last else None
-        return Result(self.progress.step, self.saved, stopped)
+        return TrainResult(self.progress.step, self.saved, stopped)
 
     def _look_after(self, stopping: bool) -> bool:
         """Log, evaluate and save after a step, if it's time to. Returns whether it was the last step."""
@@ -163,10 +176,10 @@ class Trainer:
             self._evaluate()
         return ends
 
-    def _steps(self) -> Iterator[Step]:
+    def _steps(self) -> Iterator[Batch]:
         return batches.ahead(self.config, self.planned, self.progress, self.student.trainable.limit, self.last)
 
-    def _step(self, step: Step) -> tuple[Tensor, Tensor]:
+    def _step(self, step: Batch) -> tuple[Tensor, Tensor]:
         """Take an optimizer step. Returns this process's part of the loss, and the gradient's norm."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         shares = list(self._share(step.sequences))
@@ -201,7 +214,7 @@ class Trainer:
         placed = packed.to(self.accelerator.device)
         return placed.padded(self.config.length) if self.flex and placed.tokens.is_cuda else placed
 
-    def _loss(self, step: Step, number: int, packed: Packed) -> Tensor:
+    def _loss(self, step: Batch, number: int, packed: Packed) -> Tensor:
         """Sequence number `number`'s part of the step's loss."""
         config = self.config
         if step.lessons is None:
@@ -240,7 +253,7 @@ class Trainer:
 
     # -- what a run leaves behind ----------------------------------------------------------------------------------
 
-    def _row(self, step: Step, seconds: float) -> dict[str, Any]:
+    def _row(self, step: Batch, seconds: float) -> dict[str, Any]:
         return {
             "step": step.progress.step,
             "lr": self.config.lr * self._rate(step.progress.step),
@@ -275,37 +288,37 @@ class Trainer:
         if not self.config.evaluation:
             return
         at = itertools.accumulate(planned.steps for planned in self.planned)
-        exams = next(e for e, end in zip(self.exams, at, strict=True) if self.progress.step <= end)
+        sets = next(v for v, end in zip(self.validation_sets, at, strict=True) if self.progress.step <= end)
         self.module.eval()
-        self.log.evaluated([self._taken(exam) for exam in exams])
+        self.log.evaluated([self._taken(one) for one in sets])
         self.module.train()
         parallel.release(self.module)
 
-    def _prepare_exams(self) -> None:
+    def _prepare_validation(self) -> None:
         """Lay out what each stage is evaluated with, and say what can't be."""
         if not self.config.evaluation:
             return
         limit = self.student.trainable.limit
-        self.exams = [batches.exams(self.config, planned, limit) for planned in self.planned]
-        for planned, exams in zip(self.planned, self.exams, strict=True):
-            there = {(exam.name, exam.method) for exam in exams}
+        self.validation_sets = [batches.validation_sets(self.config, planned, limit) for planned in self.planned]
+        for planned, sets in zip(self.planned, self.validation_sets, strict=True):
+            there = {(one.name, one.method) for one in sets}
             for c in planned.stage.components:
                 for spec in c.methods:
                     if c not in planned.unseen and (c.name, spec) not in there:
                         self.log.say(f"no held-out example of {c.name} fits {spec}, so it isn't evaluated")
 
     @torch.no_grad()
-    def _taken(self, exam: Exam) -> dict[str, Any]:
+    def _taken(self, validation_set: ValidationSet) -> dict[str, Any]:
         """The row of one component and method: loss a token, and the share of answers whose every token is the greedy one."""
         sums = torch.zeros(4, dtype=torch.float64)  # loss, tokens, exact answers, answers
-        for number, packed, weight in self._share(exam.sequences):
+        for number, packed, weight in self._share(validation_set.sequences):
             found = self._logits(packed)
             value = loss(found, packed).double().cpu() * len(packed.targets)
-            right = (found.argmax(-1) == packed.targets).cpu().split(exam.answers[number])
+            right = (found.argmax(-1) == packed.targets).cpu().split(validation_set.answers[number])
             exact = sum(bool(answer.all()) for answer in right)
             sums += weight * torch.stack([value, *map(torch.tensor, (len(packed.targets), exact, len(right)))])
         value, tokens, exact, answers = self._sum(sums).tolist()
-        row = {"step": self.progress.step, "component": exam.name, "method": exam.method}
+        row = {"step": self.progress.step, "component": validation_set.name, "method": validation_set.method}
         return row | {"loss": value / tokens, "exact": exact / answers, "answers": int(answers)}
 
     def _save(self) -> None:
@@ -318,7 +331,7 @@ class Trainer:
                 model.save(self.student, weights, folder / checkpoint.MODEL)
                 if self.config.trained != WHOLE:
                     model.save_adapter(self.student, weights, folder / checkpoint.ADAPTER)
-                (folder / checkpoint.CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+                io.write(folder / checkpoint.CONFIG, self.config.to_json())
                 checkpoint.save_origin(folder, self.student.base, self.data)
         self.saved = checkpoint.found(self.out)[-1]
 

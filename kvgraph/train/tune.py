@@ -77,7 +77,7 @@ class Estimate:
     seconds: float
 
 
-def passages_of(documents: Sequence[corpus.Document]) -> list[Passage]:
+def passages_of(documents: Sequence[corpus.CorpusDocument]) -> list[Passage]:
     """The passages of documents, cut at blank lines. Raises TrainError where there are too few to compose."""
     found = []
     for number, document in enumerate(documents):
@@ -224,7 +224,7 @@ def configuration(name: str, specs: Sequence[str], edges: Sequence[str], data: P
         method = methods.parse(spec)
         if method.name == gap.FULL:
             raise TrainError("full is what every method is tuned towards; name another one")
-        if isinstance(method, methods.KVLink) and spec == "kvlink":
+        if spec == "kvlink":
             raise TrainError(
                 "give kvlink the ids of its link tokens, for example kvlink:links=1,link_start=3,slots=14: rows that are "
                 "new to the model can't be in an adapter"
@@ -316,7 +316,7 @@ def _ways(config: Config) -> list[gap.Way]:
     return [
         (spec, edges)
         for spec in tuned.methods
-        for edges in (tuned.edges if methods.reads_edges(methods.parse(spec)) else ("none",))
+        for edges in (tuned.edges if methods.parse(spec).reads_edges else ("none",))
     ]
 
 

@@ -11,6 +11,7 @@ import families
 from kvgraph import Engine, GraphError, ModelError, models
 from kvgraph.checks import gate as check
 from kvgraph.checks.quality import quality, read_items
+from kvgraph.engine.engine import composed
 from kvgraph.graph import ContextGraph
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tunin
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
 def test_gate_passes(family):
     model = models.wrap(families.FAMILIES[family]())
-    cases = check.gate(model)
+    cases = check.gate(model, composed(model))
     assert all(c.passed and c.worst is not None for c in cases), cases
     windows = {layer.window for layer in model.layers} - {None}
     assert ("sliding" in {c.name for c in cases}) == bool(windows)
@@ -29,7 +30,7 @@ def test_gate_passes(family):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_oss"])
 def test_gate_passes_in_16_bits(family, dtype):
     model = models.wrap(families.FAMILIES[family]().to(dtype))
-    assert all(c.passed for c in check.gate(model))
+    assert all(c.passed for c in check.gate(model, composed(model)))
 
 
 def break_rotation(monkeypatch):
@@ -63,9 +64,9 @@ def test_gate_fails_when_composition_is_wrong(family, damage, case, monkeypatch,
     model = models.wrap(families.FAMILIES[family]())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     damage(monkeypatch)
-    assert case in {c.name for c in check.gate(model) if not c.passed}
+    assert case in {c.name for c in check.gate(model, composed(model)) if not c.passed}
     with pytest.raises(ModelError, match=rf"fails the gate.*{case}.*kvgraph check"):
-        check.require(model)
+        check.require(model, composed(model))
 
 
 def test_a_pass_is_remembered_but_never_a_failure(monkeypatch, tmp_path):
@@ -75,12 +76,13 @@ def test_a_pass_is_remembered_but_never_a_failure(monkeypatch, tmp_path):
         break_rotation(broken)
         for _ in range(2):
             with pytest.raises(ModelError):
-                check.require(model)
-    check.require(model)
+                check.require(model, composed(model))
+    check.require(model, composed(model))
     monkeypatch.setattr(check, "gate", lambda *a, **k: pytest.fail("the gate ran again"))
-    check.require(model)
+    check.require(model, composed(model))
     with pytest.raises(pytest.fail.Exception):
-        check.require(models.wrap(families.FAMILIES["qwen2"]()))
+        other = models.wrap(families.FAMILIES["qwen2"]())
+        check.require(other, composed(other))
 
 
 def test_quality_is_zero_loss_for_full_and_measures_others():
@@ -89,9 +91,9 @@ def test_quality_is_zero_loss_for_full_and_measures_others():
         (ContextGraph([[1, 2, 3], [4, 5, 6, 7]], query=[8, 9]), [10, 11]),
         (ContextGraph([[3, 1]], query=[7]), [2]),
     ]
-    same = quality(engine, "full", items)
+    same = quality(engine.scores, "full", items)
     assert same.nll == pytest.approx(same.full_nll, abs=1e-6) and same.tokens == 3
-    other = quality(engine, "block", items)
+    other = quality(engine.scores, "block", items)
     assert other.full_nll == pytest.approx(same.nll, abs=1e-6) and abs(other.nll - other.full_nll) > 1e-3
 
 
@@ -133,7 +135,9 @@ def test_an_item_with_a_wrong_type_is_refused_with_its_line(tmp_path, change, sa
         read_items(path)
 
 
-@pytest.mark.parametrize(("line", "says"), [("[1]", ":1: every line must be an object"), ('{"a"', ":1 is not JSON")])
+@pytest.mark.parametrize(
+    ("line", "says"), [("[1]", ":1 holds a list; every record must be a JSON object"), ('{"a"', ":1 is not JSON")]
+)
 def test_a_line_that_is_no_item_is_refused(tmp_path, line, says):
     path = tmp_path / "items.jsonl"
     path.write_text(line + "\n")

@@ -116,10 +116,10 @@ def test_questions_over_an_encoded_corpus_compute_no_document(here, model, corpu
     path, questions = corpus
     store = tmp_path / "kv"
     passages = path.read_text(encoding="utf-8").count("\n")
-    first = here("encode", model, path, "--store", store)
+    first = here("encode", model, path, "--store", store, "--method", "block")
     assert figure("documents", first) == passages
     assert figure("tokens computed", first) > 100 * passages
-    again = here("encode", model, path, "--store", store)
+    again = here("encode", model, path, "--store", store, "--method", "block")
     assert figure("tokens computed", again) == 0
     assert figure("reused", again) == figure("tokens computed", first) + figure("reused", first)
     stat = here("store", "stat", "--store", store)
@@ -138,6 +138,8 @@ def test_questions_over_an_encoded_corpus_compute_no_document(here, model, corpu
             "--max-tokens",
             16,
             "--json",
+            "--method",
+            "block",
         ]
         cold = json.loads(here(*words))
         assert cold["usage"]["document_tokens_computed"] > 1000

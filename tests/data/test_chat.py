@@ -35,6 +35,24 @@ RANKED = (
     "{% for d in documents %}Document: {{ loop.index0 }}\n{{ d.title }}\n{{ d.text }}\n\n{% endfor %}</results>{% endif %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+PHI = (  # an end token after the last turn, but only where no answer follows
+    "{% for m in messages %}{% if m.role == 'system' and m.content %}<|system|>\n{{ m.content }}<|end|>\n"
+    "{% elif m.role == 'user' %}<|user|>\n{{ m.content }}<|end|>\n"
+    "{% elif m.role == 'assistant' %}<|assistant|>\n{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}<|endoftext|>{% endif %}"
+)
+LAST = (  # marks the last message
+    "{% for m in messages %}{% if loop.last %}<|last|>{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+QWEN = (  # knows a system message anywhere, and no developer
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% elif m.role == 'tool' %}<|im_start|>user\n<tool_response>{{ m.content | tojson }}"
+    "</tool_response><|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+RAISES = "{% for m in messages if m.role == 'developer' %}{{ raise_exception('Unknown role') }}{% endfor %}" + QWEN
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "forgets": FORGETS, "phi": PHI, "last": LAST, "qwen": QWEN}
+TEMPLATES |= {"roles": ROLES, "ranked": RANKED, "raises": RAISES}
 SYSTEM, USER, ANSWER, AGAIN = (
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Who dug the harbour?"},
@@ -94,6 +112,56 @@ def test_a_turn_is_the_same_piece_in_the_next_turn(template):
     assert with_documents.prefix[: len(second.prefix) - 1] == second.prefix[:-1]
 
 
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_every_turn_reuses_the_turn_before(template):
+    """All pieces of a turn's prefix are the first pieces of the next turn's, and all of its messages are in them."""
+    t = tokenizer(template)
+    talk, before = [SYSTEM, USER], ()
+    for i in range(4):
+        prefix = chat(t, talk).prefix
+        assert prefix[: len(before)] == before
+        known = talk[:-1] if template == LAST else talk  # whose last message stands elsewhere in the next turn
+        assert all(message["content"] in "".join(prefix) for message in known)
+        before = prefix
+        talk = [*talk, {"role": "assistant", "content": f"The guild, {i}."}, {"role": "user", "content": f"More {i}?"}]
+
+
+def test_a_cut_is_at_the_start_of_a_token():
+    """The text that ends a conversation and the header of an answer both begin with "<|"."""
+    raw = tokenizer(PHI)
+    assert chat(raw, [USER]).prefix == ("<|user|>\nWho dug the harbour?<|end|>\n<|",)  # each character is a token
+    raw.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", "<|assistant|>"]})
+    prompt = chat(raw, [USER])
+    assert prompt.prefix == ("<|user|>\nWho dug the harbour?<|end|>\n",) and prompt.query == "<|assistant|>\n"
+
+
+@pytest.mark.parametrize("template", [QWEN, RAISES, PHI], ids=["qwen", "raises", "phi"])
+@pytest.mark.parametrize("documents", [[], DOCUMENTS], ids=["", "documents"])
+def test_a_developer_is_the_system_where_the_template_has_none(template, documents):
+    t = tokenizer(template)
+    developer = {"role": "developer", "content": "Be brief."}
+    assert chat(t, [developer, USER], documents) == chat(t, [SYSTEM, USER], documents)
+    assert chat(tokenizer(CHATML), [developer, USER]).prefix[0].startswith("<|im_start|>developer\nBe brief.")
+
+
+@pytest.mark.parametrize("documents", [[], DOCUMENTS], ids=["", "documents"])
+def test_no_message_vanishes(documents):
+    """Also one whose text stands in another message."""
+    tool = {"role": "tool", "content": "Who"}
+    with pytest.raises(ChatError, match=r"leaves message 1 out of the prompt \(role 'tool'\)"):
+        chat(tokenizer(PHI), [USER, tool, AGAIN], documents)
+    assert '<tool_response>"Who"</tool_response>' in joined(chat(tokenizer(QWEN), [USER, tool, AGAIN], documents))
+    assert chat(tokenizer(PHI), [USER, {"role": "tool", "content": ""}, AGAIN])  # there is nothing to lose
+
+
+@pytest.mark.parametrize("documents", [[], DOCUMENTS], ids=["", "documents"])
+def test_an_answer_may_have_begun(documents):
+    begun = {"role": "assistant", "content": "It was"}
+    prompt = chat(tokenizer(CHATML), [USER, begun], documents, proceed=True)
+    assert prompt.query.endswith("<|im_start|>assistant\nIt was")
+    assert chat(tokenizer(CHATML), [USER], answer=False).query.endswith("harbour?<|im_end|>\n")
+
+
 def test_a_template_that_forgets_thoughts_cuts_before_them():
     t = tokenizer(FORGETS)
     prompt = chat(t, [USER, ANSWER, AGAIN])
@@ -145,7 +213,8 @@ def test_token_ids_stand_for_a_document():
         (None, [USER], [], "no chat template"),
         (CHATML, [SYSTEM], DOCUMENTS, "user message"),
         (STRICT, [SYSTEM], [], "only a system message"),
-        ("nothing", [USER], DOCUMENTS, "exactly once"),
+        (CHATML + CHATML, [USER], DOCUMENTS, "exactly once"),
+        ("nothing", [USER], [], "leaves message 0 out"),
     ],
 )
 def test_what_can_not_be_laid_out_is_refused(template, messages, documents, says):

@@ -26,12 +26,12 @@ from kvgraph import methods
 from kvgraph.cli import main
 from kvgraph.data.chat import opening
 from kvgraph.data.items import read
+from kvgraph.data.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.data.world import names, tokenizer, world
 from kvgraph.data.world.names import Dealer, NamesError
 from kvgraph.data.world.world import Corpus, World, WorldError
 from kvgraph.eval import ablate, stats
 from kvgraph.eval.runs import Run
-from kvgraph.eval.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 
 ROOT = Path(__file__).parents[2]
 HOPS = World("hops", count=150)
@@ -167,7 +167,7 @@ def test_chunks_are_solved_by_order_edges_or_prefix(settings, about):
 def test_without_its_structure_a_shuffled_corpus_is_guessed_at_the_floor():
     """Whatever a guesser goes by: the first or last chunk that states the relation, the nearest one, who was named."""
 
-    def guesses(corpus: Corpus, question: world.Question) -> dict[str, bool]:
+    def guesses(corpus: Corpus, question: world.WorldQuestion) -> dict[str, bool]:
         _, relation = question.text.split()
         values = {i: v for i, s in enumerate(corpus.segments) for _, r, v in stated(s.text) if r == relation}
         here = question.gold[0]
@@ -191,7 +191,7 @@ def test_without_its_structure_a_shuffled_corpus_is_guessed_at_the_floor():
         assert abs(count / len(asked) - floor) < 4 * error, name
 
 
-@pytest.mark.parametrize("made", [HOPS, SHUFFLED, replace(HOPS, distractors=1), replace(SHUFFLED, distractors=3)])
+@pytest.mark.parametrize("made", [HOPS, SHUFFLED])
 def test_the_floor_is_that_of_a_guess_among_all_statements_of_the_relation(made):
     for corpus in replace(made, count=60):
         facts = [fact for segment in corpus.segments for fact in stated(segment.text)]
@@ -321,8 +321,8 @@ def test_a_corpus_depends_on_seed_and_number_alone():
         ("hops", "count=20", "88b93460975b7726"),
         (
             "chunks",
-            "count=20,order=shuffled,edges=random,share=0.5,prefix=id,distractors=1,split=train",
-            "e88ae79726a0df17",
+            "count=20,order=shuffled,edges=random,share=0.5,prefix=id,split=train",
+            "67388e6c2ea67b1c",
         ),
     ],
 )
@@ -338,7 +338,6 @@ def test_how_a_corpus_is_told_leaves_its_questions_alone():
         {"order": "shuffled"},
         {"order": "sorted", "edges": "wrong"},
         {"prefix": "id", "edges": "dropped", "share": 0.5},
-        {"distractors": 2},
     ]
     for settings in told:
         for before, after in zip(plain, replace(plain, **settings), strict=True):
@@ -346,36 +345,6 @@ def test_how_a_corpus_is_told_leaves_its_questions_alone():
             assert [(q.kind, q.text, q.answer) for q in after.questions] == [
                 (q.kind, q.text, q.answer) for q in before.questions
             ]
-
-
-@pytest.mark.parametrize(("kind", "each"), [("hops", 3), ("chunks", 1)])
-def test_distractors_are_entities_that_no_question_is_about(kind, each):
-    before, after = World(kind, count=30), World(kind, count=30, distractors=1)
-    for few, many in zip(before, after, strict=True):
-        old, new = ({segment.entity for segment in corpus.segments} for corpus in (few, many))
-        assert old < new and len(new) == len(old) + each
-        assert not any(word in new - old for q in many.questions for word in re.findall(r"\w+", f"{q.text} {q.answer}"))
-        assert all(
-            q.floor < p.floor or q.kind == "comparison" or q.floor == p.floor < 1
-            for p, q in zip(few.questions, many.questions, strict=True)
-        )
-
-
-@pytest.mark.parametrize("kind", ["hops", "chunks"])
-@pytest.mark.parametrize("order", ["kept", "shuffled"])
-@pytest.mark.parametrize("position", [0, 1, 3])
-def test_the_answer_stands_where_it_is_wanted(kind, order, position):
-    if kind == "hops" and order == "shuffled":
-        return
-    found = Counter()
-    for corpus in World(kind, count=30, order=order, gold_position=position):
-        assert corpus.questions
-        documents = list(dict.fromkeys(segment.entity for segment in corpus.segments))
-        for question in corpus.questions:
-            at = question.gold[-1]
-            assert (documents.index(corpus.segments[at].entity) if order == "kept" else at) == position
-            found[question.kind] += 1
-    assert len(found) > 1
 
 
 def test_sizes_types_and_numbers_of_questions():
@@ -404,9 +373,9 @@ def test_chunks_are_cut_where_they_would_state_too_much(statements):
 
 
 def test_settings_as_text():
-    text = "seed=3,count=7,entities=4-5,distractors=1,questions=2,types=named+pronoun,order=shuffled,edges=wrong,share=0.5,prefix=id,gold_position=2,split=train"
+    text = "seed=3,count=7,entities=4-5,questions=2,types=named+pronoun,order=shuffled,edges=wrong,share=0.5,prefix=id,statements=2,split=train"
     assert World.parse("chunks", text) == World(
-        "chunks", "train", 3, 7, (4, 5), 1, 2, ("named", "pronoun"), "shuffled", "wrong", 0.5, "id", 2
+        "chunks", "train", 3, 7, (4, 5), 2, ("named", "pronoun"), "shuffled", "wrong", 0.5, "id", 2
     )
     assert World.parse("hops", "entities=3") == World("hops", entities=(3, 3))
     assert World.parse("hops") == World()
@@ -421,16 +390,14 @@ def test_settings_as_text():
         ("hops", "seed=x", "seed is 'x', which is no number"),
         ("hops", "entities=1-2", "entities is 1-2"),
         ("hops", "entities=4-2", "entities is 4-2"),
-        ("hops", "entities=7,distractors=1", "at most 7 entities, distractors included"),
-        ("hops", "distractors=-1", "distractors is -1; it must be at least 0"),
+        ("hops", "entities=8", "at most 7 entities of a kind"),
+        ("hops", "questions=0", "questions is 0; it must be at least 1"),
         ("hops", "order=shuffled", "order and prefix are for chunks"),
         ("hops", "prefix=id", "order and prefix are for chunks"),
         ("hops", "types=pronoun", "types is 'pronoun'; there are 1-hop"),
         ("chunks", "edges=upside-down", "edges is 'upside-down'; there are true, dropped"),
         ("chunks", "share=0.5", "share is 0.5"),
         ("chunks", "edges=wrong,share=nan", "share is nan"),
-        ("chunks", "order=sorted,gold_position=0", "gold_position can't be chosen"),
-        ("chunks", "gold_position=4", "it can be 0 to 3"),
     ],
 )
 def test_a_setting_that_does_not_exist_is_one_clear_line(kind, settings, says):
@@ -556,7 +523,7 @@ def test_a_file_of_records_gives_the_items_that_are_generated(kind, tmp_path, ca
     generated = read(task, f"generated:{settings},seed=2,count=5")
     assert written.items == generated.items and written.sha256 == generated.sha256
     first, corpus = written.items[0], World.parse(kind, f"{settings},seed=2").corpus(0)
-    assert first.golds == (corpus.questions[0].answer,) and first.links == corpus.edges
+    assert first.references == (corpus.questions[0].answer,) and first.links == corpus.edges
     assert [document.text for document in first.documents] == [segment.text for segment in corpus.segments]
     assert first.facts["floor"] == corpus.questions[0].floor and first.facts["edges"] == "random 0.5"
     assert {item.cluster for item in written.items} == {f"{kind}-held-out-2-{i}" for i in range(5)}
@@ -620,14 +587,14 @@ def test_ablations_keep_the_gold_segments():
     }
     for before, after in zip(items, made["distractors-0"].items, strict=True):
         assert len(after.documents) == len(before.facts["gold_positions"].split(","))
-        assert any(before.golds[0] in document.text for document in after.documents)
+        assert any(before.references[0] in document.text for document in after.documents)
         assert after.cluster == before.cluster
     assert all(len(a.links) == len(b.links) for a, b in zip(items, made["random-edges"].items, strict=True))
 
 
 def test_the_arrangements_of_one_question_are_a_cluster():
     from kvgraph.data.chat import Document
-    from kvgraph.eval.tasks.ego import Ego, arranged
+    from kvgraph.data.tasks.ego import Ego, arranged
 
     egos = [Ego(f"q{i}", "?", ("yes",), (Document(f"paper {i}"),), ()) for i in range(3)]
     lines = [
@@ -642,7 +609,7 @@ def test_the_arrangements_of_one_question_are_a_cluster():
 
 
 def test_the_documentation_shows_what_its_commands_print(capsys):
-    text = (ROOT / "docs" / "world.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "world.md").read_text(encoding="utf-8")
     shown = re.findall(r"^    \$ kvgraph (.+)\n((?:(?:    .*)?\n)+)", text, re.M)
     assert len(shown) == 2
     for words, expected in shown:
@@ -652,7 +619,9 @@ def test_the_documentation_shows_what_its_commands_print(capsys):
 
 def test_the_documentation_names_every_setting():
     rows = re.findall(
-        r"^\| (`[^|]*`) \|", (ROOT / "docs" / "world.md").read_text().split("## Settings")[1].split("\n## ")[0], re.M
+        r"^\| (`[^|]*`) \|",
+        (ROOT / "docs" / "reference" / "world.md").read_text().split("## Settings")[1].split("\n## ")[0],
+        re.M,
     )
     named_there = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert named_there == set(asdict(World())) - {"kind"}

@@ -29,6 +29,7 @@ from kvgraph.attention.step import Step
 from kvgraph.engine.sampling import SamplingError
 from kvgraph.plan import Plan, contiguous
 from kvgraph.store.disk import DiskStore
+from store_worker import got
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -88,9 +89,9 @@ def test_requests_that_share_documents_encode_them_once(llama):
 def test_nothing_stored_is_copied_or_changed(llama, monkeypatch):
     engine = Engine(llama, kv_budget=1 << 26)
     graph = random_graph(2)
-    engine.warm(graph, "block")
+    engine.encode(graph, "block")
     pool = engine.scheduler.memory.pool
-    records = {k: pool.get(k) for k in engine.plan(graph, "block").keys(llama.fingerprint) if k}
+    records = {k: got(pool, k) for k in engine.plan(graph, "block").keys(llama.fingerprint) if k}
     before = {k: [t.clone() for t in (*r.keys, *r.values)] for k, r in records.items()}
     storages = {t.untyped_storage().data_ptr() for r in records.values() for t in r.keys}
     seen = set()
@@ -134,7 +135,7 @@ def test_results_survive_a_restart_on_the_same_disk(llama, tmp_path):
 def test_tenants_and_models_never_share_records(llama, tmp_path):
     graph = random_graph(4)
     other = models.wrap(families.FAMILIES["llama"]().to(torch.bfloat16))
-    Engine(llama, store=tmp_path, kv_budget=1 << 26).warm(graph, "block")
+    Engine(llama, store=tmp_path, kv_budget=1 << 26).encode(graph, "block")
     for engine in (
         Engine(llama, store=tmp_path, kv_budget=1 << 26, salt="b"),
         Engine(other, store=tmp_path, kv_budget=1 << 26),

@@ -10,6 +10,7 @@ import torch
 
 import oracle
 from kvgraph import Engine, SamplingParams
+from store_worker import got
 
 CASES = oracle.cases()
 
@@ -51,11 +52,11 @@ def test_case(case):
 
 
 def _cached(run: Engine, plan) -> dict[tuple[int, int], list[torch.Tensor]]:
-    """(token, position) -> keys and values [layers, 2, kv heads, D] of what the live span reads, keys turned to place."""
+    """(token, position) -> keys and values [layers, 2, kv heads, D] of what the prompt span reads, keys turned to place."""
     found: dict[tuple[int, int], list[torch.Tensor]] = {}
     keys, rotary = plan.keys(run.model.fingerprint), run.model.rotaries[0]
-    for place in plan.live.sees:
-        record = run.scheduler.memory.pool.get(keys[place.span])
+    for place in plan.prompt.sees:
+        record = got(run.scheduler.memory.pool, keys[place.span])
         table = rotary.table(torch.full((len(record),), place.at))  # stored keys are canonical: token 0 at 0
         layers = torch.stack(
             [torch.stack([rotary.rotate(k, *table), v]) for k, v in zip(record.keys, record.values, strict=True)]
@@ -72,7 +73,7 @@ def test_stored_kv_is_what_the_original_cached(case):
     method, graph = oracle.problem(case)
     run = engine(case["model"])
     plan = run.plan(graph, method)
-    run.warm(graph, method)
+    run.encode(graph, method)
     ours, theirs = _cached(run, plan), oracle.kv_cache(case)
     compared = 0
     for slot, at in enumerate(zip(case["context_tokens"], case["context_positions"], strict=True)):
@@ -83,4 +84,4 @@ def test_stored_kv_is_what_the_original_cached(case):
             assert distances[best] <= 5e-4
             candidates.pop(best)
             compared += 1
-    assert not any(ours.values()) and compared == sum(p.hi - p.lo for p in plan.live.sees)
+    assert not any(ours.values()) and compared == sum(p.hi - p.lo for p in plan.prompt.sees)

@@ -59,7 +59,7 @@ def thrower(error: BaseException) -> Any:
 
 def reference(model: models.Model, plan: Plan, answer: list[int]) -> torch.Tensor:
     """Logits [n, V] each token of an answer is chosen from, by the dense reference."""
-    live = plan.live
+    live = plan.prompt
     more = range(live.positions[-1] + 1, live.positions[-1] + len(answer))
     grown = replace(live, tokens=(*live.tokens, *answer[:-1]), positions=(*live.positions, *more))
     d = Plan((*plan.spans[:-1], grown)).dense()
@@ -104,8 +104,8 @@ def distinct(request: Request) -> dict[str, int]:
 
 
 def own_tokens(request: Request) -> int:
-    """Tokens of a request's own KV: the live span and the answer, whose last token needs none."""
-    return 0 if request.encode_only else len(request.plan.live) + request.params.max_tokens - 1
+    """Tokens of a request's own KV: the prompt span and the answer, whose last token needs none."""
+    return 0 if request.encode_only else len(request.plan.prompt) + request.params.max_tokens - 1
 
 
 def check_accounts(engine: Engine) -> None:
@@ -117,7 +117,7 @@ def check_accounts(engine: Engine) -> None:
         assert not request.finished
         needed = distinct(request)
         if not request.missing:  # intermediate versions have been let go
-            read = {request.keys[p.span] for p in request.plan.live.sees}
+            read = {request.keys[p.span] for p in request.plan.prompt.sees}
             needed = {k: n for k, n in needed.items() if k in read}
             assert all(k in s.memory.pool for k in read)
         assert request.held == set(needed)
@@ -181,7 +181,7 @@ class Load(RuleBasedStateMachine):
         """The request, or None if it was refused; it is exactly when it could never fit."""
         keys = plan.keys(self.model.fingerprint)[:-1]
         spans = {k or i: len(s) for i, (k, s) in enumerate(zip(keys, plan.spans, strict=False))}
-        own = 0 if encode_only else len(plan.live) + params.max_tokens - 1
+        own = 0 if encode_only else len(plan.prompt) + params.max_tokens - 1
         fits = (sum(spans.values()) + own) * self.model.kv_bytes_per_token <= self.engine.scheduler.memory.budget
         try:
             request = self.engine.submit(plan, params, first_logits=True, encode_only=encode_only)
@@ -590,7 +590,7 @@ def test_finished_requests_keep_no_kv_alive(llama):
     request = engine.submit(plan, GREEDY, first_logits=True)
     engine.step()
     pool = engine.scheduler.memory.pool
-    stored = [weakref.ref(pool.get(k).keys[0]) for k in plan.keys(llama.fingerprint) if k in pool]
+    stored = [weakref.ref(pool.get(k)[0].keys[0]) for k in plan.keys(llama.fingerprint) if k in pool]
     engine.step()
     own = weakref.ref(request.sequence.kv)
     run(engine)

@@ -41,7 +41,7 @@ def item(name: str = "a", links=((1, 0), (2, 0), (3, 2)), **facts) -> Item:
     return Item(
         id=name,
         question=f"which, {name}?",
-        golds=("e",),
+        references=("e",),
         documents=tuple(Document(f"{text} {name}", f"T{i}") for i, text in enumerate(texts)),
         links=links,
         facts=facts or {"gold_positions": "1,3", "distractors": 3},
@@ -140,8 +140,8 @@ def test_random_edges_change_only_the_edges(model, edges):
             ]
             assert graphs[0].segments == graphs[1].segments and graphs[0].prefix == graphs[1].prefix
             plans = [engine.plan(g, start.method) for g in graphs]
-            assert plans[0].live.tokens == plans[1].live.tokens
-            assert plans[0].live.positions == plans[1].live.positions
+            assert plans[0].prompt.tokens == plans[1].prompt.tokens
+            assert plans[0].prompt.positions == plans[1].prompt.positions
             assert {s.start for s in plans[0].spans} == {s.start for s in plans[1].spans}
             assert len(plans[0].spans) == len(plans[1].spans)
 

@@ -18,9 +18,9 @@ from test_eval_tasks_more import small  # noqa: F401  (a fixture)
 
 from kvgraph import Engine
 from kvgraph.data.items import Data, read
+from kvgraph.data.tasks import TASKS, get
 from kvgraph.demo import write_model
 from kvgraph.eval.run import evaluate
-from kvgraph.eval.tasks import TASKS, get
 
 ITEMS = 3
 

@@ -118,11 +118,11 @@ def test_examples_are_segments_and_tokens_those_of_the_whole_text(folder):
     lm = KVGraphLM(str(folder / "model"), method="block", dtype="float32")
     text = "Q: a\nA: b\n\nQ: c\nA: d\n\nQ: e\nA:"
     graph = lm._graph(lm.tok_encode(text), lm._cuts(text, lm._encoded(text)), keep=1000)
-    assert [lm.engine.decode(list(s)) for s in graph.segments] == ["Q: a\nA: b\n\n", "Q: c\nA: d\n\n"]
-    assert lm.engine.decode(list(graph.query)) == "Q: e\nA:"
+    assert [lm.engine.detokenize(list(s)) for s in graph.segments] == ["Q: a\nA: b\n\n", "Q: c\nA: d\n\n"]
+    assert lm.engine.detokenize(list(graph.query)) == "Q: e\nA:"
     short = lm._graph(lm.tok_encode(text), lm._cuts(text, lm._encoded(text)), keep=16)
     assert [len(s) for s in short.segments] == [9]
-    assert lm.engine.decode(list(short.query)) == "Q: e\nA:"
+    assert lm.engine.detokenize(list(short.query)) == "Q: e\nA:"
 
 
 @pytest.mark.skipif(not os.environ.get("KVGRAPH_SOAK"), reason="the harness indexes its own tasks for 20 s: make soak")

@@ -18,19 +18,18 @@ import pytest
 from kvgraph.data import prompt
 from kvgraph.data.items import read
 from kvgraph.data.task import Item, Task, TaskError
-from kvgraph.eval.tasks.arxiv_qa import ARXIV_QA
-from kvgraph.eval.tasks.longbench_v2 import LONGBENCH_V2
-from kvgraph.eval.tasks.multi_news import MULTI_NEWS
-from kvgraph.eval.tasks.ruler import RULER
-from kvgraph.eval.tasks.samsum import SAMSUM
-from kvgraph.eval.tasks.scisumm import SCISUMM
-from kvgraph.eval.tasks.segments import segments
-from kvgraph.eval.tasks.topics import TOPICS
-from kvgraph.eval.tasks.unarxive import MARKER, UNARXIVE
-from kvgraph.eval.tasks.xsum import XSUM
+from kvgraph.data.tasks.arxiv_qa import ARXIV_QA
+from kvgraph.data.tasks.longbench_v2 import LONGBENCH_V2
+from kvgraph.data.tasks.multi_news import MULTI_NEWS
+from kvgraph.data.tasks.ruler import RULER
+from kvgraph.data.tasks.samsum import SAMSUM
+from kvgraph.data.tasks.scisumm import SCISUMM
+from kvgraph.data.tasks.segments import segments
+from kvgraph.data.tasks.topics import TOPICS
+from kvgraph.data.tasks.unarxive import MARKER, UNARXIVE
+from kvgraph.data.tasks.xsum import XSUM
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import METHODS, GraphKV, Method
-from kvgraph.methods.base import Probing
 
 DATA = Path(os.environ.get("KVGRAPH_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).resolve()
 TASKS = (XSUM, SAMSUM, MULTI_NEWS, RULER, LONGBENCH_V2, ARXIV_QA, SCISUMM, UNARXIVE, TOPICS)
@@ -115,7 +114,7 @@ def test_a_real_sample_is_read_completely(task, path):
     assert (len(items), sum(len(item.documents) for item in items)) == SAMPLES[task, path]
     assert len({item.id for item in items}) == len(items)
     for item in items:
-        assert all(gold.strip() for gold in item.golds) and item.golds
+        assert all(gold.strip() for gold in item.references) and item.references
         ids = [document.id for document in item.documents]
         assert all(ids) and len(set(ids)) == len(ids), item.id
         assert all(0 <= source < reader < len(ids) for source, reader in item.links), item.id
@@ -137,10 +136,10 @@ def test_items_plan_under_every_method(task, small):
         short = replace(item, documents=tuple(replace(d, text=d.text[:60]) for d in item.documents))
         for make in METHODS.values():
             method = make()
-            if isinstance(method, Probing) and method.needs_probe:
+            if method.needs_probe:
                 method = method.selecting(())  # what the engine does for a graph that nobody looked at
             plan = method.plan(graph_of(task, short, method))
-            assert bytes(plan.live.tokens).decode().endswith(task.question.format(question=item.question))
+            assert bytes(plan.prompt.tokens).decode().endswith(task.question.format(question=item.question))
             assert len(plan.spans) > len(item.documents)
 
 
@@ -179,7 +178,7 @@ def test_xsum_is_freed_of_the_prompt_around_it():
     first = sample(XSUM)[0]
     assert text_of(first).startswith("Officers searched properties in the Waterfront Park")
     assert text_of(first).endswith("appeared at Edinburgh Sheriff Court on Thursday.")
-    assert first.golds == (
+    assert first.references == (
         "A man has appeared in court after firearms, ammunition and cash were seized by police in Edinburgh.",
     )
     assert not any("Summarize the above" in text_of(item) or "###" in text_of(item) for item in sample(XSUM))
@@ -188,13 +187,13 @@ def test_xsum_is_freed_of_the_prompt_around_it():
 def test_xsum_reads_the_hub_table(tmp_path):
     row = {"document": "It rained.\n" * 100, "summary": "Rain.", "id": "35232142"}
     (item,) = read(XSUM, written(tmp_path, row)).items
-    assert (item.id, item.golds, len(item.documents)) == ("35232142", ("Rain.",), 3)
+    assert (item.id, item.references, len(item.documents)) == ("35232142", ("Rain.",), 3)
     assert text_of(item) == row["document"] and item.documents[0].text == "It rained.\n" * 36
 
 
 def test_samsum_is_cut_between_utterances(small):
     (item,) = read(SAMSUM, small["samsum"]).items
-    assert item.id == "13800001" and item.golds == ("Ola brings the tent and Max the stove.",)
+    assert item.id == "13800001" and item.references == ("Ola brings the tent and Max the stove.",)
     assert text_of(item) == DIALOGUE["dialogue"].replace("\r\n", "\n")
     assert len(item.documents) == 2 and item.documents[1].text.startswith("Max: ok\n")
 
@@ -208,7 +207,7 @@ def test_multi_news_has_a_document_an_article(tmp_path):
     row = {"document": " One storm. \n |||||Two\nstorms.||||| ", "summary": "– Storms."}
     (item,) = read(MULTI_NEWS, written(tmp_path, row)).items
     assert [document.text for document in item.documents] == ["One storm.", "Two\nstorms."]
-    assert item.golds == ("– Storms.",)
+    assert item.references == ("– Storms.",)
 
 
 # -- long documents ---------------------------------------------------------------------------------------------------
@@ -217,7 +216,7 @@ def test_multi_news_has_a_document_an_article(tmp_path):
 def test_ruler_finds_the_needle_it_asks_for():
     first = sample(RULER)[0]
     key, value = "0222305d-f1f7-4605-a79e-36267707ac0e", "457498ca-a90e-419d-a37e-3f94110c8d92"
-    assert first.golds == (value,) and first.question.startswith(f"What is the special magic uuid for {key} ")
+    assert first.references == (value,) and first.question.startswith(f"What is the special magic uuid for {key} ")
     assert first.question.endswith(f"The special magic uuid for {key} mentioned in the provided text is")
     (holder,) = [i for i, document in enumerate(first.documents) if value in document.text]
     assert f"One of the special magic uuids for {key} is: {value}.\n" in first.documents[holder].text
@@ -246,7 +245,7 @@ def test_ruler_cuts_no_needle_of_an_essay(tmp_path):
     assert len(item.documents) > 5 and text_of(item).strip() == essay
     for needle in needles:
         assert sum(needle in document.text for document in item.documents) == 1
-    assert item.golds == ("8888888", "2222222") and item.kind == "niah_multiquery"
+    assert item.references == ("8888888", "2222222") and item.kind == "niah_multiquery"
     assert item.facts == {"depth": 100, "gold_position": len(item.documents) - 1, "needles": 2}
     assert item.question.endswith("in the provided text? The special magic numbers for key-8 and key-2 mentioned in the "
                                   "provided text are")  # fmt: skip
@@ -255,7 +254,7 @@ def test_ruler_cuts_no_needle_of_an_essay(tmp_path):
 def test_longbench_v2_asks_about_single_documents_only(tmp_path):
     path = written(tmp_path, LONG | {"_id": "a", "domain": "Multi-Document QA"}, LONG)
     (item,) = read(LONGBENCH_V2, path).items
-    assert item.id == LONG["_id"] and item.golds == ("D",) and item.kind == "Detective"
+    assert item.id == LONG["_id"] and item.references == ("D",) and item.kind == "Detective"
     assert item.question == ("Who took the ring?\n(A) the cook\n(B) the gardener\n(C) nobody {sic}\n(D) the magpie")
     assert text_of(item) == LONG["context"]
     assert [len(document.text) for document in item.documents] == [3977, 3977, 3977, 369]
@@ -278,7 +277,7 @@ def test_arxiv_qa_reads_the_released_layout(small):
     assert items[-1].id == "10/2-last" and len(items) == 20
     alone, first, last = items[0], items[3], items[4]
     assert [document.id for document in alone.documents] == ["1/cited 1a", "1/cited 1c", "1/paper 1"]  # 1b is null
-    assert alone.links == ((0, 2), (1, 2)) and alone.golds == ("1",)
+    assert alone.links == ((0, 2), (1, 2)) and alone.references == ("1",)
     assert [document.id.split("/")[0] for document in first.documents] == ["1"] * 3 + ["2"] * 3 + ["3"] * 3
     assert [document.id.split("/")[0] for document in last.documents] == ["2"] * 3 + ["3"] * 3 + ["1"] * 3
     assert first.links == ((0, 2), (1, 2), (3, 5), (4, 5), (6, 8), (7, 8)) == last.links
@@ -297,12 +296,12 @@ def test_citation_graphs_come_in_five_arrangements(task):
     for alone, *others in zip(*[iter(items)] * 5, strict=True):
         size = len(alone.documents)
         for item in others:
-            assert (item.question, item.golds) == (alone.question, alone.golds)
+            assert (item.question, item.references) == (alone.question, alone.references)
             first = item.facts["related"] == "first"
             assert (item.documents[:size] if first else item.documents[-size:]) == alone.documents
             distractors = item.documents[size:] if first else item.documents[:-size]
             assert not {d.text for d in distractors} & {d.text for d in alone.documents}
-            assert item.golds[0] not in {d.title for d in distractors}
+            assert item.references[0] not in {d.title for d in distractors}
             at = 0 if first else len(distractors)
             assert {(at + s, at + r) for s, r in alone.links} <= set(item.links)
 
@@ -310,7 +309,7 @@ def test_citation_graphs_come_in_five_arrangements(task):
 def test_scisumm_asks_what_a_sentence_cites():
     first = sample(SCISUMM)[0]
     title = "Word Re-ordering and DP-based Search in Statistical Machine Translation"
-    assert first.golds == (title,) and first.documents[0].title == title and first.kind == "method"
+    assert first.references == (title,) and first.documents[0].title == title and first.kind == "method"
     assert first.question.startswith('The paper C02-1050 says: "Under this constraint, many researchers had ')
     assert first.question.endswith('the paper that it cites there as "2000"?')
     assert [document.id for document in first.documents[:3]] == ["C00-2123", "C02-1050", "C04-1091"]
@@ -330,12 +329,14 @@ def test_unarxive_asks_where_a_work_is_cited():
     assert cited[0].title == f'Reference [1] of "{title}"' and cited[0].text.startswith("R. Pemantle and I. Rivin.")
     assert "Pemantle and Rivin [1] conjectured that the same holds" in paper.text
     for item in items:
-        assert not MARKER.search(text_of(item) + item.question + item.golds[0])
+        assert not MARKER.search(text_of(item) + item.question + item.references[0])
         work = item.question.partition(" cite this work: ")[2]
         number = next(i for i, d in enumerate(item.documents, 1) if d.text.strip() == work)
         before, marker, _ = item.documents[-1].text.partition(f"[{number}]")
-        assert marker and f"\n\n{item.golds[0]}\n\n" in f"\n\n{before}", item.id  # the heading stands before the marker
-    assert max(Counter(item.golds[0] for item in items).values()) <= 0.3 * len(items)
+        assert marker and f"\n\n{item.references[0]}\n\n" in f"\n\n{before}", (
+            item.id
+        )  # the heading stands before the marker
+    assert max(Counter(item.references[0] for item in items).values()) <= 0.3 * len(items)
 
 
 def test_a_group_that_shares_a_paper_is_no_distractor(tmp_path):
@@ -359,7 +360,7 @@ def test_a_group_that_shares_a_paper_is_no_distractor(tmp_path):
     assert [document.id for document in items["E/2-last"].documents] == [*"GHABCEF"]
     assert [document.id for document in items["G/2-last"].documents] == [*"ABCEFGH"]  # D shares C with A
     assert items["A"].question.startswith('The paper B says: "As A & B did before." ')
-    assert items["A"].golds == ("A",) and items["A"].kind == "method"
+    assert items["A"].references == ("A",) and items["A"].kind == "method"
     assert read(SCISUMM, tmp_path, limit=6).items[-1].id == "D"
 
 
@@ -370,7 +371,7 @@ def test_a_page_reads_the_pages_it_links_to():
     items = sample(TOPICS)
     first = items[0]
     assert [document.id for document in first.documents] == ["166", "0"] and first.links == ((0, 1),)
-    assert first.golds == ("student",) == (first.kind,) and first.documents[1].text.startswith("Patty Hough;")
+    assert first.references == ("student",) == (first.kind,) and first.documents[1].text.startswith("Patty Hough;")
     assert "Categories: course, faculty, project, staff, student" in first.question
     assert first.question.startswith('Which of these categories is right for the text that begins "Patty Hough;')
     assert {item.facts["neighbours"] for item in items} >= {0, 1, 2}
@@ -392,7 +393,7 @@ def test_topics_reads_csv_tables(tmp_path):
     items = read(TOPICS, path).items
     assert len(items) == 30 and items[5].documents[0].text.endswith("long ")
     assert [document.id for document in items[3].documents] == [*map(str, [0, 1, 2, *range(4, 21)]), "3"]
-    assert items[3].facts == {"neighbours": 20, "gold_positions": "20"} and items[3].golds == ("Rule_Learning",)
+    assert items[3].facts == {"neighbours": 20, "gold_positions": "20"} and items[3].references == ("Rule_Learning",)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -417,7 +418,7 @@ NEEDLE = {"index": 1, "input": "I will quiz you.\nThe key is 7.\nWhat is it?", "
         (LONGBENCH_V2, [LONG | {"answer": "E"}], "record '66ebc0+': answer: Input should be 'A'"),
         (TOPICS, [NODE, NODE], "node_id 0 comes twice"),
         (TOPICS, [NODE | {"neighbor_ids": "[4]"}], "node_id 0: neighbor_ids names 4"),
-        (TOPICS, [NODE | {"neighbor_ids": "4]"}], "record 1: neighbor_ids: Value error"),
+        (TOPICS, [NODE | {"neighbor_ids": "4]"}], "record 1: neighbor_ids: Extra data"),
         (UNARXIVE, [{"paper_id": "1", "metadata": {}}], "metadata.title: Field required"),
     ],
 )
@@ -438,9 +439,9 @@ def test_a_folder_of_another_layout_is_named(small, tmp_path):
         read(SCISUMM, tmp_path)
     (tmp_path / "papers.jsonl").write_text('{"paper_id": "A"}\n[]\n', encoding="utf-8")
     (tmp_path / "egos.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(TaskError, match=r"papers.jsonl, line 2: every line must be a JSON object, not a list"):
+    with pytest.raises(TaskError, match=r"papers.jsonl:2 holds a list; every record must be a JSON object"):
         read(SCISUMM, tmp_path)
     (tmp_path / "papers.jsonl").write_text('{"paper_id": "A"}\n', encoding="utf-8")
     (tmp_path / "egos.jsonl").write_text('{"reference_paper": "A", "citing_papers": ["B"]}\n', encoding="utf-8")
-    with pytest.raises(TaskError, match=r"egos.jsonl, line 1: there is no field or paper 'B'"):
+    with pytest.raises(TaskError, match=r"egos.jsonl:1: there is no field or paper 'B'"):
         read(SCISUMM, tmp_path)

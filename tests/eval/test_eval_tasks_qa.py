@@ -21,11 +21,11 @@ from kvgraph import methods
 from kvgraph.data import prompt
 from kvgraph.data.items import read
 from kvgraph.data.task import Item, Task, TaskError
+from kvgraph.data.tasks import TASKS, get, triviaqa
 from kvgraph.demo import write_model
 from kvgraph.engine.engine import Engine
 from kvgraph.eval.metrics import EXTRACT, METRICS
 from kvgraph.eval.run import evaluate
-from kvgraph.eval.tasks import TASKS, get, triviaqa
 
 DATA = Path(os.environ.get("KVGRAPH_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).resolve()
 SOAK = os.environ.get("KVGRAPH_SOAK") == "1"
@@ -162,7 +162,7 @@ def planned_by_all_methods(task: Task, items: tuple[Item, ...]) -> None:
         made = prompt.build(task, item, tokenizer)
         for name in methods.METHODS:
             method = methods.get(name)
-            edges = prompt.edges_of(item, task.edges) if methods.reads_edges(method) else ()
+            edges = prompt.edges_of(item, task.edges) if method.reads_edges else ()
             graph = made.graph(edges).tokenized(lambda text: list(text.encode()))
             if getattr(method, "needs_probe", False):
                 method = method.selecting([[float(i) for i in range(len(s))] for s in graph.segments])
@@ -197,7 +197,7 @@ def test_a_real_sample_parses_completely_and_every_method_plans_it(name):
     assert len(items) == SAMPLES[name][1]
     assert len({item.id for item in items}) == len(items)
     for item in items:
-        assert item.question.strip() and item.golds and all(gold.strip() for gold in item.golds)
+        assert item.question.strip() and item.references and all(gold.strip() for gold in item.references)
         assert item.documents and all(document.text.strip() for document in item.documents)
         gold = [int(i) for i in str(item.facts["gold_positions"]).split(",") if i]
         assert len(gold) + item.facts["distractors"] == len(item.documents)
@@ -215,7 +215,7 @@ def test_nq_has_the_gold_passage_where_the_file_says():
     assert Counter(item.facts["gold_position"] for item in items) == {0: 441, 4: 441, 9: 441}
     item = next(i for i in items if i.facts["gold_position"] == 4)
     assert item.question == "who got the first nobel prize in physics"
-    assert item.golds == ("Wilhelm Conrad Röntgen",)
+    assert item.references == ("Wilhelm Conrad Röntgen",)
     assert item.id.endswith("@4") and item.kind == ""
     assert item.facts == {"gold_position": 4, "gold_positions": "4", "distractors": 9}
     assert [d.title for d in item.documents][:5] == [
@@ -259,7 +259,7 @@ def test_a_hotpotqa_item():
     item = next(item for item in items if len(item.documents) == 4)
     assert item.id == "5ac2a291554299657fa28ff6"
     assert item.question == "Are Nantong and Jingdezhen situated in the same province ?"
-    assert item.golds == ("no",)
+    assert item.references == ("no",)
     titles = ["Taizhou, Jiangsu", "Nantong", "Jingdezhen", "Jingdezhen Ceramic Institute"]
     assert [d.title for d in item.documents] == titles
     assert item.documents[0].text == (
@@ -284,7 +284,7 @@ def test_a_2wiki_item():
     assert Counter(item.kind for item in items) == kinds
     item = next(item for item in items if item.kind == "bridge_comparison")
     assert item.id == "58f39f7808b511ebbd88ac1f6bf848b6"
-    assert item.golds == ("The Prairie King",)
+    assert item.references == ("The Prairie King",)
     assert item.facts == {"hops": 4, "gold_positions": "0,2,7,8", "distractors": 6}
     assert "produced and directed by Albert Zugsmith. It is loosely based" in item.documents[0].text
 
@@ -308,10 +308,10 @@ def test_a_musique_item():
     items = items_of("musique", sample("musique"))
     assert Counter(item.facts["hops"] for item in items) == {2: 68, 3: 27, 4: 5}
     assert Counter(item.kind for item in items) == {"2hop": 68, "3hop1": 24, "3hop2": 3, "4hop1": 3, "4hop3": 2}
-    assert items[0].golds == ("G. Stanley Hall", "Stanley Hall")
+    assert items[0].references == ("G. Stanley Hall", "Stanley Hall")
     item = next(item for item in items if item.kind == "4hop1")
     assert item.id == "4hop1__709382_146811_31223_91015"
-    assert item.golds == ("35",)
+    assert item.references == ("35",)
     assert item.facts == {"hops": 4, "gold_positions": "6,14,15,16", "distractors": 16}
     assert [item.documents[i].title for i in (6, 14, 15, 16)] == [
         "Tennessee",
@@ -332,11 +332,11 @@ def test_a_morehopqa_item():
     assert not any("Symbolic, " in item.kind for item in items)  # one spelling for each set of reasoning types
     item = next(item for item in items if item.id == "895740ae0bb011ebab90acde48001122_9")
     assert item.kind == "Arithmetic, Commonsense, Symbolic"
-    assert item.golds == ("3",)
+    assert item.references == ("3",)
     assert item.facts == {"hops": 3, "answer_type": "number", "gold_positions": "0,1", "distractors": 0}
     assert item.documents[1].text.endswith("entertainment of Elizabeth I at Basing House.")
     answer = EXTRACT[task.extract]("Her name was Elizabeth.\nAnswer: 3")
-    assert METRICS[task.metrics[0]](answer, item.golds) == 1
+    assert METRICS[task.metrics[0]](answer, item.references) == 1
 
 
 # -- TriviaQA ---------------------------------------------------------------------------------------------------------
@@ -356,7 +356,13 @@ def test_a_triviaqa_item(trivia):
     assert list(items) == ["web-tc_2", "web-tc_33", "wikipedia-tc_33", "wikipedia-tc_40"]
     item = items["web-tc_33"]
     assert item.question == "Which Lloyd Webber musical premiered in the US on 10th December 1993?"
-    assert item.golds == ("Sunset Boulevard", "Sunset Blvd", "West Sunset Boulevard", "Sunset Bulevard", "Sunset Blvd.")
+    assert item.references == (
+        "Sunset Boulevard",
+        "Sunset Blvd",
+        "West Sunset Boulevard",
+        "Sunset Bulevard",
+        "Sunset Blvd.",
+    )
     assert [d.id for d in item.documents] == ["Andrew_Lloyd_Webber.txt", "35/35_995.txt", "46/46_996.txt"]
     assert item.kind == "web" and item.facts["distractors"] == 3
     page = (trivia / "evidence/web/46/46_996.txt").read_text(encoding="utf-8")
@@ -422,7 +428,7 @@ def test_triviaqa_reads_the_hubs_table():
         "answer": {"aliases": ["Ann", "Anne"], "normalized_aliases": ["ann", "anne"], "value": "Ann"},
     }  # fmt: skip
     item = one("triviaqa", raw)
-    assert (item.id, item.kind, item.golds) == ("wikipedia-tc_1", "wikipedia", ("Ann", "Anne"))
+    assert (item.id, item.kind, item.references) == ("wikipedia-tc_1", "wikipedia", ("Ann", "Anne"))
     assert [(d.title, d.text, d.id) for d in item.documents] == [("A", "Ann did.", "A.txt")]
     raw["entity_pages"]["title"] = []
     with pytest.raises(TaskError, match="record 'tc_1': entity_pages: "):
@@ -459,7 +465,7 @@ def test_a_triviaqa_page_is_cut_after_whole_words():
 def test_multihop_rag_alone_reads_the_evidence_sentences(tmp_path):
     items = items_of("multihop-rag", write_json(tmp_path / "MultiHopRAG.json", MULTIHOP))
     assert [item.kind for item in items] == ["inference_query", "null_query"]
-    assert items[0].golds == ("Odell",) and items[1].golds == ("Insufficient information.",)
+    assert items[0].references == ("Odell",) and items[1].references == ("Insufficient information.",)
     assert [(d.title, d.text) for d in items[0].documents] == [
         ("Bridge reopens after repairs", "The Harrow bridge reopened on Monday."),
         ("Mayor explains delays", "Mayor Odell blamed the rain for the delay."),
@@ -511,7 +517,7 @@ def test_a_block_item(tmp_path, name):
     item, other = items_of(name, path)
     assert item.id != other.id
     assert [d.title for d in item.documents] == ["Harrow", "Rivers", "Oldham"]
-    assert item.golds == ("the Wend", "River Wend")
+    assert item.references == ("the Wend", "River Wend")
     planned_by_all_methods(get(name), (item,))
     assert prompt.edges_of(item, "layers:1-1") == ((0, 1), (1, 2))  # from the best down
 
@@ -585,7 +591,7 @@ SMALL = {
     ],
 )
 def test_a_wrong_record_is_an_error_that_names_it_and_the_field(name, change, message):
-    assert one(name, SMALL[name]).golds  # right before the change
+    assert one(name, SMALL[name]).references  # right before the change
     with pytest.raises(TaskError, match=message) as caught:
         list(get(name).items([SMALL[name] | change]))
     assert "\n" not in str(caught.value)

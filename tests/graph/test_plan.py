@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import strategies
 from kvgraph.errors import PlanError
-from kvgraph.plan import Group, Place, Plan, Span, contiguous, pruned
+from kvgraph.plan import Group, Laid, Place, Plan, Span, contiguous, lay_out, pruned
 
 VOCAB = 16
 
 
-def live(start: int = 0, sees: Sequence[Place] = (), tokens: Sequence[int] = (99,)) -> Span:
+def prompt(start: int = 0, sees: Sequence[Place] = (), tokens: Sequence[int] = (99,)) -> Span:
     return contiguous(tokens, start, sees, cached=False, name="query")
 
 
@@ -29,16 +31,16 @@ DOC = contiguous([1, 2, 3], 0, name="doc")
     ("spans", "message"),
     [
         ([], "a plan needs at least one span"),
-        ([DOC], "the last span of a plan is the live prompt"),
+        ([DOC], "the last span of a plan is the prompt span"),
         ([Span((), range(0), cached=False)], "span 0 is empty"),
         ([Span((1, 2), range(3), cached=False)], "span 0 has 2 tokens but 3 positions"),
         ([Span((1, 2), (4, 4), cached=False)], "span 0: positions must be strictly ascending"),
         ([Span((1, 2), range(2, 0, -1), cached=False)], "strictly ascending"),
-        ([DOC, live(3, [Place(1, 0)])], r"span 1 \(query\) sees span 1, which isn't earlier"),
-        ([DOC, live(3, [Place(-1, 0)])], "sees span -1"),
-        ([DOC, live(3, [Place(0, 0, 1, 4)])], r"sees tokens 1..4 of span 0, which has 3"),
-        ([DOC, live(3, [Place(0, 0, 2, 2)])], r"sees tokens 2..2"),
-        ([live(), contiguous([1], 1, [Place(0, 0)]), live(2)], "span 1 is cached but sees span 0, which is not"),
+        ([DOC, prompt(3, [Place(1, 0)])], r"span 1 \(query\) sees span 1, which isn't earlier"),
+        ([DOC, prompt(3, [Place(-1, 0)])], "sees span -1"),
+        ([DOC, prompt(3, [Place(0, 0, 1, 4)])], r"sees tokens 1..4 of span 0, which has 3"),
+        ([DOC, prompt(3, [Place(0, 0, 2, 2)])], r"sees tokens 2..2"),
+        ([prompt(), contiguous([1], 1, [Place(0, 0)]), prompt(2)], "span 1 is cached but sees span 0, which is not"),
     ],
 )
 def test_refused(spans, message):
@@ -47,20 +49,20 @@ def test_refused(spans, message):
 
 
 def test_places_are_normalised():
-    plan = Plan((DOC, live(3, [Place(0, 0), Place(0, 5, 1)])))
-    assert plan.live.sees == (Place(0, 0, 0, 3), Place(0, 5, 1, 3))
+    plan = Plan((DOC, prompt(3, [Place(0, 0), Place(0, 5, 1)])))
+    assert plan.prompt.sees == (Place(0, 0, 0, 3), Place(0, 5, 1, 3))
     assert plan.highest_position == 3
 
 
-def test_pruned_drops_what_nothing_live_reads():
+def test_pruned_drops_what_the_prompt_does_not_read():
     a, b, c = DOC, contiguous([4], 3, [Place(0, 0)]), contiguous([5], 3, [Place(0, 0)])
-    plan = pruned([a, b, c, live(4, [Place(2, 3)])])
+    plan = pruned([a, b, c, prompt(4, [Place(2, 3)])])
     assert [s.tokens for s in plan.spans] == [(1, 2, 3), (5,), (99,)]
-    assert plan.spans[1].sees == (Place(0, 0, 0, 3),) and plan.live.sees == (Place(1, 3, 0, 1),)
+    assert plan.spans[1].sees == (Place(0, 0, 0, 3),) and plan.prompt.sees == (Place(1, 3, 0, 1),)
 
 
 def key(span: Span, earlier: Sequence[Span] = (DOC,), fingerprint: str = "model", salt: str = "") -> str:
-    keys = Plan((*earlier, span, live(50))).keys(fingerprint, salt)
+    keys = Plan((*earlier, span, prompt(50))).keys(fingerprint, salt)
     assert keys[-1] is None
     result = keys[len(earlier)]
     assert result is not None and len(result) == 64
@@ -126,14 +128,14 @@ def test_a_key_changes_with_groups(other):
 )
 def test_groups_that_make_no_sense(groups, group, message):
     with pytest.raises(PlanError, match=message):
-        Plan((DOC, replace(live(3, [Place(0, 0, group=group)]), groups=tuple(groups))))
+        Plan((DOC, replace(prompt(3, [Place(0, 0, group=group)]), groups=tuple(groups))))
 
 
 def test_groups_are_floats_and_survive_pruning():
-    reader = replace(live(4, [Place(1, 3), Place(0, 0, group=1)]), groups=((1, 2),))
+    reader = replace(prompt(4, [Place(1, 3), Place(0, 0, group=1)]), groups=((1, 2),))
     plan = pruned([DOC, contiguous([4], 3), contiguous([5], 3), reader])
-    assert plan.live.groups == (Group(1.0, 2.0),) and type(plan.live.groups[0].scale) is float
-    assert plan.live.sees == (Place(1, 3, 0, 1), Place(0, 0, 0, 3, 1))
+    assert plan.prompt.groups == (Group(1.0, 2.0),) and type(plan.prompt.groups[0].scale) is float
+    assert plan.prompt.sees == (Place(1, 3, 0, 1), Place(0, 0, 0, 3, 1))
 
 
 def test_a_key_changes_with_model_salt_and_what_is_read():
@@ -175,23 +177,23 @@ def test_the_bytes_of_a_key():
     head = (b"kvgraph-key-1", b"model", b"salt")
     doc = digest(*head, ids(1, 2, 3), b"range")
     views = (f"{doc} -8 0 3".encode(), f"{doc} -3 1 2".encode())
-    assert Plan((DOC, READER, live(50))).keys("model", "salt") == [
+    assert Plan((DOC, READER, prompt(50))).keys("model", "salt") == [
         doc,
         digest(*head, ids(4, 5), b"range", *views),
         None,
     ]
     floats = struct.pack("<2d", 0.9, 0.8)
     grouped = digest(*head, ids(4, 5), b"range", views[0] + b" 1", views[1], floats, floats)
-    assert Plan((DOC, GROUPED, live(50))).keys("model", "salt")[1] == grouped
+    assert Plan((DOC, GROUPED, prompt(50))).keys("model", "salt")[1] == grouped
 
 
 def test_dense_by_hand():
     """A document read at two places by two spans: laid out once a frame."""
-    plan = Plan((DOC, contiguous([4, 5], 3, [Place(0, 0)]), live(9, [Place(0, 1), Place(1, 6)])))
+    plan = Plan((DOC, contiguous([4, 5], 3, [Place(0, 0)]), prompt(9, [Place(0, 1), Place(1, 6)])))
     dense = plan.dense()
     rows = sorted(zip(dense.span.tolist(), dense.tokens.tolist(), dense.positions.tolist(), strict=True))
     assert rows == [(0, 1, 1), (0, 1, 3), (0, 2, 2), (0, 2, 4), (0, 3, 3), (0, 3, 5), (1, 4, 6), (1, 5, 7), (2, 99, 9)]
-    assert dense.live == 1
+    assert dense.prompt == 1
     seen = dense.visible[-1]
     assert sorted(zip(dense.tokens[seen].tolist(), dense.positions[seen].tolist(), strict=True)) == [
         (1, 1),
@@ -204,7 +206,7 @@ def test_dense_by_hand():
 
 
 def test_dense_hides_keys_at_or_above_the_reader():
-    dense = Plan((DOC, live(1, [Place(0, 0)], tokens=[8, 9]))).dense()
+    dense = Plan((DOC, prompt(1, [Place(0, 0)], tokens=[8, 9]))).dense()
     assert dense.visible[-2:].tolist() == [[True, False, False, True, False], [True, True, False, True, True]]
 
 
@@ -212,13 +214,13 @@ def test_dense_gives_overlapping_views_columns_of_their_own():
     """The second view overlaps the first, the third only the second: three views, no column used twice."""
     doc = contiguous(range(6), 0)
     views = [Place(0, 0, 0, 2), Place(0, 0, 1, 4), Place(0, 0, 3, 6)]
-    dense = Plan((doc, live(9, views))).dense()
+    dense = Plan((doc, prompt(9, views))).dense()
     assert sorted(dense.tokens[dense.visible[-1]].tolist()) == [0, 1, 1, 2, 3, 3, 4, 5, 99]
 
 
 def test_dense_names_the_group_of_every_pair():
     reader = replace(contiguous([4, 5], 3, [Place(0, 0, 0, 2, 1), Place(0, 0, 2)]), groups=(Group(0.5),))
-    asking = replace(live(9, [Place(0, 1, 0, 2), Place(1, 6, group=2)]), groups=(Group(), Group(2.0)))
+    asking = replace(prompt(9, [Place(0, 1, 0, 2), Place(1, 6, group=2)]), groups=(Group(), Group(2.0)))
     dense = Plan((DOC, reader, asking)).dense()
     assert dense.groups == (Group(0.5), Group(), Group(2.0))
     found = {
@@ -227,15 +229,54 @@ def test_dense_names_the_group_of_every_pair():
         for column in np.flatnonzero(dense.group[row])
     }
     assert found == {(4, 1, 1), (4, 2, 1), (5, 1, 1), (5, 2, 1), (99, 4, 3), (99, 5, 3)}
-    assert Plan((DOC, live(3, [Place(0, 0)]))).dense().group is None
+    assert Plan((DOC, prompt(3, [Place(0, 0)]))).dense().group is None
 
 
 def test_dense_of_a_long_chain():
     spans = [contiguous([0], 0)]
     for i in range(1, 1500):
         spans.append(contiguous([i], i, [Place(i - 1, i - 1)]))
-    plan = Plan((*spans, live(1500, [Place(1499, 1499)])))
+    plan = Plan((*spans, prompt(1500, [Place(1499, 1499)])))
     assert plan.dense().visible.sum() == 2 * 1501 - 1
+
+
+def laid_out_recursively(spans: Sequence[Span], roots: Sequence[int]) -> list[Laid]:
+    """`lay_out` as its definition says: a span after all it reads, depth first."""
+    found: dict[tuple[int, int, int], int] = {}
+    laid: list[Laid] = []
+
+    def lay(index: int, start: int, copy: int) -> int:
+        if (index, start, copy) not in found:
+            sees, seen = [], []  # seen: (span, where it stands, which copy, lo, hi)
+            for p in spans[index].sees:
+                at = p.at - spans[index].start + start
+                taken = {n for s, a, n, lo, hi in seen if (s, a) == (p.span, at) and lo < p.hi and p.lo < hi}
+                n = next(n for n in range(len(seen) + 1) if n not in taken)
+                seen.append((p.span, at, n, p.lo, p.hi))
+                sees.append((lay(p.span, at, n), p))
+            found[index, start, copy] = len(laid)
+            laid.append(Laid(index, start, tuple(sees)))
+        return found[index, start, copy]
+
+    for root in roots:
+        lay(root, spans[root].start, 0)
+    return laid
+
+
+@settings(deadline=None, max_examples=200)
+@given(strategies.plans(4, max_spans=6), st.data())
+def test_laying_out_equals_the_recursive_definition(plan, data):
+    spans = plan.spans
+    roots = data.draw(st.lists(st.sampled_from(range(len(spans))), min_size=1, max_size=3))
+    assert lay_out(spans, roots) == laid_out_recursively(spans, roots)
+
+
+def test_laying_out_leaves_the_recursion_limit_alone(monkeypatch):
+    spans = [contiguous([0], 0), *(contiguous([i], i, [Place(i - 1, i - 1, hi=1)]) for i in range(1, 3000))]
+    before = sys.getrecursionlimit()
+    monkeypatch.setattr(sys, "setrecursionlimit", None)
+    assert [laid.span for laid in lay_out(spans, [2999])] == list(range(3000))
+    assert sys.getrecursionlimit() == before < 3000
 
 
 def meaning_of_plan(plan: Plan) -> list[list[str]]:
@@ -266,7 +307,7 @@ def meaning_of_dense(plan: Plan) -> list[str]:
         group = np.zeros_like(d.visible, int) if d.group is None else d.group
         seen = [(int(group[i, j]), int(d.positions[j] - d.positions[i]), meanings[j]) for j in columns]
         meanings.append(_meaning(int(d.tokens[i]), seen, d.groups))
-    return meanings[-d.live :]
+    return meanings[-d.prompt :]
 
 
 def _meaning(token: int, seen: list[tuple[int, int, str]], groups: Sequence[Group]) -> str:
@@ -284,8 +325,8 @@ def _meaning(token: int, seen: list[tuple[int, int, str]], groups: Sequence[Grou
 def test_dense_means_what_the_plan_means(plan):
     assert meaning_of_dense(plan) == meaning_of_plan(plan)[-1]
     dense = plan.dense()
-    assert dense.positions[-dense.live :].tolist() == list(plan.live.positions)
-    assert dense.tokens[-dense.live :].tolist() == list(plan.live.tokens)
+    assert dense.positions[-dense.prompt :].tolist() == list(plan.prompt.positions)
+    assert dense.tokens[-dense.prompt :].tolist() == list(plan.prompt.tokens)
 
 
 @settings(deadline=None, max_examples=100)

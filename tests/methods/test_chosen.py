@@ -26,7 +26,7 @@ def graph(edges=(), chosen=None, segments=(A, B, C)) -> ContextGraph:
 
 def read(plan: Plan) -> list[tuple[str, int]]:
     """What the query sees, as (name, at), and itself."""
-    return [(plan.spans[p.span].name, p.at) for p in plan.live.sees] + [("query", plan.live.start)]
+    return [(plan.spans[p.span].name, p.at) for p in plan.prompt.sees] + [("query", plan.prompt.start)]
 
 
 def keys(plan: Plan) -> dict[str, str | None]:
@@ -80,7 +80,7 @@ def test_full_reads_the_chosen_segments_in_their_order():
 
 def test_slots_count_chosen_segments_only():
     plan = KVLink(1, 50, slots=2).plan(graph(chosen=[2, 0]))
-    assert plan.live.tokens == (50, 51, *QUERY) and list(plan.live.positions) == [6, 10, 11, 12]
+    assert plan.prompt.tokens == (50, 51, *QUERY) and list(plan.prompt.positions) == [6, 10, 11, 12]
     assert read(PromptCache(slot=10).plan(graph(chosen=[2, 0]))) == [
         ("prefix", 0), ("doc 2", 2), ("doc 0", 12), ("query", 22),
     ]  # fmt: skip

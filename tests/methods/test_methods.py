@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 import strategies
 from kvgraph.edges import all_pairs, chain, ego, layered, top_k
 from kvgraph.errors import GraphError
+from kvgraph.explain import explain
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import (
     APE,
@@ -26,7 +27,6 @@ from kvgraph.methods import (
     PromptCache,
     get,
 )
-from kvgraph.methods.base import Probing
 from kvgraph.plan import Group, Place, Plan, Span, contiguous
 
 VOCAB = 32
@@ -96,13 +96,13 @@ def test_block_encodes_every_segment_alone():
 # kvlink
 
 
-def test_kvlink_puts_live_links_between_documents():
+def test_kvlink_puts_links_between_documents():
     method = KVLink(links=2, link_start=100, mem_start=60, mem_end=61)
     plan = method.plan(graph([A, B]))
     assert computed(plan) == {"prefix": 0, "doc 0": 3, "doc 1": 8, "links + query": 6}
     assert plan.spans[0].tokens == (1, 2, 60)
-    assert plan.live.tokens == (100, 101, 102, 103, 61, 90, 91)
-    assert plan.live.positions == (6, 7, 10, 11, 12, 13, 14)
+    assert plan.prompt.tokens == (100, 101, 102, 103, 61, 90, 91)
+    assert plan.prompt.positions == (6, 7, 10, 11, 12, 13, 14)
     assert sees(plan, "links + query") == [("prefix", 0), ("doc 0", 3), ("doc 1", 8)]
     assert sees(plan, "doc 0") == sees(plan, "doc 1") == []
 
@@ -111,21 +111,21 @@ def test_kvlink_puts_live_links_between_documents():
     seen = [sorted(dense.tokens[row].tolist()) for row in rows]
     assert seen[1] == sorted([1, 2, 60, *A, 100, 101])
     assert seen[2] == sorted([1, 2, 60, *A, 100, 101, *B, 102])
-    assert seen[6] == sorted([1, 2, 60, *A, *B, *plan.live.tokens])
+    assert seen[6] == sorted([1, 2, 60, *A, *B, *plan.prompt.tokens])
 
 
 def test_kvlink_without_links_is_block_with_markers():
     plain, block = KVLink().plan(graph()), Block().plan(graph())
-    assert keys(plain) == keys(block) and list(plain.live.positions) == list(block.live.positions)
+    assert keys(plain) == keys(block) and list(plain.prompt.positions) == list(block.prompt.positions)
     marked = KVLink(mem_start=60, mem_end=61).plan(graph(prefix=[]))
-    assert marked.spans[0].tokens == (60,) and marked.live.tokens == (61, *QUERY)
+    assert marked.spans[0].tokens == (60,) and marked.prompt.tokens == (61, *QUERY)
 
 
 def test_kvlink_keeps_the_slot_of_an_empty_document():
     plan = KVLink(links=1, link_start=100).plan(graph([[], B, [], A]))
     assert computed(plan) == {"prefix": 0, "doc 1": 3, "doc 3": 7, "links + query": 2}
-    assert plan.live.tokens == (100, 101, 102, 103, *QUERY)
-    assert plan.live.positions == (2, 5, 6, 10, 11, 12)
+    assert plan.prompt.tokens == (100, 101, 102, 103, *QUERY)
+    assert plan.prompt.positions == (2, 5, 6, 10, 11, 12)
 
 
 def test_kvlink_mem_start_ends_the_last_piece_of_the_prefix():
@@ -135,7 +135,7 @@ def test_kvlink_mem_start_ends_the_last_piece_of_the_prefix():
 
 def test_kvlink_slots():
     method = KVLink(links=1, link_start=100, slots=2)
-    assert method.plan(graph([A, B])).live.tokens[:2] == (100, 101)
+    assert method.plan(graph([A, B])).prompt.tokens[:2] == (100, 101)
     with pytest.raises(GraphError, match="kvlink has link tokens for 2 documents but the graph has 3"):
         method.plan(graph([A, B, []]))
     KVLink(links=0, slots=2).plan(graph([A, B, C]))  # no link tokens, no slots
@@ -143,10 +143,10 @@ def test_kvlink_slots():
 
 def test_kvlink_of_the_released_checkpoints():
     plan = get("kvlink-llama3-5").plan(graph([A] * 40))
-    assert plan.live.tokens[:200] == tuple(range(128011, 128211)) and plan.live.tokens[200] == 128255
+    assert plan.prompt.tokens[:200] == tuple(range(128011, 128211)) and plan.prompt.tokens[200] == 128255
     assert plan.spans[0].tokens[-1] == 128254
-    assert get("kvlink-llama3-1").plan(graph([A, B])).live.tokens == (128011, 128012, 128255, *QUERY)
-    assert get("kvlink-llama3-0").plan(graph([A, B])).live.tokens == (128255, *QUERY)
+    assert get("kvlink-llama3-1").plan(graph([A, B])).prompt.tokens == (128011, 128012, 128255, *QUERY)
+    assert get("kvlink-llama3-0").plan(graph([A, B])).prompt.tokens == (128255, *QUERY)
 
 
 # graph-kv, aligned
@@ -164,7 +164,7 @@ def test_aligned_all_pairs_is_the_papers_full():
     first, second = [(f"doc {i}", 2) for i in range(3)], [(f"doc {i} · round 1", 6) for i in range(3)]
     assert sees(plan, "doc 1 · round 1") == [first[0], first[2]]
     assert sees(plan, "query") == [("prefix", 0), *first, *second]
-    assert plan.live.start == 10
+    assert plan.prompt.start == 10
 
 
 def test_aligned_top_1_shows_the_source_once():
@@ -202,7 +202,7 @@ def test_layers_carry_caches_through_and_dead_versions_vanish():
     assert sees(plan, "query") == list(computed(plan).items())[:-1]
     once = GraphKV(rounds=1).plan(graph(segments, edges))
     assert sees(once, "doc 3 · round 1") == [("doc 1", 2), ("doc 2", 2)]
-    assert once.live.start == 6
+    assert once.prompt.start == 6
     assert {"doc 1", "doc 1 · round 1"} < set(computed(once))  # its first version was read, so the query sees both
 
 
@@ -225,7 +225,7 @@ def test_a_cycle_runs_all_rounds_and_shows_what_it_read():
     assert sees(plan, "doc 1 · round 2") == [("doc 0 · round 1", 5)]
     rounds = [[f"doc {i}" + (f" · round {r}" if r else "") for i in (0, 1)] for r in range(4)]
     assert list(computed(plan)) == ["prefix", *(name for names in rounds for name in names), "query"]
-    assert plan.live.start == 2 + 4 * 3
+    assert plan.prompt.start == 2 + 4 * 3
 
 
 def test_a_band_keeps_keys_when_a_longer_document_joins():
@@ -320,7 +320,7 @@ def test_packed_drops_a_token_and_later_keys_close_the_gap():
         ("doc 0 · round 1", 3, 4, 5),
         ("doc 1 · round 1", 8),
     ]
-    assert plan.live.start == 2 + 2 * 4
+    assert plan.prompt.start == 2 + 2 * 4
     assert plan.spans[1].tokens == tuple(segments[0])  # computed with its document all the same
     dense = plan.dense()
     seen = dense.visible[-1]
@@ -335,7 +335,7 @@ def test_packed_drops_a_segment_of_nothing_else():
 
 def test_packed_keeps_dropped_tokens_in_prefix_and_query():
     plan = get("graph-kv-rag", drop_token=9).plan(graph([A], prefix=[9, 1], query=[9]))
-    assert plan.spans[0].tokens == (9, 1) and plan.live.tokens == (9,) and plan.live.start == 5
+    assert plan.spans[0].tokens == (9, 1) and plan.prompt.tokens == (9,) and plan.prompt.start == 5
     assert sees(plan, "query")[0] == ("prefix", 0)
 
 
@@ -353,7 +353,7 @@ def test_pcw_with_a_shared_prefix_encodes_documents_after_it():
     plan = PCW(shared_prefix=True).plan(graph(prefix=[[1], [2]]))
     assert computed(plan) == {"prefix 0": 0, "prefix 1": 1, "doc 0": 2, "doc 1": 2, "doc 2": 2, "query": 6}
     assert sees(plan, "doc 2") == [("prefix 0", 0), ("prefix 1", 1)]
-    assert plan.live.sees == PCW().plan(graph(prefix=[[1], [2]])).live.sees
+    assert plan.prompt.sees == PCW().plan(graph(prefix=[[1], [2]])).prompt.sees
     assert PCW(shared_prefix=True).plan(graph(prefix=[])) == PCW().plan(graph(prefix=[]))
 
 
@@ -364,11 +364,11 @@ def test_ape_weighs_the_documents_together():
     plan = APE(temperature=0.8, scale=0.5).plan(graph(prefix=[[1], [2]]))
     windows = PCW(shared_prefix=True).plan(graph(prefix=[[1], [2]]))
     assert plan.spans[:-1] == windows.spans[:-1]
-    assert plan.live.positions == windows.live.positions == range(6, 8)
+    assert plan.prompt.positions == windows.prompt.positions == range(6, 8)
     assert sees(plan, "query") == [("prefix 0", 0), ("prefix 1", 1), ("doc 0", 2), ("doc 1", 2), ("doc 2", 2)]
-    assert [place.group for place in plan.live.sees] == [0, 0, 1, 1, 1]
-    assert plan.live.groups == (Group(0.8, 0.8 * 0.5),)
-    assert get("ape").plan(graph()).live.groups == (Group(0.9, 0.81),)
+    assert [place.group for place in plan.prompt.sees] == [0, 0, 1, 1, 1]
+    assert plan.prompt.groups == (Group(0.8, 0.8 * 0.5),)
+    assert get("ape").plan(graph()).prompt.groups == (Group(0.9, 0.81),)
 
 
 def test_ape_documents_have_one_key_in_every_graph_with_the_prefix():
@@ -402,7 +402,7 @@ def test_prompt_cache_refuses_a_document_longer_than_its_slot():
 def without_a_model(name: str) -> Method:
     """The method or preset, ready to plan: one that asks a model which tokens to recompute is told none."""
     method = get(name)
-    return method.selecting([]) if isinstance(method, Probing) else method
+    return method.selecting([]) if method.needs_probe else method
 
 
 @pytest.mark.parametrize("name", [*METHODS, *PRESETS])
@@ -425,7 +425,7 @@ def test_edges_of_the_world(name):
 def test_a_prefix_of_several_pieces_is_a_causal_chain(name):
     plan = without_a_model(name).plan(graph(prefix=[[1, 2], [], [3], [4]]))
     assert sees(plan, "prefix 2") == [("prefix 0", 0), ("prefix 1", 2)]
-    assert sees(plan, plan.live.name)[:3] == [("prefix 0", 0), ("prefix 1", 2), ("prefix 2", 3)]
+    assert sees(plan, plan.prompt.name)[:3] == [("prefix 0", 0), ("prefix 1", 2), ("prefix 2", 3)]
 
 
 @pytest.mark.parametrize(
@@ -450,12 +450,12 @@ def test_plans_of_all_methods(problem):
     plan = method.plan(g)
     assert plan == method.plan(g) and plan.method == method.name
     assert [span.cached for span in plan.spans] == [True] * (len(plan.spans) - 1) + [False]
-    assert plan.live.tokens[-len(g.query) :] == g.query
+    assert plan.prompt.tokens[-len(g.query) :] == g.query
     read = {place.span for span in plan.spans for place in span.sees}
     assert read == set(range(len(plan.spans) - 1)), "every cached span is read"
-    for place in plan.live.sees:  # the query stands after all it sees
-        assert place.at + place.hi - 1 < plan.live.positions[-1] + 1 - len(g.query)
-    assert str(plan).count("\n") >= len(plan.spans)
+    for place in plan.prompt.sees:  # the query stands after all it sees
+        assert place.at + place.hi - 1 < plan.prompt.positions[-1] + 1 - len(g.query)
+    assert explain(plan).count("\n") >= len(plan.spans)
 
 
 @settings(deadline=None, max_examples=100)
@@ -537,38 +537,38 @@ def test_get():
 
 
 def test_explain_lists_who_sees_whom():
-    text = str(get("graph-kv-rag", drop_token=11).plan(graph([A, B], [(0, 1)])))
+    text = explain(get("graph-kv-rag", drop_token=11).plan(graph([A, B], [(0, 1)])))
     rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
     assert rows[0] == ["#", "span", "tokens", "positions", "state", "sees"]
     assert rows[2] == ["0", "prefix", "2", "0–1", "cached"]
     assert rows[6] == ["4", "doc 1 · round 1", "2", "2–3", "cached", "doc 0[0:1] @ 0, doc 0[2:3] @ -1"]
     assert rows[-1] == [
-        "graph-kv: 6 spans; 12 tokens cached in 5 spans (4 distinct: 9 tokens), 2 live; highest position 11"
+        "graph-kv: 6 spans; 12 tokens cached in 5 spans (4 distinct: 9 tokens), 2 in the prompt span; highest position 11"
     ]
 
 
 def test_explain_shows_groups():
-    lines = str(APE(0.5, 0.8).plan(graph())).splitlines()
+    lines = explain(APE(0.5, 0.8).plan(graph())).splitlines()
     assert lines[6].endswith("prefix @ 0, doc 0 … doc 2 @ 2 in group 1")
     assert lines[-2] == "query: group 1 has temperature 0.5 and scale 0.4"
     spans = [contiguous([1], 0, name=name) for name in "abc"]
     apart = contiguous([2], 1, [Place(i, 0, group=i) for i in range(3)], cached=False, groups=[Group(), Group()])
-    assert "a @ 0, b @ 0 in group 1, c @ 0 in group 2" in str(Plan((*spans, apart)))
+    assert "a @ 0, b @ 0 in group 1, c @ 0 in group 2" in explain(Plan((*spans, apart)))
 
 
 def test_explain_abbreviates():
-    shared = str(GraphKV().plan(graph([A] * 30, top_k(30, 0))))
+    shared = explain(GraphKV().plan(graph([A] * 30, top_k(30, 0))))
     assert "doc 0 … doc 4 @ 2, doc 6 … doc 29 @ 2" in shared
     assert "doc 0 … doc 29 @ 2, doc 0 · round 1 … doc 29 · round 1 @ 5" in shared
-    links = str(KVLink(1, 0).plan(graph([A] * 30)))
+    links = explain(KVLink(1, 0).plan(graph([A] * 30)))
     assert "5, 9, … 27 more …, 121–123" in links
     assert "prefix @ 0, doc 0 @ 2, doc 1 @ 6, doc 2 @ 10, … 26 more …, doc 29 @ 118" in links
     assert "92 tokens cached in 31 spans (2 distinct: 5 tokens)" in links
 
 
 def test_explain_without_names():
-    text = str(Plan((Span((1,), range(1)), Span((2,), range(1, 2), (), cached=False))))
-    assert text.splitlines()[-1] == "2 spans; 1 token cached in 1 span, 1 live; highest position 1"
+    text = explain(Plan((Span((1,), range(1)), Span((2,), range(1, 2), (), cached=False))))
+    assert text.splitlines()[-1] == "2 spans; 1 token cached in 1 span, 1 in the prompt span; highest position 1"
 
 
 def test_fields_without_bounds_have_one():

@@ -12,6 +12,7 @@ from kvgraph import ContextGraph, Engine, GraphError, PlanError, SamplingParams,
 from kvgraph.engine.probe import deviations
 from kvgraph.methods import Block, CacheBlend, Epic, Full
 from kvgraph.plan import Plan
+from store_worker import got
 
 VOCAB = 128
 PREFIX, A, B, C, QUERY = [1, 2], [10, 11, 12], [20, 21], [30, 31, 32, 33], [90, 91]
@@ -39,14 +40,14 @@ def random_graph(seed: int, lengths=(12, 7, 0, 20), prefix: int = 4) -> ContextG
 
 
 def places(plan: Plan) -> list[tuple]:
-    """What the live span sees: (name, position of token 0, lo, hi)."""
-    return [(plan.spans[p.span].name, p.at, p.lo, p.hi) for p in plan.live.sees]
+    """What the prompt span sees: (name, position of token 0, lo, hi)."""
+    return [(plan.spans[p.span].name, p.at, p.lo, p.hi) for p in plan.prompt.sees]
 
 
 def seen_by(plan: Plan, live_index: int) -> list[tuple[int, int]]:
     """(position, token) of everything a live token sees, itself included."""
     dense = plan.dense()
-    row = dense.visible[len(dense.tokens) - dense.live + live_index]
+    row = dense.visible[len(dense.tokens) - dense.prompt + live_index]
     return sorted(zip(dense.positions[row].tolist(), dense.tokens[row].tolist(), strict=True))
 
 
@@ -60,17 +61,17 @@ def difference(engine: Engine, graph: ContextGraph, method, other) -> float:
 
 def test_epic_recomputes_the_first_tokens_of_every_document():
     plan = Epic(k=2).plan(ContextGraph([A, B, [], C], QUERY, PREFIX))
-    assert plan.live.tokens == (10, 11, 20, 21, 30, 31, *QUERY)
-    assert plan.live.positions == (2, 3, 5, 6, 7, 8, 11, 12)
+    assert plan.prompt.tokens == (10, 11, 20, 21, 30, 31, *QUERY)
+    assert plan.prompt.positions == (2, 3, 5, 6, 7, 8, 11, 12)
     assert places(plan) == [("prefix", 0, 0, 2), ("doc 0", 2, 2, 3), ("doc 3", 7, 2, 4)]  # nothing is left of doc 1
     everything = list(enumerate([*PREFIX, *A, *B, *C, *QUERY]))
-    for i, position in enumerate(plan.live.positions):  # each sees all before it, every token once
+    for i, position in enumerate(plan.prompt.positions):  # each sees all before it, every token once
         assert seen_by(plan, i) == everything[: position + 1]
 
 
 def test_epic_spares_what_opens_the_prompt():
     plan = Epic(k=2).plan(ContextGraph([[], A, C], QUERY))
-    assert plan.live.tokens == (30, 31, *QUERY)
+    assert plan.prompt.tokens == (30, 31, *QUERY)
     assert places(plan) == [("doc 1", 0, 0, 3), ("doc 2", 3, 2, 4)]
     assert len(Epic(k=9).plan(ContextGraph([[]], QUERY)).spans) == 1
 
@@ -84,11 +85,11 @@ def test_epic_and_cacheblend_share_the_records_of_block():
 
 def test_cacheblend_shows_the_runs_between_selected_tokens():
     plan = CacheBlend(selected=((1,), (0, 1), (3, 0))).plan(ContextGraph([A, B, C], QUERY, PREFIX))
-    assert plan.live.tokens == (11, 20, 21, 30, 33, *QUERY)
-    assert plan.live.positions == (3, 5, 6, 7, 10, 11, 12)
+    assert plan.prompt.tokens == (11, 20, 21, 30, 33, *QUERY)
+    assert plan.prompt.positions == (3, 5, 6, 7, 10, 11, 12)
     assert places(plan) == [("prefix", 0, 0, 2), ("doc 0", 2, 0, 1), ("doc 0", 2, 2, 3), ("doc 2", 7, 1, 3)]
     everything = list(enumerate([*PREFIX, *A, *B, *C, *QUERY]))
-    for i, position in enumerate(plan.live.positions):
+    for i, position in enumerate(plan.prompt.positions):
         assert seen_by(plan, i) == everything[: position + 1]
 
 
@@ -162,14 +163,14 @@ def test_many_runs_of_one_document_are_seen_exactly(family, step_tokens):
 
 def deviations_from_records(engine: Engine, graph: ContextGraph) -> list[list[float]]:
     """The same from what the engine stores: a segment's record as `full` and as `block` encode it, both in its frame."""
-    engine.warm([graph, graph], "full")
-    engine.warm(graph, "block")
+    engine.encode([graph, graph], "full")
+    engine.encode(graph, "block")
     found = []
     records = {}
     for method in (Full(), Block()):
         plan = method.plan(graph)
         for span, key in zip(plan.spans, plan.keys(engine.model.fingerprint), strict=True):
-            records[method.name, span.name] = key and engine.scheduler.memory.pool.get(key)
+            records[method.name, span.name] = key and got(engine.scheduler.memory.pool, key)
     for name, segment in zip(graph.names, graph.segments, strict=True):
         if not segment:
             found.append([])
@@ -236,8 +237,8 @@ def test_the_selection_does_not_depend_on_what_is_stored(llama, tmp_path):
 
 def test_warming_encodes_documents_without_a_probe(llama, monkeypatch):
     engine, graph = engine_on(llama), random_graph(6)
-    warmed = engine.warm(graph.with_query(""), "cacheblend")
-    assert warmed.computed_tokens == 4 + 39
+    encoded = engine.encode(graph.with_query(""), "cacheblend")
+    assert encoded.computed_tokens == 4 + 39
     assert engine.generate(graph, "cacheblend", GREEDY).usage.document_tokens_computed == 0
     assert engine.plan(graph, "cacheblend", probe=False).spans == CacheBlend(0).plan(graph).spans
 

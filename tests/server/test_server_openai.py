@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kvgraph import ContextGraph, Engine, demo, methods
 from kvgraph.edges import named_edges
 from kvgraph.engine.result import Result
-from kvgraph.server.routes.openai import event
+from kvgraph.server.lifecycle import event
 from serving import serve, spawn
 
 BOS, OPEN, CLOSE = "<|mem_start|>", "<|link_0|>", "<|link_1|>"
@@ -64,7 +64,7 @@ def write_singer(folder: Path, song: str) -> Path:
     for name in weights:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weights[name] = torch.zeros_like(weights[name])
-    tokens = Engine.load(folder, check=False).encode(song)
+    tokens = Engine.load(folder, check=False).tokenize(song)
     assert len(set(tokens)) == len(tokens)
     head = torch.zeros_like(weights["lm_head.weight"])
     for token, following in zip(tokens, tokens[1:] + tokens[:1], strict=True):
@@ -200,7 +200,7 @@ def test_a_chat_without_documents_is_one_plain_prompt(client, engine):
     prompt = rendered(*messages)
     want = engine.generate(ContextGraph([], prompt), max_tokens=N)
     assert answer.choices[0].message.content == want.text
-    assert answer.usage.prompt_tokens == len(engine.encode(prompt))  # one BOS: the template's
+    assert answer.usage.prompt_tokens == len(engine.tokenize(prompt))  # one BOS: the template's
     assert prompt.count(BOS) == 1
 
 
@@ -212,7 +212,7 @@ def test_content_may_come_in_parts_and_names_are_taken(client):
 
 def test_completions_take_texts_and_token_ids_one_or_many(client, engine):
     texts = ["one two", "three", BOS + "three"]
-    tokens = [engine.encode(BOS + text.removeprefix(BOS)) for text in texts]
+    tokens = [engine.tokenize(BOS + text.removeprefix(BOS)) for text in texts]
     want = [engine.generate(ContextGraph([], ids), max_tokens=N).text for ids in tokens]
     assert want[1] == want[2]
     assert [complete(client, text).choices[0].text for text in texts] == want  # BOS is added where it is missing, once
@@ -221,8 +221,8 @@ def test_completions_take_texts_and_token_ids_one_or_many(client, engine):
         answer = complete(client, prompts, n=2)
         assert [(c.index, c.text) for c in answer.choices] == list(enumerate(t for t in want for _ in range(2)))
         assert answer.usage.prompt_tokens == sum(map(len, tokens))  # each prompt counts once
-    answer = complete(client, engine.encode("three"))  # token ids are taken as they are
-    assert answer.choices[0].text == engine.generate(ContextGraph([], engine.encode("three")), max_tokens=N).text
+    answer = complete(client, engine.tokenize("three"))  # token ids are taken as they are
+    assert answer.choices[0].text == engine.generate(ContextGraph([], engine.tokenize("three")), max_tokens=N).text
 
 
 def test_completions_over_documents(client, engine):
@@ -268,7 +268,7 @@ def test_log_probabilities_are_the_engines(client, engine):
     assert ask(client, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
     assert ask(client).choices[0].logprobs is None
 
-    text = complete(client, [engine.encode(rendered(("user", QUESTION)))], logprobs=2).choices[0]
+    text = complete(client, [engine.tokenize(rendered(("user", QUESTION)))], logprobs=2).choices[0]
     assert text.logprobs.tokens == [e.token for e in entries]
     assert text.logprobs.token_logprobs == pytest.approx([s.logprob for s in want], abs=1e-4)
     lengths = [len(t) for t in text.logprobs.tokens]
@@ -376,17 +376,17 @@ def test_later_turns_reuse_the_earlier_ones(url, engine, with_documents):
         before = rendered(*messages[:-1], answer=False)
         details = answer.usage.prompt_tokens_details
         if with_documents:
-            documents = sum(len(engine.encode(text)) for text in FILLED)
+            documents = sum(len(engine.tokenize(text)) for text in FILLED)
             start, after = rendered(*messages[:-1], ("user", "MARK")).split("MARK")
             want = engine.generate(ContextGraph(FILLED, question + after, start), "block", max_tokens=N)
             assert details.cached_tokens >= (known + documents if known else 0)
-            known = len(engine.encode(before))
+            known = len(engine.tokenize(before))
         else:
             prompt = rendered(*messages)
             want = engine.generate(ContextGraph([], prompt), max_tokens=N)
             assert details.cached_tokens == known
-            known = len(engine.encode(rendered(*messages, answer=False)))
-            assert answer.usage.prompt_tokens == len(engine.encode(prompt))
+            known = len(engine.tokenize(rendered(*messages, answer=False)))
+            assert answer.usage.prompt_tokens == len(engine.tokenize(prompt))
         content = answer.choices[0].message.content
         assert content == want.text
         messages.append(("assistant", content))
@@ -418,7 +418,6 @@ def test_models(client):
         ({"logit_bias": {"1": 2}}, None, "logit_bias isn't supported"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None, "tools isn't supported"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
-        ({"extra_body": {"surprise": 1}}, "surprise", "Extra inputs"),
         ({"extra_body": {"kvgraph": {"method": "magic"}}}, None, "there is no method 'magic'"),
         ({"extra_body": {"kvgraph": {"depth": 2}}}, None, "neither an option nor a field of full"),
         ({"extra_body": {"kvgraph": {"prefix": "x"}}}, "kvgraph.prefix", "system messages"),

@@ -146,7 +146,7 @@ def test_documents_that_dont_fit_are_told(model):
         ({"model": "tiny"}, "messages"),
         ({"model": "tiny", "prompt": 5}, "prompt"),
         ([], ""),
-        ({**chat(), "salt": "alice"}, "salt"),
+        (chat(salt="alice"), "salt"),
         (chat(method="nonsense"), "no method 'nonsense'"),
         (chat(method="full", edges="chain"), "full ignores edges"),
         (chat(method="graph-kv", edges=[[0, 7]]), "there is no segment 7"),

@@ -17,7 +17,7 @@ from kvgraph.engine.engine import Engine
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import GraphKV
-from kvgraph.server.library import Library, Segment
+from kvgraph.server.library import Library, StoredSegment
 from kvgraph.server.settings import SettingsError
 from kvgraph.store.disk import DiskStore
 
@@ -157,7 +157,7 @@ def test_segments_are_listed_in_pages(live):
         ({"id": "..", "text": "x"}, "pattern"),
         ({"id": "", "text": "x"}, "pattern"),
         ({"id": "x" * 201, "text": "x"}, "pattern"),
-        ({"id": "x", "text": "y", "tenant": "bob"}, "not permitted"),
+        ({"id": "x", "text": "y", "tenant": "bob"}, "tenant is no field"),
         ({"id": "x"}, "give text, or segments"),
         ({"text": "x", "segments": [{"text": "x"}]}, "give text, or segments"),
         ({"text": "z" * 200_000}, "position|budget"),
@@ -280,7 +280,7 @@ def test_a_graph_may_bring_its_texts_and_no_id(live):
         ({"segments": ["a", "b"], "edges": "spiral"}, 400, "none of all, chain"),
         ({"segments": ["a"], "method": "full"}, 400, "full reads no edges"),
         ({"segments": ["a"], "method": "magic"}, 400, "no method 'magic'"),
-        ({"segments": ["a"], "method": "graph-kv-rag"}, 400, "hangs on the whole graph"),
+        ({"segments": ["a"], "method": "graph-kv-rag"}, 400, "depends on every segment of the graph"),
         ({"segments": ["a"], "band": 3}, 400, "more than the band of 3"),
         ({"segments": ["a"], "rounds": -1}, 400, "rounds must be"),
         ({"segments": ["a"], "colour": 1}, 400, "colour: neither an option nor a field"),
@@ -386,7 +386,7 @@ def test_an_unfinished_graph_goes_on_where_it_was(model, tmp_path):
     """The library says that two of three segments are done, though nothing is: so only the third is encoded."""
     engine = Engine.load(model, check=False, store=tmp_path)
     library = Library(tmp_path / "library.sqlite", engine.model.fingerprint)
-    library.add("", [Segment(n, tuple(engine.encode(t))) for n, t in TEXTS.items()], most=3)
+    library.add("", [StoredSegment(n, tuple(engine.tokenize(t))) for n, t in TEXTS.items()], most=3)
     graph = library.add_graph("", "g", GraphKV(band=50), list(TEXTS), [(0, 1), (1, 2)], spans=3, tokens=1)
     library.progress(graph, "running", 2)
     library.close()
@@ -401,7 +401,7 @@ def test_an_unfinished_graph_goes_on_where_it_was(model, tmp_path):
 
 def library_with_chain(n: int, folder: Path, **fields) -> tuple[Library, object]:
     library = Library(folder / "library.sqlite", "model")
-    library.add("t", [Segment(f"s{i}", tuple(range(i, i + 5))) for i in range(n)], most=n)
+    library.add("t", [StoredSegment(f"s{i}", tuple(range(i, i + 5))) for i in range(n)], most=n)
     method, edges = GraphKV(band=5, **fields), [(i, i + 1) for i in range(n - 1)]
     return library, library.add_graph("t", "g", method, [f"s{i}" for i in range(n)], edges, spans=1, tokens=1)
 
@@ -410,7 +410,7 @@ def library_with_chain(n: int, folder: Path, **fields) -> tuple[Library, object]
 @pytest.mark.parametrize("layout", ["aligned", "tight"])
 def test_a_part_of_a_graph_plans_what_the_whole_graph_plans(tmp_path, rounds, layout):
     library = Library(tmp_path / "library.sqlite", "model")
-    library.add("t", [Segment(f"s{i}", tuple(range(i, i + 1 + i % 4))) for i in range(9)], most=9)
+    library.add("t", [StoredSegment(f"s{i}", tuple(range(i, i + 1 + i % 4))) for i in range(9)], most=9)
     method = GraphKV(rounds, layout=layout, band=4 if layout == "aligned" else None)
     edges = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 2), (5, 2), (6, 5), (7, 7), (8, 0)]
     names = [f"s{i}" for i in range(9)]
@@ -422,9 +422,9 @@ def test_a_part_of_a_graph_plans_what_the_whole_graph_plans(tmp_path, rounds, la
 
         def facts(plan):
             keys = dict(zip(plan.spans, plan.keys("m"), strict=True))
-            return {keys[s] for s in plan.spans}, {(keys[plan.spans[p.span]], p.at) for p in plan.live.sees}
+            return {keys[s] for s in plan.spans}, {(keys[plan.spans[p.span]], p.at) for p in plan.prompt.sees}
 
-        assert facts(part) == facts(plan) and part.live.start == plan.live.start
+        assert facts(part) == facts(plan) and part.prompt.start == plan.prompt.start
     assert len(library.part(stored, ["s4"]).segments) == {1: 2, 2: 3, 3: 5}[rounds]
 
 
@@ -453,7 +453,7 @@ def test_without_a_file_memory_serves(tmp_path, caplog):
     (tmp_path / "library.sqlite").mkdir()
     library = Library(tmp_path / "library.sqlite", "model")
     assert "they go when the server stops" in caplog.text
-    library.add("t", [Segment("a", (1, 2))], most=1)
+    library.add("t", [StoredSegment("a", (1, 2))], most=1)
     assert library.segment("t", "a").tokens == (1, 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_what_is_wrong_on_the_command_line_names_the_flag(capsys, tmp_path):
 
 
 def test_the_documented_settings_are_those_there_are():
-    section = (ROOT / "docs/server.md").read_text().split("\n## Configuration\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs/reference/configuration.md").read_text()
     documented = {name: default.strip() for name, default in re.findall(r"^\| `(\w+)` \|([^|]*)\|", section, re.M)}
     assert set(documented) == set(Settings.model_fields)
     for name, field in Settings.model_fields.items():
@@ -130,3 +131,40 @@ def test_the_example_is_valid_and_so_is_what_it_leaves_out():
     everything = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", EXAMPLE.read_text(), flags=re.M))
     assert set(everything) == set(Settings.model_fields) - {"allow_untested"}
     Settings(**everything)
+
+
+KUBERNETES = {  # what it sets in every container beside a service named kvgraph
+    "KVGRAPH_SERVICE_HOST": "10.0.0.1",
+    "KVGRAPH_SERVICE_PORT": "8771",
+    "KVGRAPH_SERVICE_PORT_HTTP": "8771",
+    "KVGRAPH_PORT": "tcp://10.0.0.1:8771",
+    "KVGRAPH_PORT_8771_TCP": "tcp://10.0.0.1:8771",
+    "KVGRAPH_PORT_8771_TCP_PROTO": "tcp",
+    "KVGRAPH_PORT_8771_TCP_PORT": "8771",
+    "KVGRAPH_PORT_8771_TCP_ADDR": "10.0.0.1",
+}
+
+
+def test_a_kubernetes_service_named_kvgraph_is_no_setting(monkeypatch, caplog):
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    assert Settings.load(model="m").port == 8771 and "KVGRAPH_PORT is tcp://10.0.0.1:8771" in caplog.text
+    assert Settings.load(model="m", port=9).port == 9
+    monkeypatch.setenv("KVGRAPH_PORT", "tcp")
+    with pytest.raises(SettingsError, match="port"):
+        Settings.load(model="m")
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KVGRAPH_STORE", "~/kv")
+    config = tmp_path / "server.toml"
+    config.write_text('model = "~/m"\nchat_template = "~/t.jinja"\n')
+    for settings in (Settings.load(config), Settings.load(Path("~/server.toml"))):
+        assert settings.store == tmp_path / "kv" and settings.chat_template == tmp_path / "t.jinja"
+        assert settings.model == str(tmp_path / "m")
+    assert Settings.load(model="a~b").model == "a~b"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that the system doesn't know
+    with pytest.raises(SettingsError, match=r"setting store \(KVGRAPH_STORE\): .*there is none"):
+        Settings.load(model="m")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvgraph.errors import StoreError
 from kvgraph.store import DiskStore, MemoryStore, Record, Store, TieredStore
-from store_worker import key_of, make, same
+from kvgraph.store.base import EVENTS
+from store_worker import got, key_of, make, same
 
 
 def small(number: int, tokens: int = 4) -> Record:
@@ -48,8 +49,8 @@ def test_put_get_delete(store):
     assert store.get(r.key) is None and not store.contains(r.key) and not store.delete(r.key)
     store.put(r)
     store.put(r)
-    assert same(store.get(r.key), r) and store.contains(r.key)
-    held = store.get(r.key)
+    assert same(got(store, r.key), r) and store.contains(r.key)
+    held = got(store, r.key)
     assert store.delete(r.key) and not store.delete(r.key)
     assert store.get(r.key) is None and same(held, r)
 
@@ -66,7 +67,7 @@ def test_threads(store):
         for i in range(60):
             number = (i * seed) % 11
             store.put(small(number))
-            found = store.get(key_of(number))
+            found = got(store, key_of(number))
             if found is None or not same(found, small(number)):
                 wrong.append(number)
 
@@ -76,6 +77,16 @@ def test_threads(store):
     for t in threads:
         t.join()
     assert not wrong
+
+
+def test_every_store_says_what_happened_and_where(store):
+    store.put(small(1))
+    record, tier = store.get(key_of(1))
+    assert same(record, small(1)) and tier == store.tiers[0].name
+    assert store.get(key_of(2)) is None
+    first = store.tiers[0].counts()
+    assert set(first) == set(EVENTS) and first["hits"] == 1 and first["misses"] == 1
+    assert store.counts()["misses"] == len(store.tiers) and store.size() == sum(t.size() for t in store.tiers) > 0
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -171,14 +182,13 @@ def test_records_outlive_the_store(tmp_path):
     )
     store = DiskStore(tmp_path, fingerprint="m")
     store.put(r)
-    store.put(with_bf16, label="a title")
+    store.put(with_bf16)
     store.close()
     again = DiskStore(tmp_path, fingerprint="m")
-    assert same(again.get(r.key), r) and same(again.get(with_bf16.key), with_bf16)
-    newest, oldest = again.ls()
-    assert {newest.label, oldest.label} == {"a title", ""} and newest.fingerprint == "m"
+    assert same(got(again, r.key), r) and same(got(again, with_bf16.key), with_bf16)
+    assert [(e.fingerprint, e.codec) for e in again.ls()] == [("m", "raw")] * 2
     stat = again.stat()
-    assert stat.records == 2 and stat.tokens == 2 * len(r) and stat.hits == 2
+    assert stat.records == 2 and stat.tokens == 2 * len(r) and stat.counts["hits"] == 2
     assert stat.bytes == sum(p.stat().st_size for p in tmp_path.glob("records/*/*"))
 
 
@@ -243,29 +253,6 @@ def test_files_without_a_row_are_counted_before_anything_leaves(tmp_path):
     assert sum(p.stat().st_size for p in tmp_path.glob("records/*/*")) <= total // 3
 
 
-def test_ttl(tmp_path):
-    store = DiskStore(tmp_path, ttl=100)
-    store.put(small(0))
-    store.put(small(1))
-    old = time.time() - 101
-    os.utime(path_of(store, 0), (old, old))
-    assert store.get(key_of(0)) is None and not store.contains(key_of(0))
-    assert store.get(key_of(1)) is not None
-    store.put(small(0))
-    assert store.get(key_of(0)) is not None
-
-
-def test_the_expired_leave_before_the_least_recently_used(tmp_path):
-    store = DiskStore(tmp_path, ttl=100)
-    for n in (1, 2, 0):
-        store.put(small(n))
-    store.capacity = store.stat().bytes
-    with sqlite3.connect(tmp_path / "index.sqlite") as db:
-        db.execute("UPDATE records SET created = created - 101 WHERE key = ?", [key_of(0)])
-    store.put(small(3))
-    assert present(store, range(4)) == [1, 2, 3]
-
-
 def test_prune(tmp_path):
     store = DiskStore(tmp_path)
     now = time.time()
@@ -284,16 +271,6 @@ def test_prune(tmp_path):
     assert store.prune(max_bytes=0) == (1, size) and present(store, range(6)) == [0]
 
 
-def test_prune_removes_what_is_expired(tmp_path):
-    store = DiskStore(tmp_path, ttl=100)
-    store.put(small(0))
-    store.put(small(1))
-    os.utime(path_of(store, 0), (time.time() - 200,) * 2)
-    store.close()
-    (tmp_path / "index.sqlite").unlink()
-    assert store.prune()[0] == 1 and present(store, range(2)) == [1]
-
-
 def test_rm_takes_the_beginning_of_a_key(tmp_path):
     store = DiskStore(tmp_path)
     store.put(small(0))
@@ -310,15 +287,16 @@ def test_rm_takes_the_beginning_of_a_key(tmp_path):
     assert [e.key for e in store.ls()] == [key_of(0)]
 
 
-def test_pins_need_a_record_and_outlive_a_rebuild(tmp_path):
+def test_pins_need_a_record_and_outlive_verify(tmp_path):
     store = DiskStore(tmp_path)
-    store.put(small(0), label="kept")
+    store.put(small(0))
     store.put(small(1))
     store.pin(key_of(0))
     path_of(store, 1).unlink()
-    assert store.rebuild() == (0, 1)
+    report = store.verify()
+    assert (report.rows_added, report.rows_removed) == (0, 1)
     (entry,) = store.ls()
-    assert entry.pinned and entry.label == "kept"
+    assert entry.pinned
     with pytest.raises(StoreError, match="no record"):
         store.pin(key_of(9))
 
@@ -329,8 +307,8 @@ def test_put_again_keeps_the_file_and_gives_it_a_row(tmp_path):
     inode = path_of(store, 0).stat().st_ino
     with sqlite3.connect(tmp_path / "index.sqlite") as db:
         db.execute("DELETE FROM records")
-    store.put(small(0), label="later")
-    assert path_of(store, 0).stat().st_ino == inode and store.ls()[0].label == "later"
+    store.put(small(0))
+    assert path_of(store, 0).stat().st_ino == inode and store.ls()[0].key == key_of(0)
 
 
 def test_a_folder_that_cannot_be_a_store(tmp_path):
@@ -354,9 +332,9 @@ def test_promotion_and_tiers(tmp_path):
     fast, slow = MemoryStore(10**6), DiskStore(tmp_path)
     tiers = TieredStore([fast, slow])
     slow.put(small(1))
-    assert tiers.get_with_tier(key_of(1))[1] == "disk"
-    assert fast.contains(key_of(1)) and tiers.get_with_tier(key_of(1))[1] == "memory"
-    assert tiers.get_with_tier(key_of(2)) == (None, "")
+    assert tiers.get(key_of(1))[1] == "disk"
+    assert fast.contains(key_of(1)) and tiers.get(key_of(1))[1] == "memory"
+    assert tiers.get(key_of(2)) is None
     tiers.put(small(2))
     assert fast.contains(key_of(2)) and slow.contains(key_of(2))
 
@@ -368,4 +346,4 @@ def test_a_broken_lower_tier_is_told_after_the_upper_kept_it():
         tiers.put(small(1))
     assert fast.contains(key_of(1)) and last.contains(key_of(1))
     fast.close()
-    assert tiers.get_with_tier(key_of(1))[1] == "memory" and fast.contains(key_of(1))
+    assert tiers.get(key_of(1))[1] == "memory" and fast.contains(key_of(1))

@@ -11,6 +11,7 @@ from kvgraph import demo, methods, models
 from kvgraph.engine.engine import Engine
 from kvgraph.graph import ContextGraph
 from kvgraph.store.disk import DiskStore
+from store_worker import got
 
 DATA = Path(__file__).parents[1] / "data"
 FIXTURE = DATA / "store_0_1_0"
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tunin
 
 
 def graph(source: dict, method: methods.Method) -> ContextGraph:
-    edges = [tuple(edge) for edge in source["edges"]] if methods.reads_edges(method) else ()
+    edges = [tuple(edge) for edge in source["edges"]] if method.reads_edges else ()
     return ContextGraph(source["segments"], source["query"], source["prefix"], edges)
 
 
@@ -74,7 +75,7 @@ def test_records_are_written_with_the_same_bytes(store, tmp_path):
         old = DiskStore(store, fingerprint=expected["fingerprint"])
         new = DiskStore(tmp_path / "new", fingerprint=expected["fingerprint"])
         for key in keys:
-            record = old.get(key)
+            record = got(old, key)
             assert record is not None
             new.put(record)
         old.close()

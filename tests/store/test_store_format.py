@@ -22,7 +22,7 @@ from kvgraph.store import format as codec
 from kvgraph.store.format import BadRecord, UnsupportedRecord
 from store_worker import key_of, same
 
-DOC = Path(__file__).parents[2] / "docs" / "format.md"
+DOC = Path(__file__).parents[2] / "docs" / "reference" / "format.md"
 KEY = key_of(7)
 
 
@@ -217,7 +217,7 @@ def test_what_the_format_cannot_hold_is_an_error():
             codec.encode(bad)
 
 
-# -- docs/format.md ----------------------------------------------------------------------------------------------------
+# -- docs/reference/format.md ------------------------------------------------------------------------------------------
 
 
 def examples() -> list[str]:

@@ -22,11 +22,11 @@ def dense_logits(model: models.Model, plan: Plan) -> torch.Tensor:
 
 
 def dense_greedy(model: models.Model, plan: Plan, n: int) -> list[int]:
-    """Greedy tokens by the slow reference: the live span grows by one token a step and all is computed anew."""
+    """Greedy tokens by the slow reference: the prompt span grows by one token a step and all is computed anew."""
     out = []
     for _ in range(n):
         out.append(int(dense_logits(model, plan).argmax()))
-        live = plan.live
+        live = plan.prompt
         positions = (*live.positions, live.positions[-1] + 1)
         plan = Plan((*plan.spans[:-1], replace(live, tokens=(*live.tokens, out[-1]), positions=positions)))
     return out

@@ -42,7 +42,7 @@ def items(count: int = 12) -> list[Item]:
         Item(
             id=f"q{i}",
             question=asked[i % len(asked)],
-            golds=tuple("etaoinshrdlucmwfgyp"),
+            references=tuple("etaoinshrdlucmwfgyp"),
             documents=tuple(documents[(i + k) % len(documents)] for k in range(3)),
             kind="even" if i % 2 == 0 else "odd",
             facts={"first": i % len(documents)},

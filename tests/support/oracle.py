@@ -130,12 +130,12 @@ class DenseLlama:
         return DenseLlama(config, weights, _frequencies(config))
 
     def greedy(self, plan: Plan, n: int) -> tuple[np.ndarray, list[int]]:
-        """(first-step logits [vocab], n greedy tokens, whatever the end token) continuing from the plan's live span.
+        """(first-step logits [vocab], n greedy tokens, whatever the end token) continuing from the plan's prompt span.
 
-        Needs everything the live span sees to lie below its last position, as in all oracle cases.
+        Needs everything the prompt span sees to lie below its last position, as in all oracle cases.
         """
         dense = plan.dense()
-        at = plan.live.positions[-1]
+        at = plan.prompt.positions[-1]
         assert dense.positions.max() == at
         past: list[tuple[np.ndarray, np.ndarray]] = []
         logits = first = self.forward(dense.tokens, dense.positions, dense.visible, past)

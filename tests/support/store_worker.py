@@ -16,7 +16,7 @@ import traceback
 import numpy as np
 import torch
 
-from kvgraph.store import DiskStore, Record
+from kvgraph.store import DiskStore, Record, Store
 
 UNIVERSE = 40  # different records
 WRONG = 3
@@ -32,6 +32,12 @@ def make(key: str) -> Record:
     n = int(rng.integers(8, 308))
     layers = [torch.from_numpy(rng.standard_normal((4, n, 32), dtype=np.float32)) for _ in range(4)]
     return Record(key, tuple(layers[:2]), tuple(layers[2:]), torch.arange(n))
+
+
+def got(store: Store, key: str) -> Record | None:
+    """The record of a key, wherever it was found."""
+    found = store.get(key)
+    return None if found is None else found[0]
 
 
 def same(a: Record, b: Record) -> bool:
@@ -51,7 +57,7 @@ def write(store: DiskStore, rng: random.Random) -> None:
     """What an encoding process does, until killed."""
     while True:
         key = key_of(rng.randrange(UNIVERSE))
-        if not check(store.get(key), key):
+        if not check(got(store, key), key):
             store.put(make(key))
 
 
@@ -60,7 +66,7 @@ def fight(store: DiskStore, rng: random.Random) -> None:
     key = key_of(0)
     for _ in range(60):
         store.put(make(key))
-        check(store.get(key), key)
+        check(got(store, key), key)
         if rng.random() < 0.5:
             store.delete(key)
 
@@ -70,7 +76,7 @@ def read(store: DiskStore, rng: random.Random) -> None:
     held: list[Record] = []
     for _ in range(300):
         key = key_of(rng.randrange(UNIVERSE))
-        record = store.get(key)
+        record = got(store, key)
         if check(record, key):
             held.append(record)
         if len(held) > 5:

@@ -82,7 +82,7 @@ def problems(draw: st.DrawFn, vocab: int, max_length: int = 6) -> tuple[Method, 
 
 @st.composite
 def plans(draw: st.DrawFn, vocab: int, max_spans: int = 5, max_length: int = 4) -> Plan:
-    """Plans of any shape: slices, duplicate and overlapping views, groups, keys above readers, gaps in the live span."""
+    """Plans of any shape: slices, duplicate and overlapping views, groups, keys above readers, gaps in the prompt span."""
     spans: list[Span] = []
     n = draw(st.integers(1, max_spans))
     for i in range(n):

@@ -21,7 +21,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kvgraph.cli import main
-from kvgraph.data.folder import locked
+from kvgraph.data.io import locked
 from kvgraph.data.task import Hub
 from kvgraph.demo import write_model
 from kvgraph.models import load_tokenizer
@@ -130,7 +130,7 @@ def test_segments_are_cut_between_tokens_and_characters():
 
 
 def test_an_answer_that_goes_on_with_a_long_text_ends_with_a_sentence():
-    page = text.Page(text="This is a sentence of the text. " * 400)
+    page = text.WebPage(text="This is a sentence of the text. " * 400)
     job = type("Job", (), {"tokenizer": Tokens.of_bytes()})
     (record,) = text.text_inst(page, job, random.Random(0))
     answer = record["messages"][1]["content"]
@@ -376,7 +376,7 @@ def test_a_bad_record_is_named_and_once_it_is_mended_nothing_was_lost(cli, tulu,
     for bad, says in (
         (good[200][:-20], "tulu.jsonl:201 is not JSON in UTF-8"),
         ('{"id": "x"}', "tulu.jsonl:201: record 'x': messages: Field required"),
-        ('["x"]', "tulu.jsonl:201: record 1: "),
+        ('["x"]', "tulu.jsonl:201 holds a list"),
     ):
         source.write_text("\n".join([*good[:200], bad, *good[201:]]))
         code, _, err = cli("tulu", "--source", source, "--out", out)
@@ -452,7 +452,7 @@ def test_a_folder_that_lost_records_is_refused(tulu, tmp_path):
         (["nothing", "--out", "{}"], 1, "there is no source 'nothing'; there are fineweb-text, "),
         (["tulu", "--out", "{}", "--sample", "--source", "x.jsonl"], 2, "--sample or --source, not both"),
         (["tulu", "--out", "{}", "--source", "./nowhere.jsonl"], 1, "there is no file or folder"),
-        (["tulu", "--out", "{}", "--source", "."], 1, "holds no .jsonl, .ndjson, .json, .parquet file"),
+        (["tulu", "--out", "{}", "--source", "."], 1, "holds no .jsonl, .ndjson, .json, .csv, .parquet file"),
         (["tulu", "--out", "{}", "--sample", "--set", "size=3"], 1, "tulu has no setting 'size'; there are: none"),
         (["tulu", "--out", "{}", "--sample", "--set", "size"], 2, "--set size has no value; write NAME=VALUE"),
         (["xsum", "--out", "{}", "--source", "{}/x.jsonl"], 1, "xsum measures texts in tokens; give --tokenizer"),

@@ -30,9 +30,8 @@ from safetensors.torch import load_file, save_file
 import serving
 from kvgraph import demo, models
 from kvgraph.cli import main
-from kvgraph.data import chat, prompt
+from kvgraph.data import chat, prompt, tasks
 from kvgraph.data.task import Item
-from kvgraph.eval import tasks
 from kvgraph.train.prepare import SOURCES, answers, qa, retriever
 from kvgraph.train.prepare.answers import Answers, AnswersError, Endpoint
 from kvgraph.train.prepare.retriever import Passages, RetrieverError, Rows
@@ -276,9 +275,9 @@ def test_passages_of_real_questions_equal_a_search_by_hand(encoder, tmp_path):
 
 
 def _row(record):
-    from kvgraph.train.prepare.source import Row
+    from kvgraph.train.prepare.source import RawRow
 
-    return Row(0, "here", record, {})
+    return RawRow(0, "here", record, {})
 
 
 # Answers
@@ -355,7 +354,7 @@ def misbehaving():
 
 
 def ask(path: Path, endpoint: Endpoint, said: list[str]) -> tuple[list[answers.Reply], answers.Spent]:
-    requests = ((answers.Request(text, [{"role": "user", "content": text}]), text) for text in said)
+    requests = ((answers.AnswerRequest(text, [{"role": "user", "content": text}]), text) for text in said)
     with Answers(path, endpoint) as made:
         got = list(made.ask(requests))
         assert [text for text, _ in got] == said  # in order
@@ -425,7 +424,7 @@ def test_the_same_question_twice_is_asked_once(misbehaving, tmp_path):
 def test_who_stops_early_pays_for_little_more(misbehaving, tmp_path):
     misbehaving.wait = 0.02
     endpoint = Endpoint("m", misbehaving.url, 3)
-    requests = ((answers.Request("", [{"role": "user", "content": f"fine {i}"}]), i) for i in range(1000))
+    requests = ((answers.AnswerRequest("", [{"role": "user", "content": f"fine {i}"}]), i) for i in range(1000))
     with Answers(tmp_path / "answers.jsonl", endpoint) as made:
         for i, _ in made.ask(requests):
             if i == 9:
@@ -613,7 +612,7 @@ def test_the_endpoint_is_asked_what_the_evaluation_would_ask(tmp_path):
         built = prompt.build(task, Item("i", "Who?", ("x",), documents), tokenizer)
         found = qa.Found(
             SimpleNamespace(where="here"),
-            qa.Question("Who?", "x", ()),
+            qa.RetrievalQuestion("Who?", "x", ()),
             tuple({"title": d.title, "text": d.text} for d in documents),
         )
         asked = SOURCES[{"2wiki": "qa-2wiki", "triviaqa": "qa-trivia"}[name]].outcomes._request(*found)
@@ -727,7 +726,7 @@ def test_a_pool_that_was_half_gathered_is_gathered_anew(encoder, tmp_path):
     half = tmp_path / "half/qa-2wiki"
     half.mkdir(parents=True)
     (half / "passages.jsonl").write_bytes(pool[:100])
-    (half / "questions.part").write_bytes(b'"Who')
+    (half / ".questions.jsonl.0.part").write_bytes(b'"Who')
     assert prepared(tmp_path / "half", "qa-2wiki", source, **settings) == whole
     assert (half / "passages.jsonl").read_bytes() == pool and pool.count(b"\n") == 21  # "c" comes once
 

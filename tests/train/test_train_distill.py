@@ -112,7 +112,7 @@ def by_hand(plain: Any) -> Tensor:
     return sums[False] / counts[False] + HOLD * sums[True] / counts[True]
 
 
-def step_of(parts: Any, length: int) -> batches.Step:
+def step_of(parts: Any, length: int) -> batches.Batch:
     """An optimizer step of these examples, packed."""
     sent = []
     for method, edges in parts:
@@ -120,7 +120,7 @@ def step_of(parts: Any, length: int) -> batches.Step:
         asked = distill.everything(told)
         laid = lay(asked, by)
         sent.append(batches._sent(Drawn("c", told, by, laid, distill.taught(asked, laid))))
-    return batches._packed(sent, length, batches.Progress(), len(parts))
+    return batches._packed(sent, length, batches.Cursor(), len(parts))
 
 
 @pytest.mark.parametrize("length", [60, 2000])

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from kvgraph import ModelError, models
-from kvgraph.data.folder import locked
+from kvgraph.data.io import locked
 from kvgraph.engine.result import Result, Usage
 from kvgraph.train import checkpoint, recipes
 from kvgraph.train.config import Component, Config, Stage, TrainError
@@ -185,8 +185,8 @@ def test_texts_are_cut_to_the_models_positions(tmp_path):
     ("method", "says"),
     [
         ("kvlink:links=1,link_start=100000,slots=4", r"token id 100,003, but the model's vocabulary has"),
-        ("ape", "ape can't be trained: ape weighs groups of keys"),
-        ("cacheblend", "cacheblend chooses tokens by what the model computes"),
+        ("ape", "ape can't be trained, because no attention mask"),
+        ("cacheblend", "cacheblend can't be trained, because no attention mask"),
     ],
 )
 def test_methods_that_can_not_be_trained_are_refused_at_the_start(method, says, llama, tmp_path):
@@ -210,14 +210,14 @@ def test_data_that_grew_under_a_run_are_refused(llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"batch": None}, "batch is null; it must be a whole number"),
-        ({"batch": 2.5}, "batch is 2.5; it must be a whole number"),
-        ({"lr": "fast"}, 'lr is "fast"; it must be a number'),
-        ({"betas": [0.9]}, "betas is .0.9.; it must have 2 items"),
-        ({"stages": {"steps": 3}}, "stages is .*; it must be a list"),
+        ({"batch": None}, "batch: .*valid integer"),
+        ({"batch": 2.5}, "batch: .*valid integer"),
+        ({"lr": "fast"}, "lr: .*valid number"),
+        ({"betas": [0.9]}, "betas.1: Field required"),
+        ({"stages": {"steps": 3}}, "stages: .*valid tuple"),
         (
             {"stages": [{"steps": 3, "components": [{"name": "c", "source": "s", "methods": "block"}]}]},
-            "methods is 'block'",
+            "stages.0.components.0.methods: .*valid tuple",
         ),
     ],
 )

@@ -16,12 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from families import build
 from kvgraph import Engine, demo, methods
-from kvgraph.data import prompt
+from kvgraph.data import io, prompt, tasks
 from kvgraph.data.chat import Document, chat
 from kvgraph.data.task import Item
-from kvgraph.eval import tasks
 from kvgraph.models import load_tokenizer, trainable, wrap
-from kvgraph.train import records
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.pack import pack
 from kvgraph.train.records import RecordError, Records, example
@@ -136,13 +134,13 @@ def test_a_conversation_is_what_the_server_makes_of_it_turn_by_turn(name):
     engine = Engine(wrap(build("Llama", vocab_size=len(using)), using))
     (question,) = made.questions
     for turn in (1, 3) if name != "thinking" else (1,):  # there, an answer is told otherwise once it isn't the last
-        served = chat(using, EXCHANGES[:turn]).graph().tokenized(engine.encode)
+        served = chat(using, EXCHANGES[:turn]).graph().tokenized(engine.tokenize)
         asked = [t for piece in (*served.prefix, served.query) for t in piece]
         assert whole(made)[: len(asked)] == asked
         if turn == 1:
             assert made.graph == served.with_query(()) and question.query == served.query
         said = whole(made)[len(asked) :]
-        assert said[: len(engine.encode(EXCHANGES[turn]["content"]))] == engine.encode(EXCHANGES[turn]["content"])
+        assert said[: len(engine.tokenize(EXCHANGES[turn]["content"]))] == engine.tokenize(EXCHANGES[turn]["content"])
     first = "The guild." + ("<|eot|>" if name != "words" else "")
     assert learned(made, using) == f"{first}|In 1731.{ENDS[name]}"
 
@@ -234,8 +232,8 @@ def test_a_task_is_asked_as_in_evaluation(name, template):
     graph = prompt.build(tasks.get(name), item, using).graph(prompt.edges_of(item, "links"))
     answer = {None: " the guild<|end|>", "thinking": "<|body|>\n\n<|body|>\n\nthe guild<|eot|>"}
     scored = answer.get(template) or "the guild" + ENDS[template]
-    tokenized = graph.tokenized(engine.encode)
-    expected = tokenized.with_query([*tokenized.query, *engine.encode(scored)[:-1]])
+    tokenized = graph.tokenized(engine.tokenize)
+    expected = tokenized.with_query([*tokenized.query, *engine.tokenize(scored)[:-1]])
     assert made.plans(methods.get("graph-kv")) == [engine.plan(expected, "graph-kv")]
     assert learned(made, using) == scored
 
@@ -292,7 +290,7 @@ def test_the_index_is_kept_and_made_again_when_the_file_changes(folder, monkeypa
     Records(folder, "train", None)
     index = folder / "train.index.npy"
     assert index.is_file() and np.load(index).shape == (501,)
-    monkeypatch.setattr(records, "_scanned", lambda path: pytest.fail("the index was there"))
+    monkeypatch.setattr(io, "line_starts", lambda path: pytest.fail("the index was there"))
     assert len(Records(folder, "train", None)) == 500
     monkeypatch.undo()
     with open(folder / "train.jsonl", "a") as file:
@@ -300,9 +298,9 @@ def test_the_index_is_kept_and_made_again_when_the_file_changes(folder, monkeypa
     assert Records(folder, "train", None).record(500)["id"] == "more"
     index.write_bytes(b"no index")
     assert len(Records(folder, "train", None)) == 501
-    monkeypatch.setattr(records, "SCANNED", 7)
+    monkeypatch.setattr(io, "SCANNED", 7)
     index.unlink()
-    starts = Records(folder, "train", None).starts
+    starts = Records(folder, "train", None).lines.starts
     raw = (folder / "train.jsonl").read_bytes()
     assert [raw[a:b] for a, b in pairwise(starts)] == raw.splitlines(keepends=True)
 

@@ -76,7 +76,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": {"weight_decay": 0.1},
     "muon": {"optimizer": "muon", "matrix_lr": 0.01},
-    "deepen": {"deepen": 1},
+    "stack": {"stack": 1},
     "links": {"stages": (LINKED,), "trained": "links", "links": 2, "slots": 16},
     "lora": {"stages": (LINKED,), "trained": "lora", "links": 1, "slots": 16, "checkpointing": "full"},
     "tied": {"precision": "bfloat16", "schedule": "trapezoid"},
@@ -206,7 +206,7 @@ def test_an_evaluation_counts_tokens_and_whole_answers(llama, tmp_path):
             exact.append(bool((found.argmax(-1) == torch.tensor(answer)).all()))
             example = Example(graph, [(query, answer)])
             drawn.append(Drawn("c", example, method, lay(example, method)))
-    row = trainer._taken(batches._exam("c", "block", drawn, 20))
+    row = trainer._taken(batches._validation_set("c", "block", drawn, 20))
     trainer.log.close()
     assert row["answers"] == 6 and row["exact"] == pytest.approx(sum(exact) / 6) and 0 < sum(exact) < 6
     assert row["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
@@ -261,7 +261,7 @@ def test_the_new_model_keeps_what_it_starts_with(optimizer, tmp_path):
     start.write(tmp_path / "start", settings.seed)
     before = models.load(tmp_path / "start").hf
     train(settings, tmp_path / "a")
-    train(replace(settings, model=str(tmp_path / "a" / "step-000002" / "model"), deepen=start.LAYERS), tmp_path / "b")
+    train(replace(settings, model=str(tmp_path / "a" / "step-000002" / "model"), stack=start.LAYERS), tmp_path / "b")
     after = models.load(tmp_path / "b" / "step-000002" / "model").hf
     for (old, part), (new, _) in zip([*start.frozen(before)] * 2, start.frozen(after), strict=True):
         assert torch.equal(old[part], new[part])
@@ -339,7 +339,10 @@ def test_reserved_links_are_trained_alone(llama, tmp_path):
     ("changes", "message"),
     [
         ({"slots": 4}, "no component has it"),
-        ({"trained": "links", "stages": (Stage((HOPS,), steps=1),)}, "no component has a kvlink method"),
+        (
+            {"trained": "links", "stages": (Stage((HOPS,), steps=1),)},
+            "no component has a method with tokens of its own",
+        ),
         ({"lr": 1e30, "clip": 0.0, "warmup": 0.0}, r"the loss of step \d+ is .*lower lr"),
         ({"stages": (Stage((Component("few", "few", ("full",)),), steps=1),)}, "few"),
         ({"model": "/nowhere"}, "there is no folder /nowhere"),
@@ -640,6 +643,33 @@ def test_recipes_are_listed_and_shown(run):
     }
     _, out, _ = run("train", "--recipe", "world-mixed", "--method", "full", "--method", "kvlink:links=0", "--show")
     assert Config.from_json(out).stages[0].components[0].methods == ("full", "kvlink:links=0")
+
+
+def test_every_recipe_is_read_again_and_older_names_too():
+    for make in recipes.RECIPES.values():
+        assert Config.from_json(make().to_json()) == make()
+    older = recipes.get("world-2hop").to_json().replace('"stack": 3', '"deepen": 3')
+    assert '"deepen"' in older and Config.from_json(older) == recipes.get("world-2hop")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lr": "fast"}, "lr: Input should be a valid number"),
+        ({"speed": 1}, "speed: Unexpected keyword argument"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; there are adamw, muon"),
+        (
+            {"stages": [{"steps": 1, "components": [{"name": "a", "source": "b"}]}]},
+            "stages.0.components.0.methods: Field",
+        ),
+        ({"betas": [0.9]}, "betas.1: Field required"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_one_line_that_names_the_setting(change, says):
+    given = json.loads(recipes.get("kvlink-5").to_json()) | change
+    with pytest.raises(TrainError) as error:
+        Config.from_json(json.dumps(given))
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_command_trains_goes_on_and_exports(run, llama, tmp_path):

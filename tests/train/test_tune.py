@@ -11,7 +11,7 @@ import torch
 
 from kvgraph import Engine, models
 from kvgraph.cli import main
-from kvgraph.data.corpus import Document
+from kvgraph.data.corpus import CorpusDocument as Document
 from kvgraph.train import gap, tune
 from kvgraph.train.config import TrainError
 from kvgraph.train.forward import logits

@@ -5,10 +5,11 @@ Ids: special tokens, KVLink's link tokens, words, first syllables, second syllab
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvgraph import methods
+from kvgraph.data import io
 from kvgraph.data.world import names, world
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def kvlink(links: int) -> str:
     """
     ids = vocabulary()
     slots, start = LINKS // links, len(SPECIAL)
-    return f"kvlink:links={links},link_start={start},slots={slots},mem_start={ids[MEM_START]},mem_end={ids[MEM_END]}"
+    markers = {"mem_start": ids[MEM_START], "mem_end": ids[MEM_END]}
+    return methods.format(methods.get("kvlink", links=links, link_start=start, slots=slots, **markers))
 
 
 def build() -> Tokenizer:
@@ -63,4 +65,4 @@ def write(folder: str | Path) -> None:
         "unk_token": UNKNOWN,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    io.write_json(folder / "tokenizer_config.json", config)

@@ -6,10 +6,10 @@
 
 All names are invented (`kvgraph.data.names`), and who does what is drawn anew for every corpus, so nothing can be known
 from another one. In a corpus no two statements of a relation have the same value: answers are unique, and a guess is
-right in one of as many cases as there are statements (`Question.floor`).
+right in one of as many cases as there are statements (`WorldQuestion.floor`).
 
 Everything depends on the seed and on the corpus' number alone. Settings that change how a corpus is told (order, edges,
-prefixes, distractors) leave its questions as they are, so that answers can be compared question by question.
+prefixes) leave its questions as they are, so that answers can be compared question by question.
 Pure Python.
 """
 
@@ -60,7 +60,7 @@ class WorldError(KVGraphError, ValueError):
     """A setting of a world is unknown or out of range. The message names it and says what there is."""
 
 
-class Segment(NamedTuple):
+class WorldSegment(NamedTuple):
     """A document, or a chunk of one. entity: whom it is about; named: whether it says so; relations: what it states."""
 
     id: str
@@ -71,7 +71,7 @@ class Segment(NamedTuple):
     relations: tuple[str, ...]
 
 
-class Question(NamedTuple):
+class WorldQuestion(NamedTuple):
     """A cloze ("Romi serves") or a comparison, and what it takes to answer it.
 
     gold: the segments that must be read, by index, that with the answer last. floor: how often a guess is right that
@@ -92,9 +92,9 @@ class Corpus:
     """Segments in reading order, edges (source, reader) between them by index, and questions. str() shows it."""
 
     id: str
-    segments: tuple[Segment, ...]
+    segments: tuple[WorldSegment, ...]
     edges: tuple[tuple[int, int], ...]
-    questions: tuple[Question, ...]
+    questions: tuple[WorldQuestion, ...]
 
     def __str__(self) -> str:
         sources: dict[int, list[int]] = {}
@@ -117,8 +117,7 @@ class World:
     """The settings of a world. `corpus(i)` is its corpus number i; iterating gives the first `count`.
 
     kind: "hops" or "chunks". split: whether names are from the half to train on, or held out. seed, count.
-    entities: how many a corpus has (of each kind in hops), drawn between the two; ENTITIES unless given. distractors: so
-    many more, of whom no question asks. questions: how many a corpus has at most. types: of questions, drawn alike; one
+    entities: how many a corpus has (of each kind in hops), drawn between the two; ENTITIES unless given. questions: how many a corpus has at most. types: of questions, drawn alike; one
     given twice is drawn twice as often.
     order (chunks): of documents at random, their chunks "kept" in order; all chunks "shuffled"; or "sorted": shuffled,
     then each put after the naming chunk that an edge joins it with.
@@ -127,8 +126,6 @@ class World:
     segment of another entity of the same kind, the same one throughout), or "reversed".
     prefix (chunks): what stands before every chunk in plain text: "none", the "id" of its document, or the "name" of its
     entity, as far as the edges tell.
-    gold_position: where the answer stands, the same for all questions: as the document with this number where documents
-    are kept together, as the segment where they are shuffled. Default anywhere.
     statements (chunks): most of a chunk, 1 to 3; a longer one is cut into several.
 
     Raises WorldError for a setting that is none of these or doesn't fit the others.
@@ -139,14 +136,12 @@ class World:
     seed: int = 0
     count: int = 100
     entities: tuple[int, int] = (0, 0)
-    distractors: int = 0
     questions: int = 8
     types: tuple[str, ...] = ()
     order: str = KEPT
     edges: str = TRUE
     share: float = 1.0
     prefix: str = NONE
-    gold_position: int | None = None
     statements: int = 3
 
     def __post_init__(self) -> None:
@@ -157,19 +152,16 @@ class World:
             _one_of(name, getattr(self, name), known)
         for name in self.types:
             _one_of("types", name, TYPES[self.kind])
-        for name, least in (("count", 1), ("questions", 1), ("distractors", 0), ("gold_position", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise WorldError(f"{name} is {value}; it must be at least {least}")
+        for name in ("count", "questions"):
+            if getattr(self, name) < 1:
+                raise WorldError(f"{name} is {getattr(self, name)}; it must be at least 1")
         few, many = self.entities
         if not 2 <= few <= many:
             raise WorldError(
                 f"entities is {few}-{many}; give two numbers, the first at least 2 and the second no lower"
             )
-        if (many + self.distractors) * NAMES[self.kind] > MOST:
-            raise WorldError(
-                f"a corpus of {self.kind} has at most {MOST // NAMES[self.kind]} entities, distractors included"
-            )
+        if many * NAMES[self.kind] > MOST:
+            raise WorldError(f"a corpus of {self.kind} has at most {MOST // NAMES[self.kind]} entities of a kind")
         if not 0 < self.share <= 1 or (self.share < 1 and self.edges == TRUE):
             raise WorldError(f"share is {self.share}; it is how much of the edges is changed, above 0 and at most 1")
         if not 1 <= self.statements <= 3:
@@ -178,15 +170,6 @@ class World:
             raise WorldError(
                 "order and prefix are for chunks; documents of hops have one segment, which names its entity"
             )
-        if self.gold_position is not None:
-            self._check_gold_position(self.gold_position, few + self.distractors)
-
-    def _check_gold_position(self, position: int, entities: int) -> None:
-        if self.order == SORTED:
-            raise WorldError("gold_position can't be chosen where the edges sort the chunks; leave one of the two out")
-        places = entities * (3 if self.kind == HOPS else 1 if self.order == KEPT else 2)
-        if position >= places:
-            raise WorldError(f"gold_position is {position}; for corpora as small as these it can be 0 to {places - 1}")
 
     @classmethod
     def parse(cls, kind: str, text: str = "") -> World:
@@ -366,10 +349,9 @@ class _Teller:
         self.id = f"{world.kind}-{world.split}-{world.seed}-{index}"
 
     def corpus(self) -> Corpus:
-        entities, distractors = self._entities()
-        everyone = [*entities, *distractors]
-        drafts = self._drafts(entities)
-        told = self._ordered(everyone, drafts[0].needs[-1])
+        everyone = self._entities()
+        drafts = self._drafts(everyone)
+        told = self._ordered(everyone)
         edges = self._edges(told, everyone)
         if self.world.order == SORTED:
             order = _sorted_by(told, _joined(told, edges))
@@ -382,30 +364,22 @@ class _Teller:
     def _rng(self, what: str) -> random.Random:
         return random.Random(f"{self.id} {what}")
 
-    def _entities(self) -> tuple[list[_Entity], list[_Entity]]:
-        """The entities that are asked about, and the distractors."""
+    def _entities(self) -> list[_Entity]:
         rng, dealer = self._rng("facts"), Dealer(self.world.split)
         years = _shuffled(rng, YEARS)
         count, kind = rng.randint(*self.world.entities), rng.choice(tuple(CHUNK_RELATIONS))
-
-        def made(rng: random.Random, count: int) -> list[_Entity]:
-            if self.world.kind == HOPS:
-                return _people_firms_cities(rng, dealer, years, count)
-            return _cut(rng, dealer, years, count, kind, self.world.statements)
-
-        return made(rng, count), made(self._rng("distractors"), self.world.distractors)
+        if self.world.kind == HOPS:
+            return _people_firms_cities(rng, dealer, years, count)
+        return _cut(rng, dealer, years, count, kind, self.world.statements)
 
     def _drafts(self, entities: list[_Entity]) -> list[_Draft]:
-        """The questions, all different. With a gold position the first decides in which unit all answers are."""
+        """The questions, all different."""
         rng = self._rng("questions")
         if self.world.kind == HOPS:
             every = [*_chains(entities), *_comparisons(rng, entities)]
         else:
             every = list(_clozes(entities))
         left = {kind: [draft for draft in every if draft.kind == kind] for kind in self.world.types}
-        units = {
-            (e.name, r): self._unit(e, part) for e in entities for part in range(len(e.parts)) for r in e.parts[part]
-        }
         drawn: list[_Draft] = []
         while len(drawn) < self.world.questions:
             kinds = [kind for kind in self.world.types if left[kind]]
@@ -413,38 +387,31 @@ class _Teller:
                 break
             found = left[rng.choice(kinds)]
             drawn.append(found.pop(rng.randrange(len(found))))
-            if self.world.gold_position is not None and len(drawn) == 1:
-                unit = units[drawn[0].needs[-1]]
-                left = {kind: [d for d in drafts if units[d.needs[-1]] == unit] for kind, drafts in left.items()}
         return drawn
 
     def _unit(self, entity: _Entity, part: int) -> tuple[str, int]:
         """What moves together: a document, or where they are shuffled a segment."""
         return entity.name, 0 if self.world.order == KEPT else part
 
-    def _ordered(self, entities: list[_Entity], answer: Asked) -> list[Segment]:
-        """All segments, units in random order, that with the answer where it is wanted."""
-        units: dict[tuple[str, int], list[Segment]] = {}
+    def _ordered(self, entities: list[_Entity]) -> list[WorldSegment]:
+        """All segments, units in random order."""
+        units: dict[tuple[str, int], list[WorldSegment]] = {}
         for entity in entities:
             for part in range(len(entity.parts)):
                 units.setdefault(self._unit(entity, part), []).append(self._segment(entity, part))
         order = _shuffled(self._rng("order"), list(units.values()))
-        if self.world.gold_position is not None:
-            gold = next(unit for unit in order if any(_states(segment, answer) for segment in unit))
-            order.remove(gold)
-            order.insert(self.world.gold_position, gold)
         return [segment for unit in order for segment in unit]
 
-    def _segment(self, entity: _Entity, part: int) -> Segment:
+    def _segment(self, entity: _Entity, part: int) -> WorldSegment:
         named = part == 0
         subject = entity.name if named else AGAIN[entity.kind]
         sentences = [f"{subject} {relation} {entity.facts[relation]}." for relation in entity.parts[part]]
         if named and self.world.kind == CHUNKS:
             sentences.insert(0, f"{subject} is a {entity.kind}.")
         id = f"{self.id}/{entity.name}" + (f".{part}" if self.world.kind == CHUNKS else "")
-        return Segment(id, " ".join(sentences), entity.name, entity.kind, named, entity.parts[part])
+        return WorldSegment(id, " ".join(sentences), entity.name, entity.kind, named, entity.parts[part])
 
-    def _edges(self, told: Sequence[Segment], entities: Sequence[_Entity]) -> list[tuple[int, int]]:
+    def _edges(self, told: Sequence[WorldSegment], entities: Sequence[_Entity]) -> list[tuple[int, int]]:
         """The true edges, then as many of them changed as the world says."""
         naming = {segment.entity: i for i, segment in enumerate(told) if segment.named}
         facts = {entity.name: entity.facts for entity in entities}
@@ -470,7 +437,7 @@ class _Teller:
                 edges.append((rng.choice([s for s in range(len(told)) if s not in taken]), reader))
         return edges
 
-    def _prefixed(self, told: Sequence[Segment], joined: Mapping[int, int]) -> Iterator[Segment]:
+    def _prefixed(self, told: Sequence[WorldSegment], joined: Mapping[int, int]) -> Iterator[WorldSegment]:
         """The segments with what the world wants before them; nothing where no edge says whose document it is."""
         ids = dict(zip((s.entity for s in told if s.named), self._rng("ids").sample(IDS, len(IDS)), strict=False))
         for i, segment in enumerate(told):
@@ -482,30 +449,32 @@ class _Teller:
                 yield segment._replace(text=f"{prefix}: {segment.text}")
 
     def _question(
-        self, draft: _Draft, told: Sequence[Segment], joined: Mapping[int, int], entities: Sequence[_Entity]
-    ) -> Question:
+        self, draft: _Draft, told: Sequence[WorldSegment], joined: Mapping[int, int], entities: Sequence[_Entity]
+    ) -> WorldQuestion:
         name, relation = draft.needs[-1]
         naming = next(i for i, s in enumerate(told) if s.named and s.entity == name)
         gold = [next(i for i, s in enumerate(told) if _states(s, need)) for need in draft.needs]
         if draft.kind == COMPARISON:
-            return Question(draft.kind, draft.text, draft.answer, tuple(gold), 0.5)
+            return WorldQuestion(draft.kind, draft.text, draft.answer, tuple(gold), 0.5)
         floor = 1 / sum(relation in entity.facts for entity in entities)
         if draft.kind != PRONOUN:
-            return Question(draft.kind, draft.text, draft.answer, tuple(gold), floor)
+            return WorldQuestion(draft.kind, draft.text, draft.answer, tuple(gold), floor)
         facts = {entity.name: entity.facts for entity in entities}
         say = [
             facts[told[i].entity][relation]
             for i, to in joined.items()
             if to == naming and relation in told[i].relations
         ]
-        return Question(draft.kind, draft.text, draft.answer, (naming, *gold), floor, say[0] if len(say) == 1 else "")
+        return WorldQuestion(
+            draft.kind, draft.text, draft.answer, (naming, *gold), floor, say[0] if len(say) == 1 else ""
+        )
 
 
-def _states(segment: Segment, asked: Asked) -> bool:
+def _states(segment: WorldSegment, asked: Asked) -> bool:
     return segment.entity == asked[0] and asked[1] in segment.relations
 
 
-def _joined(told: Sequence[Segment], edges: Sequence[tuple[int, int]]) -> dict[int, int]:
+def _joined(told: Sequence[WorldSegment], edges: Sequence[tuple[int, int]]) -> dict[int, int]:
     """Segment -> the naming segment of its document, as far as edges in either direction tell; those that name their
     entity themselves included."""
     found = {i: i for i, segment in enumerate(told) if segment.named}
@@ -516,7 +485,7 @@ def _joined(told: Sequence[Segment], edges: Sequence[tuple[int, int]]) -> dict[i
     return found
 
 
-def _sorted_by(told: Sequence[Segment], joined: Mapping[int, int]) -> list[int]:
+def _sorted_by(told: Sequence[WorldSegment], joined: Mapping[int, int]) -> list[int]:
     """The order in which every naming segment is followed by those joined to it; those joined to none come last."""
     order = [i for naming in range(len(told)) if told[naming].named for i in _document(naming, joined)]
     return order + [i for i in range(len(told)) if i not in joined]
@@ -526,7 +495,7 @@ def _document(naming: int, joined: Mapping[int, int]) -> list[int]:
     return [naming, *sorted(i for i, to in joined.items() if to == naming and i != naming)]
 
 
-def _next_of_kind(rng: random.Random, told: Sequence[Segment]) -> dict[int, int]:
+def _next_of_kind(rng: random.Random, told: Sequence[WorldSegment]) -> dict[int, int]:
     """Naming segment -> that of another entity of its kind: all moved on by one random number."""
     others: dict[int, int] = {}
     for kind in AGAIN:
@@ -553,7 +522,7 @@ def _parsed(name: str, value: str) -> Any:
             return int(few), int(many or few)
         if name == "types":
             return tuple(value.split("+"))
-        if name in ("seed", "count", "distractors", "questions", "gold_position", "statements"):
+        if name in ("seed", "count", "questions", "statements"):
             return int(value)
         return float(value) if name == "share" else value
     except ValueError:

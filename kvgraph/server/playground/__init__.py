@@ -75,7 +75,7 @@ def _described(name: str, method: Any) -> dict[str, Any]:
     return {
         "name": name,
         "preset": name in methods.PRESETS,
-        "reads_edges": methods.reads_edges(method),
+        "reads_edges": method.reads_edges,
         "fields": [field for field in described if field],
     }
 

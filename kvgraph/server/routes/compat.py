@@ -16,23 +16,22 @@ with Graph-KV (arXiv 2506.07334).
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
 from typing import Annotated, Literal, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvgraph.edges import all_pairs, top_k
-from kvgraph.engine import request as engine_request
+from kvgraph.engine.request import Request
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import Block, Full, Method, get
+from kvgraph.methods import Method, get
 from kvgraph.server import errors
 from kvgraph.server.errors import APIError
-from kvgraph.server.lifecycle import done_by, finish_reason, in_time, unless_gone
+from kvgraph.server.lifecycle import Call, TheCall
 from kvgraph.server.prompts import check_edges
-from kvgraph.server.runner import Update, merged
-from kvgraph.server.state import Server, TheCaller, TheServer
+from kvgraph.server.runner import Update
+from kvgraph.server.state import Server
 from kvgraph.server.tenants import Caller
 
 router = APIRouter(responses=errors.DECLARED)
@@ -91,37 +90,37 @@ Lay = Callable[[Body, int | None], Problem]  # of a request and the tokenizer's 
 
 
 @router.post("/generate_vanilla")
-async def generate_vanilla(http: Request, body: BlocksRequest, server: TheServer, caller: TheCaller) -> Generated:
+async def generate_vanilla(body: BlocksRequest, call: TheCall) -> Generated:
     """Graph-KV's baseline: all blocks, the middle too, joined to one text and prefilled as it is."""
-    return await _answer(http, body, server, caller, _vanilla)
+    return await _answer(body, call, _vanilla)
 
 
 @router.post("/generate_block")
-async def generate_block(http: Request, body: LocalBlocksRequest, server: TheServer, caller: TheCaller) -> Generated:
+async def generate_block(body: LocalBlocksRequest, call: TheCall) -> Generated:
     """Block-Attention: prefix and contexts are encoded alone, at sequential positions."""
-    return await _answer(http, body, server, caller, _block)
+    return await _answer(body, call, _block)
 
 
 @router.post("/generate_gapemp")
-async def generate_gapemp(http: Request, body: BlocksRequest, server: TheServer, caller: TheCaller) -> Generated:
+async def generate_gapemp(body: BlocksRequest, call: TheCall) -> Generated:
     """Graph-KV: contexts are encoded alone, then again while each reads all of them (preset graph-kv-rag)."""
-    return await _answer(http, body, server, caller, _gapemp)
+    return await _answer(body, call, _gapemp)
 
 
 @router.post("/generate_gapemp_appr")
-async def generate_gapemp_appr(http: Request, body: TopKRequest, server: TheServer, caller: TheCaller) -> Generated:
+async def generate_gapemp_appr(body: TopKRequest, call: TheCall) -> Generated:
     """Graph-KV's Top-k: as gapemp, but each reads the last top_k contexts (preset graph-kv-rag-top-k)."""
-    return await _answer(http, body, server, caller, _gapemp_appr)
+    return await _answer(body, call, _gapemp_appr)
 
 
 def _vanilla(body: BlocksRequest, eos: int | None) -> Problem:
-    return Full(), ContextGraph([], "".join(body.blocks))
+    return get("full"), ContextGraph([], "".join(body.blocks))
 
 
 def _block(body: LocalBlocksRequest, eos: int | None) -> Problem:
     blocks, alone = [body.prefix, *body.contexts], body.num_local_attention_blocks
     query = "".join([*blocks[alone:], body.query])
-    return Block(), ContextGraph(blocks[1:alone], query, blocks[0] if alone else "")
+    return get("block"), ContextGraph(blocks[1:alone], query, blocks[0] if alone else "")
 
 
 def _gapemp(body: BlocksRequest, eos: int | None) -> Problem:
@@ -134,19 +133,13 @@ def _gapemp_appr(body: TopKRequest, eos: int | None) -> Problem:
     return get("graph-kv-rag-top-k", drop_token=eos), ContextGraph(body.contexts, body.query, body.prefix, edges)
 
 
-async def _answer(http: Request, body: Body, server: Server, caller: Caller, lay: Lay[Body]) -> Generated:
-    """Admit, lay out, run, answer."""
-    async with AsyncExitStack() as held:
-        server.admit(caller, 1, held)
-        deadline = server.deadline(None)
-        laying = server.off_loop(_prepared, server, caller, body, lay)
-        job = server.runner.submit(await unless_gone(http, done_by(deadline, laying)))
-        held.callback(job.cancel)
-        work = in_time(deadline, merged([job]))
-        return Generated(generated=await unless_gone(http, _text(work)))
+async def _answer(body: Body, call: Call, lay: Lay[Body]) -> Generated:
+    async with call.admitted():
+        request = await call.prepared(_prepared, call.server, call.caller, body, lay)
+        return Generated(generated=await call.collected(_text(call.updates([request]))))
 
 
-def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body]) -> engine_request.Request:
+def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body]) -> Request:
     """The engine's request. Raises APIError for too many contexts, GraphError, PlanError or CapacityError."""
     if len(body.contexts) > server.settings.max_documents:
         raise APIError(
@@ -161,11 +154,6 @@ def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body]) -> eng
     return server.engine.prepare(server.engine.plan(graph, method), params, salt=caller.salt)
 
 
-async def _text(work: AsyncIterator[tuple[int, Update]]) -> str:
-    """The whole answer. Raises what ended it early."""
-    pieces = []
-    async for _, update in work:
-        pieces.append(update.text)
-        if update.result is not None:
-            finish_reason(update.result)
-    return "".join(pieces)
+async def _text(updates: AsyncIterator[tuple[int, Update]]) -> str:
+    """The whole answer."""
+    return "".join([update.text async for _, update in updates])

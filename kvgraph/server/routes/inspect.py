@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from contextlib import AsyncExitStack
 from itertools import groupby
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 from pydantic import BaseModel, Discriminator, Tag
 
-from kvgraph.graph import ContextGraph
-from kvgraph.plan import Span
 from kvgraph.server import errors, prompts
 from kvgraph.server.errors import APIError
+from kvgraph.server.lifecycle import TheCall
 from kvgraph.server.schema import ChatRequest, CompletionRequest
-from kvgraph.server.state import Server, TheCaller, TheServer
+from kvgraph.server.state import Server
 from kvgraph.server.tenants import Caller
 
 router = APIRouter(prefix="/v1", responses=errors.DECLARED)
@@ -64,7 +61,7 @@ class SpanOut(BaseModel):
 
 
 class PlanResponse(BaseModel):
-    """The plan of a request, spans in encoding order; the last is the live prompt.
+    """The plan of a request, spans in encoding order; the last is the prompt span.
 
     edges: pairs [source, reader] of segments by index, builders and ids resolved. segments: their names. dropped:
     documents left out because they don't fit (setting `overflow`).
@@ -81,12 +78,12 @@ class PlanResponse(BaseModel):
 
 
 @router.post("/plan", response_model=PlanResponse)
-async def show_plan(body: PlanRequest, server: TheServer, caller: TheCaller) -> PlanResponse:
+async def show_plan(body: PlanRequest, call: TheCall) -> PlanResponse:
     """The plan of a chat or completion request (same body), without answering it; nothing is encoded or counted as used."""
-    async with AsyncExitStack() as held:
-        server.require_name(body.model)
-        server.admit(caller, 1, held)
-        return await server.off_loop(_planned, server, caller, body.model_copy(update={"n": 1}))
+    call.server.require_name(body.model)
+    prompts.ignored(call.server, body)
+    async with call.admitted(timeout=body.kvgraph.timeout):
+        return await call.prepared(_planned, call.server, call.caller, body.model_copy(update={"n": 1}))
 
 
 def _planned(server: Server, caller: Caller, body: ChatRequest | CompletionRequest) -> PlanResponse:
@@ -94,17 +91,15 @@ def _planned(server: Server, caller: Caller, body: ChatRequest | CompletionReque
     if isinstance(body, CompletionRequest) and len(prompts.prompt_list(body.prompt)) != 1:
         raise APIError(400, "several prompts, but a plan is shown for one at a time", param="prompt")
     (laid,) = prompts.lay_out(server, caller, body)
-    numbers = {name: i for i, name in enumerate(laid.graph.names)}
-    keys = [*laid.requests[0].keys, None]  # the live span, which is the last, has none
+    keys = [*laid.requests[0].keys, None]  # the prompt span, which is the last, has none
     spans = []
     for index, (span, key) in enumerate(zip(laid.plan.spans, keys, strict=True)):
-        segment, version = _version(span, laid.graph, numbers)
         spans.append(
             SpanOut(
                 index=index,
                 name=span.name,
-                segment=segment,
-                round=version,
+                segment=span.segment,
+                round=span.round,
                 tokens=len(span),
                 start=span.start,
                 positions=_runs(span.positions),
@@ -122,17 +117,6 @@ def _planned(server: Server, caller: Caller, body: ChatRequest | CompletionReque
         highest_position=laid.plan.highest_position,
         dropped=list(laid.dropped),
     )
-
-
-def _version(span: Span, graph: ContextGraph, numbers: dict[str, int]) -> tuple[int | None, int | None]:
-    """The segment a span is a version of, and the round. Names are free text, so the tokens must be the segment's too."""
-    again = re.fullmatch(r"(.*) · round (\d+)", span.name, re.DOTALL)
-    readings = [(span.name, 0)] + ([(again[1], int(again[2]))] if again else [])
-    for name, version in readings:
-        segment = numbers.get(name)
-        if span.cached and segment is not None and graph.segments[segment] == span.tokens:
-            return segment, version
-    return None, None
 
 
 def _runs(positions: range | tuple[int, ...]) -> list[tuple[int, int]]:

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
 
+from kvgraph import methods
 from kvgraph.engine.result import Result
 from kvgraph.engine.sampling import Sampled
 from kvgraph.server import errors, prompts, schema
-from kvgraph.server.lifecycle import ClientLeft, done_by, finish_reason, in_time, unless_gone
-from kvgraph.server.prompts import Laid
-from kvgraph.server.runner import Job, Update, merged
+from kvgraph.server.lifecycle import Call, TheCall
+from kvgraph.server.prompts import PreparedPrompt
+from kvgraph.server.runner import Update
 from kvgraph.server.schema import ChatRequest, CompletionRequest
 from kvgraph.server.state import Server, TheCaller, TheServer
-from kvgraph.server.tenants import Caller
 
 router = APIRouter(prefix="/v1", responses=errors.DECLARED)
-
-T = TypeVar("T")
-
-LINGER = 5.0  # seconds a client has for reading its last events
 
 STREAMED: dict[str, Any] = {"text/event-stream": {}}  # a schema here would be one of single events
 
@@ -38,14 +31,30 @@ STREAMED: dict[str, Any] = {"text/event-stream": {}}  # a schema here would be o
 @router.get("/models", response_model=schema.ModelList)
 def list_models(server: TheServer, caller: TheCaller) -> schema.ModelList:
     """The one model that is served."""
-    return schema.ModelList(data=[server.card()])
+    return schema.ModelList(data=[card(server)])
 
 
 @router.get("/models/{name:path}", response_model=schema.ModelCard)
 def get_model(name: str, server: TheServer, caller: TheCaller) -> schema.ModelCard:
     """The served model by name."""
     server.require_name(name)
-    return server.card()
+    return card(server)
+
+
+def card(server: Server) -> schema.ModelCard:
+    """What there is to say of the served model."""
+    model = server.engine.model
+    facts = {
+        "default_method": server.method.name,
+        "methods": list(methods.METHODS),
+        "presets": list(methods.PRESETS),
+        "tuned_for": list(model.tuned_for),
+        "chat": bool(server.tokenizer.chat_template),
+        "fingerprint": model.fingerprint,
+    }
+    return schema.ModelCard(
+        id=server.settings.name, created=int(server.started), max_model_len=model.limit, kvgraph=facts
+    )
 
 
 @router.post(
@@ -53,9 +62,9 @@ def get_model(name: str, server: TheServer, caller: TheCaller) -> schema.ModelCa
     response_model=schema.ChatResponse,
     responses={200: {"content": STREAMED, "description": "The answer, or with `stream` its chunks as events."}},
 )
-async def chat_completions(http: Request, body: ChatRequest, server: TheServer, caller: TheCaller) -> Any:
+async def chat_completions(body: ChatRequest, call: TheCall) -> Any:
     """Answer a conversation, over documents if there are any."""
-    return await _answer(http, body, server, caller, _Chat)
+    return await _answer(body, call, _Chat)
 
 
 @router.post(
@@ -63,50 +72,23 @@ async def chat_completions(http: Request, body: ChatRequest, server: TheServer, 
     response_model=schema.CompletionResponse,
     responses={200: {"content": STREAMED, "description": "The answer, or with `stream` its chunks as events."}},
 )
-async def completions(http: Request, body: CompletionRequest, server: TheServer, caller: TheCaller) -> Any:
+async def completions(body: CompletionRequest, call: TheCall) -> Any:
     """Continue a prompt, over documents if there are any."""
-    return await _answer(http, body, server, caller, _Text)
+    return await _answer(body, call, _Text)
 
 
-async def _answer(
-    http: Request, body: ChatRequest | CompletionRequest, server: Server, caller: Caller, shape: type[_Shape]
-) -> Any:
-    """Admit, lay out, submit, and answer at once or as a stream. Whatever ends early gives back what it held."""
-    async with AsyncExitStack() as held:
-        server.require_name(body.model)
-        choices = body.n * (len(prompts.prompt_list(body.prompt)) if isinstance(body, CompletionRequest) else 1)
-        server.admit(caller, choices, held)
-        deadline = server.deadline(body.kvgraph.timeout)
-        laid = await unless_gone(http, done_by(deadline, server.off_loop(prompts.lay_out, server, caller, body)))
-        jobs: list[Job] = []
-        for request in (request for prompt in laid for request in prompt.requests):
-            jobs.append(server.runner.submit(request))
-            held.callback(jobs[-1].cancel)  # also if nobody ever asks for its updates
-        answer = shape(server, body, laid, jobs)
-        work = in_time(deadline, merged(jobs))
+async def _answer(body: ChatRequest | CompletionRequest, call: Call, shape: type[_Shape]) -> Any:
+    """Answer at once or as a stream."""
+    call.server.require_name(body.model)
+    choices = body.n * (len(prompts.prompt_list(body.prompt)) if isinstance(body, CompletionRequest) else 1)
+    ignored = prompts.ignored(call.server, body)
+    async with call.admitted(choices, body.kvgraph.timeout):
+        laid = await call.prepared(prompts.lay_out, call.server, call.caller, body)
+        answer = shape(call.server, body, laid, ignored)
+        updates = call.updates(request for prompt in laid for request in prompt.requests)
         if body.stream:
-            return EventStream(http, answer.events(work), held.pop_all(), deadline)
-        return JSONResponse(await unless_gone(http, answer.whole(work)))
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; `held` is closed when the response ends, also if the client left before its first byte.
-
-    A client that doesn't read is cut off `LINGER` seconds after the deadline (event loop time).
-    """
-
-    def __init__(self, http: Request, events: AsyncGenerator[str], held: AsyncExitStack, deadline: float):
-        super().__init__(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
-        self._http, self._events, self._held, self._deadline = http, events, held, deadline
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held, aclosing(self._events):
-            with suppress(ClientLeft, OSError, TimeoutError):  # nobody is there to be told
-                async with asyncio.timeout_at(self._deadline + LINGER):
-                    # Sending alone notices that the client has left only when there is something to send.
-                    await unless_gone(self._http, self.stream_response(send))
+            return call.streamed(answer.chunks(updates))
+        return JSONResponse((await call.collected(answer.whole(updates))).model_dump())
 
 
 @dataclass
@@ -124,9 +106,9 @@ class _Shape:
 
     prefix: str
 
-    def __init__(self, server: Server, body: Any, laid: list[Laid], jobs: list[Job]):
-        self.server, self.body, self.laid = server, body, laid
-        self.choices = [_Choice() for _ in jobs]
+    def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt], ignored: list[str]):
+        self.server, self.body, self.laid, self.ignored = server, body, laid, ignored
+        self.choices = [_Choice() for prompt in laid for _ in prompt.requests]
         self.head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -134,31 +116,25 @@ class _Shape:
             "system_fingerprint": f"fp_{server.engine.model.fingerprint[:12]}",
         }
 
-    async def whole(self, work: AsyncIterator[tuple[int, Update]]) -> dict[str, Any]:
-        """The JSON of the complete answer."""
-        async for index, update in work:
+    async def whole(self, updates: AsyncIterator[tuple[int, Update]]) -> BaseModel:
+        """The complete answer."""
+        async for index, update in updates:
             choice = self.choices[index]
             choice.text.append(update.text)
             choice.sampled += update.sampled
             choice.result = update.result or choice.result
         choices = [self.choice(i, choice) for i, choice in enumerate(self.choices)]
-        return dumped(self.response(choices=choices, usage=self.usage(), **self.head))
+        return self.response(choices=choices, usage=self.usage(), **self.head)
 
-    async def events(self, work: AsyncIterator[tuple[int, Update]]) -> AsyncGenerator[str]:
-        """The answer as server-sent events. An error in the middle is an event of its own, after which nothing follows."""
+    async def chunks(self, updates: AsyncGenerator[tuple[int, Update]]) -> AsyncGenerator[BaseModel]:
+        """The answer piece by piece, and the usage at the end if it was asked for."""
         options = self.body.stream_options
-        with_usage = options is not None and options.include_usage
-        try:
-            async for index, update in work:
+        async with aclosing(updates):
+            async for index, update in updates:
                 if chunk := self.chunk(index, self.choices[index], update):
-                    yield event(dumped(self.part(choices=[chunk], **self.head)))
-            if with_usage:
-                yield event(dumped(self.part(choices=[], usage=self.usage(), **self.head)))
-            yield "data: [DONE]\n\n"
-        except Exception as error:
-            yield event(errors.body(errors.report(error)))
-        finally:
-            await work.aclose()  # type: ignore[attr-defined]
+                    yield self.part(choices=[chunk], **self.head)
+        if options is not None and options.include_usage:
+            yield self.part(choices=[], usage=self.usage(), **self.head)
 
     def usage(self) -> schema.UsageOut:
         """Tokens of all choices; a prompt counts once, as OpenAI counts it."""
@@ -170,11 +146,11 @@ class _Shape:
             for tier, n in result.usage.reused_tokens.items():
                 reused[tier] = reused.get(tier, 0) + n
         cached = sum(max(0, min(u.prompt_tokens - u.live_tokens, sum(u.reused_tokens.values()))) for u in firsts)
-        u = firsts[0]
+        u, with_documents = firsts[0], any(prompt.graph.segments for prompt in self.laid)
         details = schema.Details(
             method=self.laid[0].method.name,
             computed_tokens=sum(r.usage.computed_tokens for r in results),
-            document_tokens_computed=sum(r.usage.document_tokens_computed for r in results),
+            document_tokens_computed=sum(r.usage.document_tokens_computed for r in results) if with_documents else 0,
             reused_tokens=reused,
             kv_bytes=u.kv_bytes,
             queued=u.queued,
@@ -182,6 +158,7 @@ class _Shape:
             ttft=u.ttft,
             decode=u.decode,
             dropped=[name for prompt in self.laid for name in prompt.dropped],
+            ignored=self.ignored,
         )
         return schema.UsageOut(
             prompt_tokens=prompt,
@@ -284,15 +261,6 @@ def finite(logprob: float | None) -> float:
     return max(-9999.0, -9999.0 if logprob is None else logprob)
 
 
-def dumped(model: BaseModel) -> dict[str, Any]:
-    """The JSON of a response."""
-    return model.model_dump()
-
-
-# Line ends that JSON may have as they are, and at which clients that read by Python's idea of a line would cut.
-LINE_ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}
-
-
-def event(data: Any) -> str:
-    """One server-sent event, on one line whoever splits it."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':')).translate(LINE_ENDS)}\n\n"
+def finish_reason(result: Result) -> schema.FinishReason:
+    """Why an answer ended, in OpenAI's words."""
+    return "stop" if result.finish_reason == "stop" else "length"

@@ -6,8 +6,7 @@ import asyncio
 import hashlib
 from array import array
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import asdict, replace
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
@@ -18,12 +17,14 @@ from kvgraph.data.chat import DOCUMENT, Document
 from kvgraph.edges import named_edges
 from kvgraph.engine.request import Request
 from kvgraph.engine.result import Usage
+from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import GraphKV
+from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server import errors
 from kvgraph.server.errors import APIError
-from kvgraph.server.library import Segment, State, StoredGraph
+from kvgraph.server.library import DEFAULT_METHOD, State, StoredGraph, StoredSegment
+from kvgraph.server.lifecycle import Call, TheCall
 from kvgraph.server.precompute import QUERY, encoded, encoding, keys_of, segment_plan
 from kvgraph.server.prompts import with_fields
 from kvgraph.server.schema import Name, Ref, Strict
@@ -113,8 +114,8 @@ class GraphIn(BaseModel):
     """A corpus graph: who reads whom. Fields besides these are fields of the method: `rounds`, `band`, `keep`, `layout`.
 
     segments: ids of stored ones, or texts to store with it. edges: pairs [source, reader] of segments by index or id, or
-    a name: all, chain, top-k:3, last-k:3, layers:1-3, star:0. method: graph-kv or a preset of it, in a layout where a
-    segment's KV hangs on its sources alone: aligned or tight.
+    a name: all, chain, top-k:3, last-k:3, layers:1-3, star:0. method: one that reads edges, by which
+    a segment's KV depends on its sources alone: graph-kv in layout aligned or tight.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -122,7 +123,7 @@ class GraphIn(BaseModel):
     id: Id | None = None
     segments: Annotated[list[Id | SegmentIn], Field(min_length=1)]
     edges: Name | list[tuple[Ref, Ref]] = []
-    method: Name = GraphKV.name
+    method: Name = DEFAULT_METHOD
 
 
 class GraphOut(BaseModel):
@@ -167,24 +168,18 @@ class Deleted(BaseModel):
 
 
 @router.put("/segments")
-async def put_segments(body: SegmentsIn, server: TheServer, caller: TheCaller) -> SegmentsEncoded:
+async def put_segments(body: SegmentsIn, call: TheCall) -> SegmentsEncoded:
     """Store one text or several, and encode them; answers when that is done. Putting the same again changes nothing."""
-    async with AsyncExitStack() as held:
-        server.admit(caller, 1, held)
-        try:
-            async with asyncio.timeout_at(server.deadline(None)):
-                segments, requests = await server.off_loop(_stored, server, caller, body.texts)
-                async with aclosing(encoded(server.runner, _each(requests))) as results:
-                    usages = [usage async for usage in results]
-        except TimeoutError:
-            raise APIError(504, "encoding took longer than the deadline; put fewer at once", code="timeout") from None
-    return SegmentsEncoded(data=[_encoded(server, *pair) for pair in zip(segments, usages, strict=True)])
+    async with call.admitted():
+        segments, requests = await call.prepared(_stored, call.server, call.caller, body.texts)
+        usages = await call.collected(_usages(call, requests))
+    return SegmentsEncoded(data=[_encoded(call.server, *pair) for pair in zip(segments, usages, strict=True)])
 
 
 @router.get("/segments")
 async def list_segments(server: TheServer, caller: TheCaller, after: After = "", limit: Limit = 100) -> SegmentList:
     """The stored segments, a page at a time."""
-    found = await server.off_loop(server.library.segments, caller.tenant, after, limit + 1)
+    found = await server.workers.run(server.library.segments, caller.tenant, after, limit + 1)
     return SegmentList(data=[SegmentOut(**_facts(server, s)) for s in found[:limit]], has_more=len(found) > limit)
 
 
@@ -197,25 +192,25 @@ async def get_segment(id: InPath, server: TheServer, caller: TheCaller) -> Segme
         (key,) = keys_of(server.engine, segment_plan(segment.tokens), caller.salt)
         return SegmentDetails(**_facts(server, segment), text=segment.text, tier=server.engine.tier(key))
 
-    return await server.off_loop(look)
+    return await server.workers.run(look)
 
 
 @router.delete("/segments/{id}")
 async def delete_segment(id: InPath, server: TheServer, caller: TheCaller) -> Deleted:
     """Forget a segment and its KV; refused while a graph uses it."""
-    segment = await server.off_loop(server.library.remove, caller.tenant, id)
+    segment = await server.workers.run(server.library.remove, caller.tenant, id)
     await _forget(server, caller, [segment_plan(segment.tokens)])
     return Deleted(id=id, object="segment.deleted")
 
 
-def _stored(server: Server, caller: Caller, given: Sequence[SegmentIn]) -> tuple[list[Segment], list[Request]]:
+def _stored(server: Server, caller: Caller, given: Sequence[SegmentIn]) -> tuple[list[StoredSegment], list[Request]]:
     """The segments of texts, kept in the library, and the requests that encode them."""
     segments = _tokenized(server, given)
     requests = [encoding(server.engine, segment_plan(s.tokens), caller.salt) for s in segments]
     return server.library.add(caller.tenant, segments, server.settings.max_segments), requests
 
 
-def _tokenized(server: Server, given: Sequence[SegmentIn]) -> list[Segment]:
+def _tokenized(server: Server, given: Sequence[SegmentIn]) -> list[StoredSegment]:
     """Texts, filled into the document template, as segments. Raises APIError for too many, or one without tokens."""
     if len(given) > server.settings.max_documents:
         raise APIError(400, f"{len(given)} texts at once, but at most {server.settings.max_documents} are taken")
@@ -223,10 +218,10 @@ def _tokenized(server: Server, given: Sequence[SegmentIn]) -> list[Segment]:
     segments = []
     for i, item in enumerate(given):
         text = Document(item.text, item.title or "").filled(template)
-        tokens = tuple(server.engine.encode(text) if isinstance(text, str) else text)
+        tokens = tuple(server.engine.tokenize(text) if isinstance(text, str) else text)
         if not tokens:
             raise APIError(400, f"segment {item.id or i!r} holds no tokens; give it a text", param=f"segments.{i}.text")
-        segments.append(Segment(item.id or _name(tokens), tokens, item.title or "", item.text))
+        segments.append(StoredSegment(item.id or _name(tokens), tokens, item.title or "", item.text))
     return segments
 
 
@@ -235,12 +230,18 @@ def _name(tokens: Sequence[int]) -> str:
     return f"seg-{hashlib.sha256(array('i', tokens).tobytes()).hexdigest()[:24]}"
 
 
+async def _usages(call: Call, requests: Sequence[Request]) -> list[Usage]:
+    """What each encoding took."""
+    async with aclosing(encoded(call.submit, _each(requests))) as usages:
+        return [usage async for usage in usages]
+
+
 async def _each(requests: Sequence[Request]) -> AsyncIterator[Request]:
     for request in requests:
         yield request
 
 
-def _facts(server: Server, segment: Segment) -> dict[str, Any]:
+def _facts(server: Server, segment: StoredSegment) -> dict[str, Any]:
     """What every answer says of a segment."""
     return {
         "id": segment.id,
@@ -251,7 +252,7 @@ def _facts(server: Server, segment: Segment) -> dict[str, Any]:
     }
 
 
-def _encoded(server: Server, segment: Segment, usage: Usage) -> SegmentEncoded:
+def _encoded(server: Server, segment: StoredSegment, usage: Usage) -> SegmentEncoded:
     return SegmentEncoded(
         **_facts(server, segment), computed_tokens=usage.computed_tokens, reused_tokens=usage.reused_tokens
     )
@@ -264,7 +265,7 @@ async def _forget(server: Server, caller: Caller, plans: Sequence[Plan]) -> None
     def keys() -> list[str]:
         return [key for plan in plans for key in keys_of(engine, plan, caller.salt)]
 
-    found = await server.off_loop(keys)
+    found = await server.workers.run(keys)
     await asyncio.wrap_future(server.runner.call(lambda: engine.forget(found)))
 
 
@@ -272,33 +273,32 @@ async def _forget(server: Server, caller: Caller, plans: Sequence[Plan]) -> None
 
 
 @router.post("/graphs", status_code=202)
-async def post_graph(body: GraphIn, server: TheServer, caller: TheCaller) -> GraphOut:
+async def post_graph(body: GraphIn, call: TheCall) -> GraphOut:
     """Store a graph and encode every round of it in the background; `GET` tells how far that is. The same graph again
     changes nothing, but starts one that failed anew."""
-    async with AsyncExitStack() as held:
-        server.admit(caller, 1, held)
-        graph = await server.off_loop(_kept, server, caller, body)
-    server.precompute.start(graph)
-    return _shown(server, graph)
+    async with call.admitted():  # to the end, whether or not the client stays: what is kept must be started too
+        graph = await call.server.workers.run(_kept, call.server, call.caller, body)
+    call.server.precompute.start(graph)
+    return _shown(call.server, graph)
 
 
 @router.get("/graphs")
 async def list_graphs(server: TheServer, caller: TheCaller, after: After = "", limit: Limit = 100) -> GraphList:
     """The stored graphs, a page at a time."""
-    found = await server.off_loop(server.library.graphs, caller.tenant, after, limit + 1)
+    found = await server.workers.run(server.library.graphs, caller.tenant, after, limit + 1)
     return GraphList(data=[_shown(server, graph) for graph in found[:limit]], has_more=len(found) > limit)
 
 
 @router.get("/graphs/{id}")
 async def get_graph(id: InPath, server: TheServer, caller: TheCaller) -> GraphOut:
     """A stored graph, and how far its encoding is."""
-    return _shown(server, await server.off_loop(server.library.graph, caller.tenant, id))
+    return _shown(server, await server.workers.run(server.library.graph, caller.tenant, id))
 
 
 @router.delete("/graphs/{id}")
 async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Deleted:
     """Forget a graph and the KV of segments that were encoded along its edges. Its segments and their own KV stay."""
-    graph = await server.off_loop(server.library.graph, caller.tenant, id)
+    graph = await server.workers.run(server.library.graph, caller.tenant, id)
     await server.precompute.stop(graph)
 
     def removed() -> list[str]:
@@ -307,14 +307,14 @@ async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Dele
         server.library.remove_graph(graph)
         return [key for key, span in zip(keys, plan.spans, strict=True) if key is not None and span.sees]
 
-    keys = await server.off_loop(removed)
+    keys = await server.workers.run(removed)
     await asyncio.wrap_future(server.runner.call(lambda: server.engine.forget(keys)))
     return Deleted(id=id, object="graph.deleted")
 
 
 def _kept(server: Server, caller: Caller, body: GraphIn) -> StoredGraph:
     """The graph of a request, kept in the library if all of it can be encoded. Raises APIError or GraphError."""
-    method = _method(body)
+    chosen = with_fields(methods.parse(body.method), body.model_extra)
     library, tenant = server.library, caller.tenant
     brought = _tokenized(server, [item for item in body.segments if isinstance(item, SegmentIn)])
     new = iter(brought)
@@ -323,8 +323,7 @@ def _kept(server: Server, caller: Caller, body: GraphIn) -> StoredGraph:
     ]
     names, tokens = [segment.id for segment in segments], [segment.tokens for segment in segments]
     graph = ContextGraph(tokens, QUERY, edges=_edges(server, body.edges, names), names=names)
-    if method.layout == "aligned" and method.band is None:
-        method = replace(method, band=max(map(len, tokens)))
+    method = _for_corpus(chosen, max(map(len, tokens)))
     plan = method.plan(graph)
     limit = server.engine.model.limit
     if plan.highest_position >= limit:
@@ -339,20 +338,12 @@ def _kept(server: Server, caller: Caller, body: GraphIn) -> StoredGraph:
     return library.add_graph(tenant, body.id, method, names, graph.edges, spans=len(spans), tokens=sum(spans.values()))
 
 
-def _method(body: GraphIn) -> GraphKV:
-    """The method of a stored graph, which must be graph-kv in a layout that leaves segments' KV to their sources."""
-    method = with_fields(methods.parse(body.method), body.model_extra)
-    if not isinstance(method, GraphKV):
-        raise APIError(
-            400, f"{method.name} reads no edges; name stored segments in a request's documents instead", param="method"
-        )
-    if method.layout not in ("aligned", "tight"):
-        raise APIError(
-            400,
-            f'in layout "{method.layout}" what a query reads hangs on the whole graph; use aligned or tight',
-            param="layout",
-        )
-    return method
+def _for_corpus(method: Method, longest: int) -> Method:
+    """The method of a stored graph. Raises APIError 400 for one by which a part isn't encoded as in the whole."""
+    try:
+        return method.for_corpus(longest)
+    except GraphError as error:
+        raise APIError(400, str(error), param="method") from None
 
 
 def _edges(server: Server, edges: str | list[tuple[Ref, Ref]], names: Sequence[str]) -> Sequence[tuple[Ref, Ref]]:
@@ -379,7 +370,7 @@ def _shown(server: Server, graph: StoredGraph) -> GraphOut:
         tokens=graph.tokens,
         bytes=graph.tokens * server.engine.model.kv_bytes_per_token,
         method=graph.method.name,
-        fields=asdict(graph.method),
+        fields=methods.configuration(graph.method),
         created=int(graph.created),
         error=graph.error,
     )

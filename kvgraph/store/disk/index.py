@@ -11,30 +11,29 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-SCHEMA = 1
+SCHEMA = 2
 BUSY_TIMEOUT = 5.0  # seconds a writer waits for another process
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A record as `ls` shows it. size: bytes of the file. created, used: seconds since the epoch. ttl: seconds."""
+    """A record as `ls` shows it. size: bytes of the file. created, used: seconds since the epoch."""
 
     key: str
     size: int
     created: float
     used: float
     pinned: bool
-    ttl: float | None
     tokens: int
     fingerprint: str
-    label: str
+    codec: str
 
 
 _COLUMNS = ", ".join(f.name for f in fields(Entry))
 _CREATE = """
 CREATE TABLE IF NOT EXISTS records (
     key TEXT PRIMARY KEY, size INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, pinned INTEGER NOT NULL,
-    ttl REAL, tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL, label TEXT NOT NULL
+    tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL, codec TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_use ON records (used);
 """
@@ -43,19 +42,20 @@ CREATE INDEX IF NOT EXISTS by_use ON records (used);
 class Index:
     """A SQLite database in WAL mode. Every method may raise sqlite3.Error.
 
-    is_new: it isn't filled from the files yet; `filled` says that it is.
+    is_new: it isn't filled from the files yet, or an older version's; `filled` says that it is. create: make the tables
+    of a new one.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, create: bool = True):
         self.db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = NORMAL")
             (version,) = self.db.execute("PRAGMA user_version").fetchone()
-            self.is_new = version == 0
-            if self.is_new:
-                self.db.executescript(_CREATE)
-            elif version != SCHEMA:
+            self.is_new = version < SCHEMA
+            if self.is_new and create:  # an older version's rows are made again from the files
+                self.db.executescript("DROP TABLE IF EXISTS records;" + _CREATE if version else _CREATE)
+            elif version > SCHEMA:
                 raise sqlite3.DatabaseError(f"index schema {version}")
         except BaseException:
             self.db.close()
@@ -80,13 +80,12 @@ class Index:
             self.db.execute("ROLLBACK")
 
     def add(self, entry: Entry) -> None:
-        """Insert a row. A row that is there keeps its pin, its label if the new one is empty, and the later use."""
+        """Insert a row. A row that is there keeps its pin and the later use."""
         marks = ", ".join("?" * len(fields(Entry)))
         self.db.execute(
             f"INSERT INTO records ({_COLUMNS}) VALUES ({marks}) ON CONFLICT (key) DO UPDATE SET "
-            "size = excluded.size, created = excluded.created, used = max(used, excluded.used), ttl = excluded.ttl, "
-            "tokens = excluded.tokens, fingerprint = excluded.fingerprint, "
-            "label = CASE excluded.label WHEN '' THEN label ELSE excluded.label END",
+            "size = excluded.size, created = excluded.created, used = max(used, excluded.used), "
+            "tokens = excluded.tokens, fingerprint = excluded.fingerprint, codec = excluded.codec",
             astuple(entry),
         )
 
@@ -115,7 +114,8 @@ class Index:
     def total(self) -> tuple[int, int]:
         """(bytes of all records, bytes of the pinned ones)."""
         sums = "SELECT coalesce(sum(size), 0), coalesce(sum(size * pinned), 0) FROM records"
-        return self.db.execute(sums).fetchone()
+        total, pinned = self.db.execute(sums).fetchone()
+        return total, pinned
 
     def entries(self) -> Iterator[Entry]:
         """All rows, most recently used first."""
@@ -125,11 +125,7 @@ class Index:
         """Rows that aren't pinned, least recently used first."""
         return map(_entry, self.db.execute(f"SELECT {_COLUMNS} FROM records WHERE NOT pinned ORDER BY used"))
 
-    def expired(self, now: float) -> Iterator[Entry]:
-        """Rows older than their time to live, pinned or not."""
-        return map(_entry, self.db.execute(f"SELECT {_COLUMNS} FROM records WHERE created + ttl < ?", (now,)))
-
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    key, size, created, used, pinned, ttl, tokens, fingerprint, label = row
-    return Entry(key, size, created, used, bool(pinned), ttl, tokens, fingerprint, label)
+    key, size, created, used, pinned, tokens, fingerprint, codec = row
+    return Entry(key, size, created, used, bool(pinned), tokens, fingerprint, codec)

@@ -5,7 +5,8 @@
     folder/quarantine/           bad records, moved aside for people to look at
     folder/index.sqlite          sizes, last uses, pins; rebuilt from the files whenever needed
     folder/index.lock            held while the index is opened or replaced
-    folder/library.sqlite        a server's segments and graphs; nothing of the store's, only kept beside it
+
+What else lies in the folder is its owner's business.
 
 The files are the truth. A record appears by one rename of a finished, synced file and is never changed afterwards, so a
 reader needs no lock. The index is a convenience: when it is locked, lost, damaged or read-only, records are still
@@ -21,7 +22,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,12 @@ from typing import TypeVar
 
 from kvgraph.errors import StoreError
 from kvgraph.store import format
-from kvgraph.store.base import is_key
+from kvgraph.store.base import EVENTS, Found, Store, is_key
+from kvgraph.store.codecs.base import Codec
+from kvgraph.store.codecs.registry import spec_of
 from kvgraph.store.disk.index import Entry, Index
-from kvgraph.store.format import BadRecord, UnsupportedRecord
-from kvgraph.store.record import Record
+from kvgraph.store.format import RAW
+from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
 
 T = TypeVar("T")
 
@@ -41,9 +44,6 @@ SUFFIX = ".safetensors"
 TEMPORARY = ".tmp-"
 TOUCH_EVERY = 30.0  # seconds between writes of last uses to the index
 TOUCH_AT_MOST = 1024  # last uses waiting to be written
-LIBRARY = "library.sqlite"  # a server's stored segments and graphs, kept beside their KV
-OWN_FILES = {"VERSION", "records", "quarantine", "index.lock"}
-OWN_FILES |= {base + suffix for base in ("index.sqlite", LIBRARY) for suffix in ("", "-wal", "-shm")}
 
 # Connections opened before a fork: SQLite allows the child neither to use nor to close them.
 _inherited: list[Index] = []
@@ -53,8 +53,7 @@ _inherited: list[Index] = []
 class Stat:
     """A store at one moment. bytes: of record files. quarantined: files in quarantine/.
 
-    The rest counts what this process saw since it opened the store. bad: records moved aside; unreadable: not openable,
-    or in a form this version doesn't read; index_errors: times the index couldn't be used.
+    counts: what this process saw since it opened the store, by event (see `kvgraph.store.base.EVENTS`).
     """
 
     records: int
@@ -64,11 +63,7 @@ class Stat:
     pinned_bytes: int
     capacity: int | None
     quarantined: int
-    hits: int
-    misses: int
-    bad: int
-    unreadable: int
-    index_errors: int
+    counts: Mapping[str, int]
 
 
 @dataclass
@@ -77,8 +72,8 @@ class VerifyReport:
 
     good: records checked and found right; bytes: of their files. bad: (key, reason) of records moved aside.
     unsupported: (key, reason) of records this version can't read, left alone. unreadable: (path, reason) of files that
-    couldn't be opened. foreign: paths that aren't the store's, left alone. temporary: leftovers of dead writers,
-    removed. rows_added, rows_removed: rows of the index that were missing, or had no file.
+    couldn't be opened. foreign: paths below records/ that aren't the store's, left alone. temporary: leftovers of dead
+    writers, removed. rows_added, rows_removed: rows of the index that were missing, or had no file.
     """
 
     good: int = 0
@@ -101,9 +96,9 @@ class DiskStore:
     """Records in a folder. Safe to use from several threads and processes at once.
 
     folder: made if missing. capacity_bytes: record files of all processes together, None for no limit; the least
-    recently used leave first. ttl: seconds after which a record is a miss for this store object and removed. verify:
-    compare a record's checksum the first time this process loads it. fingerprint: the model's; it is written into
-    records, and a record that states another one is never served.
+    recently used leave first. verify: compare a record's checksum the first time this process loads it. fingerprint: the
+    model's; it is written into records, and a record that states another one is never served. codec: how
+    new records are kept; those of any codec are read.
 
     Raises StoreError when the folder can't be used or holds another store format.
     """
@@ -114,16 +109,16 @@ class DiskStore:
         self,
         folder: str | Path,
         capacity_bytes: int | None = None,
-        ttl: float | None = None,
         verify: bool = True,
         fingerprint: str | None = None,
+        codec: Codec = RAW,
     ):
         if not str(folder):
             raise StoreError("the store's folder has no name; give a path")
         if capacity_bytes is not None and capacity_bytes < 1:
             raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
         self.folder = Path(folder)
-        self.capacity, self.ttl, self.checks, self.fingerprint = capacity_bytes, ttl, verify, fingerprint or ""
+        self.capacity, self.checks, self.fingerprint, self.codec = capacity_bytes, verify, fingerprint or "", codec
         self._records = self.folder / "records"
         self._counts: Counter[str] = Counter()
         self._checked: dict[str, tuple[int, int, int]] = {}  # key → the file whose checksum was right
@@ -138,28 +133,29 @@ class DiskStore:
 
     # -- the Store interface ------------------------------------------------------------------------------------------
 
-    def get(self, key: str) -> Record | None:
+    def get(self, key: str) -> Found | None:
         """The record, its KV mapped from the file, or None. Never raises and never returns doubtful data.
 
-        A bad record is moved to quarantine/ and counted, an expired one is removed: both are misses.
+        A bad record is moved to quarantine/ and counted; it is a miss.
         """
         record = self._load(key) if is_key(key) else None
         self._count("misses" if record is None else "hits")
-        if record is not None:
-            self._touch(key)
-        return record
+        if record is None:
+            return None
+        self._touch(key)
+        return record, self.name
 
-    def put(self, record: Record, label: str = "") -> None:
+    def put(self, record: Record) -> None:
         """Keep a record; on return it survives a crash. Idempotent: a file that is there stays. May evict others.
 
-        label: what `ls` shows beside the key. Raises StoreError if the folder isn't writable, the disk is full, or the
-        record can't fit the capacity beside the pinned ones; nothing else is lost then.
+        Raises StoreError if the folder isn't writable, the disk is full, or the record can't fit the capacity beside the
+        pinned ones; nothing else is lost then.
         """
         path = self._path(record.key)
         if self.contains(record.key):
-            self._remember(record.key, label)
+            self._remember(record.key)
             return
-        buffers = format.encode(record, self.fingerprint)
+        buffers = format.encode(record, self.fingerprint, self.codec)
         size = sum(len(b) for b in buffers)
         self._make_room(size)
         try:
@@ -167,7 +163,8 @@ class DiskStore:
         except OSError as error:
             raise self._cant("keep a record", error) from error
         now = time.time()
-        entry = Entry(record.key, size, info.st_mtime, now, False, self.ttl, len(record), self.fingerprint, label)
+        codec = spec_of(self.codec)
+        entry = Entry(record.key, size, info.st_mtime, now, False, len(record), self.fingerprint, codec)
         self._with_index(lambda index: index.add(entry))
 
     def contains(self, key: str) -> bool:
@@ -214,7 +211,6 @@ class DiskStore:
         """Sums and counts. Changes nothing."""
         entries = self.ls()
         pinned = [e for e in entries if e.pinned]
-        counts = self.counts()
         return Stat(
             len(entries),
             sum(e.size for e in entries),
@@ -223,13 +219,18 @@ class DiskStore:
             sum(e.size for e in pinned),
             self.capacity,
             len(_names(self.folder / "quarantine")),
-            **counts,
+            self.counts(),
         )
 
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        """Itself."""
+        return (self,)
+
     def counts(self) -> dict[str, int]:
-        """What this process saw: Stat's hits, misses, bad, unreadable and index_errors. Reads no file, waits for none."""
+        """What this process saw, by event. Reads no file, waits for none."""
         with self._local:
-            return {name: self._counts[name] for name in ("hits", "misses", "bad", "unreadable", "index_errors")}
+            return {event: self._counts[event] for event in EVENTS}
 
     def size(self) -> int | None:
         """Bytes of all record files by the index; None if it can't be used now. May wait for other users of the index."""
@@ -262,8 +263,8 @@ class DiskStore:
         self._set_pinned(key, False)
 
     def prune(self, max_bytes: int | None = None, older_than: float | None = None) -> tuple[int, int]:
-        """Remove expired records, those not used for `older_than` seconds, then the least recently used until at most
-        `max_bytes` are left. Pinned ones stay, unless expired. Returns (records, bytes) removed. Raises StoreError.
+        """Remove records not used for `older_than` seconds, then the least recently used until at most `max_bytes` are
+        left. Pinned ones stay. Returns (records, bytes) removed. Raises StoreError.
         """
         now = time.time()
 
@@ -271,26 +272,19 @@ class DiskStore:
             self._flush(index)
             self._reconcile(index)
             with index:
-                victims = {e.key: e.size for e in index.expired(now)}
-                left = index.total()[0] - sum(victims.values())
+                victims: dict[str, int] = {}
+                left = index.total()[0]
                 for entry in index.idle():
                     old = older_than is not None and now - entry.used > older_than
                     over = max_bytes is not None and left > max_bytes
                     if not (old or over):
                         break
-                    if entry.key not in victims:
-                        victims[entry.key] = entry.size
-                        left -= entry.size
+                    victims[entry.key] = entry.size
+                    left -= entry.size
                 self._unlink(index, victims)
             return len(victims), sum(victims.values())
 
         return self._need_index(work)
-
-    def rebuild(self) -> tuple[int, int]:
-        """Make the index agree with the files; returns (rows added, rows removed). Keeps pins, labels and last uses of
-        rows that are right. Raises StoreError if the index can't be written.
-        """
-        return self._need_index(self._reconcile)
 
     def verify(self) -> VerifyReport:
         """Check every record in full, move bad ones aside, remove leftovers of dead writers, put the index right.
@@ -298,8 +292,10 @@ class DiskStore:
         Reads everything; other processes may go on using the store. Doesn't raise: what can't be read is reported.
         """
         report = VerifyReport()
-        for path in sorted(self._foreign_at_root()):
-            report.foreign.append(str(path))
+        for name in _names(self.folder):
+            if name.startswith(TEMPORARY):
+                remove_if_abandoned(self.folder / name)
+        report.foreign += sorted(map(str, self._foreign()))
         for folder in sorted(_names(self._records)):
             for name in sorted(_names(self._records / folder)):
                 self._verify_file(self._records / folder / name, report)
@@ -337,9 +333,6 @@ class DiskStore:
         try:
             data, info = format.map_file(path)
             inode, identity = info.st_ino, format.identity(info)
-            if self.ttl is not None and time.time() - info.st_mtime > self.ttl:
-                self.delete(key)
-                return None
             first = self._checked.get(key) != identity
             record = format.decode(data, key, self.fingerprint, verify=self.checks and first)
         except BadRecord:
@@ -348,7 +341,7 @@ class DiskStore:
         except UnsupportedRecord:
             self._count("unreadable")
             return None
-        except (OSError, StoreError) as error:  # not there, or not readable now: nothing is known to be wrong with it
+        except OSError as error:  # not there, or not readable now: nothing is known to be wrong with it
             if not isinstance(error, FileNotFoundError):
                 self._count("unreadable")
             return None
@@ -376,18 +369,18 @@ class DiskStore:
                 if _is_record(folder, name):
                     yield name.removesuffix(SUFFIX)
 
-    def _entry(self, key: str, label: str = "") -> Entry | None:
+    def _entry(self, key: str) -> Entry | None:
         """A record's row as its file tells it, None if there is none. A header that can't be read counts 0 tokens."""
         path = self._path(key)
         try:
             info = path.stat()
             header = format.read_header(format.map_file(path)[0])
-            tokens, fingerprint = header.tokens, header.fingerprint
+            tokens, fingerprint, codec = header.tokens, header.fingerprint, spec_of(header.codec)
         except FileNotFoundError:
             return None
         except (OSError, BadRecord, UnsupportedRecord):
-            tokens, fingerprint = 0, ""
-        return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, self.ttl, tokens, fingerprint, label)
+            tokens, fingerprint, codec = 0, "", ""
+        return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, tokens, fingerprint, codec)
 
     def _verify_file(self, path: Path, report: VerifyReport) -> None:
         if path.name.startswith(TEMPORARY):
@@ -415,12 +408,8 @@ class DiskStore:
             report.good += 1
             report.bytes += info.st_size
 
-    def _foreign_at_root(self) -> Iterator[Path]:
-        for name in _names(self.folder):
-            if name.startswith(TEMPORARY):
-                remove_if_abandoned(self.folder / name)
-            elif name not in OWN_FILES:
-                yield self.folder / name
+    def _foreign(self) -> Iterator[Path]:
+        """What lies directly in records/ and isn't the store's."""
         for name in _names(self._records):
             path = self._records / name
             if not path.is_dir() or len(name) != 2 or not is_key(name.ljust(64, "0")):
@@ -444,7 +433,7 @@ class DiskStore:
         """
         if self.capacity is None:
             return
-        capacity, now = self.capacity, time.time()
+        capacity = self.capacity
 
         def work(index: Index) -> int:
             if index.total()[0] + size <= capacity:
@@ -456,14 +445,12 @@ class DiskStore:
                 total, pinned = index.total()
                 if pinned + size > capacity:
                     return pinned
-                victims = {e.key: e.size for e in index.expired(now)}
-                left = total - sum(victims.values())
+                victims: list[str] = []
                 for entry in index.idle():
-                    if left + size <= capacity:
+                    if total + size <= capacity:
                         break
-                    if entry.key not in victims:
-                        victims[entry.key] = entry.size
-                        left -= entry.size
+                    victims.append(entry.key)
+                    total -= entry.size
                 self._unlink(index, victims)
             return 0
 
@@ -570,9 +557,9 @@ class DiskStore:
         self._reconciled = True
         return len(entries), len(lost)
 
-    def _remember(self, key: str, label: str) -> None:
+    def _remember(self, key: str) -> None:
         """Put a record that is already there to use, and give it a row if it has none."""
-        entry = self._entry(key, label)
+        entry = self._entry(key)
         if entry is not None:
             self._with_index(lambda index: index.add(entry))
             self._touch(key)
@@ -603,7 +590,7 @@ class DiskStore:
                 if self._index is not None and self._index_id == self._identify_index():
                     self._flush(self._index, wait=False)
                 elif (self.folder / "index.sqlite").exists():
-                    index = Index(self.folder / "index.sqlite")
+                    index = Index(self.folder / "index.sqlite", create=False)
                     try:
                         if not index.is_new:
                             self._flush(index, wait=False)

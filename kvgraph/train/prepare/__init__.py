@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
+from kvgraph.registry import Registry, named
 from kvgraph.train.prepare.blocks import TULU_BLOCKS
 from kvgraph.train.prepare.chats import DARING_ANTEATER, DARING_ANTEATER_MEM, TULU, TULU_MEM
 from kvgraph.train.prepare.qa import QA_2WIKI, QA_TRIVIA
@@ -14,7 +12,7 @@ from kvgraph.train.prepare.text import FINEWEB_TEXT, FINEWEB_TEXT_INST, FINEWEB_
 
 __all__ = ["SOURCES", "get"]
 
-SOURCES: Mapping[str, Source] = MappingProxyType(
+SOURCES: Registry[Source] = Registry(
     {
         source.name: source
         for source in (
@@ -31,9 +29,11 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             QA_2WIKI,
             QA_TRIVIA,
         )
-    }
+    },
+    "kvgraph.sources",
+    named(Source),
 )
-"""Sources by name."""
+"""Sources by name. Other packages add some in the group "kvgraph.sources"; see `kvgraph.registry`."""
 
 
 def get(name: str) -> Source:

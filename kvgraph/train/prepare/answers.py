@@ -7,7 +7,6 @@ KVLink lets gpt-4o-mini answer each question from its ten passages, at temperatu
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from kvgraph.data import io
 from kvgraph.errors import KVGraphError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class AnswersError(KVGraphError):
     """Answers can't be generated: no key, no endpoint, a model it doesn't have, or nothing but failures."""
 
 
-class Request(NamedTuple):
+class AnswerRequest(NamedTuple):
     """A question as chat messages. name: for people; answers are found again by the messages."""
 
     name: str
@@ -100,7 +100,7 @@ class Endpoint:
             raise AnswersError(f"{KEY} isn't set; set it, or give an endpoint (--set url=...) or --set answers=gold")
         return AsyncOpenAI(api_key=key or "none", base_url=url, timeout=self.timeout, max_retries=self.retries)
 
-    def key(self, request: Request) -> str:
+    def key(self, request: AnswerRequest) -> str:
         """What an answer is found again by: everything that it depends on but the endpoint's address."""
         asked = [self.model, self.max_tokens, self.temperature, request.messages]
         return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:32]
@@ -151,7 +151,7 @@ class Answers:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def ask(self, requests: Iterable[tuple[Request, T]]) -> Generator[tuple[T, Reply]]:
+    def ask(self, requests: Iterable[tuple[AnswerRequest, T]]) -> Generator[tuple[T, Reply]]:
         """Each request's reply, in the order of requests, with what came with it; `concurrency` are asked at a time.
 
         Only what isn't in the journal is asked, and at most AHEAD * concurrency requests before their replies are wanted.
@@ -173,7 +173,7 @@ class Answers:
             raise AnswersError(f"there was no answer to any request: {held[-1][1].reason}; run the same again to go on")
         yield from held
 
-    def _asked(self, requests: Iterable[tuple[Request, T]]) -> Iterator[_Asked]:
+    def _asked(self, requests: Iterable[tuple[AnswerRequest, T]]) -> Iterator[_Asked]:
         """All requests in order; when one is given, the next AHEAD * concurrency are asked already."""
         with self._asking() as submit:
             left = iter(requests)
@@ -192,7 +192,7 @@ class Answers:
                 promised.pop(window.popleft().key, None)
 
     @contextmanager
-    def _asking(self) -> Iterator[Callable[[str, Request], Future[Reply]]]:
+    def _asking(self) -> Iterator[Callable[[str, AnswerRequest], Future[Reply]]]:
         """What takes a request and promises its reply. At the end, requests on their way get GRACE to arrive."""
         client = self.endpoint.client()
         slots, ending = asyncio.Semaphore(self.endpoint.concurrency), threading.Event()
@@ -200,7 +200,7 @@ class Answers:
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, daemon=True)
 
-        async def ask(key: str, request: Request) -> Reply:
+        async def ask(key: str, request: AnswerRequest) -> Reply:
             async with slots:
                 if ending.is_set():
                     raise asyncio.CancelledError
@@ -213,7 +213,7 @@ class Answers:
                     self._write(key, request, reply)
                 return reply
 
-        def submit(key: str, request: Request) -> Future[Reply]:
+        def submit(key: str, request: AnswerRequest) -> Future[Reply]:
             underway.difference_update([future for future in underway if future.done()])
             underway.add(future := asyncio.run_coroutine_threadsafe(ask(key, request), loop))
             return future
@@ -237,7 +237,7 @@ class Answers:
         known.set_result(self._replies[key])
         return known
 
-    def _write(self, key: str, request: Request, reply: Reply) -> None:
+    def _write(self, key: str, request: AnswerRequest, reply: Reply) -> None:
         line = {
             "key": key,
             "name": request.name,
@@ -245,10 +245,7 @@ class Answers:
             "reason": reply.reason,
             "tokens": reply.tokens,
         }
-        written, end = json.dumps(line, ensure_ascii=False).encode() + b"\n", self._file.tell()
-        if self._file.write(written) < len(written):
-            self._file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        io.append(self._file, io.line(line))
         self._keep(key, reply)
 
     def _keep(self, key: str, reply: Reply) -> None:
@@ -256,21 +253,16 @@ class Answers:
         self.spent.add(reply.tokens)
 
     def _read(self) -> None:
-        end = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
-                break
-            end += len(line)
+        for number, line in enumerate(io.whole_lines(self.path), 1):
             try:
                 row = json.loads(line)
                 read, written = row["tokens"]
                 self._keep(row["key"], Reply(row["answer"], row["reason"], (read, written)))
             except (ValueError, LookupError, TypeError):
                 raise AnswersError(f"{self.path}:{number} is no answer; mend or remove the line") from None
-        self._file.truncate(end)
 
 
-async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: Request) -> tuple[Reply, bool]:
+async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: AnswerRequest) -> tuple[Reply, bool]:
     """One reply, and whether it came from the model. Raises AnswersError for what would meet every request."""
     import openai
 
@@ -282,7 +274,9 @@ async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: Request) -> t
             temperature=endpoint.temperature,
         )
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-        raise AnswersError(f"{client.base_url} refuses the model {endpoint.model} or the key: {_line(error)}") from None
+        raise AnswersError(
+            f"{client.base_url} refuses the model {endpoint.model} or the key: {io.first_line(error)}"
+        ) from None
     except openai.APIStatusError as error:
         busy = error.status_code == 429 or error.status_code >= 500
         return Reply(None, f"HTTP {error.status_code}", outage=busy), False
@@ -313,8 +307,3 @@ def _checked(completion: Any, endpoint: Endpoint) -> Reply:
     if not isinstance(text, str) or not text.strip():
         return Reply(None, "empty reply", tokens)
     return Reply(text.strip(), "", tokens)
-
-
-def _line(error: Exception) -> str:
-    """An error's first line."""
-    return str(error).split("\n")[0][:200]

@@ -9,7 +9,7 @@ from typing import TypeVar
 from pydantic import BaseModel, Field
 
 from kvgraph.data.task import Hub
-from kvgraph.train.prepare.source import Job, Made, Skip, Source, each
+from kvgraph.train.prepare.source import Made, PrepareJob, Skip, Source, each
 
 Message = dict[str, str]
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -49,7 +49,7 @@ class Tulu(BaseModel):
     source: str = ""
 
 
-Row = TypeVar("Row", bound=BaseModel)
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def anteater(row: DaringAnteater) -> list[Message]:
@@ -113,13 +113,13 @@ def source(
     name: str,
     about: str,
     origin: str,
-    schema: type[Row],
-    messages: Callable[[Row], list[Message]],
+    schema: type[Schema],
+    messages: Callable[[Schema], list[Message]],
     make: Callable[[list[Message], random.Random], Iterable[Made]],
 ) -> Source:
     """A source of conversations. make: training records of one."""
 
-    def made(row: Row, job: Job, draw: random.Random) -> Iterable[Made]:
+    def made(row: Schema, job: PrepareJob, draw: random.Random) -> Iterable[Made]:
         return make(messages(row), draw)
 
     hub, sample = _FROM[schema]

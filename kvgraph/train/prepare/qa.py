@@ -25,16 +25,17 @@ from typing import Any, NamedTuple
 import xxhash
 from pydantic import BaseModel
 
+from kvgraph.data import io
 from kvgraph.data.chat import Document
+from kvgraph.data.schema import Answers as References
 from kvgraph.data.task import Hub, Task
-from kvgraph.eval.tasks import hotpotqa, triviaqa
-from kvgraph.eval.tasks.qa import Answers as Golds
-from kvgraph.eval.tasks.qa import joined
-from kvgraph.eval.tasks.wiki2 import WIKI2
-from kvgraph.train.prepare.answers import Answers, Endpoint, Request
+from kvgraph.data.tasks import hotpotqa, triviaqa
+from kvgraph.data.tasks.qa import joined
+from kvgraph.data.tasks.wiki2 import WIKI2
+from kvgraph.train.prepare.answers import AnswerRequest, Answers, Endpoint
 from kvgraph.train.prepare.retriever import CONTRIEVER, Encoder, Passages, SentenceEncoder, best, ranked
 from kvgraph.train.prepare.rows import Files
-from kvgraph.train.prepare.source import Job, Outcome, PrepareError, Row, Setting, Source, checked
+from kvgraph.train.prepare.source import Outcome, PrepareError, PrepareJob, RawRow, Setting, Source, checked
 
 BEST = 10  # passages a question
 WORDS = 100  # of a passage that is cut out of a page, as in DPR's Wikipedia (arXiv 2004.04906, section 4.1)
@@ -44,7 +45,7 @@ NONE, GOLD = "none", "gold"  # of `retriever` and `answers`
 Passage = dict[str, str]  # title and text
 
 
-class Question(NamedTuple):
+class RetrievalQuestion(NamedTuple):
     """A question of a data set. passages: what its record brings, in the record's order."""
 
     question: str
@@ -63,7 +64,7 @@ class WithContexts(BaseModel):
     """A record of FiD's TriviaQA (github.com/facebookresearch/FiD, open_domain_data/TQA)."""
 
     question: str
-    answers: Golds
+    answers: References
     target: str = ""
     ctxs: list[Retrieved]
 
@@ -71,26 +72,28 @@ class WithContexts(BaseModel):
 class Found(NamedTuple):
     """A question with its best passages, best first."""
 
-    row: Row
-    question: Question
+    row: RawRow
+    question: RetrievalQuestion
     passages: tuple[Passage, ...]
 
 
-def wiki(row: Row) -> Question:
+def wiki(row: RawRow) -> RetrievalQuestion:
     """A record of 2WikiMultiHopQA: a paragraph is a passage."""
-    record = checked(hotpotqa.Record, row)
+    record = checked(hotpotqa.HotpotRecord, row)
     passages = tuple({"title": title, "text": joined(sentences)} for title, sentences in record.context)
-    return Question(record.question, record.answer[0], passages)
+    return RetrievalQuestion(record.question, record.answer[0], passages)
 
 
-def trivia(row: Row) -> Question:
+def trivia(row: RawRow) -> RetrievalQuestion:
     """A record of TriviaQA: pages, which are cut into passages; or FiD's, which brings passages."""
     if isinstance(row.record, Mapping) and "ctxs" in row.record:
         given = checked(WithContexts, row)
-        return Question(given.question, given.target or given.answers[0], tuple(c.model_dump() for c in given.ctxs))
-    record = checked(triviaqa.Record, row)
+        return RetrievalQuestion(
+            given.question, given.target or given.answers[0], tuple(c.model_dump() for c in given.ctxs)
+        )
+    record = checked(triviaqa.TriviaRecord, row)
     pages = [*record.entity_pages, *record.search_results]
-    return Question(
+    return RetrievalQuestion(
         record.question, record.answer.value, tuple(p for page in pages for p in cut(page.title, page.text))
     )
 
@@ -128,9 +131,9 @@ class Questions:
 
     name: str
     task: Task
-    parse: Callable[[Row], Question]
+    parse: Callable[[RawRow], RetrievalQuestion]
 
-    def __call__(self, rows: Iterator[Row], job: Job) -> Iterator[Outcome]:
+    def __call__(self, rows: Iterator[RawRow], job: PrepareJob) -> Iterator[Outcome]:
         """See Source.outcomes. Unless they stay with their question, passages are pooled, embedded and searched first."""
         folder = job.folder / self.name
         folder.mkdir(exist_ok=True)
@@ -149,19 +152,19 @@ class Questions:
                         yield self._outcome(row, question, passages, reply.answer)
             job.progress(f"answers: {answers.spent}")
 
-    def _question(self, row: Row, job: Job) -> Question:
+    def _question(self, row: RawRow, job: PrepareJob) -> RetrievalQuestion:
         question = self.parse(row)
         if not question.passages and job.settings["corpus"] in (POOLED, OWN):
             raise PrepareError(f"{row.where} brings no passages; give a corpus to look for some, --set corpus=FILE")
         try:
-            _line(question)
+            io.line(question)
         except UnicodeEncodeError:
             raise PrepareError(
                 f"{row.where} has half of a surrogate pair, which is no text; mend or remove it"
             ) from None
         return question
 
-    def _found(self, rows: Iterator[Row], job: Job, folder: Path) -> Iterator[Found]:
+    def _found(self, rows: Iterator[RawRow], job: PrepareJob, folder: Path) -> Iterator[Found]:
         """The best passages of each row's question."""
         retriever, corpus = job.settings["retriever"], job.settings["corpus"]
         if retriever == NONE:
@@ -179,7 +182,7 @@ class Questions:
             question = self._question(row, job)
             yield Found(row, question, ranked(encoder, question.question, question.passages, BEST))
 
-    def _searched(self, rows: Iterator[Row], job: Job, folder: Path, encoder: Encoder) -> Iterator[Found]:
+    def _searched(self, rows: Iterator[RawRow], job: PrepareJob, folder: Path, encoder: Encoder) -> Iterator[Found]:
         """The best passages of each row's question in the pool or a collection."""
         corpus, index = job.settings["corpus"], job.settings["index"]
         asked, pool = folder / "questions.jsonl", folder / "passages.jsonl"
@@ -187,7 +190,7 @@ class Questions:
         passages = None if pooled else Passages(Path(corpus))  # fails before anything that takes long
         if not asked.is_file():
             self._gather(job, asked, pool if pooled else None)
-        questions = [json.loads(line) for line in asked.read_bytes().splitlines()]
+        questions = [json.loads(line) for line in io.whole_lines(asked)]
         if passages is None:
             passages = Passages(pool)
         found = best(encoder, passages, questions, BEST, folder, Path(index) if index else folder, job.progress)
@@ -198,31 +201,29 @@ class Questions:
                 raise PrepareError(f"{folder} is about other questions than {row.where}; delete it, and start anew")
             yield Found(row, question, tuple(passages[int(i)] for i in found[row.number]))
 
-    def _gather(self, job: Job, asked: Path, pool: Path | None) -> None:
+    def _gather(self, job: PrepareJob, asked: Path, pool: Path | None) -> None:
         """Write all questions, and all different passages that come with them, for the search."""
         seen: set[int] = set()
-        half = asked.with_suffix(".part")
-        with open(half, "wb") as questions, open(pool or os.devnull, "wb") as passages:
+        with io.replacing(asked) as questions, io.replacing(pool or Path(os.devnull)) as passages:
             for row in job.rows():
                 question = self._question(row, job)
-                questions.write(_line(question.question))
+                questions.write(io.line(question.question))
                 for passage in question.passages if pool else ():
-                    line = _line(passage)
+                    line = io.line(passage)
                     if (key := xxhash.xxh3_64_intdigest(line)) not in seen:
                         seen.add(key)
                         passages.write(line)
                 if (row.number + 1) % 1000 == 0:
                     job.progress(f"{row.number + 1:,} questions read, with {len(seen):,} passages")
-        half.rename(asked)
 
-    def _request(self, row: Row, question: Question, passages: tuple[Passage, ...]) -> Request:
+    def _request(self, row: RawRow, question: RetrievalQuestion, passages: tuple[Passage, ...]) -> AnswerRequest:
         """What the endpoint is asked: the task's own prompt, as `kvgraph.data.prompt.build` makes it for a chat model."""
         documents = "".join(str(Document(p["text"], p["title"]).filled(self.task.document)) for p in passages)
         user = documents + self.task.question.format(question=question.question)
         system = self.task.instruction.strip()
-        return Request(row.where, [{"role": "system", "content": system}, {"role": "user", "content": user}])
+        return AnswerRequest(row.where, [{"role": "system", "content": system}, {"role": "user", "content": user}])
 
-    def _outcome(self, row: Row, question: Question, passages: tuple[Passage, ...], answer: str) -> Outcome:
+    def _outcome(self, row: RawRow, question: RetrievalQuestion, passages: tuple[Passage, ...], answer: str) -> Outcome:
         made = {
             "task": self.task.name,
             "question": question.question,
@@ -242,10 +243,6 @@ def endpoint(settings: Mapping[str, str]) -> Endpoint:
     if concurrency < 1 or not (0 <= read < inf and 0 <= written < inf):
         raise PrepareError("prices are two numbers, as in 0.15/0.60, and concurrency is a number from 1")
     return Endpoint(settings["answers"], settings["url"] or None, concurrency, (read, written))
-
-
-def _line(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 SETTINGS = {

@@ -7,16 +7,17 @@ where it stopped and ends with the bytes of an unbroken run.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import xxhash
 
+from kvgraph.data import io
 from kvgraph.errors import KVGraphError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ EMBEDDED = (
     1024  # passages at a time; a run that goes on starts with such a block, so batches and roundings stay the same
 )
 SEARCHED, SCORED = 2048, 1 << 15  # questions and passages at a time: 256 MiB of scores
-READ = 1 << 24  # bytes
 TSV = ("id", "text", "title")
 
 
@@ -67,7 +67,7 @@ class SentenceEncoder:
             self._model = SentenceTransformer(name)
             similarity = self._model.similarity_fn_name if is_sentence_transformer_model(name) else "dot"
         except Exception as error:  # the library's own, transformers', the hub's
-            raise RetrieverError(f"can't load the retriever {name}: {_line(error)}") from None
+            raise RetrieverError(f"can't load the retriever {name}: {io.first_line(error)}") from None
         if similarity not in ("cosine", "dot"):
             raise RetrieverError(f"the retriever {name} compares by {similarity}; give one with cosine or dot product")
         self.name = name
@@ -98,18 +98,20 @@ class Passages:
     def __init__(self, path: Path):
         self.path = path
         self._tsv = path.suffix == ".tsv"
-        self._starts, self.sha = _lines(path)
-        self._file = open(path, "rb")  # noqa: SIM115  # as long as the object
-        if self._tsv:
-            if len(self._starts) < 2 or tuple(self._cells(self._line(0))) != TSV:
-                raise RetrieverError(f"{path}:1 must name the columns {', '.join(TSV)}, with tabs between them")
-            self._starts = self._starts[1:]
+        digest = xxhash.xxh3_128()
+        try:
+            self._lines = io.Lines(path, io.line_starts(path, digest.update))
+        except OSError as error:
+            raise RetrieverError(f"can't read {path}: {error.strerror}") from None
+        self.sha = digest.hexdigest()
+        if self._tsv and (not len(self._lines) or tuple(self._cells(self._lines[0])) != TSV):
+            raise RetrieverError(f"{path}:1 must name the columns {', '.join(TSV)}, with tabs between them")
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._lines) - self._tsv
 
     def __getitem__(self, number: int) -> dict[str, str]:
-        line = self._line(number)
+        line = self._lines[number + self._tsv]
         try:
             fields = dict(zip(TSV, self._cells(line), strict=True)) if self._tsv else json.loads(line)
             passage = {"title": fields["title"], "text": fields["text"]}
@@ -119,10 +121,6 @@ class Passages:
             what = "the columns id, text and title" if self._tsv else "an object with a title and a text"
             raise RetrieverError(f"{self.path}:{number + 1 + self._tsv} isn't {what}")
         return passage
-
-    def _line(self, number: int) -> bytes:
-        start, end = (int(at) for at in self._starts[number : number + 2])
-        return os.pread(self._file.fileno(), end - start, start)
 
     @staticmethod
     def _cells(line: bytes) -> list[str]:
@@ -202,19 +200,16 @@ class Rows:
     """
 
     def __init__(self, folder: Path, name: str, dtype: str, width: int, block: int, made_of: dict[str, Any]):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path, self.dtype, self.width, self.block = folder / f"{name}.{dtype}", np.dtype(dtype), width, block
-        self._file = open(self.path, "ab")  # noqa: SIM115  # closed by __exit__
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise RetrieverError(f"{self.path} is being written by another process; wait for it") from None
-        self._check(folder / f"{name}.json", made_of)
+        with ExitStack() as opening:
+            opening.enter_context(io.locked(folder, RetrieverError, self.path.name))
+            self._file = opening.enter_context(open(self.path, "ab"))
+            self._check(folder / f"{name}.json", made_of)
+            self._held = opening.pop_all()
 
     def _check(self, note: Path, made_of: dict[str, Any]) -> None:
         if self._file.tell() == 0:
-            note.write_text(json.dumps(made_of, indent=1) + "\n", encoding="utf-8")
+            io.write_json(note, made_of)
             return
         try:
             before = json.loads(note.read_text(encoding="utf-8"))
@@ -229,7 +224,7 @@ class Rows:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._held.close()
 
     def __len__(self) -> int:
         return self._file.seek(0, os.SEEK_END) // (self.dtype.itemsize * self.width)
@@ -276,25 +271,3 @@ def _embedded(encoder: Encoder, passages: Passages, start: int, end: int) -> np.
 def _read(passage: dict[str, str]) -> str:
     """What is embedded of a passage: title and text, as Contriever's own retrieval does it."""
     return f"{passage['title']} {passage['text']}".strip()
-
-
-def _lines(path: Path) -> tuple[np.ndarray, str]:
-    """Where each line of a file begins and the last one ends, [lines + 1] int64, and the hash of its bytes."""
-    ends, size, sha = [np.zeros(1, np.int64)], 0, xxhash.xxh3_128()
-    last = b"\n"
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ):
-                sha.update(block)
-                ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size + 1)
-                size, last = size + len(block), block[-1:]
-    except OSError as error:
-        raise RetrieverError(f"can't read {path}: {error.strerror}") from None
-    if last != b"\n":
-        ends.append(np.array([size]))
-    return np.concatenate(ends), sha.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    """An error's first line."""
-    return (str(error).strip() or repr(error)).split("\n")[0][:200]

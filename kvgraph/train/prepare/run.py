@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import kvgraph
-from kvgraph.data.folder import errors_named, locked
+from kvgraph.data import io
 from kvgraph.errors import KVGraphError
 from kvgraph.train.prepare.rows import Reader
-from kvgraph.train.prepare.source import Job, Made, Outcome, PrepareError, Source
+from kvgraph.train.prepare.source import Made, Outcome, PrepareError, PrepareJob, Source
 from kvgraph.train.prepare.tokens import Tokens
 from kvgraph.train.records import PREPARED, SPLITS, TRAIN, VALIDATION, prepared, texts
 
@@ -60,11 +60,11 @@ def prepare(
         raise PrepareError(f"{source.name} measures texts in tokens; give --tokenizer, a model's folder or hub name")
     chosen = _settings(source, settings or {})
     folder = Path(out)
-    with errors_named(folder, PrepareError), locked(folder, PrepareError):
+    with io.errors_named(folder, PrepareError), io.locked(folder, PrepareError):
         state = _begin(folder, _described(source, reader, tokenizer, chosen, seed, validation), limit)
         if state["finished"]:
             return state
-        job = Job(seed, tokenizer, folder, chosen, reader.rows, say)
+        job = PrepareJob(seed, tokenizer, folder, chosen, reader.rows, say)
         files = _Files(folder, state)
         try:
             for outcome in source.outcomes(reader.rows(state["position"]), job):
@@ -173,14 +173,14 @@ class _Files:
                 if file.tell() < size:
                     raise PrepareError(f"{path} has lost its end; give another folder, or delete this one")
                 file.truncate(size)
-        _replace(folder / PREPARED, state)
+        io.write_json(folder / PREPARED, state)
 
     def add(self, outcome: Outcome, tokenizer: Tokens | None) -> None:
         """Count an outcome, and keep its records until they are written."""
         row, counts = outcome.row, self.state["counts"]
         split = VALIDATION if share(outcome.key) < self.state["validation"] else TRAIN
         try:
-            lines = [_line(self._id(row.number, i), made) for i, made in enumerate(outcome.made)]
+            lines = [io.line({"id": self._id(row.number, i), **made}) for i, made in enumerate(outcome.made)]
             skipped = outcome.skipped
         except UnicodeEncodeError:  # JSON can hold half of a surrogate pair; tokenizers can't read it
             lines, skipped = [], "text that isn't Unicode"
@@ -203,7 +203,7 @@ class _Files:
         for split, lines in self.pending.items():
             _append(self.folder / f"{split}.jsonl", lines)
             self.state["bytes"][split] += len(lines)
-        _replace(self.folder / PREPARED, self.state)
+        io.write_json(self.folder / PREPARED, self.state)
         self.pending = {split: bytearray() for split in SPLITS}
         self.saved = time.monotonic()
 
@@ -215,10 +215,6 @@ def share(key: str) -> float:
     """
     digest = hashlib.sha256(" ".join(key.split()).encode(errors="replace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _line(id_: str, made: Made) -> bytes:
-    return json.dumps({"id": id_, **made}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _sizes(made: Made, tokenizer: Tokens | None) -> dict[str, int]:
@@ -234,22 +230,5 @@ def _sizes(made: Made, tokenizer: Tokens | None) -> dict[str, int]:
 
 def _append(path: Path, content: bytearray) -> None:
     with open(path, "ab", buffering=0) as file:
-        end, left = file.tell(), memoryview(content)
-        try:
-            while left:
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(end)
-            raise
-
-
-def _replace(path: Path, state: State) -> None:
-    """Replace a file as a whole or not at all."""
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
+        io.append(file, content)
         os.fsync(file.fileno())
-    os.replace(part, path)

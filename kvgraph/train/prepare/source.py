@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
+from kvgraph.data import schema as schemas
 from kvgraph.data.task import Hub, Item, Task, TaskError
 from kvgraph.errors import KVGraphError
-from kvgraph.eval.tasks import qa
 
 Made = dict[str, Any]
-"""A training record without its id: `docs/data.md` says what the three kinds hold."""
+"""A training record without its id: `docs/reference/data.md` says what the three kinds hold."""
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -28,7 +28,7 @@ class Skip(Exception):
     """Raised by a source for a record that it has no use for; the reason, a few words, is counted."""
 
 
-class Row(NamedTuple):
+class RawRow(NamedTuple):
     """A raw record. number: how many come before it. where: for people. position: from where to read after it."""
 
     number: int
@@ -43,14 +43,14 @@ class Outcome(NamedTuple):
     key: a text that all records share which must not be on both sides of the split, such as the document they are over.
     """
 
-    row: Row
+    row: RawRow
     key: str = ""
     made: tuple[Made, ...] = ()
     skipped: str = ""
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareJob:
     """What a source may use while it works.
 
     rows: reads the raw records again, from the first. folder: the output folder, for files of the source's own, named
@@ -61,10 +61,10 @@ class Job:
     tokenizer: Any
     folder: Path
     settings: Mapping[str, str]
-    rows: Callable[[], Iterator[Row]]
+    rows: Callable[[], Iterator[RawRow]]
     progress: Callable[[str], None]
 
-    def random(self, row: Row) -> random.Random:
+    def random(self, row: RawRow) -> random.Random:
         """Draws for one row: they depend on the seed and the row's number alone."""
         return random.Random(f"{self.seed}/{row.number}")
 
@@ -92,7 +92,7 @@ class Source:
     origin: str
     hub: Hub
     sample: str
-    outcomes: Callable[[Iterator[Row], Job], Iterator[Outcome]]
+    outcomes: Callable[[Iterator[RawRow], PrepareJob], Iterator[Outcome]]
     needs_tokenizer: bool = False
     settings: Mapping[str, Setting] = field(default_factory=dict)
     read: Callable[[Path], Iterable[Mapping[str, Any]]] | None = None
@@ -101,11 +101,11 @@ class Source:
 def each(
     schema: type[Schema],
     key: Callable[[Schema], str],
-    make: Callable[[Schema, Job, random.Random], Iterable[Made]],
-) -> Callable[[Iterator[Row], Job], Iterator[Outcome]]:
+    make: Callable[[Schema, PrepareJob, random.Random], Iterable[Made]],
+) -> Callable[[Iterator[RawRow], PrepareJob], Iterator[Outcome]]:
     """`Source.outcomes` from what becomes of one record. make: may raise Skip."""
 
-    def outcomes(rows: Iterator[Row], job: Job) -> Iterator[Outcome]:
+    def outcomes(rows: Iterator[RawRow], job: PrepareJob) -> Iterator[Outcome]:
         for row in rows:
             record = checked(schema, row)
             try:
@@ -116,10 +116,10 @@ def each(
     return outcomes
 
 
-def checked(schema: type[Schema], row: Row) -> Schema:
+def checked(schema: type[Schema], row: RawRow) -> Schema:
     """A row's record as an instance of the schema. Raises PrepareError naming the row and the field that doesn't fit."""
     try:
-        return next(qa.checked(schema, [row.record]))
+        return next(schemas.checked(schema, [row.record]))
     except TaskError as error:
         raise PrepareError(f"{row.where}: {error}") from None
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kvgraph.data.task import Hub, Item, Task, TaskError
-from kvgraph.eval.tasks.multi_news import MULTI_NEWS as MULTI_NEWS_TASK
-from kvgraph.eval.tasks.xsum import XSUM as XSUM_TASK
-from kvgraph.train.prepare.source import Job, Outcome, PrepareError, Row, Skip, Source, task_record
+from kvgraph.data.tasks.multi_news import MULTI_NEWS as MULTI_NEWS_TASK
+from kvgraph.data.tasks.xsum import XSUM as XSUM_TASK
+from kvgraph.train.prepare.source import Outcome, PrepareError, PrepareJob, RawRow, Skip, Source, task_record
 
 SHORTEST, LONGEST = 1000, 3000  # tokens of an article; of article and summary together, exclusive
 
 
-def summaries(task: Task, check: Callable[[Item, Job], None]) -> Callable[[Iterator[Row], Job], Iterator[Outcome]]:
+def summaries(
+    task: Task, check: Callable[[Item, PrepareJob], None]
+) -> Callable[[Iterator[RawRow], PrepareJob], Iterator[Outcome]]:
     """`Source.outcomes` for a task whose items are one a record. check: raises Skip for an item that isn't wanted."""
 
-    def outcomes(rows: Iterator[Row], job: Job) -> Iterator[Outcome]:
+    def outcomes(rows: Iterator[RawRow], job: PrepareJob) -> Iterator[Outcome]:
         for row in rows:
             try:
                 (item,) = task.items([row.record])
                 check(item, job)
-                yield Outcome(row, _articles(item), (task_record(task, item, item.golds[0]),))
+                yield Outcome(row, _articles(item), (task_record(task, item, item.references[0]),))
             except TaskError as error:
                 raise PrepareError(f"{row.where}: {error}") from None
             except Skip as reason:
@@ -33,15 +35,15 @@ def _articles(item: Item) -> str:
     return "".join(document.text for document in item.documents)
 
 
-def _xsum(item: Item, job: Job) -> None:
+def _xsum(item: Item, job: PrepareJob) -> None:
     tokens = job.tokenizer.count(_articles(item))
     if tokens < SHORTEST:
         raise Skip(f"shorter than {SHORTEST:,} tokens")
-    if tokens + job.tokenizer.count(item.golds[0]) >= LONGEST:
+    if tokens + job.tokenizer.count(item.references[0]) >= LONGEST:
         raise Skip(f"{LONGEST:,} tokens or longer")
 
 
-def _multi_news(item: Item, job: Job) -> None:
+def _multi_news(item: Item, job: PrepareJob) -> None:
     if len(item.documents) < 2:
         raise Skip("fewer than two articles")
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 from pydantic import BaseModel
 
 from kvgraph.data.task import Hub
-from kvgraph.eval.tasks.segments import SENTENCE_ENDS
-from kvgraph.train.prepare.source import Job, Made, Skip, Source, each
+from kvgraph.data.tasks.segments import SENTENCE_ENDS
+from kvgraph.train.prepare.source import Made, PrepareJob, Skip, Source, each
 
 LONG = 2048  # tokens that a document to be cut must have
 SEGMENTS = (5, 40)  # how many, drawn evenly
@@ -19,26 +19,26 @@ FITS = 3584  # tokens of a text-inst document; a chat template and 40 x 5 link t
 INSTRUCTION = "\n\nGo on with the text above where it ends."
 
 
-class Page(BaseModel):
+class WebPage(BaseModel):
     """A row of FineWeb; its other fields (url, dump, language, token_count, ...) aren't needed."""
 
     text: str
 
 
-def text(page: Page, job: Job, draw: random.Random) -> Iterator[Made]:
+def text(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[Made]:
     """The document as it is."""
     if not page.text.strip():
         raise Skip("empty")
     yield {"text": page.text}
 
 
-def text_mem(page: Page, job: Job, draw: random.Random) -> Iterator[Made]:
+def text_mem(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[Made]:
     """Segments, and the rest of the document to be learned after them, without any prompt."""
     segments, end, _ = segmented(page.text, job.tokenizer.ends, draw)
     yield {"documents": segments, "text": page.text[end:]}
 
 
-def text_inst(page: Page, job: Job, draw: random.Random) -> Iterator[Made]:
+def text_inst(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[Made]:
     """The same as a conversation: the user asks to go on with the segments, the assistant does.
 
     The answer ends with a sentence where the document is too long, because it is learned to be the end of a turn.
@@ -71,7 +71,7 @@ def segmented(whole: str, ends_of: Callable[[str], list[int]], draw: random.Rand
     return [whole[a:b] for a, b in pairwise(cuts) if a < b], cuts[-1], ends
 
 
-def _key(page: Page) -> str:
+def _key(page: WebPage) -> str:
     return page.text
 
 
@@ -84,7 +84,7 @@ FINEWEB_TEXT = Source(
     origin=f"FineWeb (arXiv 2406.17557); {_KVLINK}",
     hub=_HUB,
     sample="fineweb.jsonl",
-    outcomes=each(Page, _key, text),
+    outcomes=each(WebPage, _key, text),
 )
 
 FINEWEB_TEXT_MEM = Source(
@@ -93,7 +93,7 @@ FINEWEB_TEXT_MEM = Source(
     origin=f"{_KVLINK}, `process_textmem`. There, this and text-inst share no document",
     hub=_HUB,
     sample="fineweb.jsonl",
-    outcomes=each(Page, _key, text_mem),
+    outcomes=each(WebPage, _key, text_mem),
     needs_tokenizer=True,
 )
 
@@ -103,6 +103,6 @@ FINEWEB_TEXT_INST = Source(
     origin=f"{_KVLINK}, `process_textinst`",
     hub=_HUB,
     sample="fineweb.jsonl",
-    outcomes=each(Page, _key, text_inst),
+    outcomes=each(WebPage, _key, text_inst),
     needs_tokenizer=True,
 )

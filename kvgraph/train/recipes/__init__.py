@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
+from typing import Any
 
+from kvgraph.registry import Registry
 from kvgraph.train.config import Config, TrainError
 from kvgraph.train.recipes.block_attention import block_attention
 from kvgraph.train.recipes.graph_kv import graph_kv
@@ -13,7 +14,16 @@ from kvgraph.train.recipes.kvlink import kvlink
 from kvgraph.train.recipes.smollm2 import smollm2_answers, smollm2_distill, smollm2_unlabelled
 from kvgraph.train.recipes.world import world_1hop, world_2hop, world_base, world_mixed
 
-RECIPES: Mapping[str, Callable[[], Config]] = MappingProxyType(
+
+def _wrong(name: str, recipe: Any) -> str:
+    """What is wrong with a recipe of another package, or nothing."""
+    made = recipe()
+    if not isinstance(made, Config):
+        return "it makes no kvgraph.train.config.Config"
+    return "" if made.name == name else f"the name of its configuration is {made.name!r}"
+
+
+RECIPES: Registry[Callable[[], Config]] = Registry(
     {
         "kvlink-0": partial(kvlink, 0),
         "kvlink-1": partial(kvlink, 1),
@@ -31,9 +41,11 @@ RECIPES: Mapping[str, Callable[[], Config]] = MappingProxyType(
         "world-2hop": world_2hop,
         "world-base": world_base,
         "world-mixed": world_mixed,
-    }
+    },
+    "kvgraph.recipes",
+    _wrong,
 )
-"""Configurations by name."""
+"""Configurations by name. Other packages add some in the group "kvgraph.recipes"; see `kvgraph.registry`."""
 
 
 def get(name: str) -> Config:

@@ -31,14 +31,14 @@ def world_1hop() -> Config:
 def world_2hop() -> Config:
     """With --model, on from world-1hop with three more layers: two documents in a row, or compared."""
     two = Component("2-hop", f"{HOPS},entities=2-4,types=1-hop+2-hop+2-hop+comparison", ("full",))
-    return _config("world-2hop", Stage((two,), steps=350), deepen=LAYERS)
+    return _config("world-2hop", Stage((two,), steps=350), stack=LAYERS)
 
 
 def world_base() -> Config:
     """With --model, on from world-2hop with three more layers: all questions, in one ordinary prompt."""
     hops = Component("hops", f"{HOPS},entities=2-6,{ALL}", ("full",), 2.0)
     chunks = Component("chunks", f"{CHUNKS},entities=2-6,types=named+pronoun+pronoun", ("full",))
-    return _config("world-base", Stage((hops, chunks), steps=450), deepen=LAYERS, decay=0.2)
+    return _config("world-base", Stage((hops, chunks), steps=450), stack=LAYERS, decay=0.2)
 
 
 def world_mixed() -> Config:

@@ -1,0 +1,39 @@
+"""Stores by what people call them: a folder, a URL, or several of them from fastest to slowest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvgraph.errors import StoreError
+from kvgraph.store.base import Store
+from kvgraph.store.codecs.base import Codec
+from kvgraph.store.codecs.raw import Raw
+from kvgraph.store.disk import DiskStore
+from kvgraph.store.remote.registry import open_remote
+from kvgraph.store.tiered import TieredStore
+
+Where = str | Path
+
+
+def open_store(
+    where: Where | Sequence[Where],
+    fingerprint: str,
+    *,
+    capacity_bytes: int | None = None,
+    codec: Codec = Raw(),  # noqa: B008 - frozen
+) -> Store:
+    """The store in a folder, at a URL, or the tiers of several, for the records of one model.
+
+    capacity_bytes: of a folder; None for no limit. codec: how new records are kept. Raises StoreError.
+    """
+    places = [where] if isinstance(where, str | Path) else list(where)
+    if not places:
+        raise StoreError("give at least one folder or URL of a store")
+    stores: list[Store] = []
+    for place in places:
+        if "://" in str(place):
+            stores.append(open_remote(str(place), fingerprint))
+        else:
+            stores.append(DiskStore(place, capacity_bytes, fingerprint=fingerprint, codec=codec))
+    return stores[0] if len(stores) == 1 else TieredStore(stores)
