@@ -6,7 +6,7 @@ Shapes: G key/value heads, N tokens, T new tokens of a row, D key head size, Dv 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -58,10 +58,18 @@ class RowKV:
     All of it is one buffer: the keys of layer 0, its values, the keys of layer 1, ...
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], capacity: int, dtype: torch.dtype, device: torch.device):
-        """shapes: (kv heads, key dim, value dim) of every layer."""
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        pinned: bool = False,
+    ):
+        """shapes: (kv heads, key dim, value dim) of every layer. pinned: memory that a GPU can copy from by itself."""
         sizes = [(g * capacity * kd, g * capacity * vd) for g, kd, vd in shapes]
-        buffer = torch.empty(sum(k + v for k, v in sizes), dtype=dtype, device=device)
+        buffer = torch.empty(sum(k + v for k, v in sizes), dtype=dtype, device=device, pin_memory=pinned)
         keys, values, at = [], [], 0
         for (g, kd, vd), (nk, nv) in zip(shapes, sizes, strict=True):
             keys.append(buffer[at : at + nk].view(g, capacity, kd))
@@ -99,6 +107,30 @@ class Row:
     def commit(self) -> None:
         """Count the new tokens as part of the row's KV; to be called once, after the forward."""
         self.kv.length += len(self.tokens)
+
+
+def on_device(record: Record, device: torch.device) -> Record:
+    """The record with its KV on a device, in one buffer as a row's own; itself if it is there already.
+
+    It goes through pinned memory to a GPU, and comes from one in one copy.
+    """
+    source = record.keys[0].device
+    if source.type == device.type:
+        return record
+    shapes = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(record.keys, record.values, strict=True)]
+    arrived = RowKV(shapes, len(record), record.keys[0].dtype, device)
+    if source.type == "cpu":
+        staging = RowKV(shapes, len(record), record.keys[0].dtype, source, pinned=torch.cuda.is_available())
+        for mine, theirs in zip((*staging.keys, *staging.values), (*record.keys, *record.values), strict=True):
+            mine.copy_(theirs)
+        arrived.buffer.copy_(staging.buffer, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the staging buffer lives until the copy is done
+    else:  # computed there, so it is one buffer
+        first = record.keys[0]
+        whole = torch.as_strided(first, (arrived.buffer.numel(),), (1,), first.storage_offset())
+        arrived.buffer.copy_(whole)
+    return replace(record, keys=arrived.keys, values=arrived.values)
 
 
 MANY, SHORT = 16, 64  # at least so many views, of at most so many tokens on average, are gathered

@@ -14,6 +14,7 @@ from kvgraph.cli import common
 from kvgraph.cli.common import (
     Adapter,
     AllowUntested,
+    CodecName,
     Device,
     Documents,
     Dtype,
@@ -25,7 +26,7 @@ from kvgraph.cli.common import (
     NoCheck,
     Pick,
     Prefix,
-    StoreFolder,
+    StorePlaces,
     Template,
 )
 
@@ -38,7 +39,8 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The query, as the model should read it.")],
     documents: Documents,
     pick: Pick = None,
-    store: StoreFolder = None,
+    store: StorePlaces = None,
+    codec: CodecName = "raw",
     method: MethodName = None,
     edges: Edges = "",
     prefix: Prefix = "",
@@ -93,7 +95,8 @@ def ask(
         allow_untested=allow_untested,
         check=not no_check,
         kv_budget=kv_budget,
-        store=store,
+        store=store or None,
+        codec=codec,
     )
     with engine:
         if as_json:

@@ -91,6 +91,12 @@ def continues(spans: SequenceOf[Span], index: int, before: int) -> bool:
     )
 
 
+def link_of(plan: Plan, keys: SequenceOf[str], index: int) -> str:
+    """The key of the span whose chain span `index` continues, or ""."""
+    sees = plan.spans[index].sees
+    return keys[sees[-1].span] if sees and continues(plan.spans, index, sees[-1].span) else ""
+
+
 @dataclass(eq=False)
 class Encoding:
     """A missing span being encoded once for all requests that wait for it."""
@@ -98,8 +104,19 @@ class Encoding:
     key: str
     sequence: Sequence
     persistent: bool  # goes to the store, not only to the pool
-    follows: Encoding | None = None  # of the same plan and as new: this one continues its chain
+    order: tuple[int, int] = (0, 0)  # of the request that needed it first, and of the span in its plan
+    link: str = ""  # the key of the span whose chain this continues, see `continues`
     waiters: set[Request] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Loading:
+    """A record being read from the store, once for all requests that wait for it."""
+
+    key: str
+    nbytes: int
+    deadline: float  # on the clock of time.monotonic; then it is computed
+    waiters: dict[Request, int] = field(default_factory=dict)  # -> the span's index in the request's plan
 
 
 @dataclass(eq=False)
@@ -117,8 +134,15 @@ class Request:
     keep_logits: bool
     submitted: float
     usage: Usage
-    follows: Encoding | None = None  # the prompt span continues its chain
-    missing: set[str] = field(default_factory=set)  # encodings it waits for
+    number: int = 0  # of its submission
+    link: str = ""  # see Encoding
+    missing: set[str] = field(default_factory=set)  # encodings and records it waits for
+    loads: set[str] = field(default_factory=set)  # of them, records that are being read
+    absent: list[int] = field(
+        default_factory=list
+    )  # spans that weren't in the store; encoded once nothing is being read
+    resolved: set[str] = field(default_factory=set)  # keys that are at hand, being read or being encoded
+    looked_ahead: bool = False  # whether its records were asked for while it waits for memory
     held: set[str] = field(default_factory=set)
     token_ids: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
