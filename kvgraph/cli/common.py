@@ -43,7 +43,13 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * DURATIONS[match[2]]
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a Hugging Face causal LM.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub name of a Hugging Face causal LM, or a GGUF file.")
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="A LoRA adapter in PEFT's format, to merge into the model while loading."),
+]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 KVBudget = Annotated[
@@ -134,11 +140,11 @@ def chosen(
     return corpus.pick(documents, wanted) if pick else documents
 
 
-def load_model(model: str, dtype: str, device: str, allow_untested: bool) -> Model:
+def load_model(model: str, dtype: str, device: str, allow_untested: bool, adapter: str | None = None) -> Model:
     """Load a model; importing what that needs takes seconds, so it happens here."""
     from kvgraph import models
 
-    return models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
+    return models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
 
 
 def human_size(size: float) -> str:
