@@ -103,6 +103,10 @@ def test_extending(model, tmp_path, monkeypatch):
     assert names["window"](3, 2) == ((0, 1), (0, 2), (1, 2))
     assert len([r for r in results if r]) and all(r.finish_reason in ("stop", "length") for r in results if r)
     assert len(names["store"].records) == 2  # one of each document
+    assert [len(shelf) for shelf in names["SHELVES"].values()] == [2]
+    codec, record = names["Half"](), next(iter(names["store"].records.values()))
+    (keys, *_), _ = codec.unpack(codec.pack(record), len(record), record.keys[0].dtype)
+    assert keys.dtype == record.keys[0].dtype and 0 < (keys - record.keys[0]).abs().max() < 1e-2
     assert names["summary"]["scores"]["substring_em"]["n"] == 1
     assert (tmp_path / "runs/colours/block/results.jsonl").read_text().count("\n") == 1
     engine.close()
