@@ -77,9 +77,9 @@ class Memory:
         return sum(self.holds[k][0] for k in keys) + self._own_bytes(request)
 
     def pooled(self, key: str) -> Record:
-        """A record that is pinned."""
+        """A record that is in the pool, as what a row reads is: it is pinned."""
         found = self.pool.get(key)
-        assert found is not None, "what a row reads is pinned"
+        assert found is not None, "it must be in the pool"
         return found[0]
 
     def keep(self, record: Record) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from kvgraph import methods, models
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
+from kvgraph.engine.loader import Loader
 from kvgraph.engine.probe import cost, probed
 from kvgraph.engine.request import UNCACHED, Request, sequence_of
 from kvgraph.engine.result import Chunk, Result, Usage
@@ -38,13 +39,18 @@ from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
 from kvgraph.store.base import Found, Store
-from kvgraph.store.open import open_store
+from kvgraph.store.codecs.base import Codec
+from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
+from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
 
 log = logging.getLogger("kvgraph.engine")
 
 BEFORE = 8  # tokens of a prompt that its continuation is decoded with
 WRITES = 64  # records waiting to be written before encoding waits for the disk
+PATIENCE = (
+    0.01  # seconds that a step waits for the store when nothing else can run; then its caller may do other things
+)
 IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
 
@@ -69,34 +75,51 @@ class Encoded:
 class Engine:
     """Runs plans. Safe to use from several threads: whoever waits drives the steps for everyone.
 
-    store: where records outlive the process; None keeps them in memory only. kv_budget: bytes of KV held at once, all
+    store: where records outlive the process: a folder, a URL (redis://, s3://, ...), several of them from fastest to
+    slowest, or a store; None keeps them in memory only. kv_budget: bytes of KV held at once, all
     requests and cached spans together (default: half of the free memory, or 80 % of the free GPU memory).
-    max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key.
+    max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key. codec: how records are
+    kept, as text such as "kivi:bits=2" (see `kvgraph.store.codecs.registry`). What a lossy one loses is lost before a
+    span's first use, so answers don't depend on where a record came from; its records have keys of their own.
     """
 
     def __init__(
         self,
         model: models.Model,
         *,
-        store: Store | str | Path | None = None,
+        store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
         max_step_tokens: int | None = None,
         salt: str = "",
+        codec: str | Codec = "raw",
     ):
         for name, value in (("kv_budget", kv_budget), ("max_step_tokens", max_step_tokens)):
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise KVGraphError(f"{name} must be a positive integer, not {value!r}")
+        if not isinstance(codec, str) and not hasattr(codec, "pack"):
+            raise KVGraphError(f"codec must be a name or a codec, not {type(codec).__name__}")
         if not isinstance(salt, str):
             raise KVGraphError(f"salt must be text, not {type(salt).__name__}")
-        if store is not None and not isinstance(store, str | Path) and not hasattr(store, "get"):
-            raise KVGraphError(f"store must be a folder or a store, not {type(store).__name__}")
+        if store is not None and not isinstance(store, str | Path | Sequence) and not hasattr(store, "get"):
+            raise KVGraphError(f"store must be a folder, a URL, a list of them, or a store, not {type(store).__name__}")
         self.model, self.salt = model, salt
-        self.store = open_store(store, model.fingerprint) if isinstance(store, str | Path) else store
+        self.codec = parse(codec) if isinstance(codec, str) else codec
+        self.fingerprint = fingerprint_with(model.fingerprint, self.codec)
+        if isinstance(store, str | Path | Sequence):
+            store = open_store(store, self.fingerprint, tenant=salt)
+        self.store = store
+        self.stored_bytes = 0  # of KV that were handed to the store, as it keeps them
         self.store_errors = 0
         self.store_error: StoreError | None = None  # the first of them
         step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
+        self.loader = None if self.store is None else Loader(self._fetch)
         self.scheduler = Scheduler(
-            model, kv_budget or default_budget(model.device), step_tokens, self._fetch, self._save
+            model,
+            kv_budget or default_budget(model.device),
+            step_tokens,
+            self.loader,
+            self._save,
+            None if self.codec.lossless else self._settle,
         )
         self._lock = threading.RLock()
         self._uncached = count()
@@ -113,10 +136,11 @@ class Engine:
         device: str = "cpu",
         allow_untested: bool = False,
         check: bool = True,
-        store: Store | str | Path | None = None,
+        store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
         max_step_tokens: int | None = None,
         salt: str = "",
+        codec: str | Codec = "raw",
     ) -> Engine:
         """Load a Hugging Face causal LM from a folder or hub name, run the gate, and return an engine on it.
 
@@ -124,7 +148,7 @@ class Engine:
         forward. The other arguments: see Engine. Raises ModelError with the reason.
         """
         loaded = load_model(model, dtype=dtype, device=device, allow_untested=allow_untested, check=check)
-        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt)
+        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt, codec=codec)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -297,7 +321,7 @@ class Engine:
         never run.
         """
         params = params or SamplingParams()
-        keys = plan.keys(self.model.fingerprint, self.salt if salt is None else salt)
+        keys = self.keys(plan, salt)
         pool_keys = [k if k is not None else f"{UNCACHED}{next(self._uncached)}" for k in keys[:-1]]
         live = plan.prompt
         new = min(params.max_tokens, self.model.limit - live.positions[-1])
@@ -323,6 +347,10 @@ class Engine:
         self.scheduler.check(request)
         return request
 
+    def keys(self, plan: Plan, salt: str | None = None) -> list[str | None]:
+        """The key of every span of a plan, None for spans that are never stored. salt: see `prepare`."""
+        return plan.keys(self.fingerprint, self.salt if salt is None else salt)
+
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request, once."""
         with self._lock:
@@ -333,8 +361,9 @@ class Engine:
         with self._lock:
             if self.scheduler.idle:
                 return False
-            self.scheduler.step()
-            return True
+            ran = self.scheduler.step()
+        self._await_store(ran)
+        return True
 
     def wait(self, request: Request) -> Result:
         """Drive steps until a request is finished; raises what ended it if that was an error."""
@@ -426,6 +455,8 @@ class Engine:
         """Write what is pending and close the store. Idempotent; nothing is written any more afterwards."""
         with self._lock:
             writer, self._writer = self._writer, None
+            if self.loader is not None:
+                self.loader.close()
         if writer is not None:
             writer.shutdown()
             assert self.store is not None
@@ -440,8 +471,13 @@ class Engine:
     def _advance(self, request: Request) -> None:
         """One step, unless another thread has just finished the request."""
         with self._lock:
-            if not request.finished:
-                self.scheduler.step()
+            ran = request.finished or self.scheduler.step()
+        self._await_store(ran)
+
+    def _await_store(self, ran: bool) -> None:
+        """Where nothing could run, wait a moment for what is being read, without the lock."""
+        if not ran and self.loader is not None:
+            self.loader.wait(PATIENCE)
 
     def _enqueued(self, request: Request) -> Request:
         self.enqueue(request)
@@ -479,7 +515,14 @@ class Engine:
 
     def _fetch(self, key: str) -> Found | None:
         found = None if self.store is None else self.store.get(key)
-        return None if found is None else (on_device(found[0], self.model.device), found[1])
+        if found is None:
+            return None
+        record, tier = found
+        return on_device(replace(record, packed=None), self.model.device), tier
+
+    def _settle(self, record: Record) -> Record:
+        """A lossy codec's losses come before a record's first use: whoever finds it later reads the same numbers."""
+        return packed(record, self.codec)
 
     def _save(self, record: Record) -> None:
         """Hand a record to the writer thread; a full queue makes encoding wait for the disk."""
@@ -493,7 +536,11 @@ class Engine:
     def _write(self, record: Record) -> None:
         assert self.store is not None
         try:
-            self.store.put(on_device(record, torch.device("cpu")))
+            record = on_device(record, torch.device("cpu"))
+            if record.packed is None and self.codec.name != "raw":
+                record = packed(record, self.codec)
+            self.store.put(record)
+            self.stored_bytes += record.stored_bytes
         except Exception as error:  # it is a cache: a record that can't be kept costs a recompute later
             self.store_errors += 1
             if self.store_errors == 1:
@@ -547,7 +594,11 @@ def on_device(record: Record, device: torch.device) -> Record:
         source = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
         return source.to(device, non_blocking=device.type == "cuda")
 
-    moved = replace(record, keys=tuple(map(move, record.keys)), values=tuple(map(move, record.values)))
+    there = record.packed
+    if there is not None:
+        there = replace(there, tensors={name: move(tensor) for name, tensor in there.tensors.items()})
+    keys, values = tuple(map(move, record.keys)), tuple(map(move, record.values))
+    moved = replace(record, keys=keys, values=values, packed=there)
     if device.type == "cuda":
         torch.cuda.current_stream().synchronize()  # the pinned buffers live until the copies are done
     return moved

@@ -51,6 +51,16 @@ class Encoding:
 
 
 @dataclass(eq=False)
+class Loading:
+    """A record being read from the store, once for all requests that wait for it."""
+
+    key: str
+    nbytes: int
+    deadline: float  # on the clock of time.monotonic; then it is computed
+    waiters: dict[Request, int] = field(default_factory=dict)  # -> the span's index in the request's plan
+
+
+@dataclass(eq=False)
 class Request:
     """One plan to be answered (or only encoded), from submission to its result."""
 
@@ -66,7 +76,9 @@ class Request:
     echo: bool  # decode on after the answer, which is all of the prompt span but its first token
     submitted: float
     usage: Usage
-    missing: set[str] = field(default_factory=set)  # encodings it waits for
+    missing: set[str] = field(default_factory=set)  # encodings and records it waits for
+    resolved: set[str] = field(default_factory=set)  # keys that are at hand, being read or being encoded
+    looked_ahead: bool = False  # whether its records were asked for while it waits for memory
     held: set[str] = field(default_factory=set)
     token_ids: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)

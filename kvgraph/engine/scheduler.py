@@ -3,16 +3,17 @@
 Everything is a row: a span being encoded, a prompt span being prefilled, a request decoding one token. A step serves
 decoding rows first, then prefill, then encoding, up to a number of tokens; long rows run in chunks.
 
-A request is admitted when it fits `kvgraph.engine.admission.Memory`. What it then misses is encoded once for everyone
-who waits (single flight).
+A request is admitted when it fits `kvgraph.engine.admission.Memory`. What it then misses is read from the store beside
+the steps, and encoded if it isn't there or comes too late: once for everyone who waits (single flight).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from kvgraph.attention.rows import Row, RowKV, View
 from kvgraph.engine.admission import Memory
-from kvgraph.engine.request import Encoding, Request, Sequence, sequence_of
+from kvgraph.engine.loader import DEADLINE, Loader
+from kvgraph.engine.request import Encoding, Loading, Request, Sequence, sequence_of
 from kvgraph.engine.result import Result
 from kvgraph.engine.runner import runner_for
 from kvgraph.engine.sampling import Sampled, likeliest
@@ -29,13 +31,15 @@ from kvgraph.models import Model
 from kvgraph.store.base import Found
 from kvgraph.store.record import Record
 
+AHEAD = 8  # the part of the budget, 1 / AHEAD, that records may take that nobody was admitted to use yet
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
 
 
 class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
-    fetch(key): a record of the backing store and its tier's name, or None. save(record): hand a new record to it.
+    loader: reads records of the backing store; None: there is none. save(record): hand a new record to it.
+    settle(record): what a new record becomes before anything reads it; None: it stays as it is.
     """
 
     def __init__(
@@ -43,16 +47,21 @@ class Scheduler:
         model: Model,
         budget: int,
         max_step_tokens: int,
-        fetch: Callable[[str], Found | None],
+        loader: Loader | None,
         save: Callable[[Record], None],
+        settle: Callable[[Record], Record] | None = None,
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
-        self.fetch, self.save = fetch, save
+        self.loader, self.save, self.settle = loader, save, settle
         self.runner = runner_for(model)
         self.shapes = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in model.layers]
         self.waiting: deque[Request] = deque()
         self.encodings: dict[str, Encoding] = {}  # in order of creation: sources before their readers
+        self.loading: dict[str, Loading] = {}
+        self.ahead: dict[
+            str, tuple[str, int]
+        ] = {}  # (tier, bytes) of records that were read ahead, until they are used
         self.running: list[Request] = []  # admitted, not finished
         self.memory = Memory(budget, model.kv_bytes_per_token, self.encodings)
         self.peak_bytes = 0
@@ -91,13 +100,14 @@ class Scheduler:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Admit what fits, run one packed forward, hand out its results."""
+    def step(self) -> bool:
+        """Admit what fits, run one packed forward, hand out its results. False if all that is left waits for the store."""
+        self._collect()
         self._admit()
         work = self._choose()
         if not work:
-            assert not self.running, "admitted requests, but nothing can run"  # better than waiting forever
-            return
+            assert self.loading or not self.running, "admitted requests, but nothing can run"  # better than forever
+            return not self.loading
         new = [e.sequence for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
         self.memory.make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
         try:
@@ -107,7 +117,7 @@ class Scheduler:
         except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
             for owner, _ in work:
                 self._fail(owner, error)
-            return
+            return True
         self.peak_bytes = max(self.peak_bytes, self.memory.kv_bytes)
         best = self._best(work, logits, counts)
         at = 0
@@ -119,13 +129,14 @@ class Scheduler:
                 else:
                     self._decoded(owner, logits[at : at + n], best.get(owner))
             at += n
+        return True
 
     def _choose(self) -> list[Work]:
         """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first.
 
         Only the oldest request's encodings go before prefill: so, however much work arrives, nothing waits forever. A
         reader may stand beside its sources: every layer writes all rows' keys and values before any row attends. So it
-        only waits for sources of which some tokens are left after this step.
+        only waits for sources of which some tokens are left after this step, and for those that a lossy codec changes.
         """
         decoding = [r for r in self.running if r.token_ids]
         prefill = [r for r in self.running if not r.token_ids]
@@ -143,10 +154,14 @@ class Scheduler:
             if count <= 0 or (work and pairs < parts):
                 break
             work.append((owner, count))
-            if isinstance(owner, Encoding) and count == owner.sequence.left:
+            if isinstance(owner, Encoding) and count == owner.sequence.left and not self._settles(owner):
                 complete.add(owner.key)
             tokens, pairs = tokens - count, pairs - count * parts
         return work
+
+    def _settles(self, encoding: Encoding) -> bool:
+        """Whether readers must wait for what its KV become."""
+        return encoding.persistent and self.settle is not None
 
     def _ready_beside(self, owner: Request | Encoding, complete: set[str]) -> bool:
         """Whether all that a row reads is there, or will be in a step that completes these encodings."""
@@ -193,8 +208,10 @@ class Scheduler:
             return
         assert encoding.sequence.kv is not None
         record = encoding.sequence.kv.record(encoding.key)
+        if self.settle is not None and encoding.persistent:
+            record = self.settle(record)
         del self.encodings[encoding.key]
-        self.memory.keep(record)
+        self.memory.keep(replace(record, packed=None))
         while encoding.waiters:
             request = encoding.waiters.pop()
             request.missing.discard(encoding.key)
@@ -285,6 +302,7 @@ class Scheduler:
         for key in list(request.held):
             self.memory.release(request, key)
         for key in request.missing:
+            self._stop_waiting(request, key)
             encoding = self.encodings.get(key)
             if encoding is not None:
                 encoding.waiters.discard(request)
@@ -319,56 +337,125 @@ class Scheduler:
         while self.waiting:
             request = self.waiting[0]
             if not self.memory.fits(request):
-                return  # first come, first served: nothing overtakes a request that waits for memory
+                return self._look_ahead()  # first come, first served: nothing overtakes one that waits for memory
             self.waiting.popleft()
             self.running.append(request)
             self.memory.admit(request)
             request.usage.queued = time.perf_counter() - request.submitted
             with self._blaming(request):
-                self._resolve(request)
+                self._resolve(request, _read(request))
                 if not request.missing:
                     self._ready(request)
 
-    def _resolve(self, request: Request) -> None:
-        """Find or start everything the prompt span reads; what is missing pulls in its own sources, transitively."""
-        usage, spans = request.usage, request.plan.spans
-        need = sorted({p.span for p in request.plan.prompt.sees})
-        seen: set[str] = set()
-        stack = need[::-1]
+    def _resolve(self, request: Request, need: Iterable[int], absent: str = "") -> None:
+        """Find, read or encode these spans of a request's plan; what is encoded pulls in its own sources, transitively.
+
+        absent: a key that isn't in the store.
+        """
+        spans = request.plan.spans
+        stack = sorted(need, reverse=True)
         started: list[int] = []
         while stack:
             index = stack.pop()
             key, span = request.keys[index], spans[index]
-            if key in seen:
+            if key in request.resolved:
                 continue
-            seen.add(key)
-            tier = self._find(key) if span.cached else None
-            if tier is None and key in self.encodings:
-                tier = "shared"
-            if tier is None:
-                started.append(index)
-                usage.computed_tokens += len(span)
+            request.resolved.add(key)
+            if key in self.memory.pool:
+                ahead = self.ahead.pop(key, None)
+                self._reused(request, index, "memory" if ahead is None else ahead[0])
+                continue
+            request.missing.add(key)
+            if key in self.encodings:
+                self._reused(request, index, "shared")
+            elif self.loader is not None and span.cached and key != absent:
+                self._load(self.loader, key, len(span)).waiters[request] = index
+                continue
             else:
-                usage.reused_tokens[tier] = usage.reused_tokens.get(tier, 0) + len(span)
-            if tier in (None, "shared"):
-                request.missing.add(key)
-                stack.extend(p.span for p in span.sees)
+                started.append(index)
+                request.usage.computed_tokens += len(span)
+            stack.extend(p.span for p in span.sees)
         for index in sorted(started):  # plan order: sources before their readers
             self.encodings[request.keys[index]] = self._encoding(request, index)
-        for key in request.missing:
+        for key in request.missing & self.encodings.keys():
             self.encodings[key].waiters.add(request)
 
-    def _find(self, key: str) -> str | None:
-        """Where a record was found ("memory" or a tier of the store); it is in the pool afterwards."""
-        if key in self.memory.pool:
-            return "memory"
-        found = self.fetch(key)
-        if found is None:
-            return None
-        record, tier = found
-        self.memory.make_room(record.nbytes)
-        self.memory.keep(record)
-        return tier
+    @staticmethod
+    def _reused(request: Request, index: int, tier: str) -> None:
+        reused = request.usage.reused_tokens
+        reused[tier] = reused.get(tier, 0) + len(request.plan.spans[index])
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _load(self, loader: Loader, key: str, tokens: int) -> Loading:
+        """The read of a record, begun if it isn't under way."""
+        if key not in self.loading:
+            self.loading[key] = Loading(key, tokens * self.memory.per_token, time.monotonic() + DEADLINE)
+            loader.start(key)
+        return self.loading[key]
+
+    def _collect(self) -> None:
+        """Take what the loader has brought; give up what is late."""
+        if self.loader is None:
+            return
+        for key, found in self.loader.finished():
+            loading = self.loading.pop(key, None)
+            if loading is not None:  # somebody still waits, or it was read ahead
+                self._loaded(loading, found)
+        now = time.monotonic()
+        for loading in [loading for loading in self.loading.values() if now > loading.deadline]:
+            del self.loading[loading.key]
+            self.loader.cancel(loading.key)
+            self.loader.counts["late"] += 1
+            self._loaded(loading, None)
+
+    def _loaded(self, loading: Loading, found: Found | None) -> None:
+        """A record has come, or there is none: whoever waits for it uses it, or encodes the span."""
+        if found is not None:
+            self.memory.make_room(found[0].nbytes)
+            self.memory.keep(found[0])
+            if not loading.waiters:
+                self.ahead[loading.key] = found[1], found[0].nbytes
+        for request, index in loading.waiters.items():
+            with self._blaming(request):
+                request.missing.discard(loading.key)
+                if found is not None:
+                    self._reused(request, index, found[1])
+                else:
+                    request.resolved.discard(loading.key)
+                    self._resolve(request, [index], absent=loading.key)
+                if not request.missing:
+                    self._ready(request)
+
+    def _stop_waiting(self, request: Request, key: str) -> None:
+        loading = self.loading.get(key)
+        if loading is not None and loading.waiters.pop(request, None) is not None and not loading.waiters:
+            del self.loading[key]
+            if self.loader is not None:
+                self.loader.cancel(key)
+
+    def _look_ahead(self) -> None:
+        """Read what requests will need that wait for memory, as far as it takes a small part of the budget.
+
+        What comes lies in the pool like any record that nobody holds, and may be evicted like one.
+        """
+        if self.loader is None:
+            return
+        self.ahead = {key: ahead for key, ahead in self.ahead.items() if key in self.memory.pool}
+        taken = sum(nbytes for _, nbytes in self.ahead.values())
+        taken += sum(loading.nbytes for loading in self.loading.values() if not loading.waiters)
+        for request in self.waiting:
+            if request.looked_ahead:
+                continue
+            for index in sorted(_read(request)):
+                key, span = request.keys[index], request.plan.spans[index]
+                if not span.cached or key in self.memory.pool or key in self.encodings or key in self.loading:
+                    continue
+                taken += len(span) * self.memory.per_token
+                if taken > self.memory.budget // AHEAD:
+                    return
+                self._load(self.loader, key, len(span))
+            request.looked_ahead = True
 
     def _encoding(self, request: Request, index: int) -> Encoding:
         span = request.plan.spans[index]
@@ -383,3 +470,8 @@ class Scheduler:
         request.usage.kv_bytes = self.memory.held_bytes(request, wanted)
         if request.encode_only:
             self._finish(request, "length")
+
+
+def _read(request: Request) -> set[int]:
+    """The spans that the prompt span reads."""
+    return {place.span for place in request.plan.prompt.sees}

@@ -42,7 +42,7 @@ def encoding(engine: Engine, plan: Plan, salt: str) -> Request:
 
 def keys_of(engine: Engine, plan: Plan, salt: str) -> list[str]:
     """The keys of a plan's cached spans."""
-    return [key for key in plan.keys(engine.model.fingerprint, salt) if key is not None]
+    return [key for key in engine.keys(plan, salt) if key is not None]
 
 
 async def encoded(submit: Callable[[Request], EngineJob], requests: AsyncIterable[Request]) -> AsyncGenerator[Usage]:

@@ -139,6 +139,27 @@ def test_dry_run_writes_nothing_and_its_figures_come_true(run, model, documents,
     assert figures(out)["computed"] == tokens
 
 
+def test_a_codec_makes_a_store_small_and_is_found_by_its_own_commands(run, model, tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " + "some words " * 20}) + "\n" for i in range(3)))
+    store, sizes = tmp_path / "kv", {}
+    for codec in ("raw", "kivi:bits=2"):
+        kept = ["--store", store, "--template", "{text}", "--codec", codec, "--method", "block"]
+        words = ["encode", model, path, *kept]
+        _, said, _ = run(*words, "--dry-run")
+        assert figures(run(*words)[1])["reused"] == 0 and figures(run(*words)[1])["computed"] == 0
+        sizes[codec] = sum(f.stat().st_size for f in store.glob(RECORDS)) - sum(sizes.values())
+        unit = {"KiB": 1 << 10, "MiB": 1 << 20}
+        amount, name = re.search(r"KV on disk +([\d.]+) (\w+)", said).groups()
+        assert sizes[codec] == pytest.approx(float(amount) * unit[name], rel=0.1)
+        usage = ask(run, model, path, *kept)["usage"]
+        assert usage["document_tokens_computed"] == 0
+    assert sizes["raw"] > 8 * sizes["kivi:bits=2"]
+    assert run("store", "ls", "--store", store)[1].count("kivi:bits=2") == 3
+    code, _, err = run("encode", model, path, "--store", store, "--template", "{text}", "--codec", "gzip")
+    assert code == 1 and "there is no codec 'gzip'" in err
+
+
 def test_empty_and_too_long_documents_are_named_and_skipped(run, model, tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "fine"}\n{"text": ""}\n{"text": "' + "x" * 40000 + '"}\n')

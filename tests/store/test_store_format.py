@@ -146,8 +146,8 @@ def test_what_this_version_cannot_read_is_refused():
     per_head = {"dtype": "I32", "shape": [2, 3], "data_offsets": [line["data_offsets"][0], line["data_offsets"][1]]}
     with pytest.raises(UnsupportedRecord, match="per layer and head"):
         decode(sealed({**header, "positions.0": per_head}, data))
-    other_codec = {**header, "positions": line, "__metadata__": {**header["__metadata__"], "codec": "int8"}}
-    with pytest.raises(UnsupportedRecord, match="int8"):
+    other_codec = {**header, "positions": line, "__metadata__": {**header["__metadata__"], "codec": "int3"}}
+    with pytest.raises(UnsupportedRecord, match="int3"):
         decode(sealed(other_codec, data))
     with pytest.raises(UnsupportedRecord, match="format"):
         decode(file_of(record()).replace(b'"kvgraph":"1"', b'"kvgraph":"2"'))
