@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
+from kvgraph.attention.rows import on_device
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.loader import Loader
 from kvgraph.engine.probe import cost, probed
-from kvgraph.engine.request import UNCACHED, Request, sequence_of
+from kvgraph.engine.request import UNCACHED, Request, link_of
+from kvgraph.engine.request import Sequence as TokenSequence
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
 from kvgraph.engine.scheduler import Scheduler
@@ -336,13 +338,14 @@ class Engine:
             stream=TextStream(
                 self.detokenize, params.stop, params.min_tokens, live.tokens[-BEFORE:] if proceed else ()
             ),
-            sequence=sequence_of(live, pool_keys, max(0, new - 1)),
+            sequence=TokenSequence(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
             answer=live.tokens[1:] if echo else tuple(answer),
             echo=echo,
             keep_logits=first_logits,
             submitted=time.perf_counter() - usage.probe,
             usage=usage,
+            link=link_of(plan, pool_keys, len(plan.spans) - 1),
         )
         self.scheduler.check(request)
         return request
@@ -583,25 +586,6 @@ def load_model(
 def composed(model: models.Model) -> gate.Logits:
     """What the gate compares: logits of plans from an engine of their own. What a broken model computes reaches no store."""
     return Engine(model, kv_budget=2 * gate.LONGEST * model.kv_bytes_per_token).logits
-
-
-def on_device(record: Record, device: torch.device) -> Record:
-    """The record with its KV on a device, through pinned memory when it goes to a GPU; itself if it is there already."""
-    if record.keys[0].device.type == device.type:
-        return record
-
-    def move(tensor: Tensor) -> Tensor:
-        source = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
-        return source.to(device, non_blocking=device.type == "cuda")
-
-    there = record.packed
-    if there is not None:
-        there = replace(there, tensors={name: move(tensor) for name, tensor in there.tensors.items()})
-    keys, values = tuple(map(move, record.keys)), tuple(map(move, record.values))
-    moved = replace(record, keys=keys, values=values, packed=there)
-    if device.type == "cuda":
-        torch.cuda.current_stream().synchronize()  # the pinned buffers live until the copies are done
-    return moved
 
 
 def prompt_tokens(plan: Plan) -> Iterator[int]:

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count as counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.rows import Row, RowKV, View
+from kvgraph.attention.rows import Row, RowKV, View, gathered
 from kvgraph.engine.admission import Memory
 from kvgraph.engine.loader import DEADLINE, Loader
-from kvgraph.engine.request import Encoding, Loading, Request, Sequence, sequence_of
+from kvgraph.engine.request import Encoding, Loading, Request, Sequence, link_of
 from kvgraph.engine.result import Result
 from kvgraph.engine.runner import runner_for
 from kvgraph.engine.sampling import Sampled, likeliest
@@ -55,6 +56,7 @@ class Scheduler:
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
         self.loader, self.save, self.settle = loader, save, settle
         self.runner = runner_for(model)
+        self._numbers = counter()
         self.shapes = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in model.layers]
         self.waiting: deque[Request] = deque()
         self.encodings: dict[str, Encoding] = {}  # in order of creation: sources before their readers
@@ -81,6 +83,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request that passed `check`."""
+        request.number = next(self._numbers)
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -109,9 +112,10 @@ class Scheduler:
             assert self.loading or not self.running, "admitted requests, but nothing can run"  # better than forever
             return not self.loading
         new = [e.sequence for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
-        self.memory.make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
+        copies = max((s.to_gather for s in new), default=0)  # only the first row of a chain gathers
+        self.memory.make_room((sum(s.capacity for s in new) + copies) * self.model.kv_bytes_per_token)
         try:
-            rows = [self._row(owner.sequence, count) for owner, count in work]
+            rows = self._rows(work)
             want, counts = self._wanted(work)
             logits = self.runner.run(rows, want)
         except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
@@ -140,8 +144,9 @@ class Scheduler:
         """
         decoding = [r for r in self.running if r.token_ids]
         prefill = [r for r in self.running if not r.token_ids]
-        oldest = [e for e in self.encodings.values() if self.running[0] in e.waiters]
-        later = [e for e in self.encodings.values() if self.running[0] not in e.waiters]
+        ready = sorted(self.encodings.values(), key=lambda e: e.order)  # sources before their readers
+        oldest = [e for e in ready if self.running[0] in e.waiters]
+        later = [e for e in ready if self.running[0] not in e.waiters]
         work: list[Work] = []
         complete: set[str] = set()  # encodings that this step finishes
         tokens, pairs = self.max_step_tokens, self.max_step_pairs
@@ -149,7 +154,7 @@ class Scheduler:
         for owner in owners:
             if not self._ready_beside(owner, complete):
                 continue
-            parts = 1 + len(owner.sequence.places)
+            parts = 1 + owner.sequence.parts
             count = min(owner.sequence.left, tokens, max(1, pairs // parts))
             if count <= 0 or (work and pairs < parts):
                 break
@@ -167,16 +172,41 @@ class Scheduler:
         """Whether all that a row reads is there, or will be in a step that completes these encodings."""
         if isinstance(owner, Request):
             return not owner.encode_only and owner.missing <= complete
-        return all(k in complete or k in self.memory.pool for k, *_ in owner.sequence.places)
+        if owner.link:  # which has all that this reads, but itself
+            return owner.link in complete or owner.link in self.memory.pool
+        return all(seen.key in complete or seen.key in self.memory.pool for seen in owner.sequence.places)
 
-    def _row(self, sequence: Sequence, count: int) -> Row:
-        """The next `count` tokens of a sequence; its KV is allocated with its first row."""
-        if sequence.kv is None:
-            sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
-            sequence.kv.positions[: len(sequence.positions)] = sequence.positions
-            sequence.views = [View(self._source(key), *how) for key, how in sequence.places]
-        here = slice(sequence.done, sequence.done + count)
-        return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
+    def _rows(self, work: list[Work]) -> list[Row]:
+        """The next tokens of each. A new link of a chain whose last link ends in the same step is joined to it."""
+        rows: list[Row] = []
+        before: Encoding | None = None  # the row before, if another can be joined to it
+        lead = 0
+        for owner, count in work:
+            sequence = owner.sequence
+            joined = before is not None and owner.link == before.key and sequence.done == 0
+            if sequence.kv is None:
+                sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
+                sequence.kv.positions[: len(sequence.positions)] = sequence.positions
+            lead = lead + sequence.span.start - sequence.span.sees[-1].at if joined else 0
+            views = () if joined else self._views(sequence)
+            here = slice(sequence.done, sequence.done + count)
+            rows.append(Row(sequence.tokens[here], sequence.positions[here], views, sequence.kv, joined, lead))
+            before = owner if isinstance(owner, Encoding) and count == sequence.left else None
+        return rows
+
+    def _views(self, sequence: Sequence) -> list[View]:
+        """What a sequence's rows see; short spans are gathered once all of them are there."""
+        if sequence.views is not None:
+            return list(sequence.views)
+        views = [View(self._source(seen.key), *seen[1:]) for seen in sequence.places]
+        if any(isinstance(view.source, RowKV) for view in views):
+            return views  # of sources beside it in this step: next time they are records
+        if sequence.to_gather:
+            rotaries = [None if x.rotary is None else self.model.rotaries[x.rotary] for x in self.model.layers]
+            views = list(gathered(views, self.shapes, rotaries))
+            sequence.copied = sum(view.source.nbytes for view in views if isinstance(view.source, RowKV))
+        sequence.views = views
+        return views
 
     def _source(self, key: str) -> Record | RowKV:
         """What a row reads: a record that is pinned, or the KV of a row of the same step that completes it."""
@@ -309,7 +339,7 @@ class Scheduler:
                 if not encoding.waiters:
                     del self.encodings[key]
         request.missing = set()
-        request.sequence.kv, request.sequence.views = None, []
+        request.sequence.kv, request.sequence.views = None, ()
         if error is not None:
             request.error = error
             return
@@ -347,10 +377,10 @@ class Scheduler:
                 if not request.missing:
                     self._ready(request)
 
-    def _resolve(self, request: Request, need: Iterable[int], absent: str = "") -> None:
+    def _resolve(self, request: Request, need: Iterable[int], absent: Collection[str] = ()) -> None:
         """Find, read or encode these spans of a request's plan; what is encoded pulls in its own sources, transitively.
 
-        absent: a key that isn't in the store.
+        absent: keys that aren't in the store.
         """
         spans = request.plan.spans
         stack = sorted(need, reverse=True)
@@ -368,14 +398,15 @@ class Scheduler:
             request.missing.add(key)
             if key in self.encodings:
                 self._reused(request, index, "shared")
-            elif self.loader is not None and span.cached and key != absent:
+            elif self.loader is not None and span.cached and key not in absent:
                 self._load(self.loader, key, len(span)).waiters[request] = index
+                request.loads.add(key)
                 continue
             else:
                 started.append(index)
                 request.usage.computed_tokens += len(span)
             stack.extend(p.span for p in span.sees)
-        for index in sorted(started):  # plan order: sources before their readers
+        for index in started:
             self.encodings[request.keys[index]] = self._encoding(request, index)
         for key in request.missing & self.encodings.keys():
             self.encodings[key].waiters.add(request)
@@ -395,37 +426,49 @@ class Scheduler:
         return self.loading[key]
 
     def _collect(self) -> None:
-        """Take what the loader has brought; give up what is late."""
+        """Take what the loader has brought; give up what is late. Then go on with whoever waits for no record any more."""
         if self.loader is None:
             return
-        for key, found in self.loader.finished():
-            loading = self.loading.pop(key, None)
+        ended = [(self.loading.pop(key, None), found) for key, found in self.loader.finished()]
+        now = time.monotonic()
+        for late in [loading for loading in self.loading.values() if now > loading.deadline]:
+            ended.append((self.loading.pop(late.key), None))
+            self.loader.cancel(late.key)
+            self.loader.counts["late"] += 1
+        waited: dict[Request, None] = {}
+        for loading, found in ended:
             if loading is not None:  # somebody still waits, or it was read ahead
                 self._loaded(loading, found)
-        now = time.monotonic()
-        for loading in [loading for loading in self.loading.values() if now > loading.deadline]:
-            del self.loading[loading.key]
-            self.loader.cancel(loading.key)
-            self.loader.counts["late"] += 1
-            self._loaded(loading, None)
+                waited |= dict.fromkeys(loading.waiters)
+        for request in waited:
+            if not request.loads:
+                with self._blaming(request):
+                    self._encode_absent(request)
 
     def _loaded(self, loading: Loading, found: Found | None) -> None:
-        """A record has come, or there is none: whoever waits for it uses it, or encodes the span."""
+        """A record has come, or there is none."""
         if found is not None:
             self.memory.make_room(found[0].nbytes)
             self.memory.keep(found[0])
             if not loading.waiters:
                 self.ahead[loading.key] = found[1], found[0].nbytes
         for request, index in loading.waiters.items():
-            with self._blaming(request):
-                request.missing.discard(loading.key)
-                if found is not None:
-                    self._reused(request, index, found[1])
-                else:
-                    request.resolved.discard(loading.key)
-                    self._resolve(request, [index], absent=loading.key)
-                if not request.missing:
-                    self._ready(request)
+            request.loads.discard(loading.key)
+            if found is None:
+                request.absent.append(index)
+                continue
+            request.missing.discard(loading.key)
+            self._reused(request, index, found[1])
+
+    def _encode_absent(self, request: Request) -> None:
+        """Encode what was in no tier: all of it at once, so that the links of a chain run in one step."""
+        absent, request.absent = request.absent, []
+        keys = {request.keys[index] for index in absent}
+        request.missing -= keys
+        request.resolved -= keys
+        self._resolve(request, absent, keys)
+        if not request.missing:
+            self._ready(request)
 
     def _stop_waiting(self, request: Request, key: str) -> None:
         loading = self.loading.get(key)
@@ -458,8 +501,14 @@ class Scheduler:
             request.looked_ahead = True
 
     def _encoding(self, request: Request, index: int) -> Encoding:
-        span = request.plan.spans[index]
-        return Encoding(request.keys[index], sequence_of(span, request.keys), persistent=span.cached)
+        spans = request.plan.spans
+        return Encoding(
+            request.keys[index],
+            Sequence(spans[index], request.keys),
+            persistent=spans[index].cached,
+            order=(request.number, index),
+            link=link_of(request.plan, request.keys, index),
+        )
 
     def _ready(self, request: Request) -> None:
         """Everything the prompt span reads is in the pool: intermediate versions are no longer needed."""

@@ -344,10 +344,9 @@ def test_a_codecs_losses_come_before_the_first_use(llama, tmp_path, codec, metho
 
     (plain, _), (alone, again) = logits(), logits(codec=codec)
     cold, warm = logits(codec=codec, store=tmp_path)
-    files = sorted(tmp_path.glob("records/*/*"))
-    files[0].unlink()
-    partly, _ = logits(codec=codec, store=tmp_path)
     disk, _ = logits(codec=codec, store=tmp_path)
+    sorted(tmp_path.glob("records/*/*"))[0].unlink()
+    partly, _ = logits(codec=codec, store=tmp_path)
     assert torch.equal(warm, disk)
     assert torch.allclose(alone, again, atol=1e-4) and torch.allclose(cold, warm, atol=1e-4)
     # What is computed in a step with others rounds in another order, and a code may fall on the other side.

@@ -122,7 +122,11 @@ def check_accounts(engine: Engine) -> None:
             needed = {k: n for k, n in needed.items() if k in read}
             assert all(k in s.memory.pool for k in read)
         assert request.held == set(needed)
-        assert all(request in (s.encodings.get(k) or s.loading[k]).waiters for k in request.missing)
+        assert request.loads <= request.missing and all(request in s.loading[k].waiters for k in request.loads)
+        absent = {request.keys[i] for i in request.absent}  # to be encoded once nothing is being read
+        assert not absent or request.loads
+        others = request.missing - request.loads - absent
+        assert all(request in s.encodings[k].waiters for k in others)
         holds.update(needed.keys())
         tokens.update(needed)
     assert s.memory.holds == {k: (tokens[k] * size, n) for k, n in holds.items()}
@@ -284,7 +288,7 @@ class Load(RuleBasedStateMachine):
             "sampler": (Sampler, "__call__"),
             "fetch": (self.engine.loader or s, "fetch"),
             "save": (s, "save"),
-            "memory": (type(s), "_row"),
+            "memory": (type(s), "_rows"),
         }[where]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(*target, thrower(error), raising=where != "fetch")
