@@ -15,7 +15,7 @@ from kvgraph.store.codecs.int8 import Int8
 from kvgraph.store.codecs.kivi import KIVI
 from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.codecs.zstd import Zstd
-from kvgraph.store.record import Packed, Record
+from kvgraph.store.record import PackedKV, Record
 
 
 def _wrong(name: str, codec: Any) -> str:
@@ -66,7 +66,7 @@ def packed(record: Record, codec: Codec) -> Record:
     keys, values = record.keys, record.values
     if not codec.lossless:
         keys, values = codec.unpack(tensors, len(record), keys[0].dtype)
-    return replace(record, keys=keys, values=values, packed=Packed(spec_of(codec), tensors))
+    return replace(record, keys=keys, values=values, packed=PackedKV(spec_of(codec), tensors))
 
 
 def fingerprint_with(fingerprint: str, codec: Codec) -> str:
