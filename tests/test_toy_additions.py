@@ -82,6 +82,6 @@ def test_a_package_that_is_wrong_is_named(declared, entry, module, message):
 
 def test_kvgraphs_own_names_stay_its_own(declared):
     found = declared("full = mirror:Mirror")
-    with pytest.warns(UserWarning, match="mirror:Mirror of the package mirror is left out: kvgraph has 'full'"):
+    with pytest.warns(UserWarning, match="mirror:Mirror of the package mirror is left out: kvgraph has its own 'full'"):
         assert list(found) == ["full"]
     assert found["full"] is methods.Full
