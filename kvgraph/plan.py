@@ -261,7 +261,7 @@ class Laid(NamedTuple):
 
 
 def lay_out(spans: Sequence[Span], roots: Sequence[int]) -> list[Laid]:
-    """The spans `roots` at their positions, each after everything it reads; what several read at one position is shared.
+    """The spans `roots` at their positions, each after all that it reads; what several read at one position is shared.
 
     A span read at two positions is laid out twice, with its ancestors; this is exact, because KV is relative. A span
     that one reader sees twice is laid out twice too, because a duplicate counts twice in the softmax.

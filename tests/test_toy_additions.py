@@ -67,7 +67,7 @@ def test_a_package_is_imported_when_it_is_asked_for(declared):
         ("mirror = mirror:Mirror", "1 / 0", "ZeroDivisionError: division by zero"),
         ("mirror = mirror:Missing", toys.MODULE, "AttributeError"),
         ("mirror = mirror:ring", toys.MODULE, "TypeError"),
-        ("mirror = mirror:dataclass", toys.MODULE, "it makes no kvgraph.methods.Method"),
+        ("mirror = mirror:dataclass", toys.MODULE, "it doesn't make a kvgraph.methods.Method"),
         ("glass = mirror:Mirror", toys.MODULE, "the method's name is 'mirror'"),
         ("mirror = nowhere:Mirror", toys.MODULE, "ModuleNotFoundError: No module named 'nowhere'"),
     ],
