@@ -67,7 +67,7 @@ def build(config: Config) -> Student:
     loaded = _started(config.seed) if config.model == NEW else models.load(config.model)
     hf, dtype = loaded.hf.float(), loaded.dtype
     if config.stack:
-        models.deepen(hf, config.stack)
+        models.stack(hf, config.stack)
     stages = config.stages
     if config.slots:
         stages = _with_links(stages, add_link_tokens(hf, config.links, config.slots))
