@@ -1,4 +1,4 @@
-"""What runs in steps: requests, the spans encoded for them, and the sequences of tokens of both."""
+"""What runs in steps: requests, the spans encoded for them, and the token sequences of both."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from kvgraph.engine.result import Result, Usage
 from kvgraph.engine.sampling import Sampled, Sampler, SamplingParams
 from kvgraph.plan import Group, Plan, Span
 
-MOST_SLICES = 4  # of one record, each attended to on its own; more of them cost more than a mask over all of it
+MOST_SLICES = 4  # of one record, each attended to on its own; with more, one mask over the whole record is cheaper
 UNCACHED = "uncached-"  # pool keys of spans that a plan computes each time; the rest of the key is unique
 Seen = tuple[str, tuple[Any, ...]]  # (a record's key, how a View sees it, in the reader's frame)
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens on their way through the model, in one frame: a span being encoded, or a prompt span and its answer."""
+    """Tokens being run through the model, in one frame: a span being encoded, or a prompt span and its answer."""
 
     tokens: list[int]
     positions: np.ndarray  # [len(tokens)], the frame's own
     places: list[Seen]
-    capacity: int  # tokens its KV has room for
+    capacity: int  # tokens that its KV has room for
     kv: RowKV | None = None  # made when its first row runs
     views: list[View] = field(default_factory=list)
 
@@ -46,7 +46,7 @@ class Encoding:
 
     key: str
     sequence: Sequence
-    persistent: bool  # goes to the store, not only to the pool
+    persistent: bool  # whether it goes to the store as well as the pool
     waiters: set[Request] = field(default_factory=set)
 
 
@@ -60,8 +60,8 @@ class Request:
     sampler: Sampler
     stream: TextStream
     sequence: Sequence  # the prompt span, and the answer as it grows
-    encode_only: bool  # finished as soon as everything its prompt span reads is encoded
-    answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the prompt span
+    encode_only: bool  # finish as soon as everything its prompt span reads is encoded
+    answer: tuple[int, ...]  # scored instead of decoding; all but its last token end the prompt span
     keep_logits: bool
     submitted: float
     usage: Usage
@@ -70,7 +70,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
-    greedy: bool = True  # whether every scored token was the likeliest
+    greedy: bool = True  # whether every scored token was the most likely
     first_logits: Tensor | None = None
     first_token_at: float = 0.0
     fresh: list[tuple[str, int]] = field(default_factory=list)  # (text, token) not yet handed to a stream
@@ -84,7 +84,7 @@ class Request:
 
 
 def sequence_of(span: Span, keys: list[str], room: int = 0) -> Sequence:
-    """A span in its own frame (first position 0), with its places' keys and `room` for tokens to come."""
+    """A span in its own frame (first position 0), with its places' keys and `room` for further tokens."""
     positions = np.asarray(span.positions, dtype=np.int64) - span.start
     groups = (Group(), *span.groups)
     places = [(keys[p.span], (p.at - span.start, p.lo, p.hi or 0, p.group, *groups[p.group])) for p in span.sees]
@@ -92,7 +92,7 @@ def sequence_of(span: Span, keys: list[str], room: int = 0) -> Sequence:
 
 
 def _joined(places: list[Seen]) -> list[Seen]:
-    """The places, but where many slices of one record are seen, these as one with the gaps between them hidden."""
+    """The places, with many slices of one record merged into one whose gaps are hidden."""
     slices: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     for key, (at, lo, hi, *weights) in places:
         slices.setdefault((key, at, *weights), []).append((lo, hi))
@@ -100,7 +100,7 @@ def _joined(places: list[Seen]) -> list[Seen]:
     for (key, at, *weights), found in slices.items():
         found.sort()
         gaps = [(hi, lo) for (_, hi), (lo, _) in pairwise(found)]
-        if len(found) > MOST_SLICES and all(lo <= hi for lo, hi in gaps):  # what overlaps counts twice
+        if len(found) > MOST_SLICES and all(lo <= hi for lo, hi in gaps):  # overlapping slices count twice
             joined.append((key, (at, found[0][0], found[-1][1], *weights, gaps)))
         else:
             joined += [(key, (at, lo, hi, *weights)) for lo, hi in found]

@@ -1,10 +1,10 @@
-"""Continuous batching: which rows run in the next step, and what their results change.
+"""Continuous batching: which rows run in the next step, and what happens with their results.
 
 Everything is a row: a span being encoded, a prompt span being prefilled, a request decoding one token. A step serves
 decoding rows first, then prefill, then encoding, up to a number of tokens; long rows run in chunks.
 
-A request is admitted when it fits `kvgraph.engine.admission.Memory`. What it then misses is encoded once for everyone
-who waits (single flight).
+A request is admitted when it fits `kvgraph.engine.admission.Memory`. Spans that it then misses are encoded once for all
+requests that wait for them (single flight).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its
 class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
-    fetch(key): a record of the backing store and its tier's name, or None. save(record): hand a new record to it.
+    fetch(key): a record of the store and its tier's name, or None. save(record): hands a new record to the store.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Scheduler:
     # -- submitting ---------------------------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
-        """Raise PlanError or CapacityError if a request can never run. Needs no lock: it looks at nothing that changes."""
+        """Raise PlanError or CapacityError if a request can never run. Needs no lock: it reads no changing state."""
         plan, limit = request.plan, self.model.limit
         if plan.highest_position >= limit:
             raise PlanError(f"the plan reaches position {plan.highest_position}, but the model's limit is {limit}")
@@ -74,7 +74,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """End a request now and free what it held; its result says "cancelled". No effect on a finished one."""
+        """End a request now and free what it held. Its result says "cancelled". No effect on a finished request."""
         if request.finished:
             return
         if request in self.waiting:
@@ -91,7 +91,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admit what fits, run one packed forward, hand out its results."""
+        """Admit requests that fit, run one packed forward, and distribute its results."""
         self._admit()
         work = self._choose()
         if not work:
@@ -103,7 +103,7 @@ class Scheduler:
             rows = [self._row(owner.sequence, count) for owner, count in work]
             want, counts = self._wanted(work)
             logits = self.runner.run(rows, want)
-        except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
+        except Exception as error:  # such as out of memory: the rows of this step fail, all others continue
             for owner, _ in work:
                 self._fail(owner, error)
             return
@@ -112,7 +112,7 @@ class Scheduler:
         at = 0
         for (owner, _), row, n in zip(work, rows, counts, strict=True):
             with self._blaming(owner):
-                row.commit()  # only now: after an interrupt, the rows not handed out just run again
+                row.commit()  # only now: after an interrupt, rows without results run again
                 if isinstance(owner, Encoding):
                     self._encoded(owner)
                 else:
@@ -122,9 +122,9 @@ class Scheduler:
     def _choose(self) -> list[Work]:
         """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first.
 
-        Only the oldest request's encodings go before prefill: so, however much work arrives, nothing waits forever. A
-        reader may stand beside its sources: every layer writes all rows' keys and values before any row attends. So it
-        only waits for sources of which some tokens are left after this step.
+        Only the oldest request's encodings go before prefill, so that nothing waits forever however much work arrives.
+        A reader may run in the same step as its sources, because every layer writes all rows' keys and values before
+        any row attends. It waits only for sources that this step doesn't complete.
         """
         decoding = [r for r in self.running if r.token_ids]
         prefill = [r for r in self.running if not r.token_ids]
@@ -148,13 +148,13 @@ class Scheduler:
         return work
 
     def _ready_beside(self, owner: Request | Encoding, complete: set[str]) -> bool:
-        """Whether all that a row reads is there, or will be in a step that completes these encodings."""
+        """Whether everything a row reads is there, or will be in a step that completes these encodings."""
         if isinstance(owner, Request):
             return not owner.encode_only and owner.missing <= complete
         return all(k in complete or k in self.memory.pool for k, *_ in owner.sequence.places)
 
     def _row(self, sequence: Sequence, count: int) -> Row:
-        """The next `count` tokens of a sequence; its KV is allocated with its first row."""
+        """The next `count` tokens of a sequence. Its KV is allocated with its first row."""
         if sequence.kv is None:
             sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
             sequence.kv.positions[: len(sequence.positions)] = sequence.positions
@@ -163,7 +163,7 @@ class Scheduler:
         return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
 
     def _source(self, key: str) -> Record | RowKV:
-        """What a row reads: a record that is pinned, or the KV of a row of the same step that completes it."""
+        """What a row reads: a pinned record, or the KV of a row that is completed in the same step."""
         encoding = self.encodings.get(key)
         if encoding is None:
             return self.memory.pooled(key)
@@ -200,10 +200,10 @@ class Scheduler:
             if not request.missing:
                 self._ready(request)
         if encoding.persistent:
-            self.save(record)  # last: it may wait for the disk, and be interrupted there
+            self.save(record)  # last, because it may wait for the disk and be interrupted there
 
     def _best(self, work: list[Work], logits: Tensor, counts: list[int]) -> dict[Request, tuple[int, float]]:
-        """The likeliest token and its logit of each request that takes it: one look at the device for all of them."""
+        """The most likely token and its logit, of each request that takes it, with one read from the device for all."""
         last: dict[Request, int] = {}
         at = 0
         for (owner, count), n in zip(work, counts, strict=True):
@@ -255,9 +255,9 @@ class Scheduler:
 
     @contextmanager
     def _blaming(self, owner: Request | Encoding) -> Iterator[None]:
-        """What goes wrong inside (NaN logits, a tokenizer, a store) ends this owner and no other.
+        """An error inside (NaN logits, a tokenizer, a store) ends this owner and no other.
 
-        An interrupt ends it too, for it may be half changed, and goes on to the caller.
+        An interrupt also ends it, because it may be half changed, and is passed on to the caller.
         """
         try:
             yield
@@ -267,12 +267,12 @@ class Scheduler:
                 raise
 
     def _fail(self, owner: Request | Encoding, error: BaseException) -> None:
-        """End a request, or all that wait for an encoding, with an error."""
+        """End a request, or all requests that wait for an encoding, with an error."""
         for request in list(owner.waiters) if isinstance(owner, Encoding) else [owner]:
             self._finish(request, error=error)
 
     def _finish(self, request: Request, reason: str = "", error: BaseException | None = None) -> None:
-        """End a request, with a result or an error; frees all it held. No effect on a finished one."""
+        """End a request with a result or an error, and free everything it held. No effect on a finished request."""
         if request.finished:
             return
         now = time.perf_counter()
@@ -316,7 +316,7 @@ class Scheduler:
         while self.waiting:
             request = self.waiting[0]
             if not self.memory.fits(request):
-                return  # first come, first served: nothing overtakes a request that waits for memory
+                return  # first come, first served: no request overtakes one that waits for memory
             self.waiting.popleft()
             self.running.append(request)
             self.memory.admit(request)
@@ -327,7 +327,7 @@ class Scheduler:
                     self._ready(request)
 
     def _resolve(self, request: Request) -> None:
-        """Find or start everything the prompt span reads; what is missing pulls in its own sources, transitively."""
+        """Find or start everything the prompt span reads. A missing span needs its own sources, transitively."""
         usage, spans = request.usage, request.plan.spans
         need = sorted({p.span for p in request.plan.prompt.sees})
         seen: set[str] = set()
@@ -356,7 +356,7 @@ class Scheduler:
             self.encodings[key].waiters.add(request)
 
     def _find(self, key: str) -> str | None:
-        """Where a record was found ("memory" or a tier of the store); it is in the pool afterwards."""
+        """Where a record was found ("memory" or a tier of the store). Afterwards it is in the pool."""
         if key in self.memory.pool:
             return "memory"
         found = self.fetch(key)
@@ -372,7 +372,7 @@ class Scheduler:
         return Encoding(request.keys[index], sequence_of(span, request.keys), persistent=span.cached)
 
     def _ready(self, request: Request) -> None:
-        """Everything the prompt span reads is in the pool: intermediate versions are no longer needed."""
+        """Release intermediate versions once everything the prompt span reads is in the pool."""
         request.usage.encoded = time.perf_counter() - request.submitted
         wanted = {request.keys[p.span] for p in request.plan.prompt.sees}
         for key in [k for k in request.held if k not in wanted]:
