@@ -118,7 +118,8 @@ class Plan:
     method: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spans", tuple(_checked(i, s, self.spans) for i, s in enumerate(self.spans)))
+        known: dict[int, Place] = {}
+        object.__setattr__(self, "spans", tuple(_checked(i, s, self.spans, known) for i, s in enumerate(self.spans)))
         if not self.spans:
             raise PlanError("a plan needs at least one span: the prompt span")
         if self.spans[-1].cached:
@@ -161,8 +162,12 @@ def pruned(spans: Sequence[Span], method: str = "") -> Plan:
     return Plan(tuple(kept), method)
 
 
-def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
-    """The span with its places normalised (hi filled in); raises PlanError naming the span and the rule it breaks."""
+def _checked(index: int, span: Span, earlier: Sequence[Span], known: dict[int, Place]) -> Span:
+    """The span with its places normalised (hi filled in); raises PlanError naming the span and the rule it breaks.
+
+    known: by its id, each place that a cached span of the plan gave, normalised. The spans of a long chain share their
+    places, so each is checked once, and one is the same object for all its readers.
+    """
     who = f"span {index}" + (f" ({span.name})" if span.name else "")
     if not span.tokens:
         raise PlanError(f"{who} is empty; leave empty spans out of the plan")
@@ -179,20 +184,32 @@ def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
         raise PlanError(f"{who}: positions must be strictly ascending")
     groups = tuple(_group(group, f"{who}: group {i}") for i, group in enumerate(span.groups, 1))
     places = []
-    for place in map(_place, span.sees):
-        _integers(tuple(x for x in place if x is not None), f"{who}: a place's numbers")
-        if not 0 <= place.span < index:
-            raise PlanError(f"{who} sees span {place.span}, which isn't earlier in the plan")
-        child = earlier[place.span]
-        hi = len(child) if place.hi is None else place.hi
-        if not 0 <= place.lo < hi <= len(child):
-            raise PlanError(f"{who} sees tokens {place.lo}..{hi} of span {place.span}, which has {len(child)}")
-        if span.cached and not child.cached:
-            raise PlanError(f"{who} is cached but sees span {place.span}, which is not")
-        if not 0 <= place.group <= len(groups):
-            raise PlanError(f"{who} has a place in group {place.group}, but {len(groups)} groups")
-        places.append(place._replace(hi=hi))
+    for given in span.sees:
+        place = known.get(id(given))
+        if place is None:
+            place = _checked_place(given, index, span, len(groups), earlier, who)
+            if isinstance(given, Place) and not place.group and earlier[place.span].cached:
+                known[id(given)] = place
+        places.append(place)
     return replace(span, sees=tuple(places), groups=groups)
+
+
+def _checked_place(
+    given: Place | tuple[int, ...], index: int, span: Span, groups: int, earlier: Sequence[Span], who: str
+) -> Place:
+    place = _place(given)
+    _integers(tuple(x for x in place if x is not None), f"{who}: a place's numbers")
+    if not 0 <= place.span < index:
+        raise PlanError(f"{who} sees span {place.span}, which isn't earlier in the plan")
+    child = earlier[place.span]
+    hi = len(child) if place.hi is None else place.hi
+    if not 0 <= place.lo < hi <= len(child):
+        raise PlanError(f"{who} sees tokens {place.lo}..{hi} of span {place.span}, which has {len(child)}")
+    if span.cached and not child.cached:
+        raise PlanError(f"{who} is cached but sees span {place.span}, which is not")
+    if not 0 <= place.group <= groups:
+        raise PlanError(f"{who} has a place in group {place.group}, but {groups} groups")
+    return place._replace(hi=hi)
 
 
 def _place(place: Place | tuple[int, ...]) -> Place:
@@ -243,10 +260,9 @@ def _key(span: Span, keys: Sequence[str | None], fingerprint: str, salt: str) ->
     else:
         relative = np.asarray(span.positions, dtype="<i8") - start
         add(b"range" if relative[-1] == len(span) - 1 else relative.tobytes())
-    for child, at, lo, hi, group in sorted(
-        (keys[p.span] or "", p.at - start, p.lo, p.hi or 0, p.group) for p in span.sees
-    ):
-        add((f"{child} {at} {lo} {hi}" + (f" {group}" if group else "")).encode())
+    seen = sorted([(keys[p.span] or "", p.at - start, p.lo, p.hi or 0, p.group) for p in span.sees])
+    lines = [(f"{c} {at} {lo} {hi} {g}" if g else f"{c} {at} {lo} {hi}").encode() for c, at, lo, hi, g in seen]
+    h.update(b"".join([len(line).to_bytes(8, "little") + line for line in lines]))  # what `add` does, at once
     for weights in span.groups:  # 16 bytes, so it can't be taken for a place
         add(np.array(weights, dtype="<f8").tobytes())
     return h.hexdigest()

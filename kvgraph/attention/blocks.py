@@ -27,6 +27,14 @@ class Run(NamedTuple):
     weights: tuple[int, float, float] | None = None
 
 
+class Fresh:
+    """As the source of a block: the step's own new keys and values, by packed token, in the frame of their chain's first
+    row. A chain of rows is one causal block over them."""
+
+
+FRESH = Fresh()
+
+
 @dataclass
 class Block:
     """Packed tokens `tokens` [n] attend to keys lo..hi of `source`.
@@ -37,7 +45,7 @@ class Block:
     """
 
     tokens: np.ndarray
-    source: Record | RowKV
+    source: Record | RowKV | Fresh
     lo: int
     hi: int
     runs: list[Run]
@@ -45,26 +53,32 @@ class Block:
     causal: bool = False
 
 
-def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) -> list[Block]:
-    """The blocks of a step in which row i's packed tokens begin at starts[i]. window: that of the layers, see `Layer`.
+def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) -> tuple[list[Block], list[Block]]:
+    """The blocks of a step whose row i has its packed tokens from starts[i] on. window: of the layers, see `Layer`.
 
-    The first len(rows) blocks are the rows' own new tokens, in order; together they cover each token once. Rows that see
-    the same tokens of the same source share one block, at whatever position each sees it.
+    The first list has a block for the new tokens of each chain (a row that isn't joined, and those that continue it), in
+    order; together they cover each token once. The second has what is seen besides. Rows that see the same tokens of the
+    same source share one block, wherever each places it.
     """
     own: list[Block] = []
     masked: list[Block] = []
     shared: dict[tuple[int, int, int], Block] = {}
     parts: dict[tuple[int, int, int], list[np.ndarray]] = {}
-    for row, start in zip(rows, starts, strict=True):
-        past, total, p = row.kv.length, row.kv.length + len(row.tokens), row.positions
-        index = np.arange(start, start + len(row.tokens))
+    firsts = [i for i, row in enumerate(rows) if not row.joined]
+    for i, j in zip(firsts, [*firsts[1:], len(rows)], strict=True):
+        row, chain = rows[i], rows[i:j]
+        p = row.positions if len(chain) == 1 else np.concatenate([r.positions + r.lead for r in chain])
+        index = np.arange(starts[i], starts[i] + len(p))
+        past = row.kv.length
         if len(p) == 1 and (window is None or p[0] - row.kv.positions[0] < window):
             past = 0  # one token that sees all of its row needs one block instead of two
         for a, b, lo, hi, mask in _slices(p, row.kv.positions[:past], window):
-            masked.append(Block(index[a:b], row.kv, lo, hi, [Run(0, b - a)], mask))
+            masked.append(Block(index[a:b], row.kv, lo, hi, _runs(chain, 0, a, b), mask))
         fits = window is None or p[-1] - p[0] < window
         mask = None if fits else np.tri(len(p), dtype=bool) & (p[:, None] - p[None] < window)
-        own.append(Block(index, row.kv, past, total, [Run(0, len(p))], mask, fits and len(p) > 1))
+        source, lo = (row.kv, past) if len(chain) == 1 else (FRESH, starts[i])
+        hi = lo + len(p) if len(chain) > 1 else row.kv.length + len(row.tokens)
+        own.append(Block(index, source, lo, hi, _runs(chain, 0, 0, len(p)), mask, fits and len(p) > 1))
         for view in row.views:
             if p[0] > view.last and (window is None or p[-1] - view.first < window):
                 slices: list[_Slice] = [(0, len(p), 0, view.hi - view.lo, None)]  # the common case, without numpy
@@ -74,19 +88,32 @@ def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) ->
                 slices = list(_shown(slices, view.shown))
             for a, b, lo, hi, mask in slices:
                 key = (id(view.source), view.lo + lo, view.lo + hi)
-                run = Run(view.at, b - a, view.weights)
+                runs = _runs(chain, view.at, a, b, view.weights)
                 if mask is not None:
-                    masked.append(Block(index[a:b], view.source, *key[1:], [run], mask))
+                    masked.append(Block(index[a:b], view.source, *key[1:], runs, mask))
                 elif key in shared:
-                    shared[key].runs.append(run)
+                    shared[key].runs.extend(runs)
                     parts[key].append(index[a:b])
                 else:
-                    shared[key] = Block(index[a:b], view.source, *key[1:], [run])
+                    shared[key] = Block(index[a:b], view.source, *key[1:], runs)
                     parts[key] = [index[a:b]]
     for key, block in shared.items():
         if len(parts[key]) > 1:
             block.tokens = np.concatenate(parts[key])
-    return [*own, *masked, *shared.values()]
+    return own, [*masked, *shared.values()]
+
+
+def _runs(chain: Sequence[Row], at: int, a: int, b: int, weights: tuple[int, float, float] | None = None) -> list[Run]:
+    """How tokens a..b of a chain see what stands at position `at` of its first row's frame."""
+    if len(chain) == 1:
+        return [Run(at, b - a, weights)]
+    runs, start = [], 0
+    for row in chain:
+        n = min(b, start + len(row.tokens)) - max(a, start)
+        if n > 0:
+            runs.append(Run(at - row.lead, n, weights))
+        start += len(row.tokens)
+    return runs
 
 
 _Slice = tuple[int, int, int, int, np.ndarray | None]  # tokens a..b see keys lo..hi, all or by a mask [b - a, hi - lo]

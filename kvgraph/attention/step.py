@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvgraph.attention.backends import backend_for
 from kvgraph.attention.backends.base import Backend, Part
-from kvgraph.attention.blocks import Block, blocks_of
+from kvgraph.attention.blocks import Block, Fresh, blocks_of
 from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
@@ -44,15 +44,15 @@ class _Seen(NamedTuple):
     """A Part of every layer: its columns attend to keys `here` of a source."""
 
     columns: slice
-    source: Record | RowKV
+    source: Record | RowKV | Fresh
     here: slice
     mask: Tensor | None
     causal: bool
 
-    def of(self, layer: int) -> Part:
-        """The part of one layer."""
-        keys, values = self.source.keys[layer][:, self.here], self.source.values[layer][:, self.here]
-        return Part(self.columns, keys, values, self.mask, self.causal)
+    def of(self, layer: int, fresh: tuple[Tensor, Tensor]) -> Part:
+        """The part of one layer. fresh: the step's new keys [G, T, D], in the frames of their chains, and values."""
+        keys, values = fresh if isinstance(self.source, Fresh) else (self.source.keys[layer], self.source.values[layer])
+        return Part(self.columns, keys[:, self.here], values[:, self.here], self.mask, self.causal)
 
 
 @dataclass
@@ -84,6 +84,8 @@ class Step:
             self.spans.append(slice(at, at + len(row.tokens)))
             at += len(row.tokens)
         self.size = at
+        self.leads = np.repeat([row.lead for row in rows], [len(row.tokens) for row in rows])
+        self._leads: dict[int, tuple[Tensor, ...]] = {}
         self._parts: dict[int | None, _Parts] = {}
         self._tables: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
         for window in {layer.window for layer in layers}:
@@ -106,14 +108,26 @@ class Step:
             row.kv.keys[layer][:, n : n + here.stop - here.start] = k[:, here]
             row.kv.values[layer][:, n : n + here.stop - here.start] = v[:, here]
         parts = self._parts[self.layers[layer].window]
-        out, lse = self.backend(q.float(), [seen.of(layer) for seen in parts.primary], scale, softcap)
+        inside, keys = self._in_chains(layer, q, k)
+        out, lse = self.backend(inside, [seen.of(layer, (keys, v)) for seen in parts.primary], scale, softcap)
         if parts.extra:
             moved = self._moved(layer, q, parts)
-            others = [seen.of(layer) for seen in parts.extra]
+            others = [seen.of(layer, (keys, v)) for seen in parts.extra]
             _merge(out, lse, *self.backend(moved, others, scale, softcap), parts, sinks)
         if sinks is not None:
             _sink_single_parts(out, lse, parts, sinks)
         return out.to(q.dtype)
+
+    def _in_chains(self, layer: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, in float32, and keys of the step, each rotated from its row's frame into that of its chain's first."""
+        index = self.layers[layer].rotary
+        if index is None or not self.leads.any():
+            return q.float(), k
+        if index not in self._leads:
+            self._leads[index] = tuple(
+                t.to(self.device) for t in self.rotaries[index].table(torch.from_numpy(self.leads))
+            )
+        return self.rotaries[index].rotate(q, *self._leads[index]), self.rotaries[index].rotate(k, *self._leads[index])
 
     def _moved(self, layer: int, q: Tensor, parts: _Parts) -> Tensor:
         """The queries of the extra pairs [H, E, D] float32, each rotated by minus its span's position.
@@ -133,9 +147,8 @@ class Step:
         return self.rotaries[index].rotate(chosen, *self._tables[key])
 
     def _build(self, window: int | None) -> _Parts:
-        blocks = blocks_of(self.rows, [here.start for here in self.spans], window)
-        own, others = blocks[: len(self.rows)], blocks[len(self.rows) :]
-        parts = _Parts([self._part(b, here) for b, here in zip(own, self.spans, strict=True)])
+        own, others = blocks_of(self.rows, [here.start for here in self.spans], window)
+        parts = _Parts([self._part(b, slice(int(b.tokens[0]), int(b.tokens[-1]) + 1)) for b in own])
         if not others:
             return parts
         columns = 0

@@ -13,6 +13,7 @@ from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import (
     AllowUntested,
+    CodecName,
     Device,
     Documents,
     Dtype,
@@ -24,7 +25,7 @@ from kvgraph.cli.common import (
     NoCheck,
     Pick,
     Prefix,
-    StoreFolder,
+    StorePlaces,
     Template,
 )
 
@@ -37,7 +38,8 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The query, as the model should read it.")],
     documents: Documents,
     pick: Pick = None,
-    store: StoreFolder = None,
+    store: StorePlaces = None,
+    codec: CodecName = "raw",
     method: MethodName = None,
     edges: Edges = "",
     prefix: Prefix = "",
@@ -90,7 +92,8 @@ def ask(
         allow_untested=allow_untested,
         check=not no_check,
         kv_budget=kv_budget,
-        store=store,
+        store=store or None,
+        codec=codec,
     )
     with engine:
         if as_json:

@@ -54,7 +54,24 @@ AllowUntested = Annotated[
     bool, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")
 ]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the exactness gate (`kvgraph check`) while loading.")]
+StorePlaces = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--store",
+        metavar="PLACE",
+        help="Folder or URL (redis://HOST/0, s3://BUCKET/PREFIX, gs://, az://) of the store of KV records; repeated, they "
+        "are tiers from fastest to slowest.",
+    ),
+]
 StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of the store of KV records.")]
+CodecName = Annotated[
+    str,
+    typer.Option(
+        "--codec",
+        help="How records are kept: raw, fp8, int8, kivi, gear, with fields after a colon (kivi:bits=2); +zstd compresses. "
+        "All but raw and zstd change answers a little.",
+    ),
+]
 MethodName = Annotated[
     str | None,
     typer.Option(

@@ -186,7 +186,7 @@ def _explain(model: Model, right: Mapping[str, int]) -> None:
 Of the {EACH} questions like 2, graph-kv answers {right["graph-kv"]} ({others}). With wrong edges
 {wrong} of its answers are right, and {as_told} are what the wrong edges say. This is a tiny model in a synthetic
 world: it shows what edges can carry, not how good a method is on real text (`kvgraph eval` measures
-that), and there are ways to say the same in plain text (docs/world.md).
+that), and there are ways to say the same in plain text (docs/reference/world.md).
 """)
 
 

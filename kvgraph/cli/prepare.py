@@ -58,7 +58,7 @@ def prepare(
     """Prepare training data: train.jsonl, validation.jsonl, and prepared.json, which says what they are.
 
     Records are texts without prompts, for any model. Stop it whenever you like, even with kill -9: run the same command
-    again, and it goes on to the same files. docs/data.md says what they hold.
+    again, and it goes on to the same files. docs/reference/data.md says what they hold.
 
     \b
       kvgraph data prepare tulu --sample --out data/tulu

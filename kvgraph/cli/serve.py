@@ -49,9 +49,10 @@ def serve(
 ) -> None:
     """Serve a model through OpenAI's API, documents composed from their cached KV.
 
-    Every setting can also come from the environment (KVGRAPH_STORE=...) or a TOML file; flags win over the environment,
-    which wins over the file. docs/server.md lists all of them, API keys and limits among them; examples/server.toml is a
-    file to begin with. SIGTERM and Ctrl-C let running requests finish; a second one ends at once.
+    Every setting can also come from the environment (KVGRAPH_STORE=...) or a TOML file. Flags win over the environment,
+    which wins over the file. docs/reference/configuration.md lists all settings, API keys and limits among them;
+    examples/server.toml is a file to begin with. SIGTERM and Ctrl-C let running requests finish; a second one ends at
+    once.
 
     \b
       kvgraph serve --model ./llama --store kv

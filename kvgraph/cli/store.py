@@ -52,11 +52,11 @@ def ls(
       kvgraph store ls --store kv --limit 10
     """
     entries = _opened(folder).ls()
-    table = common.table("key", "tokens", "size", "last used", "model", "pinned")
+    table = common.table("key", "tokens", "size", "last used", "model", "pinned", "codec")
     now = time.time()
     for e in entries[:limit]:
         size, used = common.human_size(e.size), f"{common.human_time(max(0.0, now - e.used))} ago"
-        table.add_row(e.key[:16], f"{e.tokens:,}", size, used, e.fingerprint[:8], "yes" if e.pinned else "")
+        table.add_row(e.key[:16], f"{e.tokens:,}", size, used, e.fingerprint[:8], "yes" if e.pinned else "", e.codec)
     common.show(table)
     if len(entries) > limit:
         typer.echo(f"... and {len(entries) - limit:,} more; see --limit")

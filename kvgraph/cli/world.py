@@ -22,7 +22,7 @@ def world(
         typer.Option(
             metavar="NAME=VALUE,...",
             help="How corpora are made and told: split, entities, questions, types, order, edges, share, "
-            "prefix, statements; docs/world.md explains them.",
+            "prefix, statements; docs/reference/world.md explains them.",
         ),
     ] = "",
     out: Annotated[

@@ -161,7 +161,7 @@ class _Renderer:
             role = messages[lost[0]].get("role")
             raise ChatError(
                 f"the model's chat template leaves message {lost[0]} out of the prompt (role {role!r}); "
-                "send it in a role that the template renders, or in another place"
+                "use a role that the template renders"
             )
         return messages
 
@@ -218,6 +218,9 @@ class _Renderer:
         """Where the tokens of a text begin; nowhere, as far as a tokenizer without offsets can tell."""
         if not getattr(self.tokenizer, "is_fast", False):
             return set()
+        text = text.encode(
+            "utf-8", "replace"
+        ).decode()  # half a surrogate pair, which tokenizers can't read, counts one
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return {start for start, _ in encoded["offset_mapping"]}
 

@@ -77,9 +77,9 @@ class Memory:
         return sum(self.holds[k][0] for k in keys) + self._own_bytes(request)
 
     def pooled(self, key: str) -> Record:
-        """A pinned record."""
+        """A record that is in the pool, as what a row reads is: it is pinned."""
         found = self.pool.get(key)
-        assert found is not None, "what a row reads is pinned"
+        assert found is not None, "it must be in the pool"
         return found[0]
 
     def keep(self, record: Record) -> None:
@@ -94,13 +94,16 @@ class Memory:
         self.pool.evict_to(max(0, self.budget - self.row_bytes - self._encoding_bytes() - size))
 
     def _encoding_bytes(self) -> int:
-        return sum(e.sequence.kv.nbytes for e in self._encodings.values() if e.sequence.kv is not None)
+        sequences = (e.sequence for e in self._encodings.values())
+        return sum(s.kv.nbytes + s.copied for s in sequences if s.kv is not None)
 
     def _worst_case(self, request: Request) -> dict[str, int]:
         return {k: len(s) * self.per_token for k, s in zip(request.keys, request.plan.spans[:-1], strict=False)}
 
     def _own_bytes(self, request: Request) -> int:
-        return 0 if request.encode_only else request.sequence.capacity * self.per_token
+        if request.encode_only:
+            return 0
+        return (request.sequence.capacity + request.sequence.to_gather) * self.per_token
 
     def _hold(self, request: Request, key: str, size: int) -> None:
         _, count = self.holds.get(key, (size, 0))

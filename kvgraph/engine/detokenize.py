@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from kvgraph.engine.sampling import stop_strings
 
@@ -13,23 +13,33 @@ LONGEST_WAIT = 16  # tokens that may wait for a character to be completed; a rea
 class TextStream:
     """Text of one answer as its tokens come, for any tokenizer, cut at the first stop string.
 
-    decode: token ids -> text. It may strip a leading space, merge tokens, or give U+FFFD for half a character. A few
-        tokens before the new ones are always decoded with them. Therefore the pieces concatenate to decode(all tokens),
-        and the cost per token doesn't grow with the answer. Exception: a decoder may rewrite text that it gave earlier,
-        as byte fallback does when broken bytes follow whole characters; text already shown stays.
-    stop: strings that end the answer. The first one to be *completed* counts, and the longest of several completed by
-        the same character, so how the text is split into tokens makes no difference.
+    decode: token ids -> text. It may strip a leading space, merge tokens, or give U+FFFD for half a character: a few
+    tokens before the new ones are always decoded with them, so the pieces concatenate to decode(all tokens), at a cost
+    a token that doesn't grow with the answer. (Exception: a decoder that rewrites text it gave earlier, as byte
+    fallback does when whole characters are followed by broken bytes; what was shown stays.)
+
+    stop: strings that end the answer. The one that is *completed* first counts, and of several completed by the same
+    character the longest, so how the text is split into tokens makes no difference. Those completed by the first
+    min_tokens tokens don't count. before: tokens whose text the answer follows without a break; without them it begins as
+    a text does, with some tokenizers without its first space.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Iterable[str] = ()):
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Iterable[str] = (),
+        min_tokens: int = 0,
+        before: Sequence[int] = (),
+    ):
         self.stopped = False
+        self._unstoppable = min_tokens  # how many tokens from now on
         self._decode = decode
         self._stop = stop_strings(stop)
         self._pieces: list[str] = []
         self._held = ""  # decoded, but possibly the beginning of a stop string
         # Two neighbouring groups of tokens, each ending with a whole character: the earlier one, whose text is known,
         # is the context in which the later, still growing one is decoded (TGI's and vLLM's prefix offset).
-        self._context: list[int] = []
+        self._context: list[int] = list(before)
         self._waiting: list[int] = []
 
     @property
@@ -42,6 +52,7 @@ class TextStream:
         if self.stopped:
             return ""
         self._waiting.append(token)
+        self._unstoppable -= 1
         text = self._fresh()
         if text and not text.endswith(REPLACEMENT):
             self._settle(len(self._waiting))
@@ -91,6 +102,10 @@ class TextStream:
     def _show(self, text: str) -> str:
         """The part of the held text and `text` that can be shown: up to a stop string, or to what may become one."""
         text = self._held + text
+        if self._unstoppable > 0:
+            self._held = ""
+            self._pieces.append(text)
+            return text
         stops = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if stops:
             self.stopped = True

@@ -1,8 +1,8 @@
 """The engine: executes any plan, on one model, with one pool of KV and one store behind it.
 
 It knows nothing about methods or text, except that it turns a graph into a plan with the method's own function. The
-loop is `submit -> step -> step -> ... -> result`. `run` keeps several requests in it, and `generate`, `stream`,
-`encode` and `score` are built on these.
+loop is `submit -> step -> step -> ... -> result`; `run` keeps several requests in it, and `generate`, `stream`, `encode`
+and `score` are built on these.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
+from kvgraph.attention.rows import on_device
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
+from kvgraph.engine.loader import Loader
 from kvgraph.engine.probe import cost, probed
-from kvgraph.engine.request import UNCACHED, Request, sequence_of
+from kvgraph.engine.request import UNCACHED, Request, link_of
+from kvgraph.engine.request import Sequence as TokenSequence
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
 from kvgraph.engine.scheduler import Scheduler
@@ -38,12 +41,16 @@ from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
 from kvgraph.store.base import Found, Store
-from kvgraph.store.open import open_store
+from kvgraph.store.codecs.base import Codec
+from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
+from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
 
 log = logging.getLogger("kvgraph.engine")
 
+BEFORE = 8  # tokens of a prompt that its continuation is decoded with
 WRITES = 64  # records that may wait to be written; beyond this, encoding waits for the disk
+PATIENCE = 0.01  # seconds that a step waits for the store when nothing else can run; then others may have the lock
 IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
 
@@ -66,38 +73,53 @@ class Encoded:
 
 
 class Engine:
-    """Runs plans. Safe to use from several threads: a thread that waits drives the steps for all.
+    """Runs plans. Safe to use from several threads: whoever waits drives the steps for everyone.
 
-    store: keeps records beyond the process; None keeps them in memory only.
-    kv_budget: bytes of KV held at once, all requests and cached spans together (default: half of the free memory, or
-        80 % of the free GPU memory).
-    max_step_tokens: maximum tokens of one packed forward.
-    salt: separates tenants; it is part of every key.
+    store: where records outlive the process: a folder, a URL (redis://, s3://, ...), several of them from fastest to
+    slowest, or a store; None keeps them in memory only. kv_budget: bytes of KV held at once, all
+    requests and cached spans together (default: half of the free memory, or 80 % of the free GPU memory).
+    max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key. codec: how records are
+    kept, as text such as "kivi:bits=2" (see `kvgraph.store.codecs.registry`). What a lossy one loses is lost before a
+    span's first use, so answers don't depend on where a record came from; its records have keys of their own.
     """
 
     def __init__(
         self,
         model: models.Model,
         *,
-        store: Store | str | Path | None = None,
+        store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
         max_step_tokens: int | None = None,
         salt: str = "",
+        codec: str | Codec = "raw",
     ):
         for name, value in (("kv_budget", kv_budget), ("max_step_tokens", max_step_tokens)):
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise KVGraphError(f"{name} must be a positive integer, not {value!r}")
+        if not isinstance(codec, str) and not hasattr(codec, "pack"):
+            raise KVGraphError(f"codec must be a name or a codec, not {type(codec).__name__}")
         if not isinstance(salt, str):
             raise KVGraphError(f"salt must be text, not {type(salt).__name__}")
-        if store is not None and not isinstance(store, str | Path) and not hasattr(store, "get"):
-            raise KVGraphError(f"store must be a folder or a store, not {type(store).__name__}")
+        if store is not None and not isinstance(store, str | Path | Sequence) and not hasattr(store, "get"):
+            raise KVGraphError(f"store must be a folder, a URL, a list of them, or a store, not {type(store).__name__}")
         self.model, self.salt = model, salt
-        self.store = open_store(store, model.fingerprint) if isinstance(store, str | Path) else store
+        self.codec = parse(codec) if isinstance(codec, str) else codec
+        self.fingerprint = fingerprint_with(model.fingerprint, self.codec)
+        if isinstance(store, str | Path | Sequence):
+            store = open_store(store, self.fingerprint, tenant=salt)
+        self.store = store
+        self.stored_bytes = 0  # of KV that were handed to the store, as it keeps them
         self.store_errors = 0
         self.store_error: StoreError | None = None  # the first one
         step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
+        self.loader = None if self.store is None else Loader(self._fetch)
         self.scheduler = Scheduler(
-            model, kv_budget or default_budget(model.device), step_tokens, self._fetch, self._save
+            model,
+            kv_budget or default_budget(model.device),
+            step_tokens,
+            self.loader,
+            self._save,
+            None if self.codec.lossless else self._settle,
         )
         self._lock = threading.RLock()
         self._uncached = count()
@@ -114,10 +136,11 @@ class Engine:
         device: str = "cpu",
         allow_untested: bool = False,
         check: bool = True,
-        store: Store | str | Path | None = None,
+        store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
         max_step_tokens: int | None = None,
         salt: str = "",
+        codec: str | Codec = "raw",
     ) -> Engine:
         """Load a Hugging Face causal LM from a folder or hub name, run the gate, and return an engine on it.
 
@@ -125,7 +148,7 @@ class Engine:
         forward. For the other arguments see Engine. Raises ModelError with the reason.
         """
         loaded = load_model(model, dtype=dtype, device=device, allow_untested=allow_untested, check=check)
-        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt)
+        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt, codec=codec)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -286,17 +309,19 @@ class Engine:
         encode_only: bool = False,
         answer: Sequence[int] = (),
         salt: str | None = None,
+        proceed: bool = False,
+        echo: bool = False,
     ) -> Request:
-        """A request that is ready for `enqueue`. Hashing the plan takes time and happens here, without a lock.
+        """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
 
-        encode_only: stop when every cached span is encoded.
-        answer: score these tokens instead of decoding; all but the last of them end the plan's prompt span.
-        salt: of the tenant, if not the engine's.
-
-        Raises PlanError or CapacityError if the request could never run.
+        encode_only: stop when every cached span is encoded. answer: score these tokens instead of decoding; all but the
+        last of them end the plan's prompt span. salt: another tenant's than the engine's. proceed: the text follows the
+        prompt's without a break (see `TextStream`). echo: score the prompt span too; Request.scored has its tokens from the
+        second on, with log-probabilities if they are asked for. Raises PlanError or CapacityError if the request could
+        never run.
         """
         params = params or SamplingParams()
-        keys = plan.keys(self.model.fingerprint, self.salt if salt is None else salt)
+        keys = self.keys(plan, salt)
         pool_keys = [k if k is not None else f"{UNCACHED}{next(self._uncached)}" for k in keys[:-1]]
         live = plan.prompt
         new = min(params.max_tokens, self.model.limit - live.positions[-1])
@@ -307,17 +332,25 @@ class Engine:
             plan=plan,
             keys=pool_keys,
             params=params,
-            sampler=Sampler(params, prompt_tokens(plan)),
-            stream=TextStream(self.detokenize, params.stop),
-            sequence=sequence_of(live, pool_keys, max(0, new - 1)),
+            sampler=Sampler(params, prompt_tokens(plan), {*params.stop_token_ids, *self.model.eos_ids}),
+            stream=TextStream(
+                self.detokenize, params.stop, params.min_tokens, live.tokens[-BEFORE:] if proceed else ()
+            ),
+            sequence=TokenSequence(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
-            answer=tuple(answer),
+            answer=live.tokens[1:] if echo else tuple(answer),
+            echo=echo,
             keep_logits=first_logits,
             submitted=time.perf_counter() - usage.probe,
             usage=usage,
+            link=link_of(plan, pool_keys, len(plan.spans) - 1),
         )
         self.scheduler.check(request)
         return request
+
+    def keys(self, plan: Plan, salt: str | None = None) -> list[str | None]:
+        """The key of every span of a plan, None for spans that are never stored. salt: see `prepare`."""
+        return plan.keys(self.fingerprint, self.salt if salt is None else salt)
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request, once."""
@@ -329,8 +362,9 @@ class Engine:
         with self._lock:
             if self.scheduler.idle:
                 return False
-            self.scheduler.step()
-            return True
+            ran = self.scheduler.step()
+        self._await_store(ran)
+        return True
 
     def wait(self, request: Request) -> Result:
         """Drive steps until a request is finished. Raises the error that ended it, if any."""
@@ -422,6 +456,8 @@ class Engine:
         """Write what is pending and close the store. Idempotent; nothing is written afterwards."""
         with self._lock:
             writer, self._writer = self._writer, None
+            if self.loader is not None:
+                self.loader.close()
         if writer is not None:
             writer.shutdown()
             assert self.store is not None
@@ -436,8 +472,13 @@ class Engine:
     def _advance(self, request: Request) -> None:
         """One step, unless another thread has just finished the request."""
         with self._lock:
-            if not request.finished:
-                self.scheduler.step()
+            ran = request.finished or self.scheduler.step()
+        self._await_store(ran)
+
+    def _await_store(self, ran: bool) -> None:
+        """Where nothing could run, wait a moment for what is being read, without the lock."""
+        if not ran and self.loader is not None:
+            self.loader.wait(PATIENCE)
 
     def _enqueued(self, request: Request) -> Request:
         self.enqueue(request)
@@ -475,7 +516,14 @@ class Engine:
 
     def _fetch(self, key: str) -> Found | None:
         found = None if self.store is None else self.store.get(key)
-        return None if found is None else (on_device(found[0], self.model.device), found[1])
+        if found is None:
+            return None
+        record, tier = found
+        return on_device(replace(record, packed=None), self.model.device), tier
+
+    def _settle(self, record: Record) -> Record:
+        """A lossy codec's losses come before a record's first use: whoever finds it later reads the same numbers."""
+        return packed(record, self.codec)
 
     def _save(self, record: Record) -> None:
         """Hand a record to the writer thread. If its queue is full, encoding waits for the disk."""
@@ -489,7 +537,11 @@ class Engine:
     def _write(self, record: Record) -> None:
         assert self.store is not None
         try:
-            self.store.put(on_device(record, torch.device("cpu")))
+            record = on_device(record, torch.device("cpu"))
+            if record.packed is None and self.codec.name != "raw":
+                record = packed(record, self.codec)
+            self.store.put(record)
+            self.stored_bytes += record.stored_bytes
         except Exception as error:  # it is a cache: a record that can't be written is computed again later
             self.store_errors += 1
             if self.store_errors == 1:
@@ -532,21 +584,6 @@ def load_model(
 def composed(model: models.Model) -> gate.Logits:
     """The logits that the gate compares, from an engine of its own, so that a broken model's KV reaches no store."""
     return Engine(model, kv_budget=2 * gate.LONGEST * model.kv_bytes_per_token).logits
-
-
-def on_device(record: Record, device: torch.device) -> Record:
-    """The record with its KV on a device, moved to a GPU through pinned memory; itself if it is there already."""
-    if record.keys[0].device.type == device.type:
-        return record
-
-    def move(tensor: Tensor) -> Tensor:
-        source = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
-        return source.to(device, non_blocking=device.type == "cuda")
-
-    moved = replace(record, keys=tuple(map(move, record.keys)), values=tuple(map(move, record.values)))
-    if device.type == "cuda":
-        torch.cuda.current_stream().synchronize()  # the pinned buffers live until the copies are done
-    return moved
 
 
 def prompt_tokens(plan: Plan) -> Iterator[int]:

@@ -94,7 +94,7 @@ class CudaRunner(Runner):
         from kvgraph.attention.cuda import Attention, Tables
 
         model = self.model
-        tables = Tables(model.device, sizes, step.windows, flags.groups)
+        tables = Tables(model.device, sizes, step.windows, flags.groups, step.scratch(sizes.tokens))
         staging, event = self._upload_buffer(tables.layout.end)
         tables.fill(step, staging)
         event.record()

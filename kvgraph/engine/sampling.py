@@ -3,16 +3,18 @@
 `SamplingParams` says what is wanted, `Sampler` picks tokens from logits. `kvgraph.engine.detokenize` makes them text.
 
 A token is chosen in this order, that of Hugging Face's `GenerationMixin._get_logits_processor`:
-repetition penalty -> temperature -> top-k -> top-p -> min-p -> one draw from what is left, renormalised.
-(vLLM has the same, except that min-p comes before top-k and top-p.)
+logit bias -> repetition penalty -> frequency and presence penalty -> no end before min_tokens -> temperature -> top-k ->
+top-p -> min-p -> one draw from what is left, renormalised. (Hugging Face has no frequency and presence penalties; vLLM has
+them at this place, and min-p before top-k and top-p.)
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -40,6 +42,10 @@ class SamplingParams:
     seed: the same seed gives the same tokens, whatever else is in the batch; None draws one from the operating system.
     repetition_penalty: tokens of the prompt and of the answer so far have positive logits divided and negative ones
         multiplied by it, once each; 1 is off (CTRL, arXiv 1909.05858, section 4.1).
+    frequency_penalty, presence_penalty: a token that the answer has n times loses n times the first, and the second
+        once, from -2 to 2; 0 is off (as OpenAI's API has them; tokens of the prompt don't count).
+    logit_bias: {token id: what is added to its logit}.
+    min_tokens: no end token, stop token or stop string ends the answer before it has this many tokens.
     stop: strings that end the answer; they are not part of it. A single string is allowed.
     stop_token_ids: token ids that end the answer.
     ignore_eos: don't end at the model's own end tokens.
@@ -54,6 +60,10 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -73,6 +83,17 @@ class SamplingParams:
             self.repetition_penalty,
             "a number from 0.001 to 1000 (1 is off)",
         )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _require(_is_number(value) and -2 <= value <= 2, name, value, "a number from -2 to 2 (0 is off)")
+        bias = self.logit_bias
+        _require(
+            isinstance(bias, Mapping) and all(_is_int(i) and i >= 0 and _is_number(b) for i, b in bias.items()),
+            "logit_bias",
+            bias,
+            "a mapping of token ids to numbers",
+        )
+        _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer >= 0")
         _require(
             self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64),
             "seed",
@@ -103,7 +124,8 @@ class SamplingParams:
     @property
     def takes_best(self) -> bool:
         """Whether the choice is simply the most likely token, which can be found for many rows at once."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and self.logprobs is None
+        changes = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty or self.logit_bias
+        return self.temperature == 0 and not changes and not self.min_tokens and self.logprobs is None
 
 
 class Sampled(NamedTuple):
@@ -117,11 +139,14 @@ class Sampled(NamedTuple):
 class Sampler:
     """Picks the tokens of one request. It owns the request's random numbers, so batching can't change them.
 
-    prompt_tokens count as already seen by the repetition penalty, as in Hugging Face and vLLM.
+    prompt_tokens count as already seen by the repetition penalty, as in Hugging Face and vLLM. ends: the tokens that may
+    not come before `min_tokens`.
     """
 
-    def __init__(self, params: SamplingParams, prompt_tokens: Iterable[int] = ()):
+    def __init__(self, params: SamplingParams, prompt_tokens: Iterable[int] = (), ends: Iterable[int] = ()):
         self.params = params
+        self._ends = sorted(set(ends)) if params.min_tokens else []
+        self._counts: Counter[int] = Counter()  # of the answer's tokens
         self._prompt = tuple(prompt_tokens) if params.repetition_penalty != 1 else ()
         self._seen: Tensor | None = None  # [V] bool; made when the first logits show V
         self._generator = torch.Generator()
@@ -139,27 +164,47 @@ class Sampler:
         if not math.isfinite(logits.max()):  # NaN wins every maximum
             what = "NaN" if logits.isnan().any() else "infinite"
             raise ModelError(f"the model gave {what} logits: damaged weights, or too narrow a dtype; try float32")
-        scores = logits
-        if self.params.repetition_penalty != 1:
-            scores = self._penalised(logits)
+        scores = self._allowed(self._discouraged(self._penalised(self._biased(logits))))
         if self.params.temperature == 0:
             token = int(scores.argmax())  # the first of several maxima
         else:
             token = self._draw(filtered(scores, self.params))
         if self._seen is not None:
             self._seen[token] = True
+        self._counts[token] += 1
         if self.params.logprobs is None:
             return Sampled(token)
         logprobs = logits.log_softmax(-1)
-        return Sampled(token, float(logprobs[token]), _best(logprobs, self.params.logprobs))
+        return Sampled(token, float(logprobs[token]), likeliest(logprobs, self.params.logprobs))
+
+    def _biased(self, logits: Tensor) -> Tensor:
+        bias = {token: value for token, value in self.params.logit_bias.items() if token < len(logits)}
+        return _added(logits, bias)
 
     def _penalised(self, logits: Tensor) -> Tensor:
+        if self.params.repetition_penalty == 1:
+            return logits
         if self._seen is None:
             self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
             # A vocabulary may have ids that the output layer lacks; those can't be chosen anyway.
             self._seen[[t for t in set(self._prompt) if t < len(logits)]] = True
         penalty = self.params.repetition_penalty
         return torch.where(self._seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+    def _discouraged(self, logits: Tensor) -> Tensor:
+        frequency, presence = self.params.frequency_penalty, self.params.presence_penalty
+        if not (frequency or presence):
+            return logits
+        return _added(logits, {token: -presence - frequency * n for token, n in self._counts.items()})
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        """Without the end tokens while the answer is too short; a bias or penalty can leave no other token: then with."""
+        ends = [token for token in self._ends if token < len(logits)]
+        if not ends or self._counts.total() >= self.params.min_tokens:
+            return logits
+        scores = logits.clone()
+        scores[ends] = -math.inf
+        return scores if scores.max() > -math.inf else logits
 
     def _draw(self, probs: Tensor) -> int:
         """One token, by inverting the cumulative distribution in id order, which is least sensitive to rounding."""
@@ -184,7 +229,15 @@ def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
     return scores.softmax(-1)
 
 
-def _best(logprobs: Tensor, n: int) -> tuple[tuple[int, float], ...]:
+def _added(logits: Tensor, values: Mapping[int, float]) -> Tensor:
+    """Logits [V] with values added to some of them, by token id."""
+    if not values:
+        return logits
+    ids = torch.tensor(list(values), device=logits.device)
+    return logits.index_add(0, ids, torch.tensor(list(values.values()), dtype=logits.dtype, device=logits.device))
+
+
+def likeliest(logprobs: Tensor, n: int) -> tuple[tuple[int, float], ...]:
     """The n highest of logprobs [V] with their ids, best first, ties by id."""
     n = min(n, len(logprobs))
     if n == 0:

@@ -1,7 +1,7 @@
 """One run: a task's items, by one method, on one model, through the real engine; resumable at any moment.
 
 A run is a folder: `config.json` (written first), `results.jsonl` (a line an item, as they finish) and, once every item
-has its line, `summary.json`. docs/eval.md says what is in them.
+has its line, `summary.json`. docs/reference/evaluation.md says what is in them.
 """
 
 from __future__ import annotations

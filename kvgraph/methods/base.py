@@ -131,9 +131,11 @@ def prefix_spans(graph: ContextGraph, ending: Sequence[int] = ()) -> list[Span]:
         last = pieces.pop() if pieces else ()
         pieces.append((*last, *ending))
     spans: list[Span] = []
+    places: tuple[Place, ...] = ()  # grown, so that all readers of a span share one place
     for i, tokens in enumerate(pieces):
         name = f"prefix {i}" if len(pieces) > 1 else "prefix"
-        spans.append(contiguous(tokens, end(spans), where_computed(spans), name=name))
+        spans.append(contiguous(tokens, end(spans[-1:]), places, name=name))
+        places = (*places, Place(i, spans[i].start))
     return spans
 
 

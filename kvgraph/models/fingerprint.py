@@ -16,8 +16,10 @@ from kvgraph import memo
 from kvgraph.attention.rope import Rotary
 from kvgraph.models.adapter import Layer
 
-# Raise it whenever attention or rotation gives other numbers. Old records then become misses.
+# Raise it whenever attention or rotation gives other numbers. Old records then become misses. 16-bit models on a
+# GPU have one of their own, because their products run in 16 bits there.
 ATTENTION_NUMERICS = 1
+GPU_16_BIT_NUMERICS = 2
 
 # Config fields that can't change KV: names, library versions, storage, special tokens, training and output settings.
 _NOT_KV = frozenset(
@@ -35,7 +37,7 @@ def fingerprint_of(
     """SHA-256 of all that can change KV: weights, config, dtype, rotation, layers, our numerics; not the path."""
     config = {k: v for k, v in hf.config.to_dict().items() if k not in _NOT_KV}
     facts = {
-        "numerics": ATTENTION_NUMERICS,
+        "numerics": GPU_16_BIT_NUMERICS if hf.device.type == "cuda" and hf.dtype.itemsize == 2 else ATTENTION_NUMERICS,
         "weights": sorted(weights),
         "config": config,
         "dtype": str(hf.dtype),

@@ -1,4 +1,4 @@
-"""What a server is told: by flags, KVGRAPH_* environment variables and a TOML file, in this order of precedence."""
+"""The settings of a server, from flags, KVGRAPH_* environment variables and a TOML file, in this order of precedence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class APIKey(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Everything `kvgraph serve` can be told; `kvgraph serve --help` explains the common ones."""
+    """All settings of `kvgraph serve`; `kvgraph serve --help` explains the common ones."""
 
     model_config = SettingsConfigDict(env_prefix="KVGRAPH_", env_nested_delimiter="__", extra="forbid")
 
@@ -57,6 +57,7 @@ class Settings(BaseSettings):
 
     method: str | None = None  # default: the first method that the model declares tuning for, else full
     chat_template: Path | None = None  # a Jinja file that replaces the model's
+    chat_template_kwargs: dict[str, Any] = {}  # of the template; a request's own win
     document_template: str | None = None  # default: the chat template's own place, else "{title}\n{text}\n\n"
     unknown_fields: Literal["report", "refuse"] = "report"  # of a request; report: in its usage, and in the log
     overflow: Literal["refuse", "drop"] = "refuse"  # drop: leave out the last documents until the request fits

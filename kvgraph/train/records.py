@@ -1,6 +1,6 @@
 """Training records, and what they are to a model: examples with the tokens that evaluation and server would give it.
 
-`docs/data.md` says what the three kinds of records hold. Records are text without prompts; the prompt is made here, by
+`docs/reference/data.md` says what the three kinds of records hold. Records are text without prompts; the prompt is made here, by
 the code that evaluation (`kvgraph.data.prompt`) and server (`kvgraph.data.chat`) use.
 """
 

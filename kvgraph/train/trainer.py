@@ -52,12 +52,22 @@ def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool =
     of TensorBoard.
     Raises TrainError, ModelError, GraphError where a setting, the data, memory or the disk don't allow it.
     """
-    with _explained(config, Path(out)):
+    with _explained(config, Path(out)), _without_denormals():
         trainer = Trainer(config, Path(out), resume, wandb)
         try:
             return trainer.run()
         finally:
             trainer.log.close()
+
+
+@contextmanager
+def _without_denormals() -> Iterator[None]:
+    """Sharp attention leaves many numbers that small, and they are slow on CPUs: zero within."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 class Trainer:
@@ -67,7 +77,6 @@ class Trainer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the process that prepares steps is forked
         if config.threads:
             torch.set_num_threads(config.threads)
-        torch.set_flush_denormal(True)  # sharp attention leaves many numbers that small, and they are slow on CPUs
         before = _may_go_on(config, out, resume)
         self.config, self.out = config, out
         tracker = "wandb" if wandb else "tensorboard"

@@ -450,7 +450,7 @@ def test_rows_of_a_method():
 
 
 def test_the_examples_in_the_documentation_run():
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "training.md").read_text(encoding="utf-8")
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
     about_models = [block for block in blocks if "hf" in block]  # not those that start a run
     assert len(about_models) == 2
