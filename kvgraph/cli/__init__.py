@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from kvgraph import __version__
-from kvgraph.cli import ask, bench, check, data, demo, encode, explain, report, serve, store, train
+from kvgraph.cli import ask, bench, check, data, demo, encode, explain, report, serve, store, train, tune
 from kvgraph.cli import eval as evaluation
 from kvgraph.errors import KVGraphError
 
@@ -33,6 +33,7 @@ app.command("eval")(evaluation.evaluate)
 app.command()(report.report)
 app.command()(serve.serve)
 app.command()(demo.demo)
+app.command()(tune.tune)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(store.app, name="store")

@@ -12,6 +12,7 @@ import typer
 from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import (
+    Adapter,
     AllowUntested,
     CodecName,
     Device,
@@ -55,6 +56,7 @@ def ask(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
@@ -87,6 +89,7 @@ def ask(
     )
     engine = Engine.load(
         model,
+        adapter=adapter,
         dtype=dtype,
         device=device,
         allow_untested=allow_untested,

@@ -12,7 +12,7 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName, NoCheck
+from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBudget, ModelName, NoCheck
 from kvgraph.edges import named_edges
 from kvgraph.graph import ContextGraph, Edge
 from kvgraph.methods import METHODS
@@ -52,6 +52,7 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
@@ -74,7 +75,9 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load_model(model, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check)
+    loaded = load_model(
+        model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check
+    )
     rows = []
     with Progress("measuring", len(names) * repeats) as bar:
         for name, m in zip(names, chosen, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import AllowUntested, Device, Dtype, Json, KVBudget, ModelName
+from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBudget, ModelName
 
 if TYPE_CHECKING:
     from kvgraph.checks.gate import Case
@@ -24,16 +25,26 @@ CLOSE = 0.01  # nats per token: no reader of the answers would notice this diffe
 
 def check(
     model: ModelName,
-    method: Annotated[str | None, typer.Option(help="With --data: the method to compare with full.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="With --data or --documents: the method to compare with full.")
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help='Texts to score: JSON Lines of {"question", "answer", "documents", "prefix"?, "edges"?}.'),
+    ] = None,
+    documents: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CORPUS",
+            help="Your documents: measure quotations of those that `kvgraph tune` holds out, with and without --adapter.",
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --data: use only the first items.")] = None,
     as_json: Json = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    adapter: Adapter = None,
     allow_untested: AllowUntested = False,
 ) -> None:
     """Check that a model composes exactly, and what a method costs.
@@ -44,12 +55,15 @@ def check(
     under the method than under full, on identical tokens. A model that wasn't tuned for a method usually loses some
     likelihood.
 
+    With --documents there is nothing to prepare: it asks to quote passages of your own documents.
+
     \b
       kvgraph check ./llama
       kvgraph check ./llama --method block --data questions.jsonl
+      kvgraph check ./llama --method block --documents docs --adapter docs-adapter
     """
-    if (method is None) != (data is None):
-        raise typer.BadParameter("--method and --data belong together")
+    if (method is None) != (data is None and documents is None):
+        raise typer.BadParameter("--method and --data (or --documents) belong together")
     from kvgraph.checks.gate import gate
     from kvgraph.checks.quality import quality as measured
     from kvgraph.checks.quality import read_items
@@ -58,7 +72,14 @@ def check(
     chosen = None if method is None else methods.parse(method)
     items = read_items(data, limit) if data else []
     engine = Engine.load(
-        model, dtype=dtype, device=device, allow_untested=allow_untested, check=False, kv_budget=kv_budget, store=None
+        model,
+        adapter=adapter,
+        dtype=dtype,
+        device=device,
+        allow_untested=allow_untested,
+        check=False,
+        kv_budget=kv_budget,
+        store=None,
     )
     cases = gate(engine.model, composed(engine.model))
     quality = None if chosen is None else measured(engine.scores, chosen, items)
@@ -74,8 +95,33 @@ def check(
         _print_cases(engine, cases, passed)
         if quality is not None:
             _print_quality(quality)
+        if documents is not None:
+            _print_gap(model, adapter, documents, method or "block", limit)
     if not passed:
         raise typer.Exit(1)
+
+
+def _print_gap(model: str, adapter: str | None, documents: Path, method: str, limit: int | None) -> None:
+    """What composing costs on held-out documents, and what an adapter gives back."""
+    from kvgraph.cli.tune import show_lines
+    from kvgraph.data import corpus
+    from kvgraph.models.adapters import folder_of
+    from kvgraph.train import tune
+
+    passages = tune.passages_of(corpus.load(documents))
+    edges = "all" if methods.parse(method).reads_edges else "none"
+    with tempfile.TemporaryDirectory() as scratch:
+        tune.prepare(passages, Path(scratch), 0)
+        lines = tune.measured(
+            model,
+            None if adapter is None else folder_of(adapter),
+            Path(scratch) / tune.NAME,
+            [(method, edges)],
+            tune.LENGTH,
+            examples=limit or tune.SCORED,
+        )
+    typer.echo("")
+    show_lines(lines)
 
 
 def _print_cases(engine: Engine, cases: list[Case], passed: bool) -> None:

@@ -43,14 +43,18 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * DURATIONS[match[2]]
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a Hugging Face causal LM.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub name of a Hugging Face causal LM, or a GGUF file.")
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="A LoRA adapter in PEFT's format, to merge into the model while loading."),
+]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 KVBudget = Annotated[
     int | None,
-    typer.Option(
-        parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of the free memory]."
-    ),
+    typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of the free memory]."),
 ]
 AllowUntested = Annotated[
     bool, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")
@@ -137,11 +141,11 @@ def chosen(
     return corpus.pick(documents, wanted) if pick else documents
 
 
-def load_model(model: str, dtype: str, device: str, allow_untested: bool) -> Model:
+def load_model(model: str, dtype: str, device: str, allow_untested: bool, adapter: str | None = None) -> Model:
     """Load a model. The imports that this needs take seconds, so they happen here."""
     from kvgraph import models
 
-    return models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
+    return models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
 
 
 def human_size(size: float) -> str:

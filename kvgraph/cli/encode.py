@@ -16,6 +16,7 @@ import typer
 from kvgraph import methods
 from kvgraph.cli import common
 from kvgraph.cli.common import (
+    Adapter,
     AllowUntested,
     CodecName,
     Device,
@@ -66,6 +67,7 @@ def encode(
     codec: CodecName = "raw",
     limit: Annotated[int | None, typer.Option(min=1, help="Encode only the first documents.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print tokens, bytes and time.")] = False,
+    adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
@@ -88,6 +90,7 @@ def encode(
 
     engine = Engine.load(
         model,
+        adapter=adapter,
         dtype=dtype,
         device=device,
         allow_untested=allow_untested,

@@ -10,7 +10,7 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import AllowUntested, Device, Dtype, KVBudget, NoCheck, StoreFolder
+from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, KVBudget, NoCheck, StoreFolder
 
 if TYPE_CHECKING:
     from kvgraph.eval.ablate import Table
@@ -63,6 +63,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
     list_all: Annotated[bool, typer.Option("--list", help="Show tasks and methods, and exit.")] = False,
@@ -102,7 +103,9 @@ def evaluate(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     from kvgraph.engine.engine import Engine, load_model
 
-    loaded = load_model(model, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check)
+    loaded = load_model(
+        model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check
+    )
     assert out is not None
     options: dict[str, Any] = {"data": found, "edges": edges, "max_tokens": max_tokens, "seed": seed}
     summaries = []

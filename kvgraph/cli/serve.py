@@ -12,7 +12,12 @@ from kvgraph.errors import KVGraphError
 
 
 def serve(
-    model: Annotated[str | None, typer.Option(help="Folder or hub name of a Hugging Face causal LM.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a Hugging Face causal LM, or a GGUF file.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A LoRA adapter in PEFT's format, merged while loading.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one [default: 8771].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = None,
@@ -66,6 +71,7 @@ def serve(
     settings = Settings.load(
         config,
         model=model,
+        adapter=adapter,
         host=host,
         port=port,
         dtype=dtype,

@@ -25,6 +25,8 @@ def build(task: Task, item: Item, tokenizer: Any) -> Prompt:
     if not getattr(tokenizer, "chat_template", None):
         return chat.plain(tokenizer, f"{instruction}\n\n", item.documents, question, task.document)
     user = {"role": "user", "content": question}
+    if not instruction:
+        return _chat(tokenizer, [user], task, item)
     try:
         prompt = _chat(tokenizer, [{"role": "system", "content": instruction}, user], task, item)
         if instruction in "".join((*prompt.prefix, prompt.query)):

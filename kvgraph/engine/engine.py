@@ -132,6 +132,7 @@ class Engine:
         cls,
         model: str | Path,
         *,
+        adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         allow_untested: bool = False,
@@ -142,12 +143,15 @@ class Engine:
         salt: str = "",
         codec: str | Codec = "raw",
     ) -> Engine:
-        """Load a Hugging Face causal LM from a folder or hub name, run the gate, and return an engine on it.
+        """Load a Hugging Face causal LM from a folder, hub name or GGUF file, run the gate, and return an engine on it.
 
+        adapter: a LoRA adapter in PEFT's format to merge into it. A folder with an adapter alone stands for its base with it.
         check=False skips the gate (`kvgraph check`), which refuses a model whose composed logits differ from a plain
         forward. For the other arguments see Engine. Raises ModelError with the reason.
         """
-        loaded = load_model(model, dtype=dtype, device=device, allow_untested=allow_untested, check=check)
+        loaded = load_model(
+            model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=check
+        )
         return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt, codec=codec)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
@@ -569,13 +573,14 @@ class Engine:
 def load_model(
     model: str | Path,
     *,
+    adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str = "cpu",
     allow_untested: bool = False,
     check: bool = True,
 ) -> models.Model:
     """Load a model and, unless check is False, run the gate. Raises ModelError with the reason."""
-    loaded = models.load(model, dtype=dtype, device=device, allow_untested=allow_untested)
+    loaded = models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
     if check:
         gate.require(loaded, composed(loaded))
     return loaded

@@ -67,8 +67,8 @@ class Result:
     finish_reason: str
     usage: Usage
     sampled: list[Sampled] = field(default_factory=list)
-    first_logits: Tensor | None = None
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    first_logits: Tensor | None = field(default=None, compare=False)  # tensors have no truth value
+    scores: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
     greedy: bool = True
 
 

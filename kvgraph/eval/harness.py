@@ -41,7 +41,7 @@ class KVGraphLM(TemplateLM):
     """A model for the harness. Arguments are those of `--model_args`.
 
     pretrained: folder or hub name. method: as in `kvgraph ask --method`, the model's default unless given. edges: as in `--edges`, for methods that read
-    them. store: a folder that keeps KV between runs. max_gen_toks: tokens of an answer when the task doesn't say.
+    them. store: a folder that keeps KV between runs. adapter: a LoRA adapter to merge. max_gen_toks: tokens of an answer when the task doesn't say.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class KVGraphLM(TemplateLM):
         method: str | None = None,
         edges: str = "",
         store: str | None = None,
+        adapter: str | None = None,
         dtype: str = "auto",
         device: str | None = None,  # the harness asks for cuda:0 by itself, and means it where there is one
         max_gen_toks: int = 256,
@@ -58,7 +59,7 @@ class KVGraphLM(TemplateLM):
     ):
         super().__init__()
         device = str(device) if device and torch.cuda.is_available() else "cpu"
-        self.engine = Engine.load(pretrained, dtype=str(dtype), device=device, store=store)
+        self.engine = Engine.load(pretrained, adapter=adapter, dtype=str(dtype), device=device, store=store)
         if self.engine.model.tokenizer is None:
             raise KVGraphError(f"{pretrained} has no tokenizer; the harness works on text")
         self.method = methods.resolve(method, self.engine.model.tuned_for)

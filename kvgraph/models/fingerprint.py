@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -32,9 +33,13 @@ _NOT_KV = frozenset(
 
 
 def fingerprint_of(
-    hf: PreTrainedModel, weights: list[str], rotaries: tuple[Rotary, ...], layers: tuple[Layer, ...]
+    hf: PreTrainedModel,
+    weights: list[str],
+    rotaries: tuple[Rotary, ...],
+    layers: tuple[Layer, ...],
+    adapter: Any = None,
 ) -> str:
-    """SHA-256 of all that can change KV: weights, config, dtype, rotation, layers, our numerics; not the path."""
+    """SHA-256 of all that can change KV: weights, config, dtype, rotation, layers, adapter and our numerics. Not the path."""
     config = {k: v for k, v in hf.config.to_dict().items() if k not in _NOT_KV}
     facts = {
         "numerics": GPU_16_BIT_NUMERICS if hf.device.type == "cuda" and hf.dtype.itemsize == 2 else ATTENTION_NUMERICS,
@@ -43,7 +48,7 @@ def fingerprint_of(
         "dtype": str(hf.dtype),
         "rope": [(r.inv_freq.tolist(), r.interleaved) for r in rotaries],
         "layers": [asdict(layer) for layer in layers],
-        "adapter": None,
+        "adapter": adapter,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

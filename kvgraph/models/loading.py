@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvgraph.errors import ModelError
+from kvgraph.models import adapters, gguf
 from kvgraph.models.adapter import IMPLEMENTATION, Model, Trainable
 from kvgraph.models.angles import exact_angles
 from kvgraph.models.config import card, declared
@@ -26,52 +27,84 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 def load(
     path_or_name: str | Path,
     *,
+    adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     allow_untested: bool = False,
 ) -> Model:
-    """Load a causal LM from a folder or hub name, with safetensors weights.
+    """Load a causal LM from a folder or hub name with safetensors weights, or from a GGUF file or a folder with one.
 
-    dtype: "auto" (the checkpoint's), "float32", "float16", "bfloat16" or a torch dtype. The tokenizer is None when the
-    folder has none. allow_untested: accept model types that kvgraph doesn't test, after the checks that are possible.
+    adapter: the folder or hub name of a LoRA adapter as PEFT writes it, to merge into the weights. A folder that holds an
+    adapter alone stands for its base with it. dtype: "auto" (the checkpoint's; bfloat16 for quantised GGUF files), "float32",
+    "float16", "bfloat16" or a torch dtype. The tokenizer is None when the folder has none. allow_untested: accept model types
+    that kvgraph doesn't test; what can be checked still is.
     Raises ModelError with the reason.
     """
-    name, target = str(path_or_name), _device(device)
+    shown, target = str(path_or_name), _device(device)
     wanted = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if wanted != "auto" and wanted not in _DTYPES.values():
         raise ModelError(f"dtype {dtype} isn't supported; use auto, {', '.join(_DTYPES)}")
+    name = shown
+    if adapters.is_adapter(Path(name).expanduser()):
+        if adapter is not None:
+            raise ModelError(f"{name} is an adapter itself; give the model that it is for, and one adapter")
+        adapter, name = name, adapters.base_of(adapters.folder_of(name))
+    merging = None if adapter is None else adapters.folder_of(adapter)
+    file = gguf.gguf_in(Path(name).expanduser())
+    hf, folder, files = _from_gguf(file, wanted, allow_untested) if file else _from_folder(name, wanted, allow_untested)
+    facts = None
+    if merging is not None:
+        facts = adapters.facts_of(merging)
+        hf = adapters.merged(hf, merging)
+    with one_line(f"can't put {name} on {target}"):
+        hf.to(target)  # type: ignore[arg-type]
+    tokenizer = _tokenizer(file or folder, name)
+    model = _build(hf, tokenizer, shown, [file_hash(f) for f in files], allow_untested, facts)
+    for carded in filter(None, (folder, merging)):
+        try:
+            model.tuned_for += declared(card(carded), f"the model card in {carded}")
+        except ModelError as error:
+            warnings.warn(f"{error}; until then it declares nothing", stacklevel=2)
+    model.tuned_for = tuple(dict.fromkeys(model.tuned_for))
+    return model
+
+
+_Loaded = tuple[PreTrainedModel, Path, list[Path]]  # the model, its folder, and the files that its weights are in
+
+
+def _from_gguf(file: Path, wanted: Any, allow_untested: bool) -> _Loaded:
+    with one_line(f"can't read the config of {file}"):
+        config = AutoConfig.from_pretrained(**gguf.source(file))
+    refuse(config, allow_untested)
+    with one_line(f"can't load {file}"), _shapes_explained():
+        return gguf.load_weights(file, config, wanted), file.parent, [file]
+
+
+def _from_folder(name: str, wanted: Any, allow_untested: bool) -> _Loaded:
     local = Path(name).expanduser().is_dir()
     if local and not (Path(name).expanduser() / "config.json").is_file():
         raise ModelError(f"{name} has no config.json; give the folder of a saved transformers model")
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"there is no folder {name}")
     source = str(Path(name).expanduser()) if local else name
-    with _one_line(f"can't read the config of {name}" + ("" if local else " (no such folder; tried as a hub name)")):
+    with one_line(f"can't read the config of {name}" + ("" if local else " (no such folder; tried as a hub name)")):
         config = AutoConfig.from_pretrained(source)
     refuse(config, allow_untested)
     if not local:
         from huggingface_hub import snapshot_download
 
-        with _one_line(f"can't get {name} from the hub"):
+        with one_line(f"can't get {name} from the hub"):
             kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
             source = snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"])
     files = weight_files(Path(source), name)
-    with _one_line(f"can't load {name}"), _shapes_explained():
+    with one_line(f"can't load {name}"), _shapes_explained():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
     hf, info = loaded
     if info["missing_keys"]:
         raise ModelError(f"{name} lacks weights, for example {min(info['missing_keys'])}; is the download complete?")
-    with _one_line(f"can't put {name} on {target}"):
-        hf = hf.to(target)
-    weights = [file_hash(f) for f in files]
-    model = _build(hf, _tokenizer(Path(source), name), name, weights, allow_untested)
-    try:
-        model.tuned_for += declared(card(Path(source)), f"{name}'s model card")
-    except ModelError as error:
-        warnings.warn(f"{error}; until then it declares nothing", stacklevel=2)
-    return model
+    return hf, Path(source), files
 
 
 def wrap(
@@ -119,24 +152,29 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
     """The tokenizer of a folder or hub name, without the model's weights. Raises ModelError with the reason."""
     name = str(path_or_name)
     folder = Path(name).expanduser()
-    if not folder.is_dir():
-        with _one_line(f"can't get the tokenizer of {name} (no such folder; tried as a hub name)"):
+    if adapters.is_adapter(folder):
+        return load_tokenizer(adapters.base_of(folder))
+    file = gguf.gguf_in(folder)
+    if not file and not folder.is_dir():
+        with one_line(f"can't get the tokenizer of {name} (no such folder; tried as a hub name)"):
             return AutoTokenizer.from_pretrained(name)
-    tokenizer = _tokenizer(folder, name)
+    tokenizer = _tokenizer(file or folder, name)
     if tokenizer is None:
         raise ModelError(f"{name} has no tokenizer")
     return tokenizer
 
 
-def _build(hf: PreTrainedModel, tokenizer: Any, name: str, weights: list[str], allow_untested: bool) -> Model:
+def _build(
+    hf: PreTrainedModel, tokenizer: Any, name: str, weights: list[str], allow_untested: bool, adapter: Any = None
+) -> Model:
     if hf.dtype not in _DTYPES.values():
         raise ModelError(f"{name} is in {hf.dtype}, which isn't supported; use {', '.join(_DTYPES)}")
     hf.eval()
     tested = hf.config.model_type in TESTED
-    with nullcontext() if tested else _one_line(f"{name} can't be run"):
+    with nullcontext() if tested else one_line(f"{name} can't be run"):
         plain = None if tested else plain_logits(hf)
         rotaries, layers = probe(hf, exact_angles(hf))
-        model = Model(hf, tokenizer, name, fingerprint_of(hf, weights, rotaries, layers), rotaries, layers)
+        model = Model(hf, tokenizer, name, fingerprint_of(hf, weights, rotaries, layers, adapter), rotaries, layers)
         if plain is not None:
             require_equal(model, *plain)
     return model
@@ -144,13 +182,15 @@ def _build(hf: PreTrainedModel, tokenizer: Any, name: str, weights: list[str], a
 
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files that transformers will load from a folder."""
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{name} holds an adapter, which isn't supported yet; merge it into the model and save that")
+    if (folder / adapters.CONFIG).exists():
+        raise ModelError(
+            f"{name} holds a model and an adapter; give the adapter a folder of its own, or merge it into the model"
+        )
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if index.is_file():
-        with _one_line(f"can't read {index}"):
+        with one_line(f"can't read {index}"):
             shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelError(f"{index} has no weight map")
@@ -167,16 +207,16 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def _tokenizer(folder: Path, name: str) -> Any:
-    if not any(
+    if folder.is_dir() and not any(
         (folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
         return None
-    with _one_line(f"can't load the tokenizer of {name}"):
-        return AutoTokenizer.from_pretrained(str(folder))
+    with one_line(f"can't load the tokenizer of {name}"):
+        return AutoTokenizer.from_pretrained(**gguf.source(folder))
 
 
 def _device(device: str | torch.device) -> torch.device:
-    with _one_line(f"unknown device {device}"):
+    with one_line(f"unknown device {device}"):
         target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device} isn't available: torch sees no GPU here")
@@ -197,7 +237,7 @@ def _shapes_explained() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
     """Turn any exception of a library into a ModelError of one line; they have no common base class."""
     try:
         yield

@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="KVGRAPH_", env_nested_delimiter="__", extra="forbid")
 
     model: str
+    adapter: str | None = None  # a LoRA adapter to merge into the model
     served_name: str | None = None  # what clients call it; default: the folder's or hub's last name
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8771

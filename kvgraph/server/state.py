@@ -41,7 +41,11 @@ T = TypeVar("T")
 def load_engine(settings: Settings) -> Engine:
     """The engine that the settings describe; its model has passed the gate. Raises KVGraphError."""
     model = load_model(
-        settings.model, dtype=settings.dtype, device=settings.device, allow_untested=settings.allow_untested
+        settings.model,
+        adapter=settings.adapter,
+        dtype=settings.dtype,
+        device=settings.device,
+        allow_untested=settings.allow_untested,
     )
     if model.tokenizer is None:
         raise SettingsError(f"{settings.model} has no tokenizer; a server needs one")

@@ -1,23 +1,38 @@
-"""The steps of a run: examples drawn from the stage's mixture and packed, prepared ahead of the training."""
+"""The steps of a run: examples drawn from the stage's mixture, laid out ahead of the training, and packed."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, IterableDataset
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kvgraph import methods
 from kvgraph.errors import KVGraphError
-from kvgraph.train.config import Component, Config, Stage, TrainError
+from kvgraph.methods import Full
+from kvgraph.train.config import DISTILL, Component, Config, Stage, TrainError
+from kvgraph.train.distill import Lesson
 from kvgraph.train.example import Example, join
-from kvgraph.train.mixture import ENDLESS, VALIDATION, Drawn, Mixture, Source, open_source, validation
-from kvgraph.train.pack import Packed, first_fit
+from kvgraph.train.mixture import (
+    ENDLESS,
+    MISSES,
+    VALIDATION,
+    Drawn,
+    Mixture,
+    Source,
+    nothing_fits,
+    open_source,
+    validation,
+)
+from kvgraph.train.pack import Packed, concatenated, first_fit
 
-AHEAD = 4  # steps prepared ahead
+CHUNK = 8  # examples that a worker lays out at a time
+AHEAD = 4  # chunks laid out ahead by each worker
 
 
 @dataclass(frozen=True)
@@ -36,13 +51,15 @@ class Cursor:
 class Batch:
     """The sequences of one optimizer step. totals: tokens to learn in all of them, (of answers, of documents).
 
-    progress: that of the run when the step is done.
+    progress: that of the run when the step is done. lessons: of a distillation, one a sequence; totals are then its rows,
+    (of methods, of `full`).
     """
 
     progress: Cursor
     sequences: list[Packed]
     totals: tuple[int, int]
     examples: int
+    lessons: list[Lesson] | None = None
 
 
 class Planned(NamedTuple):
@@ -59,87 +76,148 @@ class Planned(NamedTuple):
         return [c for c, source in zip(self.stage.components, self.held_out, strict=True) if not len(source)]
 
 
-def plan(config: Config, stages: Iterable[Stage], tokenizer: Any) -> list[Planned]:
-    """The stages of a run, opened. An epoch is as many steps as take every example of its finite components once, on average."""
+def plan(config: Config, stages: Iterable[Stage], tokenizer: Any, limit: int | None = None) -> list[Planned]:
+    """The stages of a run, opened. An epoch is as many steps as take every example of its finite components once, on average.
+
+    limit: positions that the model has; texts are cut to these too.
+    """
     planned = []
     for stage in stages:
-        sources = _sources(config, stage, tokenizer, "train")
+        sources = _sources(config, stage, tokenizer, "train", limit)
         finite = sum(len(source) for source in sources if len(source) < ENDLESS)
         steps = stage.steps or math.ceil(stage.epochs * finite / config.batch)
         if not steps:
             raise TrainError("a stage counts epochs, but none of its components has an end; give it steps")
-        planned.append(Planned(stage, sources, _sources(config, stage, tokenizer, VALIDATION), steps))
+        planned.append(Planned(stage, sources, _sources(config, stage, tokenizer, VALIDATION, limit), steps))
     return planned
 
 
-def _sources(config: Config, stage: Stage, tokenizer: Any, split: str) -> list[Source]:
-    return [open_source(c, config.data, tokenizer, config.seed, split, _room(config, c)) for c in stage.components]
+def _sources(config: Config, stage: Stage, tokenizer: Any, split: str, limit: int | None) -> list[Source]:
+    most = config.length if limit is None else min(config.length, limit)
+    return [open_source(c, config.data, tokenizer, config.seed, split, _room(most, c)) for c in stage.components]
 
 
-def _room(config: Config, component: Component) -> int:
+def _room(most: int, component: Component) -> int:
     """Tokens that an example may have, so that a text that is cut still fits with its methods' own tokens."""
-    return config.length - max(len(method.own_tokens) for method in map(methods.parse, component.methods))
+    return most - max(len(method.own_tokens) for method in map(methods.parse, component.methods))
 
 
-class Batches(IterableDataset):
-    """The steps of a run that come after its progress, in order.
+class Sent(NamedTuple):
+    """An example on its way from a worker: arrays, since tensors would each cost a shared file. held: laid out by `full`."""
 
-    limit: positions that the model has. last: the step to end with. An error that a person can mend is the last item:
-    it would lose its one line on its way out of a worker process.
+    laid: dict[str, Any]
+    taught: dict[str, Any] | None
+    held: bool
+
+
+class _Attempts(IterableDataset):
+    """Chunks of a mixture's attempts, each (component, what was made). Workers take turns; together they give all, in order.
+
+    An error that a person can mend is the last item: it would lose its one line on its way out of a worker process.
     """
 
-    def __init__(self, config: Config, planned: list[Planned], progress: Cursor, limit: int, last: int):
-        self.config, self.planned, self.progress, self.limit, self.last = config, planned, progress, limit, last
+    def __init__(self, mixture: Mixture):
+        self.mixture = mixture
 
-    def __iter__(self) -> Iterator[Batch | KVGraphError]:
+    def __iter__(self) -> Iterator[list[tuple[int, list[Sent]]] | KVGraphError]:
+        worker = get_worker_info()
+        mine, of = (worker.id, worker.num_workers) if worker else (0, 1)
+        attempts = self.mixture.attempts()
         try:
-            yield from self._steps()
+            for number in itertools.count():
+                chunk = list(itertools.islice(attempts, CHUNK))
+                if number % of == mine:
+                    yield [(one.component, [_sent(drawn) for drawn in self.mixture.made(one)]) for one in chunk]
         except KVGraphError as error:
             yield error
 
-    def _steps(self) -> Iterator[Batch]:
-        config, progress, before = self.config, self.progress, 0
-        for planned in self.planned:
-            mixture = Mixture(
-                planned.stage.components,
-                planned.sources,
-                config.seed,
-                length=config.length,
-                limit=self.limit,
-                documents=config.document_weight > 0,
-                counts=progress.drawn,
-            )
-            mixture.left_out |= progress.left_out
-            for number in range(max(before, progress.step) + 1, min(before + planned.steps, self.last) + 1):
-                drawn = [one for _ in range(config.batch) for one in mixture.draw()]
-                progress = Cursor(number, dict(mixture.counts), dict(mixture.left_out))
-                yield _packed(drawn, config.length, progress, config.batch)
-            before += planned.steps
+
+def _sent(drawn: Drawn) -> Sent:
+    full = drawn.method.name == Full.name
+    return Sent(drawn.laid.arrays(), None if drawn.taught is None else drawn.taught.arrays(), full)
 
 
-def _packed(drawn: list[Drawn], length: int, progress: Cursor, examples: int) -> Batch:
-    sequences = first_fit((one.laid for one in drawn), length)
-    answers, documents = (sum(counts) for counts in zip(*(packed.counts for packed in sequences), strict=True))
-    return Batch(progress, sequences, (answers, documents), examples)
+def ahead(config: Config, planned: list[Planned], progress: Cursor, limit: int, last: int) -> Iterator[Batch]:
+    """The steps of a run that come after its progress, in order. Other processes lay their examples out while this one trains:
+    a thread would hold up every small operation.
 
-
-def ahead(steps: Batches) -> Iterator[Batch]:
-    """The same steps, prepared by another process while this one trains: a thread would hold up every small operation.
-
-    Raises KVGraphError where a step can't be made.
+    limit: positions that the model has. last: the step to end with. Raises KVGraphError where a step can't be made.
     """
+    before = 0
+    for stage in planned:
+        first, end = max(before, progress.step) + 1, min(before + stage.steps, last)
+        if first <= end:
+            for step in itertools.islice(_steps(config, stage, progress, limit), end - first + 1):
+                yield step
+                progress = step.progress
+        before += stage.steps
+
+
+def _steps(config: Config, planned: Planned, progress: Cursor, limit: int) -> Iterator[Batch]:
+    """The steps of a stage from here on; they never end."""
+    mixture = Mixture(
+        planned.stage.components,
+        planned.sources,
+        config.seed,
+        length=config.length,
+        limit=limit,
+        documents=config.document_weight > 0,
+        distill=config.objective == DISTILL,
+        counts=progress.drawn,
+    )
+    counts, left_out = dict(mixture.counts), mixture.left_out | dict(progress.left_out)
+    names = [component.name for component in planned.stage.components]
+    drawn: list[Sent] = []
+    examples, misses = 0, 0
+    for component, made in _laid_out(mixture, config.workers):
+        counts[names[component]] += 1
+        if not made:
+            left_out[names[component]] += 1
+            misses += 1
+            if misses == MISSES:
+                raise nothing_fits(config.length, limit)
+            continue
+        drawn.extend(made)
+        examples, misses = examples + 1, 0
+        if examples == config.batch:
+            progress = Cursor(progress.step + 1, dict(counts), dict(left_out))
+            yield _packed(drawn, config.length, progress, examples)
+            drawn, examples = [], 0
+
+
+def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[Sent]]]:
     loader = DataLoader(
-        steps,
+        _Attempts(mixture),
         batch_size=None,
-        num_workers=1,
+        num_workers=workers,
         prefetch_factor=AHEAD,
         worker_init_fn=_deaf,
         multiprocessing_context="fork",  # sources and tokenizers go over as they are
     )
-    for step in loader:
-        if isinstance(step, KVGraphError):
-            raise step
-        yield step
+    for chunk in loader:
+        if isinstance(chunk, KVGraphError):
+            raise chunk
+        yield from chunk
+
+
+def _packed(drawn: list[Sent], length: int, progress: Cursor, examples: int) -> Batch:
+    laid = [Packed.of(one.laid) for one in drawn]
+    taught = [None if one.taught is None else Packed.of(one.taught) for one in drawn]
+    groups = first_fit([max(len(x), len(y or ())) for x, y in zip(laid, taught, strict=True)], length)
+    sequences = [concatenated([laid[i] for i in group]) for group in groups]
+    lessons = (
+        [_lesson(group, laid, taught, drawn) for group in groups] if any(one is not None for one in taught) else None
+    )
+    counted = [one.counts for one in lessons or sequences]
+    methods, others = (sum(counts) for counts in zip(*counted, strict=True))
+    return Batch(progress, sequences, (methods, others), examples, lessons)
+
+
+def _lesson(group: list[int], laid: list[Packed], taught: Sequence[Packed | None], drawn: list[Sent]) -> Lesson:
+    """The teacher's side of the sequence that these examples make."""
+    rows = torch.tensor([len(laid[i].rows) for i in group])
+    held = torch.tensor([drawn[i].held for i in group]).repeat_interleave(rows)
+    return Lesson(concatenated([one for i in group if (one := taught[i]) is not None]), held)
 
 
 def _deaf(worker: int) -> None:
@@ -159,8 +237,8 @@ class ValidationSet:
 
 
 def validation_sets(config: Config, planned: Planned, limit: int) -> list[ValidationSet]:
-    """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some, by each of its
-    methods.
+    """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some that fit, by each of
+    its methods.
     """
     held_out = dict(zip(planned.stage.components, planned.held_out, strict=True))
     components = [component for component in held_out if component not in planned.unseen]
@@ -169,7 +247,7 @@ def validation_sets(config: Config, planned: Planned, limit: int) -> list[Valida
     found = validation(
         components, sources, config.seed, config.evaluation, length=config.length, limit=limit, documents=False
     )
-    return [_validation_set(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True)]
+    return [_validation_set(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True) if drawn]
 
 
 def _validation_set(name: str, method: str, drawn: list[Drawn], length: int) -> ValidationSet:
@@ -179,7 +257,7 @@ def _validation_set(name: str, method: str, drawn: list[Drawn], length: int) -> 
         if not chunks or sum(len(d.laid) for d in chunks[-1]) + len(one.laid) > length:
             chunks.append([])
         chunks[-1].append(one)
-    sequences = [first_fit((one.laid for one in chunk), length)[0] for chunk in chunks]
+    sequences = [concatenated([one.laid for one in chunk]) for chunk in chunks]
     return ValidationSet(name, method, sequences, [[n for one in chunk for n in _answers(one)] for chunk in chunks])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ NONE, SELECTIVE, FULL = CHECKPOINTING = ("none", "selective", "full")
 COSINE, TRAPEZOID, CONSTANT = SCHEDULES = ("cosine", "trapezoid", "constant")
 ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
+ANSWERS, DISTILL = OBJECTIVES = ("answers", "distill")
+AUTO, FLEX, SDPA = ATTENTIONS = ("auto", "flex", "sdpa")
 OLD_NAMES = {"deepen": "stack"}  # in the config.json of older runs
 STRICT = {"extra": "forbid"}  # pydantic refuses settings that don't exist
 
@@ -31,6 +34,8 @@ class Component:
     relative to the configuration's `data`. weight: how often, against the other components. methods: as commands write
     them; each example is trained by one of them, drawn evenly, or by `every` one. edges: for methods that read edges,
     "links" (the data's own) or what `kvgraph.edges.named_edges` knows; one of them is drawn an example.
+    "random" is as many edges as the data's own, between segments drawn for every example.
+    recite: so many documents of every example are also asked for by their titles, to be quoted.
     through_links: questions see the link tokens and not the documents, so that whatever they need has to pass through the
     links (gist masking: Mu et al. 2023, arXiv 2304.08467). For kvlink only.
     """
@@ -42,9 +47,12 @@ class Component:
     every: bool = False
     edges: tuple[str, ...] = ("links",)
     through_links: bool = False
+    recite: int = 0
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
+        if self.recite < 0:
+            raise TrainError(f"component {self.name} has recite {self.recite}; it must be at least 0")
         if not self.methods or not self.edges:
             raise TrainError(f"component {self.name} needs at least one method and one kind of edges")
         if not self.weight > 0:
@@ -83,8 +91,15 @@ class Config:
     stages: tuple[Stage, ...]
     data: Annotated[str, "the folder that the components' sources are in"] = ""
     limit: Annotated[int, "end after so many optimizer steps of those planned; 0: after all"] = 0
+    minutes: Annotated[float, "end after so many minutes, the rate falling with the time; 0: after all steps"] = 0.0
     batch: Annotated[int, "examples an optimizer step"] = 64
     length: Annotated[int, "most tokens of a sequence that examples are packed into"] = 4096
+    objective: Annotated[
+        str, "answers (given ones) or distill (what the untuned model says under full; needs no labels)"
+    ] = ANSWERS
+    hold: Annotated[
+        float, "weight in a distillation of full staying as it was, for components with the method full"
+    ] = 0.25
     document_weight: Annotated[float, "of the documents' tokens in the loss, beside the answers'"] = 0.0
     optimizer: Annotated[str, "muon for matrices and adamw for the rest, or adamw for all"] = ADAMW
     lr: Annotated[float, "the highest learning rate"] = 5e-6
@@ -97,12 +112,15 @@ class Config:
     clip: Annotated[float, "highest norm of the gradient; 0: any"] = 1.0
     trained: Annotated[str, "all weights, the links' rows alone, or a lora adapter (saved merged)"] = WHOLE
     lora_rank: Annotated[int, "rank of the lora adapter"] = 16
+    adapter: Annotated[str, "a lora adapter's folder to go on training; a distillation's teacher has it too"] = ""
     stack: Annotated[int, "copies of the last so many layers to put on top before the first step (stacking)"] = 0
     links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
     slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
     precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
+    attention: Annotated[str, "flex (FlexAttention), sdpa (masks of whole examples), or auto: flex on a GPU"] = AUTO
     checkpointing: Annotated[str, "of activations: in none, every second (selective) or all (full) layers"] = NONE
     threads: Annotated[int, "of the CPU; 0: torch's choice"] = 0
+    workers: Annotated[int, "processes that lay examples out ahead of the training"] = 1
     seed: Annotated[int, "of the data's order and of new weights"] = 0
     evaluate_every: Annotated[int, "steps between evaluations; one is at the end"] = 500
     evaluation: Annotated[int, "examples of each component, by each of its methods; 0: don't evaluate"] = 64
@@ -117,10 +135,21 @@ class Config:
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise TrainError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("lr", "matrix_lr", "weight_decay", "clip", "document_weight", "minutes", "hold"):
+            if not math.isfinite(getattr(self, name)):
+                raise TrainError(f"{name} is {getattr(self, name)}; it must be a finite number")
         if not self.lr > 0 or (self.optimizer == MUON and not self.matrix_lr > 0):
             raise TrainError("lr must be above 0, and so must matrix_lr where the optimizer is muon")
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
             raise TrainError("warmup and decay are shares of the steps, between 0 and 1")
+        if self.objective == DISTILL and self.trained == WHOLE:
+            raise TrainError(
+                "a distillation's teacher is the model as it was: train a lora adapter or links, not all weights"
+            )
+        if self.objective == DISTILL and self.document_weight:
+            raise TrainError("a distillation learns what follows the documents; leave document_weight out")
+        if self.adapter and self.trained != LORA:
+            raise TrainError("adapter is a lora adapter to go on training; set trained to lora")
         if self.links and not self.slots:
             raise TrainError("links needs slots, the documents to give link tokens for")
         if not self.stages:
@@ -160,12 +189,16 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "trained": TRAINED,
     "precision": PRECISIONS,
     "checkpointing": CHECKPOINTING,
+    "objective": OBJECTIVES,
+    "attention": ATTENTIONS,
 }
 _LEAST = {
-    **dict.fromkeys(("batch", "length", "lora_rank", "evaluate_every", "save_every", "keep"), 1),
+    **dict.fromkeys(("batch", "length", "workers", "lora_rank", "evaluate_every", "save_every", "keep"), 1),
     **dict.fromkeys(
         (
             "limit",
+            "minutes",
+            "hold",
             "stack",
             "links",
             "slots",

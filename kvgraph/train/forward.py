@@ -83,6 +83,8 @@ def _masked(
 ) -> Tensor:
     """q [H, T, D], k [G, T, D], v [G, T, Dv], mask [T, T] -> [H, T, Dv]. sinks [H]: scores that take weight and give nothing."""
     if softcap is None and sinks is None:
+        if q.is_cuda:  # its kernels for masks take no shared heads
+            k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
         q, k, v = q[None], k[None], v[None]
         with torch.autocast(q.device.type, enabled=False):  # it would make 16 bits of them again
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0]

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,13 +25,15 @@ from kvgraph.data.world.names import HELD_OUT_SPLIT, TRAIN
 from kvgraph.data.world.world import CHUNKS, World
 from kvgraph.edges import named_edges
 from kvgraph.errors import GraphError, PlanError
-from kvgraph.graph import ContextGraph
+from kvgraph.graph import ContextGraph, Edge
 from kvgraph.methods import Method
 from kvgraph.train.config import Component, TrainError
+from kvgraph.train.distill import everything, taught
 from kvgraph.train.example import Example
 from kvgraph.train.pack import Packed, lay
 
 ENDLESS = 1 << 62
+MISSES = 1000  # examples in a row that don't fit, before a mixture gives up
 VALIDATION = "validation"
 
 
@@ -43,12 +46,21 @@ class Source(Protocol):
 
 
 class Drawn(NamedTuple):
-    """An example as one method lays it out, with the component that it is of."""
+    """An example as one method lays it out, with the component that it is of. taught: what a distillation's teacher reads."""
 
     component: str
     example: Example
     method: Method
     laid: Packed
+    taught: Packed | None = None
+
+
+class Attempt(NamedTuple):
+    """The choice of an example: number `number` of component number `component`, with random numbers for what else is drawn."""
+
+    component: int
+    number: int
+    rng: random.Random
 
 
 class WorldSource:
@@ -92,14 +104,23 @@ def open_source(
         return WorldSource(text, tokenizer, seed, held_out=split == VALIDATION)
     from kvgraph.train.records import Records
 
-    return Records(Path(folder).expanduser() / component.source, split, tokenizer, max_tokens=max_tokens)
+    path = Path(folder).expanduser() / component.source
+    return Records(path, split, tokenizer, max_tokens=max_tokens, recite=component.recite)
+
+
+def nothing_fits(length: int, limit: int) -> TrainError:
+    """What to say when a mixture gives up. limit: positions that the model has."""
+    if limit <= length:
+        return TrainError(f"no example of {MISSES:,} fits the model's {limit:,} positions; prepare shorter ones")
+    return TrainError(f"no example of {MISSES:,} fits {length:,} tokens; raise `length`, or prepare shorter ones")
 
 
 class Mixture:
     """Draws examples of weighted components, laid out by their methods; those that don't fit are left out and counted.
 
-    length: tokens that an example may have, limit: positions. documents: whether documents are learned too. counts: the
-    state that another mixture with the same settings was in, to go on from there.
+    length: tokens that an example may have, limit: positions. documents: whether documents are learned too. distill: whether
+    to lay them out for a distillation's teacher too. counts: the state that another mixture with the same settings was in,
+    to go on from there.
     Draw number n depends on the seed and n alone, and a component's i-th example on the seed and i: every epoch goes
     through a source in another order, once.
     """
@@ -113,10 +134,11 @@ class Mixture:
         length: int,
         limit: int,
         documents: bool = False,
+        distill: bool = False,
         counts: Mapping[str, int] | None = None,
     ):
         self.components, self.sources, self.seed = tuple(components), tuple(sources), seed
-        self.length, self.limit, self.documents = length, limit, documents
+        self.length, self.limit, self.documents, self.distill = length, limit, documents, distill
         self.counts = {component.name: 0 for component in components} | dict(counts or {})
         self.left_out: dict[str, int] = {component.name: 0 for component in components}
         self._weights = [component.weight for component in components]
@@ -137,17 +159,29 @@ class Mixture:
 
         Raises TrainError when a thousand in a row don't fit.
         """
-        for _ in range(1000):
-            rng = random.Random(f"{self.seed}/{sum(self.counts.values())}")
-            index = rng.choices(range(len(self.components)), self._weights)[0]
-            component, source = self.components[index], self.sources[index]
-            number = self.counts[component.name]
-            self.counts[component.name] += 1
-            example = source[self._place(component.name, number, len(source))]
-            if drawn := [] if example is None else self._laid(component, example, rng):
+        for attempt in islice(self.attempts(), MISSES):
+            name = self.components[attempt.component].name
+            self.counts[name] += 1
+            if drawn := self.made(attempt):
                 return drawn
-            self.left_out[component.name] += 1
-        raise TrainError(f"no example of 1,000 fits {self.length:,} tokens; raise `length`, or prepare shorter ones")
+            self.left_out[name] += 1
+        raise nothing_fits(self.length, self.limit)
+
+    def attempts(self) -> Iterator[Attempt]:
+        """What is chosen from here on, one after the other, without making it: whether an example fits changes nothing."""
+        counts = dict(self.counts)
+        for drawn in count(sum(counts.values())):
+            rng = random.Random(f"{self.seed}/{drawn}")
+            index = rng.choices(range(len(self.components)), self._weights)[0]
+            name = self.components[index].name
+            yield Attempt(index, counts[name], rng)
+            counts[name] += 1
+
+    def made(self, attempt: Attempt) -> list[Drawn]:
+        """The example that was chosen, by its component's methods; empty where it doesn't fit."""
+        component, source = self.components[attempt.component], self.sources[attempt.component]
+        example = source[self._place(component.name, attempt.number, len(source))]
+        return [] if example is None else self._laid(component, example, attempt.rng)
 
     def _place(self, name: str, number: int, length: int) -> int:
         """Where in a source of this length a component's example number `number` is."""
@@ -164,15 +198,24 @@ class Mixture:
         for method in chosen:
             if _spells_own_tokens(example, method):
                 return []
-            told = with_edges(example, edges if method.reads_edges else "none")
+            told = with_edges(example, edges if method.reads_edges else "none", rng)
             try:
-                laid = lay(told, method, documents=self.documents, through_links=component.through_links)
+                drawn = self._drawn(component, told, method)
             except (GraphError, PlanError):  # more documents than link tokens, for one
                 return []
-            if len(laid) > self.length or int(laid.positions.max()) >= self.limit or not len(laid.rows):
-                return []
-            found.append(Drawn(component.name, told, method, laid))
+            for laid in filter(None, (drawn.laid, drawn.taught)):
+                if len(laid) > self.length or int(laid.positions.max()) >= self.limit or not len(laid.rows):
+                    return []
+            found.append(drawn)
         return found
+
+    def _drawn(self, component: Component, told: Example, method: Method) -> Drawn:
+        if not self.distill:
+            laid = lay(told, method, documents=self.documents, through_links=component.through_links)
+            return Drawn(component.name, told, method, laid)
+        asked = everything(told)
+        laid = lay(asked, method, through_links=component.through_links)
+        return Drawn(component.name, told, method, laid, taught(asked, laid))
 
 
 def _spells_own_tokens(example: Example, method: Method) -> bool:
@@ -184,15 +227,28 @@ def _spells_own_tokens(example: Example, method: Method) -> bool:
     return any(not own.isdisjoint(text) for text in texts)
 
 
-def with_edges(example: Example, edges: str) -> Example:
-    """The example with its own edges ("links"), or with others (see `named_edges`)."""
+def with_edges(example: Example, edges: str, rng: random.Random) -> Example:
+    """The example with its own edges ("links"), as many random ones ("random"), or others (see `named_edges`)."""
     graph = example.graph
     if edges == "links":
         return example
-    made = named_edges(edges, graph.names)
+    made = _shuffled(graph, rng) if edges == "random" else named_edges(edges, graph.names)
     if made == graph.edges:
         return example
     return Example(ContextGraph(graph.segments, (), graph.prefix, made, graph.names), example.questions)
+
+
+def _shuffled(graph: ContextGraph, rng: random.Random) -> tuple[Edge, ...]:
+    """The graph's edges with other sources: each reader reads as many segments as before, none that it read if there are
+    others.
+    """
+    made: list[Edge] = []
+    for reader in sorted({reader for _, reader in graph.edges}):
+        read = sorted({source for source, to in graph.edges if to == reader} - {reader})
+        others = [i for i in range(len(graph.segments)) if i != reader and i not in read]
+        sources = [*rng.sample(others, len(others)), *rng.sample(read, len(read))]
+        made += [(source, reader) for source in sources[: len(read)]]
+    return tuple(made)
 
 
 @lru_cache(maxsize=16)
@@ -203,11 +259,19 @@ def _order(key: str, length: int) -> np.ndarray:
 
 
 def validation(
-    components: Sequence[Component], sources: Sequence[Source], seed: int, count: int, **sizes: Any
+    components: Sequence[Component], sources: Sequence[Source], seed: int, examples: int, **sizes: Any
 ) -> Iterator[list[Drawn]]:
-    """`count` examples of every component, by each of its methods: what a run is evaluated with, the same every time."""
+    """Up to so many examples of every component, by each of its methods: what a run is evaluated with, the same every time.
+
+    No example comes twice. There are none where nothing fits.
+    """
     for component, source in zip(components, sources, strict=True):
         for spec in component.methods:
             one = replace(component, name=f"{component.name}/{spec}", methods=(spec,), every=False)
             mixture = Mixture([one], [source], seed, **sizes)
-            yield [drawn for _ in range(min(count, len(source))) for drawn in mixture.draw()]
+            found: list[Drawn] = []
+            for attempt in islice(mixture.attempts(), min(len(source), MISSES + examples)):
+                if len(found) == examples:
+                    break
+                found += mixture.made(attempt)
+            yield found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +16,13 @@ from torch import Tensor, nn
 from kvgraph import methods, models
 from kvgraph.methods import Method
 from kvgraph.models import Trainable
+from kvgraph.models.fingerprint import state_hash
+from kvgraph.models.loading import one_line
 from kvgraph.train import start
-from kvgraph.train.config import FULL, LINKS, NONE, WHOLE, Config, Stage, TrainError
+from kvgraph.train.config import ANSWERS, DISTILL, FULL, LINKS, NONE, WHOLE, Config, Stage, TrainError
 from kvgraph.train.links import add_link_tokens
 
+STUDENT, TEACHER = "default", "teacher"  # peft's names of the adapter that is trained, and of the one that teaches
 NEW, NEW_LINKS = "world", "kvlink"  # in a configuration: the new model, and the method that gets the new link tokens
 
 
@@ -27,7 +32,7 @@ class Student:
 
     trainable: it, as training runs it. module: what holds the parameters to train: the model itself, or peft's around it.
     stages: the configuration's, with the new link tokens' ids in place of "kvlink". dtype: that it was loaded in, and is
-    saved in. It is float32 while it is trained.
+    saved in. It is float32 while it is trained. base: a hash of its weights as they were loaded.
     """
 
     trainable: Trainable
@@ -36,6 +41,7 @@ class Student:
     stages: tuple[Stage, ...]
     dtype: torch.dtype
     config: Config
+    base: str
 
     @property
     def hf(self) -> Any:
@@ -47,6 +53,20 @@ class Student:
         """Parameters with the part of each that isn't trained, of the model that kvgraph starts with."""
         started = (getattr(self.hf.config, "kvgraph", None) or {}).get("start")
         return start.frozen(self.hf) if started == NEW and self.config.trained == WHOLE else []
+
+    @contextmanager
+    def teaching(self) -> Iterator[None]:
+        """The model is a distillation's teacher inside: as it was before the first step."""
+        module: Any = self.module
+        if not self.config.adapter:
+            with module.disable_adapter():
+                yield
+            return
+        module.set_adapter(TEACHER)
+        try:
+            yield
+        finally:
+            module.set_adapter(STUDENT)
 
     @property
     def embeddings(self) -> Iterator[Tensor]:
@@ -65,6 +85,7 @@ def build(config: Config) -> Student:
     """
     torch.manual_seed(config.seed)
     loaded = _started(config.seed) if config.model == NEW else models.load(config.model)
+    base = state_hash(loaded.hf)
     hf, dtype = loaded.hf.float(), loaded.dtype
     if config.stack:
         models.stack(hf, config.stack)
@@ -81,7 +102,20 @@ def build(config: Config) -> Student:
     module = hf.train() if config.trained == WHOLE else _adapted(hf, config, trained)
     if config.checkpointing != NONE:
         hf.activation_checkpointing_enable(every_n_layers=1 if config.checkpointing == FULL else 2)
-    return Student(trainable, module, loaded.tokenizer, stages, dtype, config)
+    return Student(trainable, module, loaded.tokenizer, stages, dtype, config, base)
+
+
+def check(student: Student) -> None:
+    """Raise TrainError for methods that can't be trained, by themselves or with this model, before the first step."""
+    rows = student.hf.get_input_embeddings().weight.shape[0]
+    for spec in dict.fromkeys(_specs(student.stages)):
+        method = methods.parse(spec)
+        if method.own_tokens and method.own_tokens[-1] >= rows:
+            raise TrainError(
+                f"{spec} has the token id {method.own_tokens[-1]:,}, but the model's vocabulary has {rows:,}"
+            )
+        if method.needs_probe or not method.trains_by_mask:
+            raise TrainError(f"{spec} can't be trained, because no attention mask can express it; leave it out")
 
 
 def _started(seed: int) -> models.Model:
@@ -124,10 +158,23 @@ def _adapted(hf: Any, config: Config, trained: list[Method]) -> nn.Module:
             )
         return get_peft_model(hf, TrainableTokensConfig(token_indices=rows)).train()
     rank = config.lora_rank
+    if config.adapter:
+        return _went_on(hf, config)
     settings = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", trainable_token_indices=rows or None
     )
     return get_peft_model(hf, settings).train()
+
+
+def _went_on(hf: Any, config: Config) -> nn.Module:
+    """A peft model with the adapter that the configuration names, twice: one is trained, the other one may teach."""
+    from peft import PeftModel
+
+    with one_line(f"can't load the adapter {config.adapter}"):
+        module = PeftModel.from_pretrained(hf, config.adapter, adapter_name=STUDENT, is_trainable=True)
+        if config.objective == DISTILL:
+            module.load_adapter(config.adapter, TEACHER)
+    return module.train()
 
 
 def save(student: Student, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -145,4 +192,29 @@ def save(student: Student, weights: Mapping[str, Tensor], folder: Path, dtype: t
         for name, weight in weights.items():
             parameters[name].copy_(weight)
     merged: Any = fresh.module
-    models.save(merged.merge_and_unload(), folder, student.tokenizer, dtype=dtype)
+    models.save(merged.merge_and_unload(adapter_names=[STUDENT]), folder, student.tokenizer, dtype=dtype)
+
+
+def save_adapter(student: Student, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what is trained as a PEFT folder, in the dtype that the model was loaded in, with a card that says how it was made.
+
+    weights: as in `save`; of a lora adapter or links.
+    """
+    module: Any = student.module
+    held = {name: weight.to(student.dtype) for name, weight in weights.items()}
+    module.save_pretrained(folder, state_dict=held, selected_adapters=[STUDENT], save_embedding_layers=False)
+    (folder / "README.md").write_text(_card(student), encoding="utf-8")
+
+
+def _card(student: Student) -> str:
+    """The model card of an adapter; its front matter declares what it is tuned for, as JSON, which is YAML too."""
+    config, declared = student.config, student.hf.config.kvgraph
+    front = {"base_model": config.model, "library_name": "peft", "kvgraph": declared}
+    how = (
+        "with gold answers"
+        if config.objective == ANSWERS
+        else "without labels: to what the model itself says under full"
+    )
+    lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    specs = ", ".join(f"`{spec}`" for spec in declared["methods"])
+    return f"---\n{lines}\n---\n\nTuned by `kvgraph train` ({config.name}) for {specs}, {how}.\n"

@@ -53,9 +53,24 @@ class Packed:
         return len(self.documents) - documents, documents
 
     def to(self, device: torch.device | str) -> Packed:
-        """The same on a device."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        """The same on a device. Copies to a GPU don't wait for what it still does."""
+        gpu = torch.device(device).type == "cuda"
+
+        def moved(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if gpu and not tensor.is_cuda else tensor).to(device, non_blocking=gpu)
+
+        tensors: dict[str, Any] = {k: moved(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+    def arrays(self) -> dict[str, Any]:
+        """The same in numpy's arrays; `Packed.of` undoes it."""
+        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def of(cls, arrays: dict[str, Any]) -> Packed:
+        """What `arrays` gave."""
+        tensors: dict[str, Any] = {k: torch.from_numpy(v) for k, v in arrays.items() if isinstance(v, np.ndarray)}
+        return cls(**(arrays | tensors))
 
     @property
     def slices(self) -> list[slice]:
@@ -87,7 +102,8 @@ class Packed:
         if more < 0:
             raise ValueError(f"a sequence of {len(self)} tokens can't be padded to {length}")
         spans, blocks = self.sees.shape
-        sides = [1 << n.bit_length() for n in (spans, blocks)]  # above both, so that padding has a span and a block
+        least = length // 16 - 1  # few sequences have more, so that most share one size
+        sides = [1 << max(n, least).bit_length() for n in (spans, blocks)]  # above both: padding has a span and a block
         sees = pad(self.sees, (0, sides[1] - blocks, 0, sides[0] - spans))
         sees[-1, -1] = True
         return replace(
@@ -123,18 +139,22 @@ def pack(
                 "shorten it, give it fewer questions, or allow longer sequences"
             )
         laid.append(alone)
-    return first_fit(laid, length)
+    return [concatenated([laid[i] for i in group]) for group in first_fit(map(len, laid), length)]
 
 
-def first_fit(laid: Iterable[Packed], length: int) -> list[Packed]:
-    """What `lay` made, none longer than `length`, side by side in few sequences of at most `length` tokens."""
-    sequences: list[list[Packed]] = []
-    for one in laid:
-        sequence = next((s for s in sequences if sum(map(len, s)) + len(one) <= length), None)
-        if sequence is None:
-            sequences.append(sequence := [])
-        sequence.append(one)
-    return [_concatenated(sequence) for sequence in sequences]
+def first_fit(sizes: Iterable[int], length: int) -> list[list[int]]:
+    """Numbers of examples of these sizes, none above `length`, in few groups of at most `length` tokens."""
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for i, size in enumerate(sizes):
+        at = next((at for at, left in enumerate(room) if size <= left), None)
+        if at is None:
+            at = len(room)
+            groups.append([])
+            room.append(length)
+        groups[at].append(i)
+        room[at] -= size
+    return groups
 
 
 def lay(example: Example, method: Method, *, documents: bool = False, through_links: bool = False) -> Packed:
@@ -175,7 +195,7 @@ def lay(example: Example, method: Method, *, documents: bool = False, through_li
     )
 
 
-def _concatenated(examples: Sequence[Packed]) -> Packed:
+def concatenated(examples: Sequence[Packed]) -> Packed:
     """Examples side by side, none seeing another."""
 
     def joined(name: str, sizes: Iterable[int] | None = None) -> Tensor:

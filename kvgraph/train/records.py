@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ import numpy as np
 from kvgraph.data import chat, io, tasks
 from kvgraph.data import prompt as prompts
 from kvgraph.data.chat import Document, Prompt
-from kvgraph.data.task import Item, TaskError
+from kvgraph.data.task import Item, Task, TaskError
 from kvgraph.errors import GraphError, KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.train.example import Example, Question
@@ -27,6 +29,8 @@ from kvgraph.train.example import Example, Question
 PREPARED = "prepared.json"
 SPLITS = TRAIN, VALIDATION = ("train", "validation")
 AS_THEY_ARE = "{text}"  # how documents of conversations are written: they bring their own line ends
+RECITED = 48  # tokens of a quoted document
+FIRST_WORDS = 6  # by which a document without a title is asked for
 
 Record = Mapping[str, Any]
 
@@ -35,12 +39,16 @@ class RecordError(KVGraphError, ValueError):
     """A prepared folder or one of its records can't be used. The message names the file, and the line if it is one."""
 
 
-def example(record: Record, tokenizer: Any, *, max_tokens: int | None = None) -> Example | None:
+def example(
+    record: Record, tokenizer: Any, *, max_tokens: int | None = None, recite: int = 0, seed: str = ""
+) -> Example | None:
     """The example that a training record is with this tokenizer.
 
     Its graph is tokenized piece by piece, as the engine does. What is learned: of a text, all of it; of a conversation,
     what the assistant says and the end of its turn; of a task, the answer and the end of the turn.
 
+    recite: so many of a task's documents, drawn by the seed, are asked for too, after its questions: the answer is how the
+    document's text begins, RECITED tokens of it.
     max_tokens: of the whole example, each document counted once. A longer text is cut at its end; anything else that is
     longer gives None; so does a record of which nothing is left to learn, and one that the chat template refuses. Raises
     RecordError for a record of no kind, for a conversation where there is no chat template, and for a chat template that
@@ -48,17 +56,19 @@ def example(record: Record, tokenizer: Any, *, max_tokens: int | None = None) ->
     """
     make = _KINDS[kind(record)]
     try:
-        graph, question = make(record, tokenizer)
+        graph, questions = make(record, tokenizer)
+        if recite and "task" in record:
+            questions += _recitations(record, tokenizer, recite, random.Random(seed))
     except chat.ChatError:
         return None
-    context = sum(map(len, (*graph.prefix, *graph.segments))) + len(question.query)
-    if max_tokens is not None and context + len(question.answer) > max_tokens:
+    context = sum(map(len, (*graph.prefix, *graph.segments)))
+    if max_tokens is not None and context + sum(len(q.query) + len(q.answer) for q in questions) > max_tokens:
         if "text" not in record:
             return None
-        question = question._replace(answer=question.answer[: max(0, max_tokens - context)])
-    if not question.answer or len(question.query) + len(question.answer) < 2:
-        return None
-    return Example(graph, [question])
+        (text,) = questions
+        questions = [text._replace(answer=text.answer[: max(0, max_tokens - context - len(text.query))])]
+    questions = [q for q in questions if q.answer and len(q.query) + len(q.answer) >= 2]
+    return Example(graph, questions) if questions else None
 
 
 def kind(record: Record) -> str:
@@ -74,12 +84,13 @@ def texts(record: Record) -> Iterator[str]:
     for document in record.get("documents", ()):
         yield document if isinstance(document, str) else document["title"] + document["text"]
     yield from (message["content"] for message in record.get("messages", ()))
-    yield from (record[name] for name in ("text", "question", "answer") if name in record)
+    for part in (record, *record.get("questions", ())):
+        yield from (part[name] for name in ("text", "question", "answer") if name in part)
 
 
 class _Made(NamedTuple):
     graph: ContextGraph
-    question: Question
+    questions: list[Question]
 
 
 def _encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
@@ -92,7 +103,7 @@ def _text(record: Record, tokenizer: Any) -> _Made:
     encode, bos = _encoder(tokenizer), chat.opening(tokenizer)
     documents = [encode(text) for text in record.get("documents", ())]
     graph = ContextGraph(documents, prefix=bos if documents else ())
-    return _Made(graph, Question(() if documents else bos, encode(record["text"])))
+    return _Made(graph, [Question(() if documents else bos, encode(record["text"]))])
 
 
 def _conversation(record: Record, tokenizer: Any) -> _Made:
@@ -114,23 +125,64 @@ def _conversation(record: Record, tokenizer: Any) -> _Made:
         answer += tokens
         learned += [learn] * len(tokens)
     graph = made.graph().with_query("").tokenized(encode)
-    return _Made(graph, Question(encode(made.query), tuple(answer), tuple(learned)))
+    return _Made(graph, [Question(encode(made.query), tuple(answer), tuple(learned))])
 
 
 def _task(record: Record, tokenizer: Any) -> _Made:
-    """The prompt of the evaluation task, and the answer: with what the chat template puts around it, or after a space."""
+    """The prompt of the evaluation task, and the answer: with what the chat template puts around it, or after a space.
+
+    A record has one question and its answer, or several under `questions`, maybe none. plain: they are asked as they are, as
+    in a chat, without the task's instruction.
+    """
+    if template := _template(tokenizer):
+        _around(tokenizer, template)  # raises what is wrong with every answer
+    task = task_of(record)
+    asked = record["questions"] if "questions" in record else [record]
+    links = tuple((source, reader) for source, reader in record.get("links", ()))
+    documents = tuple(Document(document["text"], document["title"]) for document in record["documents"])
+    first = asked[0]["question"] if asked else ""
+    made = prompts.build(task, Item(record.get("id", ""), first, (), documents, links=links), tokenizer)
+    graph = made.graph(links).with_query("").tokenized(_encoder(tokenizer))
+    some = documents[:1]
+    return _Made(graph, [_asked(task, some, one["question"], one["answer"], tokenizer) for one in asked])
+
+
+def task_of(record: Record) -> Task:
+    """The task whose prompt a record's questions have. Raises TaskError for an unknown one."""
+    task = tasks.get(record["task"])
+    return replace(task, instruction="", question="{question}") if record.get("plain") else task
+
+
+def _asked(
+    task: Task, documents: tuple[Document, ...], question: str, answer: str, tokenizer: Any, *, most: int | None = None
+) -> Question:
+    """A task's question with its answer, of which at most so many tokens.
+
+    documents: one for all, to be quick: the query depends on whether there are any alone.
+    """
     template = _template(tokenizer)
     before, after = _around(tokenizer, template) if template else (" ", tokenizer.eos_token or "")
-    task = tasks.get(record["task"])
-    documents = tuple(Document(document["text"], document["title"]) for document in record["documents"])
-    links = tuple((source, reader) for source, reader in record.get("links", ()))
-    item = Item(record.get("id", ""), record["question"], (record["answer"],), documents, links=links)
-    made = prompts.build(task, item, tokenizer)
-    if not template and made.query[-1:].isspace():
+    query = prompts.build(task, Item("", question, (), documents), tokenizer).query
+    if not template and query[-1:].isspace():
         before = ""
     encode = _encoder(tokenizer)
-    graph = made.graph(links).with_query("").tokenized(encode)
-    return _Made(graph, Question(encode(made.query), encode(before + record["answer"] + after)))
+    return Question(encode(query), encode(before + answer + after)[:most])
+
+
+def _recitations(record: Record, tokenizer: Any, count: int, rng: random.Random) -> list[Question]:
+    """Questions for some of a task's documents, in the place of its own kind of question."""
+    task, documents = replace(task_of(record), question="{question}"), record["documents"]
+    told = [i for i, document in enumerate(documents) if document["text"].strip()]
+    chosen, some = rng.sample(told, min(count, len(told))), (Document("-"),)
+    return [_asked(task, some, recitation(documents, i), documents[i]["text"], tokenizer, most=RECITED) for i in chosen]
+
+
+def recitation(documents: Sequence[Mapping[str, str]], which: int) -> str:
+    """How to ask for a document: by its title, or, where it has none of its own, by its first words."""
+    title = documents[which]["title"]
+    if title and sum(document["title"] == title for document in documents) == 1:
+        return f'Quote the passage titled "{title}".'
+    return f'Quote the passage that begins with "{" ".join(documents[which]["text"].split()[:FIRST_WORDS])}".'
 
 
 _KINDS: Mapping[str, Callable[[Record, Any], _Made]] = {"text": _text, "messages": _conversation, "task": _task}
@@ -235,8 +287,10 @@ class Records:
     Raises RecordError: no such folder or split, an unfinished one, a damaged line.
     """
 
-    def __init__(self, folder: str | Path, split: str, tokenizer: Any, *, max_tokens: int | None = None):
-        folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, split: str, tokenizer: Any, *, max_tokens: int | None = None, recite: int = 0
+    ):
+        folder, self.recite = Path(folder), recite
         if split not in SPLITS:
             raise RecordError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
         if not prepared(folder).get("finished"):
@@ -260,7 +314,7 @@ class Records:
     def __getitem__(self, index: int) -> Example | None:
         record = self.record(index)
         try:
-            return example(record, self.tokenizer, max_tokens=self.max_tokens)
+            return example(record, self.tokenizer, max_tokens=self.max_tokens, recite=self.recite, seed=f"{index}")
         except (LookupError, TypeError, AttributeError) as error:
             raise RecordError(f"{self._where(index)} is no training record: {error!r}") from None
         except (RecordError, TaskError, GraphError) as error:

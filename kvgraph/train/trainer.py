@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +25,25 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from kvgraph.data import io
-from kvgraph.train import batches, checkpoint, model, optim, parallel
-from kvgraph.train.batches import Batch, Cursor, Planned, ValidationSet
-from kvgraph.train.config import MUON, Config, TrainError
+from kvgraph.train import batches, checkpoint, distill, model, optim, parallel
+from kvgraph.train.batches import Batch, Cursor, ValidationSet
+from kvgraph.train.config import AUTO, FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
 from kvgraph.train.pack import Packed
 
 LOG_EVERY = 10  # steps, between looks at losses: on a GPU every look waits for it
-MAY_CHANGE = {"limit", "data", "threads", "evaluate_every", "evaluation", "save_every", "keep"}  # when a run goes on
+MAY_CHANGE = {
+    "limit",
+    "minutes",
+    "data",
+    "threads",
+    "workers",
+    "evaluate_every",
+    "evaluation",
+    "save_every",
+    "keep",
+}  # when a run goes on
 
 
 class TrainResult(NamedTuple):
@@ -52,7 +62,14 @@ def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool =
     of TensorBoard.
     Raises TrainError, ModelError, GraphError where a setting, the data, memory or the disk don't allow it.
     """
-    with _explained(config, Path(out)), _without_denormals():
+    if not config.model:
+        raise TrainError(f"{config.name} goes on from another model; give it with --model")
+    first = os.environ.get("RANK", "0") == "0"
+    with (
+        _explained(config, Path(out)),
+        _without_denormals(),
+        io.locked(Path(out), TrainError) if first else nullcontext(),
+    ):
         trainer = Trainer(config, Path(out), resume, wandb)
         try:
             return trainer.run()
@@ -88,7 +105,12 @@ class Trainer:
             raise TrainError(
                 "muon needs whole matrices, which several processes share out; train in one, or with adamw"
             )
+        on_gpu = self.accelerator.device.type == "cuda"
+        self.flex = on_gpu if config.attention == AUTO else config.attention == FLEX
         self.student = model.build(config)
+        model.check(self.student)
+        if before is not None:
+            checkpoint.check_base(before, self.student.base)
         self.module = self.student.module
         if self.count > 1:
             parallel.shard(self.module, self.student.hf.get_decoder().layers)
@@ -100,12 +122,16 @@ class Trainer:
         self.progress = Cursor()
         if before is not None:
             self.progress = checkpoint.load_state(before, self.module, self.optimizers)
-        self.planned = batches.plan(config, self.student.stages, self.student.tokenizer)
+        self.planned = batches.plan(config, self.student.stages, self.student.tokenizer, self.student.trainable.limit)
+        self.data = {c.name: len(s) for p in self.planned for c, s in zip(p.stage.components, p.sources, strict=True)}
+        if before is not None:
+            checkpoint.check_data(before, self.data)
         self.total = sum(planned.steps for planned in self.planned)
         self.last = min(self.total, config.limit or self.total)
-        self.validation_sets: tuple[Planned | None, list[ValidationSet]] = (None, [])
+        self.validation_sets: list[list[ValidationSet]] = []
         self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         self.saved = before
+        self.began = time.monotonic()
         if self.main:
             out.mkdir(parents=True, exist_ok=True)
             io.write(out / checkpoint.CONFIG, config.to_json())
@@ -114,11 +140,12 @@ class Trainer:
         self.log = Log(out, self.accelerator, self.progress.step, self.last)
 
     def run(self) -> TrainResult:
-        """Train to the last step, or until a signal comes."""
+        """Train to the last step, or until the time is over or a signal comes."""
         if self.progress.step:
             self.log.say(f"going on after step {self.progress.step:,} of {self.last:,}")
         for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
             self.log.say(f"{name} has no held-out examples, so it isn't evaluated")
+        self._prepare_validation()
         with _Signals() as signals:
             began = time.perf_counter()
             for step in self._steps():
@@ -138,20 +165,19 @@ class Trainer:
     def _look_after(self, stopping: bool) -> bool:
         """Log, evaluate and save after a step, if it's time to. Returns whether it was the last step."""
         config, step = self.config, self.progress.step
-        last = step == self.last
+        last = step == self.last or self._spent() >= 1
         ends = self._agreed(stopping) or last
         evaluates, saves = step % config.evaluate_every == 0 or last, step % config.save_every == 0 or ends
         if step % LOG_EVERY == 0 or evaluates or saves:
             self._flush()
-        if evaluates:
-            self._evaluate()
         if saves:
             self._save()
+        if evaluates:  # after saving: whatever goes wrong there costs nothing
+            self._evaluate()
         return ends
 
     def _steps(self) -> Iterator[Batch]:
-        limit = self.student.trainable.limit
-        return batches.ahead(batches.Batches(self.config, self.planned, self.progress, limit, self.last))
+        return batches.ahead(self.config, self.planned, self.progress, self.student.trainable.limit, self.last)
 
     def _step(self, step: Batch) -> tuple[Tensor, Tensor]:
         """Take an optimizer step. Returns this process's part of the loss, and the gradient's norm."""
@@ -161,14 +187,14 @@ class Trainer:
         for i, (number, packed, weight) in enumerate(shares):
             parallel.synchronize(self.module, i == len(shares) - 1)
             torch.manual_seed(hash((self.config.seed, step.progress.step, number)))  # dropout, where a model has some
-            value = loss(self._logits(packed), packed, document_weight=self.config.document_weight, totals=step.totals)
+            value = self._loss(step, number, packed)
             (value * weight).backward()
             total += value.detach() * weight
         for p, mask in self.masks:
             if p.grad is not None:
                 p.grad.mul_(mask)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
-        optim.set_rate(self.optimizers, optim.share(self.config, step.progress.step, self.total))
+        optim.set_rate(self.optimizers, self._rate(step.progress.step))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -181,12 +207,38 @@ class Trainer:
         for first in range(0, len(sequences), self.count):
             mine = first + self.rank
             number, weight = (mine, 1.0) if mine < len(sequences) else (0, 0.0)
-            packed = sequences[number].to(self.accelerator.device)
-            yield number, packed.padded(self.config.length) if packed.tokens.is_cuda else packed, weight
+            yield number, self._placed(sequences[number]), weight
+
+    def _placed(self, packed: Packed) -> Packed:
+        """The sequence on this process's device, of one length where kernels are compiled for it."""
+        placed = packed.to(self.accelerator.device)
+        return placed.padded(self.config.length) if self.flex and placed.tokens.is_cuda else placed
+
+    def _loss(self, step: Batch, number: int, packed: Packed) -> Tensor:
+        """Sequence number `number`'s part of the step's loss."""
+        config = self.config
+        if step.lessons is None:
+            return loss(self._logits(packed), packed, document_weight=config.document_weight, totals=step.totals)
+        lesson = step.lessons[number]
+        with torch.no_grad(), self.student.teaching():
+            taught = self._logits(self._placed(lesson.taught))
+        held = lesson.held.to(packed.tokens.device)
+        return distill.loss(self._logits(packed), taught, held, hold=config.hold, totals=step.totals)
+
+    def _rate(self, step: int) -> float:
+        """The share of the highest learning rate: by the steps, or by the time where that ends the run first."""
+        return optim.share(self.config, max(step, min(math.ceil(self._spent() * self.total), self.total)), self.total)
+
+    def _spent(self) -> float:
+        """The share of the time that is over, the same in all processes."""
+        if not self.config.minutes:
+            return 0.0
+        share = (time.monotonic() - self.began) / (60 * self.config.minutes)
+        return share if self.count == 1 else float(self._sum(torch.tensor(share))) / self.count
 
     def _logits(self, packed: Packed) -> Tensor:
         with self.accelerator.autocast():
-            return logits(self.student.trainable, packed, module=self.module)
+            return logits(self.student.trainable, packed, module=self.module, flex=self.flex)
 
     def _agreed(self, wanted: bool) -> bool:
         """Whether any process wants it; all have to end after the same step."""
@@ -204,7 +256,7 @@ class Trainer:
     def _row(self, step: Batch, seconds: float) -> dict[str, Any]:
         return {
             "step": step.progress.step,
-            "lr": self.config.lr * optim.share(self.config, step.progress.step, self.total),
+            "lr": self.config.lr * self._rate(step.progress.step),
             "tokens": sum(map(len, step.sequences)),
             "sequences": len(step.sequences),
             "examples": step.examples,
@@ -236,13 +288,24 @@ class Trainer:
         if not self.config.evaluation:
             return
         at = itertools.accumulate(planned.steps for planned in self.planned)
-        stage = next(p for p, end in zip(self.planned, at, strict=True) if self.progress.step <= end)
-        if self.validation_sets[0] is not stage:
-            self.validation_sets = stage, batches.validation_sets(self.config, stage, self.student.trainable.limit)
+        sets = next(v for v, end in zip(self.validation_sets, at, strict=True) if self.progress.step <= end)
         self.module.eval()
-        self.log.evaluated([self._taken(validation_set) for validation_set in self.validation_sets[1]])
+        self.log.evaluated([self._taken(one) for one in sets])
         self.module.train()
         parallel.release(self.module)
+
+    def _prepare_validation(self) -> None:
+        """Lay out what each stage is evaluated with, and say what can't be."""
+        if not self.config.evaluation:
+            return
+        limit = self.student.trainable.limit
+        self.validation_sets = [batches.validation_sets(self.config, planned, limit) for planned in self.planned]
+        for planned, sets in zip(self.planned, self.validation_sets, strict=True):
+            there = {(one.name, one.method) for one in sets}
+            for c in planned.stage.components:
+                for spec in c.methods:
+                    if c not in planned.unseen and (c.name, spec) not in there:
+                        self.log.say(f"no held-out example of {c.name} fits {spec}, so it isn't evaluated")
 
     @torch.no_grad()
     def _taken(self, validation_set: ValidationSet) -> dict[str, Any]:
@@ -266,7 +329,10 @@ class Trainer:
             weights = self._weights()
             if self.main:
                 model.save(self.student, weights, folder / checkpoint.MODEL)
+                if self.config.trained != WHOLE:
+                    model.save_adapter(self.student, weights, folder / checkpoint.ADAPTER)
                 io.write(folder / checkpoint.CONFIG, self.config.to_json())
+                checkpoint.save_origin(folder, self.student.base, self.data)
         self.saved = checkpoint.found(self.out)[-1]
 
     def _weights(self) -> dict[str, Tensor]:
@@ -277,6 +343,11 @@ class Trainer:
                 weight = parallel.whole(p.detach())
                 if self.main:
                     found[name] = weight.cpu()
+                    if not bool(torch.isfinite(found[name]).all()):
+                        raise TrainError(
+                            f"after step {self.progress.step:,} {name} isn't finite any more; lower lr, or lengthen warmup, "
+                            "in a new run"
+                        )
         return found
 
 
@@ -297,7 +368,11 @@ def _may_go_on(config: Config, out: Path, resume: bool) -> Path | None:
     before = Config.read(found[-1] / checkpoint.CONFIG)
     for field in fields(Config):
         old, new = getattr(before, field.name), getattr(config, field.name)
-        if field.name not in MAY_CHANGE and old != new:
+        if (
+            field.name not in MAY_CHANGE
+            and old != new
+            and not (field.name == "model" and checkpoint.has_base(found[-1]))
+        ):
             what = f"{field.name} {old} there, {new} here" if field.name != "stages" else "its stages are others"
             raise TrainError(
                 f"{out} holds another run ({what}); give another folder, or --resume {out} to go on with it"

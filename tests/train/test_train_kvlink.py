@@ -22,7 +22,7 @@ from kvgraph.train.config import Component
 from kvgraph.train.forward import logits
 from kvgraph.train.links import rows_of
 from kvgraph.train.mixture import Mixture, open_source
-from kvgraph.train.pack import first_fit, lay
+from kvgraph.train.pack import lay
 from kvgraph.train.records import example as make_example
 from serving import spawn
 from train_runs import rows
@@ -193,7 +193,7 @@ def test_the_exported_model_is_served_as_kvlink(trained, llama, data):
     record = next(r for r in map(json.loads, lines) if r["documents"])
     example = make_example(record, model.tokenizer)
     graph = example.graph.with_query(example.questions[0].query)
-    (packed,) = first_fit([lay(example, method)], 8192)
+    packed = lay(example, method)
     with torch.no_grad():
         expected = logits(trainable(model.hf.eval()), packed)[0]
     with Engine.load(trained) as engine:

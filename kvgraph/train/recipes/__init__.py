@@ -11,6 +11,7 @@ from kvgraph.train.config import Config, TrainError
 from kvgraph.train.recipes.block_attention import block_attention
 from kvgraph.train.recipes.graph_kv import graph_kv
 from kvgraph.train.recipes.kvlink import kvlink
+from kvgraph.train.recipes.smollm2 import smollm2_answers, smollm2_distill, smollm2_unlabelled
 from kvgraph.train.recipes.world import world_1hop, world_2hop, world_base, world_mixed
 
 
@@ -33,6 +34,9 @@ RECIPES: Registry[Callable[[], Config]] = Registry(
         "kvlink-5-qa-only": partial(kvlink, 5, without="qa-only"),
         "block-attention": block_attention,
         "graph-kv": graph_kv,
+        "smollm2-answers": smollm2_answers,
+        "smollm2-distill": smollm2_distill,
+        "smollm2-unlabelled": smollm2_unlabelled,
         "world-1hop": world_1hop,
         "world-2hop": world_2hop,
         "world-base": world_base,

@@ -1,0 +1,92 @@
+"""LoRA adapters in PEFT's format, merged into their model when it is loaded."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvgraph.errors import ModelError
+from kvgraph.models.fingerprint import file_hash
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KINDS = ("LORA", "TRAINABLE_TOKENS")
+# Fields that say where an adapter is from, not what it does.
+_NAMES = frozenset("base_model_name_or_path revision inference_mode peft_version auto_mapping task_type".split())
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def folder_of(path_or_name: str | Path) -> Path:
+    """The folder of an adapter, from the hub if there is none of this name. Raises ModelError with the reason."""
+    name = str(path_or_name)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelError(f"there is no adapter folder {name}")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, "README.md"]))
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"can't get the adapter {name} (no such folder; tried as a hub name): {line}") from None
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise ModelError(f"{name} is no adapter that can be loaded: it has no {file}")
+    return folder
+
+
+def base_of(folder: Path) -> str:
+    """The model that an adapter says it is for. A relative path is looked for beside the adapter too."""
+    base = _config(folder).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"{folder} holds an adapter that doesn't name its base; give the model, and this with --adapter"
+        )
+    beside = folder / base
+    return str(beside) if not Path(base).is_absolute() and beside.exists() else str(base)
+
+
+def facts_of(folder: Path) -> list[Any]:
+    """What tells an adapter from others in a fingerprint: its weights, and what is done with them."""
+    told = {name: value for name, value in _config(folder).items() if name not in _NAMES}
+    if isinstance(told.get("target_modules"), list):
+        told["target_modules"] = sorted(told["target_modules"])
+    return [file_hash(folder / WEIGHTS), told]
+
+
+def merged(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with the adapter merged into its weights, which are changed in place."""
+    kind = _config(folder).get("peft_type")
+    if kind not in KINDS:
+        raise ModelError(f"{folder} holds an adapter of the kind {kind}; there are {', '.join(KINDS)}")
+    if find_spec("peft") is None:
+        raise ModelError(f"to load the adapter {folder}, install peft: pip install 'kvgraph[adapters]'")
+    from peft import PeftModel
+
+    try:
+        module: Any = PeftModel.from_pretrained(hf, str(folder))
+        made: PreTrainedModel = module.merge_and_unload()
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the adapter {folder} doesn't fit the model: {line}") from None
+    if "peft_config" in vars(made):
+        del made.peft_config
+    return made
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't read {folder / CONFIG}: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder / CONFIG} is no adapter's configuration")
+    return found

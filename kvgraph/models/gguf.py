@@ -1,0 +1,67 @@
+"""GGUF files as models: config, tokenizer and chat template from the file, weights dequantised by transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from kvgraph.errors import ModelError
+
+SUFFIX = ".gguf"
+GgufConfig: Any = getattr(transformers, "GgufConfig", None)
+
+
+def gguf_in(path: Path) -> Path | None:
+    """The GGUF file that a path is or, being a folder without other weights, holds. Raises ModelError if there are several."""
+    if path.suffix == SUFFIX and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return None
+    found = sorted(path.glob(f"*{SUFFIX}"))
+    if len(found) > 1:
+        raise ModelError(f"{path} holds several GGUF files ({', '.join(f.name for f in found)}); give one of them")
+    return found[0] if found else None
+
+
+def source(file: Path | str) -> dict[str, Any]:
+    """What tells transformers' `from_pretrained` to read this file, if it is one of GGUF. Raises ModelError: can't be read here."""
+    path = Path(file)
+    if path.suffix != SUFFIX:
+        return {"pretrained_model_name_or_path": str(file)}
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ModelError(f"to read {path.name}, install {' and '.join(missing)}: pip install 'kvgraph[gguf]'")
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def load_weights(file: Path, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The model with dequantised weights, as if it had been saved like that.
+
+    dtype: "auto" is the file's where its matrices aren't quantised, else bfloat16, which holds more than the quantised ones.
+    """
+    wanted = _dtype(file) if dtype == "auto" else dtype
+    # transformers may keep weights packed, which nothing here can compose or train.
+    packing = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
+    hf: Any = AutoModelForCausalLM.from_pretrained(**source(file), config=config, dtype=wanted, **packing)
+    for owner, name in ((hf.config, "quantization_config"), (hf, "hf_quantizer"), (hf, "quantization_method")):
+        if name in vars(owner):  # it isn't quantised any more, and can be saved
+            delattr(owner, name)
+    model: PreTrainedModel = hf
+    return model
+
+
+def _dtype(file: Path) -> torch.dtype:
+    """What most of the file's numbers are, if it isn't quantised."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    sizes: Counter[Any] = Counter()
+    for tensor in GGUFReader(file).tensors:
+        sizes[tensor.tensor_type] += int(tensor.n_elements)
+    plain = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
+    return plain.get(sizes.most_common(1)[0][0], torch.bfloat16)

@@ -1,0 +1,61 @@
+"""The adapter of SmolLM2-135M-Instruct that ships with kvgraph, and what a distillation alone gives that model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvgraph.train.config import DISTILL, LORA, Component, Config, Stage
+
+# Its vocabulary has no rows to spare. These ids are tokens of repositories and notebooks, which no conversation has: one
+# link token for each of 14 documents.
+KVLINK = "kvlink:links=1,link_start=3,slots=14"
+METHODS = ("full", "block", KVLINK)
+
+
+def smollm2_answers() -> Config:
+    """First it learns to answer from documents, with gold answers, by `full` and the other methods at once."""
+    return Config(
+        name="smollm2-answers",
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        data="data",
+        stages=(Stage(_components(recite=1), steps=4000),),
+        batch=16,
+        length=16384,
+        lr=1e-3,
+        warmup=0.05,
+        betas=(0.9, 0.99),
+        trained=LORA,
+        lora_rank=16,
+        evaluation=0,
+    )
+
+
+def smollm2_distill() -> Config:
+    """Then it learns to do by every method what it does by `full`, without labels; give it the adapter to start from."""
+    return replace(
+        smollm2_answers(),
+        name="smollm2-distill",
+        stages=(Stage(_components(recite=3), steps=4000),),
+        lr=7e-4,
+        objective=DISTILL,
+    )
+
+
+def smollm2_unlabelled() -> Config:
+    """The distillation of the model as it comes, to see what it does by itself."""
+    return replace(smollm2_distill(), name="smollm2-unlabelled", lr=1e-3)
+
+
+def _components(recite: int) -> tuple[Component, ...]:
+    """Passages; stories, whose sections read the ones before them; and questions of several hops. The edges of stories and hops
+    are at times random ones or none, so that it can be seen whether the true ones help.
+    """
+    ranked, own = ("all", "top-k:3", "none"), ("links", "links", "random", "none")
+    return (
+        Component("passages", "passages", METHODS, 36, recite=recite),
+        Component("passages-graph", "passages", ("graph-kv",), 12, edges=ranked, recite=recite),
+        Component("stories", "stories", METHODS, 14, recite=recite),
+        Component("stories-graph", "stories", ("graph-kv",), 14, edges=own, recite=recite),
+        Component("hops", "hops", METHODS, 14, recite=recite),
+        Component("hops-graph", "hops", ("graph-kv",), 10, edges=(*own, "all"), recite=recite),
+    )

@@ -1,0 +1,200 @@
+"""GGUF files and LoRA adapters as models: the numbers they give, what tells them apart, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+
+import families
+import gguf_files
+from kvgraph import ContextGraph, Engine, ModelError, models
+from kvgraph.models import gguf as reading
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed"),
+    pytest.mark.filterwarnings("ignore:this model doesn't declare tuning"),
+]
+SIZES = {"vocab_size": 320, "intermediate_size": 96, "max_position_embeddings": 4096}
+TOKENS = torch.arange(40)[None] * 7 % 320
+FAMILIES = {"llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 128})}  # it has no other
+
+
+def build(family: str = "Llama", **changes):
+    return families.build(family, **SIZES | changes)
+
+
+def logits(model: models.Model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.hf(TOKENS).logits
+
+
+# -- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0, Kind.Q4_1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gguf_file_is_the_model_with_these_weights(family, kind, tmp_path):
+    """Against the same weights put into a model by hand, and against that model saved as safetensors."""
+    name, changes = FAMILIES[family]
+    hf = build(name, **changes)
+    kept = gguf_files.write(hf, tmp_path / "m.gguf", kind)
+    hf.load_state_dict({name: torch.from_numpy(array) for name, array in kept.items()}, strict=False)
+    found = models.load(tmp_path / "m.gguf", dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(found), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+    models.save(found.hf, tmp_path / "saved", found.tokenizer)
+    saved = models.load(tmp_path / "saved")
+    assert saved.dtype == torch.float32
+    torch.testing.assert_close(logits(saved), logits(found), atol=1e-5, rtol=0)
+    assert saved.fingerprint != found.fingerprint == models.load(tmp_path / "m.gguf", dtype="float32").fingerprint
+    assert saved.tokenizer.encode("hello") == found.tokenizer.encode("hello")
+
+
+def test_a_folder_with_a_gguf_file_is_the_file(tmp_path):
+    gguf_files.write(build(), tmp_path / "m.gguf", Kind.Q8_0)
+    file, folder = models.load(tmp_path / "m.gguf"), models.load(tmp_path)
+    assert file.fingerprint == folder.fingerprint and file.dtype == folder.dtype == torch.bfloat16
+    assert file.limit == 4096 and file.eos_ids == (1,)
+    asked = file.tokenizer.apply_chat_template([{"role": "user", "content": "hell"}], tokenize=False)
+    assert asked == "<user>hell" and models.load_tokenizer(tmp_path).chat_template == gguf_files.TEMPLATE
+    gguf_files.write(build(), tmp_path / "n.gguf")
+    with pytest.raises(ModelError, match=r"several GGUF files \(m.gguf, n.gguf\); give one"):
+        models.load(tmp_path)
+
+
+def test_what_is_not_quantised_keeps_its_dtype_and_other_bytes_are_another_model(tmp_path):
+    gguf_files.write(build(), tmp_path / "a.gguf")
+    gguf_files.write(families.build("Llama", **SIZES | {"initializer_range": 0.1}), tmp_path / "b.gguf")
+    a, b = models.load(tmp_path / "a.gguf"), models.load(tmp_path / "b.gguf")
+    assert a.dtype == torch.float32 and a.fingerprint != b.fingerprint
+
+
+def test_an_engine_runs_a_gguf_file(tmp_path):
+    gguf_files.write(build(), tmp_path / "m.gguf", Kind.Q8_0)
+    with Engine.load(tmp_path / "m.gguf", dtype="float32") as engine:  # the gate passes
+        found = engine.generate(ContextGraph(["hello ", "there "], "hell"), "block", max_tokens=4)
+    assert 1 <= len(found.token_ids) <= 4
+
+
+def test_what_can_not_be_read_is_said_in_one_line(tmp_path, monkeypatch):
+    gguf_files.write(build(), tmp_path / "strange.gguf", architecture="strange")
+    with pytest.raises(ModelError, match="can't read the config of .*strange.gguf: .*strange.* not supported"):
+        models.load(tmp_path / "strange.gguf")
+    good = tmp_path / "good.gguf"
+    gguf_files.write(build(), good, Kind.Q8_0)
+    (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:2000])
+    with pytest.raises(ModelError, match="can't read the config of .*cut.gguf: "):
+        models.load(tmp_path / "cut.gguf")
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(ModelError, match="can't read the config of .*text.gguf: "):
+        models.load(tmp_path / "text.gguf")
+    monkeypatch.setattr(gguf.quants, "_type_traits", {}, raising=True)
+    with pytest.raises(ModelError, match="can't load .*good.gguf: .*Q8_0"):
+        models.load(good)
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"install gguf and accelerate: pip install 'kvgraph\[gguf\]'"):
+        models.load(good)
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    gguf_files.write(build(tie_word_embeddings=True), folder / "m.gguf")
+    found = models.load(folder / "m.gguf")
+    models.save(found.hf, folder / "model", found.tokenizer)
+    return folder / "model"
+
+
+def adapter(base: Path, folder: Path, card: str = "", seed: int = 0, **changes) -> Path:
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    module = get_peft_model(models.load(base).hf, LoraConfig(**settings | changes))
+    module.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+def test_a_merged_adapter_is_pefts_own_forward(base, tmp_path):
+    card = '---\nkvgraph: {"tuned_for": ["block"]}\n---\n'
+    folder = adapter(base, tmp_path / "a", card, trainable_token_indices=[3, 4])
+    plain, found = models.load(base), models.load(base, adapter=folder)
+    assert found.tuned_for == ("block",) and plain.tuned_for == ()
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(models.load(base).hf, str(folder)).eval()(TOKENS).logits
+    torch.testing.assert_close(logits(found), expected, atol=1e-4, rtol=1e-4)
+    assert (logits(plain) - expected).abs().max() > 0.1
+    models.save(found.hf, tmp_path / "merged", found.tokenizer)
+    torch.testing.assert_close(logits(models.load(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_base_and_its_adapters_never_share_a_record(base, tmp_path):
+    folder = adapter(base, tmp_path / "a")
+    other = adapter(base, tmp_path / "b", seed=1)
+    same = Path(shutil.copytree(folder, tmp_path / "same"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (same / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    scaled = Path(shutil.copytree(folder, tmp_path / "scaled"))
+    (scaled / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 16}))
+    prints = [models.load(base, adapter=a).fingerprint for a in (None, folder, other, scaled, same)]
+    assert len(set(prints)) == 4 and prints[1] == prints[4]
+    graph, used = ContextGraph(["hello hello ", "hell "], "he"), []
+    for given in (None, folder, None, folder):
+        with Engine.load(base, adapter=given, store=tmp_path / "store") as engine:
+            used.append(engine.generate(graph, "block", max_tokens=1).usage.reused_tokens.get("disk", 0))
+    assert used[:2] == [0, 0] and used[2] == used[3] > 0
+
+
+def test_a_folder_that_is_only_an_adapter_names_its_base(base, tmp_path):
+    folder = adapter(base, tmp_path / "a")
+    found = models.load(folder)
+    assert found.fingerprint == models.load(base, adapter=folder).fingerprint and found.tokenizer is not None
+    assert models.load_tokenizer(folder).encode("hell") == found.tokenizer.encode("hell")
+    with pytest.raises(ModelError, match="is an adapter itself"):
+        models.load(folder, adapter=folder)
+    config = folder / "adapter_config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"base_model_name_or_path": None}))
+    with pytest.raises(ModelError, match="doesn't name its base; give the model, and this with --adapter"):
+        models.load(folder)
+    config.write_text(json.dumps(told | {"base_model_name_or_path": "./gone"}))
+    with pytest.raises(ModelError, match="there is no folder ./gone"):
+        models.load(folder)
+
+
+def test_adapters_that_do_not_fit_are_refused(base, tmp_path):
+    folder = adapter(base, tmp_path / "a")
+    wide = build(hidden_size=32)
+    models.save(wide, tmp_path / "wide")
+    with pytest.raises(ModelError, match="the adapter .* doesn't fit the model: "):
+        models.load(tmp_path / "wide", adapter=folder)
+    with pytest.raises(ModelError, match="there is no adapter folder ./nothing"):
+        models.load(base, adapter="./nothing")
+    with pytest.raises(ModelError, match=r"it has no adapter_config.json"):
+        models.load(base, adapter=base)
+    told = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(told | {"peft_type": "IA3"}))
+    with pytest.raises(ModelError, match="of the kind IA3; there are LORA, TRAINABLE_TOKENS"):
+        models.load(base, adapter=folder)
+
+
+def test_an_adapter_of_link_rows_alone_is_merged_too(base, tmp_path):
+    module = get_peft_model(models.load(base).hf, TrainableTokensConfig(token_indices=[5, 6]))
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if "trainable_tokens" in name:
+                p += 1.0
+    module.save_pretrained(tmp_path / "rows", save_embedding_layers=False)
+    found = models.load(base, adapter=tmp_path / "rows").hf.get_input_embeddings().weight
+    plain = models.load(base).hf.get_input_embeddings().weight
+    changed = (found != plain).any(1).nonzero().flatten().tolist()
+    assert changed == [5, 6]
