@@ -1,6 +1,6 @@
 """What the tokens of a step see, as blocks: some tokens, and one slice of one span's keys that they all attend to.
 
-The interface between rows and the executors of attention. Pure bookkeeping: no tensor is touched here.
+This is the interface between rows and the executors of attention. It is bookkeeping only, without tensors.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from kvgraph.store.record import Record
 
 
 class KeyRun(NamedTuple):
-    """Some tokens of a block that see it the same way: its token 0 at position `at` of their frame.
+    """Some tokens of a block that see it in the same way: its token 0 at position `at` of their frame.
 
-    weights: (group, temperature, scale) of the places it belongs to, see `View`; None: no group.
+    weights: (group, temperature, scale) of the group it belongs to, see `View`; None without a group.
     """
 
     at: int
@@ -39,8 +39,9 @@ FRESH = Fresh()
 class KeyBlock:
     """Packed tokens `tokens` [n] attend to keys lo..hi of `source`.
 
-    runs: how they see it, n tokens together. mask: bool [n, hi - lo], True where visible, at least one a row; None:
-    everything is visible or, with `causal`, token i sees keys lo..lo + i.
+    runs: how they see it, n tokens in total.
+    mask: bool [n, hi - lo], True where visible, at least one True per row; None if everything is visible.
+    causal: without a mask, token i sees keys lo..lo + i.
     """
 
     tokens: np.ndarray
@@ -70,7 +71,7 @@ def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) ->
         index = np.arange(starts[i], starts[i] + len(p))
         past = row.kv.length
         if len(p) == 1 and (window is None or p[0] - row.kv.positions[0] < window):
-            past = 0  # one token that sees all of its row: one block instead of two
+            past = 0  # one token that sees all of its row needs one block instead of two
         for a, b, lo, hi, mask in _slices(p, row.kv.positions[:past], window):
             masked.append(KeyBlock(index[a:b], row.kv, lo, hi, _runs(chain, 0, a, b), mask))
         fits = window is None or p[-1] - p[0] < window
@@ -123,8 +124,9 @@ _Slice = tuple[int, int, int, int, np.ndarray | None]  # tokens a..b see keys lo
 def _slices(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[_Slice]:
     """What tokens at ascending positions p see of keys at ascending positions.
 
-    A key is visible iff its position is lower than the token's and, with a window, p - key < window. The visible keys of
-    one token are so a slice; neighbouring tokens with the same slice share a slice, others get a mask [b - a, hi - lo].
+    A key is visible iff its position is lower than the token's and, with a window, p - key < window. Therefore the
+    visible keys of one token are a slice. Neighbouring tokens with the same slice share it, others get a mask
+    [b - a, hi - lo].
     """
     if not len(keys):
         return []
@@ -149,7 +151,7 @@ def _slices(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[_Slice]
 
 
 def _shown(blocks: Sequence[_Slice], shown: np.ndarray) -> Iterator[_Slice]:
-    """The blocks without hidden keys, and without tokens that see nothing then."""
+    """The blocks without hidden keys, and without tokens that then see nothing."""
     for a, b, lo, hi, mask in blocks:
         visible = shown[lo:hi] if mask is None else np.logical_and(mask, shown[lo:hi])
         mask = np.broadcast_to(visible, (b - a, hi - lo))
