@@ -23,7 +23,7 @@ from kvgraph import ContextGraph, Engine, SamplingParams
 from kvgraph.store import Record, open_store
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-from remotes import RedisServer, S3Server, has_redis  # noqa: E402
+from remotes import RedisServer, S3Server, has_redis
 
 
 def fill(engine: Engine, place: Any, graph: ContextGraph) -> int:

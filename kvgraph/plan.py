@@ -238,7 +238,7 @@ def _integers(values: Sequence[int], what: str) -> Any:
             values = tuple(operator.index(v) for v in values)
         except TypeError:
             raise PlanError(f"{what} must be integers") from None
-    if values and max(-min(values), max(values)) >= 1 << 60:
+    if values and not -1 << 60 < min(values) <= max(values) < 1 << 60:
         raise PlanError(f"{what} are out of range: they must be below 2**60")
     return values
 

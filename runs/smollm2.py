@@ -209,7 +209,7 @@ def _table(config: Config, adapters: dict[str, Path], name: str, options: argpar
     if name == "distill" and "answers" in adapters:
         module.load_adapter(str(adapters["answers"]), "answers")
         shown["answers"] = lambda: _set(module, "answers")
-    shown["base"] = lambda: module.disable_adapter()
+    shown["base"] = module.disable_adapter
     shown[name] = lambda: _set(module, model.STUDENT)
     module.to(device).eval()
 

@@ -139,7 +139,7 @@ def _slices(p: np.ndarray, keys: np.ndarray, window: int | None) -> list[_Slice]
     some = low < high
     kind = np.where(whole, 2, np.where(some, 1, 0))
     edges = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(p)]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         if kind[a] == 0:
             continue
         lo, hi = int(low[a:b].min()), int(high[a:b].max())

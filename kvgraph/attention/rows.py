@@ -25,7 +25,7 @@ class View:
     gaps: (lo, hi) slices between lo and hi that are hidden.
     """
 
-    __slots__ = ("source", "at", "lo", "hi", "weights", "shown", "positions", "first", "last")
+    __slots__ = ("at", "first", "hi", "last", "lo", "positions", "shown", "source", "weights")
 
     def __init__(
         self,

@@ -126,7 +126,7 @@ class Model:
             if members:
                 return grouped_attention(q, k, v, seen[window], list(zip(members, groups, strict=True)), **kwargs)
             eager = sys.modules[type(module).__module__].eager_attention_forward
-            return eager(module, q, k, v, masks[window], **kwargs)[0]
+            return cast(Tensor, eager(module, q, k, v, masks[window], **kwargs)[0])
 
         return run(self.hf, tokens, positions, layer, torch.arange(len(tokens), device=self.device))
 
@@ -200,7 +200,7 @@ def _call(module: Callable[..., Any], tokens: Tensor, positions: Tensor, attend:
         logits_to_keep=want,
         attend=attend,
     )
-    return result.logits[0].float()
+    return cast(Tensor, result.logits[0].float())
 
 
 def _packed(attend: Attend) -> _LayerCall:

@@ -27,7 +27,7 @@ def limit_of(config: PreTrainedConfig) -> int:
     for rope in rope_parameters(config):
         if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
             limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
-    return limit
+    return int(limit)
 
 
 def vocabulary_of(hf: PreTrainedModel) -> int:

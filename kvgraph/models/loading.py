@@ -169,7 +169,7 @@ def _build(
 ) -> Model:
     if hf.dtype not in _DTYPES.values():
         raise ModelError(f"{name} is in {hf.dtype}, which isn't supported; use {', '.join(_DTYPES)}")
-    hf.eval()
+    hf.train(False)
     tested = hf.config.model_type in TESTED
     with nullcontext() if tested else one_line(f"{name} can't be run"):
         plain = None if tested else plain_logits(hf)

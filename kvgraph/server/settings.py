@@ -170,9 +170,9 @@ def _check_names(settings: type[BaseSettings]) -> None:
     """Raise SettingsError for a variable that is nearly a setting: KVGRAPH_API_KEY would leave a server open to all."""
     known = {f"KVGRAPH_{name.upper()}" for name in settings.model_fields}
     for name in map(str.upper, os.environ):
-        if name.startswith("KVGRAPH_") and name.partition("__")[0] not in known:
-            if meant := get_close_matches(name, known, 1, cutoff=0.9):
-                raise SettingsError(f"{name} is no setting; did you mean {meant[0]}?")
+        ours = name.startswith("KVGRAPH_") and name.partition("__")[0] not in known
+        if ours and (meant := get_close_matches(name, known, 1, cutoff=0.9)):
+            raise SettingsError(f"{name} is no setting; did you mean {meant[0]}?")
 
 
 def _explained(error: ValidationError, flags: dict[str, Any], config: Path | None) -> str:

@@ -137,7 +137,7 @@ def _task(record: Record, tokenizer: Any) -> _Made:
     if template := _template(tokenizer):
         _around(tokenizer, template)  # raises what is wrong with every answer
     task = task_of(record)
-    asked = record["questions"] if "questions" in record else [record]
+    asked = record.get("questions", [record])
     links = tuple((source, reader) for source, reader in record.get("links", ()))
     documents = tuple(Document(document["text"], document["title"]) for document in record["documents"])
     first = asked[0]["question"] if asked else ""

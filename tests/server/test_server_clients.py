@@ -300,7 +300,7 @@ def test_a_stream_shows_signs_of_life_until_it_begins(server, monkeypatch):
     server.server.runner.call(lambda: time.sleep(0.6))
     said = httpx.post(f"{server.url}/v1/completions", json=server.body(stream=True), timeout=60).text
     comments, rest = said.split("data: ", 1)
-    assert 2 <= comments.count(": ") and set(comments.split("\n\n")) == {": the answer hasn't begun", ""}
+    assert comments.count(": ") >= 2 and set(comments.split("\n\n")) == {": the answer hasn't begun", ""}
     assert ": the answer" not in rest and rest.endswith("[DONE]\n\n")
 
 

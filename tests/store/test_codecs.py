@@ -105,7 +105,7 @@ def test_a_codec_errs_as_little_as_its_bits_allow(spec, dtype):
         for x, y in zip(getattr(record, side), getattr(kept, side), strict=True):
             rounding = 0 if dtype == torch.float32 else 2**-8 * x.float().abs()
             wrong = (x.float() - y.float()).abs()
-            assert 0 < float(wrong.max()) and (wrong <= BOUNDS[spec](x, axis) + rounding).all()
+            assert float(wrong.max()) > 0 and (wrong <= BOUNDS[spec](x, axis) + rounding).all()
 
 
 def test_outlier_channels_cost_their_neighbours_nothing():
