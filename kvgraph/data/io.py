@@ -243,7 +243,7 @@ class Lines:
     def __init__(self, path: Path, starts: np.ndarray | None = None):
         self.path = path
         self.starts = line_starts(path) if starts is None else starts
-        self._file = open(path, "rb")  # noqa: SIM115  # as long as the object
+        self._file = open(path, "rb")  # as long as the object
 
     def __len__(self) -> int:
         return len(self.starts) - 1
