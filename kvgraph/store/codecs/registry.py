@@ -62,7 +62,8 @@ def spec_of(codec: Codec) -> str:
 
 def packed(record: Record, codec: Codec) -> Record:
     """The record with its KV packed by a codec, and as they come out of it: what every reader of it will see."""
-    tensors = codec.pack(record)
+    # Laid out as a reader finds them: a product of matrices can depend on strides in its last bit.
+    tensors = {name: tensor.contiguous().view(-1).view(tensor.shape) for name, tensor in codec.pack(record).items()}
     keys, values = record.keys, record.values
     if not codec.lossless:
         keys, values = codec.unpack(tensors, len(record), keys[0].dtype)
