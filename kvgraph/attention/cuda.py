@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvgraph.attention.backends import triton as kernels
-from kvgraph.attention.blocks import Block, Fresh, blocks_of
+from kvgraph.attention.blocks import Fresh, KeyBlock, blocks_of
 from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
@@ -43,7 +43,7 @@ class Tuning(NamedTuple):
 
 
 def tuning(dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
-    """Tiles that fit the device's shared memory and hardly spill. dim: the larger head size."""
+    """Tiles that fit the device's shared memory with little register spilling. dim: the larger head size."""
     processors, shared = 4, 99 << 10
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -59,7 +59,7 @@ def tuning(dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
 
 
 class Sizes(NamedTuple):
-    """Capacity of every table, in entries. For a captured graph they are fixed; otherwise they are what a step needs."""
+    """Capacity of every table, in entries: fixed for a captured graph, otherwise what a step needs."""
 
     tokens: int
     want: int
@@ -74,7 +74,7 @@ class Sizes(NamedTuple):
     mask_bytes: int = 0
 
     def holds(self, other: Sizes) -> bool:
-        """Whether a step of the other sizes fits."""
+        """Whether a step of the other sizes fits into these."""
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
 
@@ -110,9 +110,9 @@ class Window:
 
 
 def address(source: Record | RowKV, numbers: int) -> tuple[int, int]:
-    """(address, capacity in tokens) of a source's one buffer, which holds `numbers` keys and values a token.
+    """(address, capacity in tokens) of a source's one buffer, which holds `numbers` keys and values per token.
 
-    Raises ValueError where its KV isn't one buffer.
+    Raises ValueError if its KV isn't one buffer.
     """
     first, last = source.keys[0], source.values[-1]
     groups, tokens, dim = first.shape
@@ -123,7 +123,9 @@ def address(source: Record | RowKV, numbers: int) -> tuple[int, int]:
     return begin, capacity
 
 
-def tables(blocks: Sequence[Block], leads: np.ndarray, repeat: int, groups: int, numbers: int, tune: Tuning) -> Window:
+def tables(
+    blocks: Sequence[KeyBlock], leads: np.ndarray, repeat: int, groups: int, numbers: int, tune: Tuning
+) -> Window:
     """The tables of the blocks of a step. leads [T]: of each token's row. numbers: keys and values of a token, of all layers."""
     tokens = len(leads)
     work = groups * sum((b.hi - b.lo) * -(-len(b.tokens) * repeat // tune.rows) for b in blocks if not b.causal)
@@ -338,7 +340,7 @@ class Attention:
         tune: Tuning,
         partial: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
     ):
-        """partial: where to keep the scratch of partial results, to share it with others of the same sizes."""
+        """partial: scratch memory for partial results, to share it with others of the same sizes."""
         self.tables, self.flags, self.layers, self.rotaries, self.tune = tables, flags, layers, rotaries, tune
         numbers = [layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers]
         self.prefix = [0, *accumulate(numbers)]
@@ -400,7 +402,7 @@ class Attention:
         return self._angles[window, rotary]
 
     def _room(self, heads: int, value_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Partial results, which all layers use in turn."""
+        """Memory for partial results, which the layers use one after the other."""
         if (heads, value_dim) not in self._partial:
             slots = max(1, self.tables.sizes.slots)
             partial = torch.empty(heads, slots, value_dim, dtype=torch.float32, device=device)
@@ -409,7 +411,7 @@ class Attention:
 
 
 class CudaStep:
-    """Bookkeeping of one packed forward on a GPU. `attention` and the tables on the device are made by `on_device`."""
+    """Bookkeeping of one packed forward on a GPU. `on_device` makes `attention` and the tables on the device."""
 
     def __init__(
         self,
@@ -467,7 +469,7 @@ class CudaStep:
         return _Layout(self.sizes, len(self.windows), self.flags.groups).end
 
     def on_device(self, staging: Tensor) -> tuple[Tables, Attention]:
-        """The tables on the device, of just the needed size, and attention from them. staging: at least `length` int64."""
+        """The tables on the device, of exactly the needed size, and attention from them. staging: >= `length` int64."""
         made = Tables(self.device, self.sizes, self.windows, self.flags.groups, self.scratch(self.size))
         made.fill(self, staging)
         return made, Attention(made, self.flags, self.layers, self.rotaries, self.tune)

@@ -1,4 +1,4 @@
-"""Rows: each request's share of a step. New tokens, their positions, the spans they see, and the row's own growing KV.
+"""Rows: each request's share of a step, with new tokens, their positions, the spans they see, and the row's own KV.
 
 Shapes: G key/value heads, N tokens, T new tokens of a row, D key head size, Dv value head size.
 """
@@ -19,10 +19,9 @@ from kvgraph.store.record import Record
 class View:
     """Tokens lo..hi of a source as one row sees them: the source's token 0 stands at position `at` of the row's frame.
 
-    source: a record, or the KV of a row that is computed in the same step or was before.
-
-    group: views of a row with the same group (counted from 1; 0: none) share temperature and scale. Their scores are
-    divided by temperature, and their joint log-sum-exp is multiplied by scale before all parts are merged.
+    source: a record, or the KV of a row computed in this step or an earlier one.
+    group: views of a row with the same group (counted from 1; 0 means none) share temperature and scale. Their scores
+        are divided by temperature, and their joint log-sum-exp is multiplied by scale before all parts are merged.
     gaps: (lo, hi) slices between lo and hi that are hidden.
     """
 
@@ -41,7 +40,7 @@ class View:
     ):
         self.source, self.at, self.lo, self.hi = source, at, lo, hi
         self.weights = (group, temperature, scale) if group else None
-        self.shown: np.ndarray | None = None  # [hi - lo] bool; None: all
+        self.shown: np.ndarray | None = None  # [hi - lo] bool; None means all
         if gaps:
             self.shown = np.ones(hi - lo, dtype=bool)
             for a, b in gaps:
@@ -55,7 +54,7 @@ class View:
 class RowKV:
     """A row's own KV, preallocated for `capacity` tokens: keys[l], values[l] are [G, capacity, D]; `length` are valid.
 
-    All of it is one buffer: the keys of layer 0, its values, the keys of layer 1, ...
+    It is one buffer: the keys of layer 0, its values, the keys of layer 1, ...
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class Row:
     lead: int = 0
 
     def commit(self) -> None:
-        """Count the new tokens as part of the row's KV; to be called once, after the forward."""
+        """Count the new tokens as part of the row's KV. Call it once, after the forward."""
         self.kv.length += len(self.tokens)
 
 

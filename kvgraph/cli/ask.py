@@ -45,12 +45,12 @@ def ask(
     edges: Edges = "",
     prefix: Prefix = "",
     template: Template = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
     as_json: Json = False,
     dtype: Dtype = "auto",
@@ -62,10 +62,10 @@ def ask(
 ) -> None:
     """Answer a question over documents of a corpus.
 
-    Documents that are in the store are read, not computed; missing ones are computed and kept there. The answer
-    streams to stdout, and a line on stderr says what was computed, what was reused, and how fast. The question, the
-    prefix and the documents are tokenized one by one and joined as they are: write special tokens, such as BOS or those
-    of a chat template, into --prefix and QUESTION.
+    Stored documents are read instead of being computed; missing ones are computed and stored. The answer streams to
+    stdout, and a line on stderr says what was computed, what was reused, and how fast. The question, the prefix and the
+    documents are tokenized one by one and joined without changes. Write special tokens, such as BOS or those of a chat
+    template, into --prefix and QUESTION.
 
     \b
       kvgraph ask ./llama "\\nWho dug the harbour?\\n" --documents corpus.jsonl --pick 0,3,7 --method block --store kv

@@ -1,4 +1,4 @@
-"""`kvgraph check`: is a model exact when composed, and what does a method cost it?"""
+"""`kvgraph check`: does a model compose exactly, and what does a method cost it?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvgraph.checks.quality import Quality
     from kvgraph.engine.engine import Engine
 
-CLOSE = 0.01  # nats a token: a difference that no reader of the answers would notice
+CLOSE = 0.01  # nats per token: no reader of the answers would notice this difference
 
 
 def check(
@@ -30,9 +30,7 @@ def check(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            help='JSON Lines of {"question", "answer", "documents", "prefix"?, "edges"?} with texts to score.'
-        ),
+        typer.Option(help='Texts to score: JSON Lines of {"question", "answer", "documents", "prefix"?, "edges"?}.'),
     ] = None,
     documents: Annotated[
         Path | None,
@@ -51,9 +49,11 @@ def check(
 ) -> None:
     """Check that a model composes exactly, and what a method costs.
 
-    Composed from cached segments, a model must give the logits of one plain forward. Prints a table of cases and exits with 1 if one fails; differences are in standard deviations of the plain logits.
-    Exact is not yet good: with --method and --data it tells how much likelihood the answers lose under the method
-    against full, on identical tokens. A model that wasn't tuned for a method usually loses some.
+    A model composed from cached segments must give the logits of one plain forward. The command prints a table of cases
+    and exits with 1 if one fails. Differences are in standard deviations of the plain logits.
+    Exact isn't the same as good. With --method and --data, the command also says how much less likely the answers are
+    under the method than under full, on identical tokens. A model that wasn't tuned for a method usually loses some
+    likelihood.
 
     With --documents there is nothing to prepare: it asks to quote passages of your own documents.
 
@@ -147,15 +147,15 @@ def _print_quality(quality: Quality) -> None:
     typer.echo("")
     common.show(table)
     typer.echo(
-        f"difference {difference:+.4f} nats a token, perplexity ×{ratio:.3f}: {_meaning(quality.method, difference)}"
+        f"difference {difference:+.4f} nats per token, perplexity ×{ratio:.3f}: {_meaning(quality.method, difference)}"
     )
 
 
 def _meaning(method: str, difference: float) -> str:
     if difference <= -CLOSE:
-        return f"these answers are likelier under {method} than under full."
+        return f"these answers are more likely under {method} than under full."
     if difference < CLOSE:
         return f"under {method} these answers are as likely as under full."
     if difference < 0.1:
-        return f"{method} costs a little on these answers; look at some before serving it."
+        return f"{method} costs a little on these answers; look at some before you serve it."
     return f"{method} costs this model a lot on these answers; tune it for {method} first, or serve full."

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from kvgraph.engine.request import Request
 
 SAMPLE = 16  # documents timed for the estimate of --dry-run
-NAMED = 5  # skipped documents named one by one
+NAMED = 5  # skipped documents that are named; more are counted
 
 
 @dataclass
@@ -66,16 +66,16 @@ def encode(
     kv_budget: KVBudget = None,
     codec: CodecName = "raw",
     limit: Annotated[int | None, typer.Option(min=1, help="Encode only the first documents.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say tokens, bytes and time; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print tokens, bytes and time.")] = False,
     adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
     """Encode every document of a corpus into a store, once.
 
-    Documents are encoded as the method does before any document reads another, so block, kvlink and graph-kv share
-    them. With full, a document is encoded after the prefix. Stop it whenever you like: run again, it goes on where it
-    was, and documents that are already stored cost nothing.
+    Each document is encoded as the method does before documents read each other. Therefore block, kvlink and graph-kv
+    share the records. With full, a document is encoded after the prefix. You can stop at any time: the same command
+    continues where it stopped, and documents that are already stored cost nothing.
 
     \b
       kvgraph encode ./llama corpus.jsonl --method block --store kv --dry-run
@@ -105,10 +105,10 @@ def encode(
     with engine:
         totals = _Totals()
         try:
-            with _unlogged("kvgraph.engine"):  # a record that can't be kept is this command's own error, said once
+            with _unlogged("kvgraph.engine"):  # this command reports a record that can't be written itself, once
                 _encode(engine, found, chosen, prefix, totals)
         except KeyboardInterrupt:
-            typer.echo("stopped; what is finished is in the store, run the same command again to go on", err=True)
+            typer.echo("stopped; finished documents are in the store; run the same command again to continue", err=True)
             raise
     _report_skipped(totals)
     typer.echo(
@@ -165,8 +165,8 @@ def _encode(
 def _planned(
     engine: Engine, document: corpus.CorpusDocument, method: Method | None, prefix: str, totals: _Totals
 ) -> Plan | None:
-    """The plan of a graph with this document alone; one that is empty or too big goes to totals.skipped."""
-    # The query changes no document. The name is for errors: every document is the only one of its graph.
+    """The plan of a graph with this document alone. One that is empty or too large is added to totals.skipped."""
+    # The query changes no document. The name is for errors, because every document is the only one of its graph.
     graph = ContextGraph([document.text], [0], prefix, names=[document.where]).tokenized(engine.tokenize)
     if not graph.segments[0]:
         totals.skipped.append(f"{document.where}: no tokens")
@@ -184,7 +184,7 @@ def _planned(
 
 
 def _is_stored(engine: Engine, plan: Plan) -> bool:
-    """Whether the store has a file for every span; whether they are good is for `kvgraph store verify` and readers."""
+    """Whether the store has a file for every span. `kvgraph store verify` and readers check the files."""
     assert engine.store is not None
     return all(engine.store.contains(key) for key in engine.keys(plan) if key is not None)
 
@@ -196,7 +196,7 @@ def _tokens(plan: Plan) -> int:
 def _estimate(
     engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, store: Sequence[str]
 ) -> None:
-    """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
+    """Print the cost of encoding: counted tokens and bytes, and the time extrapolated from a few documents."""
     totals = _Totals()
     plans = [plan for d in documents if (plan := _planned(engine, d, method, prefix, totals)) is not None]
     spans = {
@@ -209,7 +209,7 @@ def _estimate(
     _report_skipped(totals)
     typer.echo(f"documents   {len(plans):,}")
     typer.echo(f"tokens      {tokens:,}")
-    first = _rate(engine, plans[:1])  # slower than the others
+    first = _rate(engine, plans[:1])  # slower than the rest
     rate = _rate(engine, plans[1 :: max(1, len(plans) // SAMPLE)]) or first
     size = tokens * engine.model.kv_bytes_per_token * _share(engine, spans)
     typer.echo(f"KV on disk  {common.human_size(size)}{_free(store)}")
@@ -219,7 +219,7 @@ def _estimate(
 
 
 def _rate(engine: Engine, plans: Sequence[Plan]) -> float:
-    """Tokens a second of encoding these plans; 0 if there was nothing to encode."""
+    """Tokens per second when encoding these plans; 0 if there was nothing to encode."""
     started = time.perf_counter()
     outcomes = [result for _, result in engine.run(engine.prepare(plan, encode_only=True) for plan in plans)]
     computed = sum(result.usage.computed_tokens for result in outcomes if not isinstance(result, KVGraphError))
@@ -238,7 +238,7 @@ def _share(engine: Engine, keys: Iterable[str]) -> float:
 
 
 def _free(store: Sequence[str]) -> str:
-    """How much room there is where the store's first folder is or would be."""
+    """The free space where the store's first folder is or would be."""
     folders = [Path(place).absolute() for place in store if "://" not in place]
     if not folders:
         return ""

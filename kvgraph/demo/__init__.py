@@ -1,7 +1,7 @@
-"""What ships with the package: the model of `kvgraph demo`, and a small corpus about an invented island.
+"""Data that ships with the package: the model of `kvgraph demo`, and a small corpus about an invented island.
 
-`write_model` makes a random model of another size on the spot, for tests and examples. The documents were written for
-this project and are in the public domain (CC0 1.0; see LICENSE-documents.txt).
+`write_model` makes a small random model, for tests and examples. The documents were written for this project and are in
+the public domain (CC0 1.0; see LICENSE-documents.txt).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from kvgraph.graph import Edge
 FOLDER = Path(str(files(__package__)))
 DOCUMENTS, QUESTIONS = FOLDER / "documents.jsonl", FOLDER / "questions.jsonl"
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-LINK_SLOTS, LINKS = 10, 2  # KVLink's link tokens: so many a document, for so many documents
-CHAT_TEMPLATE = (  # roles in words, one message a paragraph
+LINK_SLOTS, LINKS = 10, 2  # KVLink's link tokens: documents that have some, and how many each
+CHAT_TEMPLATE = (  # roles in words, one message per paragraph
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 SPECIAL = ["<|end|>", "<|mem_start|>", "<|mem_end|>", *(f"<|link_{i}|>" for i in range(LINKS * LINK_SLOTS))]
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 6, 4, 2, 64, 768
-SHARPNESS = 4  # standard deviation of attention scores: enough that a few keys among thousands matter
+SHARPNESS = 4  # standard deviation of attention scores, large enough for a few keys among thousands to matter
 
 
 def documents() -> list[CorpusDocument]:
@@ -52,7 +52,7 @@ def citations() -> tuple[Edge, ...]:
 def model() -> Path:
     """The folder of the model that ships with the package, trained on the synthetic world (kvgraph.data.world).
 
-    Raises KVGraphError when it isn't there.
+    Raises KVGraphError if it isn't there.
     """
     folder = FOLDER / "model"
     if missing := [name for name in MODEL_FILES if not (folder / name).is_file()]:
@@ -64,9 +64,9 @@ def model() -> Path:
 
 
 def write_model(folder: Path, seed: int = 0) -> None:
-    """Write a tiny Llama with random weights and a byte-level tokenizer (one token a byte) as a Hugging Face folder.
+    """Write a tiny Llama with random weights and a byte-level tokenizer (one token per byte) as a Hugging Face folder.
 
-    Random weights say nothing, but they make every tensor matter, so exactness and speed can be seen with them.
+    Its answers mean nothing, but every tensor matters, which is enough to test exactness and speed.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))

@@ -1,4 +1,4 @@
-"""What runs in steps: requests, the spans encoded for them, and the sequences of tokens of both."""
+"""What runs in steps: requests, the spans encoded for them, and the token sequences of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvgraph.engine.result import Result, Usage
 from kvgraph.engine.sampling import Sampled, Sampler, SamplingParams
 from kvgraph.plan import Group, Place, Plan, Span
 
-MOST_SLICES = 4  # of one record, each attended to on its own; more of them cost more than a mask over all of it
+MOST_SLICES = 4  # of one record, each attended to on its own; with more, one mask over the whole record is cheaper
 UNCACHED = "uncached-"  # pool keys of spans that a plan computes each time; the rest of the key is unique
 
 
@@ -61,9 +61,13 @@ class Sequence:
 
     @cached_property
     def to_gather(self) -> int:
-        """Tokens of the short spans that it will copy side by side, see `kvgraph.attention.rows.gathered`; an upper bound."""
-        total = sum((p.hi or 0) - p.lo for p in self.span.sees)
-        return total if len(self.span.sees) >= MANY and total <= SHORT * len(self.span.sees) else 0
+        """Tokens of the short spans that it will copy side by side, see `kvgraph.attention.rows.gathered`; 0: it won't."""
+        sees = self.span.sees
+        total = sum([(p.hi or 0) - p.lo for p in sees])
+        if len(sees) < MANY or total > SHORT * len(sees) or self.span.groups:
+            return 0
+        apart = all([a.at + (a.hi or 0) <= b.at + b.lo for a, b in pairwise(sees)])
+        return total if apart and len({p.span for p in sees}) == len(sees) else 0
 
     @property
     def parts(self) -> int:
@@ -103,7 +107,7 @@ class Encoding:
 
     key: str
     sequence: Sequence
-    persistent: bool  # goes to the store, not only to the pool
+    persistent: bool  # whether it goes to the store as well as the pool
     order: tuple[int, int] = (0, 0)  # of the request that needed it first, and of the span in its plan
     link: str = ""  # the key of the span whose chain this continues, see `continues`
     waiters: set[Request] = field(default_factory=set)
@@ -129,8 +133,8 @@ class Request:
     sampler: Sampler
     stream: TextStream
     sequence: Sequence  # the prompt span, and the answer as it grows
-    encode_only: bool  # finished as soon as everything its prompt span reads is encoded
-    answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the prompt span
+    encode_only: bool  # finish as soon as everything its prompt span reads is encoded
+    answer: tuple[int, ...]  # scored instead of decoding; all but its last token end the prompt span
     keep_logits: bool
     echo: bool  # decode on after the answer, which is all of the prompt span but its first token
     submitted: float
@@ -149,7 +153,7 @@ class Request:
     sampled: list[Sampled] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     scored: list[Sampled] = field(default_factory=list)  # of the answer given, if log-probabilities are wanted
-    greedy: bool = True  # whether every scored token was the likeliest
+    greedy: bool = True  # whether every scored token was the most likely
     first_logits: Tensor | None = None
     first_token_at: float = 0.0
     fresh: list[tuple[str, int]] = field(default_factory=list)  # (text, token) not yet handed to a stream
@@ -163,7 +167,7 @@ class Request:
 
 
 def _joined(places: list[Seen]) -> list[Seen]:
-    """The places, but where many slices of one record are seen, these as one with the gaps between them hidden."""
+    """The places, with many slices of one record merged into one whose gaps are hidden."""
     slices: dict[Seen, list[tuple[int, int]]] = {}
     for seen in places:
         slices.setdefault(seen._replace(lo=0, hi=0), []).append((seen.lo, seen.hi))
@@ -171,7 +175,7 @@ def _joined(places: list[Seen]) -> list[Seen]:
     for seen, found in slices.items():
         found.sort()
         gaps = tuple((hi, lo) for (_, hi), (lo, _) in pairwise(found))
-        if len(found) > MOST_SLICES and all(lo <= hi for lo, hi in gaps):  # what overlaps counts twice
+        if len(found) > MOST_SLICES and all(lo <= hi for lo, hi in gaps):  # overlapping slices count twice
             joined.append(seen._replace(lo=found[0][0], hi=found[-1][1], gaps=gaps))
         else:
             joined += [seen._replace(lo=lo, hi=hi) for lo, hi in found]

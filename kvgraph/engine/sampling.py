@@ -30,26 +30,27 @@ class SamplingError(KVGraphError, ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to decode. Raises SamplingError, naming the field, when a value makes no sense.
+    """How to decode. Raises SamplingError, naming the field, for an invalid value.
 
-    max_tokens: tokens to generate at most, >= 1.
-    temperature: divides the logits; 0 is greedy, ties going to the lowest id, and then the three filters and the seed
+    max_tokens: maximum number of tokens to generate, >= 1.
+    temperature: divides the logits. 0 is greedy, with ties going to the lowest id; the three filters and the seed then
         have no effect.
     top_k: keep the k most likely tokens, with ties of the k-th; 0 is off.
     top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this, in (0, 1]; 1 is off
         (Holtzman et al., arXiv 1904.09751).
-    min_p: keep tokens at least this times as likely as the likeliest, in [0, 1]; 0 is off (arXiv 2407.01082).
-    seed: same seed, same tokens, whatever else runs in the batch; None draws one from the operating system.
+    min_p: keep tokens whose probability is at least this share of the highest, in [0, 1]; 0 is off (arXiv 2407.01082).
+    seed: the same seed gives the same tokens, whatever else is in the batch; None draws one from the operating system.
     repetition_penalty: tokens of the prompt and of the answer so far have positive logits divided and negative ones
         multiplied by it, once each; 1 is off (CTRL, arXiv 1909.05858, section 4.1).
     frequency_penalty, presence_penalty: a token that the answer has n times loses n times the first, and the second
         once, from -2 to 2; 0 is off (as OpenAI's API has them; tokens of the prompt don't count).
     logit_bias: {token id: what is added to its logit}.
     min_tokens: no end token, stop token or stop string ends the answer before it has this many tokens.
-    stop: strings that end the answer; they are not part of it. One string is taken as a sequence of one.
-    stop_token_ids: token ids that end the answer. ignore_eos: don't end at the model's own end tokens.
-    logprobs: None: none; n: natural log-probability of the chosen token and of the n most likely ones. They are the
-        model's own, before penalty, temperature and filters.
+    stop: strings that end the answer; they are not part of it. A single string is allowed.
+    stop_token_ids: token ids that end the answer.
+    ignore_eos: don't end at the model's own end tokens.
+    logprobs: n gives the natural log-probabilities of the chosen token and of the n most likely ones, as the model
+        gives them, before penalty, temperature and filters; None gives none.
     """
 
     max_tokens: int = 256
@@ -122,13 +123,13 @@ class SamplingParams:
 
     @property
     def takes_best(self) -> bool:
-        """Whether the choice is the likeliest token, and nothing else is wanted: then many rows can be looked at at once."""
+        """Whether the choice is simply the most likely token, which can be found for many rows at once."""
         changes = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty or self.logit_bias
         return self.temperature == 0 and not changes and not self.min_tokens and self.logprobs is None
 
 
 class Sampled(NamedTuple):
-    """A chosen token; logprob and top (the likeliest tokens with theirs, best first) only if they were asked for."""
+    """A chosen token. logprob, and top (the most likely tokens with theirs, best first), are set if asked for."""
 
     token: int
     logprob: float | None = None
@@ -155,7 +156,7 @@ class Sampler:
     def __call__(self, logits: Tensor, best: tuple[int, float] | None = None) -> Sampled:
         """Choose from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf, or nothing but -inf.
 
-        best: the likeliest token, the first of several, and its logit, where they are known and the parameters' `takes_best`.
+        best: the most likely token (the first of several) and its logit, if known and the parameters' `takes_best`.
         """
         if best is not None and math.isfinite(best[1]):
             return Sampled(best[0])
@@ -185,7 +186,7 @@ class Sampler:
             return logits
         if self._seen is None:
             self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            # A vocabulary may hold ids the output layer lacks; those can't be chosen anyway.
+            # A vocabulary may have ids that the output layer lacks; those can't be chosen anyway.
             self._seen[[t for t in set(self._prompt) if t < len(logits)]] = True
         penalty = self.params.repetition_penalty
         return torch.where(self._seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -206,22 +207,22 @@ class Sampler:
         return scores if scores.max() > -math.inf else logits
 
     def _draw(self, probs: Tensor) -> int:
-        """One token by inverting the cumulative distribution in id order: a rounding error in logits moves it least."""
+        """One token, by inverting the cumulative distribution in id order, which is least sensitive to rounding."""
         cumulative = probs.cumsum(-1)
         u = torch.rand((), generator=self._generator, dtype=torch.float64).to(probs.device)
         return int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
 
 
 def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities [V] float64 after temperature (> 0), top-k, top-p and min-p; they sum to 1, what is cut is 0."""
+    """Probabilities [V] float64 after temperature (> 0), top-k, top-p and min-p. They sum to 1."""
     scores = scores.double()
-    scores = (scores - scores.max()) / params.temperature  # the best is 0: nothing can overflow
+    scores = (scores - scores.max()) / params.temperature  # the highest is 0, so nothing can overflow
     if 0 < params.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -math.inf)
     if params.top_p < 1:
         probs, ids = scores.softmax(-1).sort(descending=True, stable=True)  # stable: ties keep the lowest ids
         before = probs.cumsum(-1) - probs
-        before[0] = 0.0  # whatever rounding did, one token stays
+        before[0] = 0.0  # one token stays, whatever the rounding
         scores[ids[before >= params.top_p]] = -math.inf
     if params.min_p > 0:
         scores = scores.masked_fill(scores.exp() < params.min_p, -math.inf)

@@ -1,4 +1,4 @@
-"""Continuous batching: which rows run in the next step, and what their results change.
+"""Continuous batching: which rows run in the next step, and what happens with their results.
 
 Everything is a row: a span being encoded, a prompt span being prefilled, a request decoding one token. A step serves
 decoding rows first, then prefill, then encoding, up to a number of tokens; long rows run in chunks.
@@ -71,7 +71,7 @@ class Scheduler:
     # -- submitting ---------------------------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
-        """Raise PlanError or CapacityError if a request can never run. Needs no lock: it looks at nothing that changes."""
+        """Raise PlanError or CapacityError if a request can never run. Needs no lock: it reads no changing state."""
         plan, limit = request.plan, self.model.limit
         if plan.highest_position >= limit:
             raise PlanError(f"the plan reaches position {plan.highest_position}, but the model's limit is {limit}")
@@ -87,7 +87,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """End a request now and free what it held; its result says "cancelled". No effect on a finished one."""
+        """End a request now and free what it held. Its result says "cancelled". No effect on a finished request."""
         if request.finished:
             return
         if request in self.waiting:
@@ -118,7 +118,7 @@ class Scheduler:
             rows = self._rows(work)
             want, counts = self._wanted(work)
             logits = self.runner.run(rows, want)
-        except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
+        except Exception as error:  # such as out of memory: the rows of this step fail, all others continue
             for owner, _ in work:
                 self._fail(owner, error)
             return True
@@ -127,7 +127,7 @@ class Scheduler:
         at = 0
         for (owner, _), row, n in zip(work, rows, counts, strict=True):
             with self._blaming(owner):
-                row.commit()  # only now: after an interrupt, the rows not handed out just run again
+                row.commit()  # only now: after an interrupt, rows without results run again
                 if isinstance(owner, Encoding):
                     self._encoded(owner)
                 else:
@@ -169,7 +169,7 @@ class Scheduler:
         return encoding.persistent and self.settle is not None
 
     def _ready_beside(self, owner: Request | Encoding, complete: set[str]) -> bool:
-        """Whether all that a row reads is there, or will be in a step that completes these encodings."""
+        """Whether everything a row reads is there, or will be in a step that completes these encodings."""
         if isinstance(owner, Request):
             return not owner.encode_only and owner.missing <= complete
         if owner.link:  # which has all that this reads, but itself
@@ -209,7 +209,7 @@ class Scheduler:
         return views
 
     def _source(self, key: str) -> Record | RowKV:
-        """What a row reads: a record that is pinned, or the KV of a row of the same step that completes it."""
+        """What a row reads: a pinned record, or the KV of a row that is completed in the same step."""
         encoding = self.encodings.get(key)
         if encoding is None:
             return self.memory.pooled(key)
@@ -248,10 +248,10 @@ class Scheduler:
             if not request.missing:
                 self._ready(request)
         if encoding.persistent:
-            self.save(record)  # last: it may wait for the disk, and be interrupted there
+            self.save(record)  # last, because it may wait for the disk and be interrupted there
 
     def _best(self, work: list[Work], logits: Tensor, counts: list[int]) -> dict[Request, tuple[int, float]]:
-        """The likeliest token and its logit of each request that takes it: one look at the device for all of them."""
+        """The most likely token and its logit, of each request that takes it, with one read from the device for all."""
         last: dict[Request, int] = {}
         at = 0
         for (owner, count), n in zip(work, counts, strict=True):
@@ -305,9 +305,9 @@ class Scheduler:
 
     @contextmanager
     def _blaming(self, owner: Request | Encoding) -> Iterator[None]:
-        """What goes wrong inside (NaN logits, a tokenizer, a store) ends this owner and no other.
+        """An error inside (NaN logits, a tokenizer, a store) ends this owner and no other.
 
-        An interrupt ends it too, for it may be half changed, and goes on to the caller.
+        An interrupt also ends it, because it may be half changed, and is passed on to the caller.
         """
         try:
             yield
@@ -317,12 +317,12 @@ class Scheduler:
                 raise
 
     def _fail(self, owner: Request | Encoding, error: BaseException) -> None:
-        """End a request, or all that wait for an encoding, with an error."""
+        """End a request, or all requests that wait for an encoding, with an error."""
         for request in list(owner.waiters) if isinstance(owner, Encoding) else [owner]:
             self._finish(request, error=error)
 
     def _finish(self, request: Request, reason: str = "", error: BaseException | None = None) -> None:
-        """End a request, with a result or an error; frees all it held. No effect on a finished one."""
+        """End a request with a result or an error, and free everything it held. No effect on a finished request."""
         if request.finished:
             return
         now = time.perf_counter()
@@ -511,7 +511,7 @@ class Scheduler:
         )
 
     def _ready(self, request: Request) -> None:
-        """Everything the prompt span reads is in the pool: intermediate versions are no longer needed."""
+        """Release intermediate versions once everything the prompt span reads is in the pool."""
         request.usage.encoded = time.perf_counter() - request.submitted
         wanted = {request.keys[p.span] for p in request.plan.prompt.sees}
         for key in [k for k in request.held if k not in wanted]:

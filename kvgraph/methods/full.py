@@ -14,7 +14,7 @@ from kvgraph.plan import Place, Plan, contiguous
 class Full(Method):
     """Prefix, segments and query as one causal chain at sequential positions; equals a plain causal prefill.
 
-    Requests that begin with the same pieces share them in the store: this is ordinary prefix caching.
+    Requests that begin with the same pieces share them in the store. This is ordinary prefix caching.
     Source: the baseline of the papers ("sequential encoding" in Graph-KV, arXiv 2506.07334); `vanilla` in
     Graph-KV's code.
     """
@@ -23,7 +23,7 @@ class Full(Method):
 
     @property
     def needs_tuning(self) -> bool:
-        """It is what every causal model was trained on."""
+        """False: every causal model was trained on this."""
         return False
 
     def plan(self, graph: ContextGraph) -> Plan:

@@ -17,7 +17,7 @@ from kvgraph import memo
 from kvgraph.attention.rope import Rotary
 from kvgraph.models.adapter import Layer
 
-# Raise it whenever attention or rotation changes the numbers it gives: old records then become misses. 16-bit models on a
+# Raise it whenever attention or rotation gives other numbers. Old records then become misses. 16-bit models on a
 # GPU have one of their own, because their products run in 16 bits there.
 ATTENTION_NUMERICS = 1
 GPU_16_BIT_NUMERICS = 2
@@ -62,7 +62,7 @@ def state_hash(hf: PreTrainedModel) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 of a file's content, remembered by its path, size and modification time."""
+    """xxh3-128 of a file's content, remembered under its path, size and modification time."""
     status = path.stat()
     key, now = str(path.resolve()), [status.st_size, status.st_mtime_ns]
     known = memo.recall("weights", key)
@@ -72,7 +72,7 @@ def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             h.update(block)
-    # A file written this instant could change again under the same time stamp, so it isn't remembered yet.
+    # A file written just now could change again under the same time stamp, so it isn't remembered yet.
     if time.time_ns() - status.st_mtime_ns > 2_000_000_000:
         memo.remember("weights", key, [*now, h.hexdigest()])
     return h.hexdigest()

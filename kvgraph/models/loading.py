@@ -1,4 +1,4 @@
-"""Loading a causal LM from a folder, the hub or memory, and what is checked on the way."""
+"""Loading a causal LM from a folder, the hub or memory, with checks."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _from_folder(name: str, wanted: Any, allow_untested: bool) -> _Loaded:
 def wrap(
     hf_model: PreTrainedModel, tokenizer: Any = None, *, name: str | None = None, allow_untested: bool = False
 ) -> Model:
-    """A Model of a transformers model that is already in memory; its fingerprint hashes the state dict as it is now.
+    """A Model of a transformers model that is already in memory. Its fingerprint hashes the current state dict.
 
     Don't change its weights, dtype or device afterwards. Raises ModelError with the reason if it isn't supported.
     """
@@ -122,8 +122,8 @@ def wrap(
 def trainable(hf_model: PreTrainedModel, *, allow_untested: bool = False) -> Trainable:
     """Prepare a transformers model in memory for training through plans. Its train or eval mode stays as it is.
 
-    From now on it runs only by what `Trainable.forward` gives it, also where activation checkpointing runs a layer
-    again; `hf_model.set_attn_implementation("sdpa")` ends that. Raises ModelError with the reason if it isn't supported.
+    Afterwards it can only run through `Trainable.forward`, also when activation checkpointing runs a layer again.
+    `hf_model.set_attn_implementation("sdpa")` undoes that. Raises ModelError with the reason if it isn't supported.
     """
     refuse(hf_model.config, allow_untested)
     was_training = hf_model.training
@@ -137,7 +137,7 @@ def trainable(hf_model: PreTrainedModel, *, allow_untested: bool = False) -> Tra
 def tuned_for(path_or_name: str | Path) -> tuple[str, ...]:
     """The methods that the config and card in a folder, or a hub name's config, declare tuning for.
 
-    Nothing else of the model is read. Empty where there is no config, as beside a tokenizer alone.
+    Nothing else of the model is read. Empty if there is no config, as in a folder with a tokenizer only.
     """
     folder = Path(path_or_name).expanduser()
     try:
@@ -227,18 +227,18 @@ def _device(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def _shapes_explained() -> Iterator[None]:
-    """transformers' error about shapes points to a report that nobody sees."""
+    """Replace transformers' error about shapes, which refers to a report that is never shown."""
     try:
         yield
     except RuntimeError as error:
         if "ignore_mismatched_sizes" in str(error):
-            raise ModelError("its weights don't have the shapes that its config.json says") from None
+            raise ModelError("its weights don't have the shapes given by its config.json") from None
         raise
 
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Turn whatever a library raises into one ModelError line; its errors have no common base."""
+    """Turn any exception of a library into a ModelError of one line; they have no common base class."""
     try:
         yield
     except ModelError as error:

@@ -88,7 +88,7 @@ def build(config: Config) -> Student:
     base = state_hash(loaded.hf)
     hf, dtype = loaded.hf.float(), loaded.dtype
     if config.stack:
-        models.deepen(hf, config.stack)
+        models.stack(hf, config.stack)
     stages = config.stages
     if config.slots:
         stages = _with_links(stages, add_link_tokens(hf, config.links, config.slots))

@@ -101,7 +101,7 @@ def test_items_are_read_or_refused_with_their_line(tmp_path):
     good = {"question": "q?", "answer": "a", "documents": ["one", {"title": "t", "text": "two"}], "edges": [[0, 1]]}
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps(good) + "\n\n" + json.dumps({"question": "q"}) + "\n")
-    with pytest.raises(GraphError, match=r'items.jsonl:3: needs "answer", which must be text'):
+    with pytest.raises(GraphError, match=r'items.jsonl:3: needs "answer", which must be non-empty text'):
         read_items(path)
     ((graph, answer),) = read_items(path, limit=1)
     assert answer == "a" and graph.segments == ("one", "t\ntwo\n") and graph.edges == ((0, 1),)

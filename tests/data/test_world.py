@@ -518,7 +518,7 @@ def test_a_file_of_records_gives_the_items_that_are_generated(kind, tmp_path, ca
     said = command(
         capsys, "data", "world", "--kind", kind, "--count", 5, "--seed", 2, "--settings", settings, "--out", path
     )
-    assert said == f"15 questions over 5 corpora in {path}\n"
+    assert said == f"15 questions over 5 corpora are in {path}\n"
     written = read(task, path)
     generated = read(task, f"generated:{settings},seed=2,count=5")
     assert written.items == generated.items and written.sha256 == generated.sha256

@@ -1,13 +1,13 @@
-"""Attention of a step on NVIDIA GPUs: Triton kernels that read stored keys and values where they lie.
+"""Attention of a step on NVIDIA GPUs: Triton kernels that read stored keys and values in place.
 
 A step's bookkeeping is a few tables of integers (see `kvgraph.attention.cuda`), uploaded once and shared by all layers.
-Three kernels run a layer:
+A layer runs in three kernels:
 
-- `write` puts the new keys and values into their rows' own KV;
+- `write` puts the new keys and values into their rows' own KV.
 - `attend` runs tiles of (token, head) rows over runs of keys. It rotates each query to the position at which the token
   sees the span, in float32. Products run in the dtype of the keys, on tensor cores for 16 bits, and are summed in
-  float32. A tile gives its result, or one of several partial results that are
-- merged by log-sum-exp in `merge`, where groups of places get their joint weight.
+  float32. A tile gives its final result or one of several partial results.
+- `merge` merges partial results by log-sum-exp and applies the joint weight of groups of places.
 
 Without a GPU the same code runs in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), on CPU tensors.
 
@@ -52,7 +52,7 @@ def write(
     """
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     base, capacity, index = tl.load(rows + token * 3), tl.load(rows + token * 3 + 1), tl.load(rows + token * 3 + 2)
-    if base != 0:  # tokens that only fill a fixed size have no row
+    if base != 0:  # padding tokens of a fixed size have no row
         to = base.to(tl.pointer_type(KV)) + capacity * prefix
         d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
         new_k = tl.load(k + group * k_head + token * k_token + d, mask=d < D)
@@ -105,7 +105,7 @@ def _over_keys(
                 visible &= tl.load(m_at, mask=visible & has[:, None], other=1) != 0
             scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that saw nothing yet
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
         else:
             higher = tl.maximum(top, tl.max(scores, 1))
             base = higher
@@ -124,7 +124,7 @@ def attend(
     ROWS: tl.constexpr, KEYS: tl.constexpr, KV: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     MASKED: tl.constexpr, SHARP: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one height, each by one program a key/value head. Programs stride over them: their number is on the device.
+    """Tiles of one height, one program per tile and key/value head. Programs loop over tiles counted on the device.
 
     tiles [n, 8]: block, first pair, pairs of the block, first row, key lo, key hi, first slot (-1: into out), causal.
     blocks [n, 6]: address and capacity of the KV, first key, address of a mask (0: none) and its row length, and the
@@ -213,7 +213,7 @@ def merge(
     """One head of one token with several partial results: each weighs 2 ** (its lse - the joint lse).
 
     tokens [n, 3]: token, first entry, end of its entries. entries [m, 2]: slot, group (0: none). more [n, GROUPS]: bits
-    of the float32 scale - 1 of each group: that times the group's joint lse is added to the lse of each of its entries.
+    of the float32 scale - 1 of each group; scale - 1 times the group's joint lse is added to the lse of its entries.
     """
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if index < tl.load(counts + 2):
