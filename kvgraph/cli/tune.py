@@ -14,8 +14,8 @@ from kvgraph.cli.common import ModelName
 from kvgraph.data import corpus
 
 if TYPE_CHECKING:
-    from kvgraph.train.gap import Line
-    from kvgraph.train.tune import Estimate, Passage
+    from kvgraph.train.gap import GapRow
+    from kvgraph.train.tune import Estimate, Excerpt
 
 
 def tune(
@@ -85,7 +85,7 @@ def tune(
     typer.echo(f"the adapter is in {out}; use it with --adapter {out}")
 
 
-def _asked(model: str, passages: list[Passage], questions: Path | None, write: int, seed: int) -> list[dict[str, Any]]:
+def _asked(model: str, passages: list[Excerpt], questions: Path | None, write: int, seed: int) -> list[dict[str, Any]]:
     """The given questions and some that the model writes, about what is trained on and what is held out."""
     if not (questions or write):
         return []
@@ -109,7 +109,7 @@ def _show_estimate(found: Estimate, steps: int) -> None:
     )
 
 
-def show_lines(lines: list[Line]) -> None:
+def show_lines(lines: list[GapRow]) -> None:
     """Print the table of what composing costs before and after tuning."""
     table = common.table("", "answers", "nats before", "after", "gap closed", "KL before", "after", "agrees", left=1)
     for line in lines:

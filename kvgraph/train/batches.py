@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kvgraph import methods
 from kvgraph.errors import KVGraphError
-from kvgraph.methods import Full
 from kvgraph.train.config import DISTILL, Component, Config, Stage, TrainError
 from kvgraph.train.distill import Lesson
 from kvgraph.train.example import Example, join
@@ -102,7 +101,7 @@ def _room(most: int, component: Component) -> int:
     return most - max(len(method.own_tokens) for method in map(methods.parse, component.methods))
 
 
-class Sent(NamedTuple):
+class ShippedExample(NamedTuple):
     """An example on its way from a worker: arrays, since tensors would each cost a shared file. held: laid out by `full`."""
 
     laid: dict[str, Any]
@@ -119,7 +118,7 @@ class _Attempts(IterableDataset):
     def __init__(self, mixture: Mixture):
         self.mixture = mixture
 
-    def __iter__(self) -> Iterator[list[tuple[int, list[Sent]]] | KVGraphError]:
+    def __iter__(self) -> Iterator[list[tuple[int, list[ShippedExample]]] | KVGraphError]:
         worker = get_worker_info()
         mine, of = (worker.id, worker.num_workers) if worker else (0, 1)
         attempts = self.mixture.attempts()
@@ -132,9 +131,9 @@ class _Attempts(IterableDataset):
             yield error
 
 
-def _sent(drawn: Drawn) -> Sent:
-    full = drawn.method.name == Full.name
-    return Sent(drawn.laid.arrays(), None if drawn.taught is None else drawn.taught.arrays(), full)
+def _sent(drawn: Drawn) -> ShippedExample:
+    full = not drawn.method.needs_tuning  # `full`: held where it was
+    return ShippedExample(drawn.laid.arrays(), None if drawn.taught is None else drawn.taught.arrays(), full)
 
 
 def ahead(config: Config, planned: list[Planned], progress: Cursor, limit: int, last: int) -> Iterator[Batch]:
@@ -167,7 +166,7 @@ def _steps(config: Config, planned: Planned, progress: Cursor, limit: int) -> It
     )
     counts, left_out = dict(mixture.counts), mixture.left_out | dict(progress.left_out)
     names = [component.name for component in planned.stage.components]
-    drawn: list[Sent] = []
+    drawn: list[ShippedExample] = []
     examples, misses = 0, 0
     for component, made in _laid_out(mixture, config.workers):
         counts[names[component]] += 1
@@ -185,7 +184,7 @@ def _steps(config: Config, planned: Planned, progress: Cursor, limit: int) -> It
             drawn, examples = [], 0
 
 
-def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[Sent]]]:
+def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[ShippedExample]]]:
     loader = DataLoader(
         _Attempts(mixture),
         batch_size=None,
@@ -200,7 +199,7 @@ def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[Sent]]
         yield from chunk
 
 
-def _packed(drawn: list[Sent], length: int, progress: Cursor, examples: int) -> Batch:
+def _packed(drawn: list[ShippedExample], length: int, progress: Cursor, examples: int) -> Batch:
     laid = [Packed.of(one.laid) for one in drawn]
     taught = [None if one.taught is None else Packed.of(one.taught) for one in drawn]
     groups = first_fit([max(len(x), len(y or ())) for x, y in zip(laid, taught, strict=True)], length)
@@ -213,7 +212,9 @@ def _packed(drawn: list[Sent], length: int, progress: Cursor, examples: int) -> 
     return Batch(progress, sequences, (methods, others), examples, lessons)
 
 
-def _lesson(group: list[int], laid: list[Packed], taught: Sequence[Packed | None], drawn: list[Sent]) -> Lesson:
+def _lesson(
+    group: list[int], laid: list[Packed], taught: Sequence[Packed | None], drawn: list[ShippedExample]
+) -> Lesson:
     """The teacher's side of the sequence that these examples make."""
     rows = torch.tensor([len(laid[i].rows) for i in group])
     held = torch.tensor([drawn[i].held for i in group]).repeat_interleave(rows)

@@ -52,7 +52,7 @@ Told = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Passage:
+class Excerpt:
     """A piece of a document. document: which one, for the split. title: the document's."""
 
     title: str
@@ -77,12 +77,12 @@ class Estimate:
     seconds: float
 
 
-def passages_of(documents: Sequence[corpus.CorpusDocument]) -> list[Passage]:
+def passages_of(documents: Sequence[corpus.CorpusDocument]) -> list[Excerpt]:
     """The passages of documents, cut at blank lines. Raises TrainError where there are too few to compose."""
     found = []
     for number, document in enumerate(documents):
         title = Path(document.name).stem if document.name else ""
-        found += [Passage(title, text, document.name or str(number)) for text in _cut(document.text)]
+        found += [Excerpt(title, text, document.name or str(number)) for text in _cut(document.text)]
     if len(found) < 2 * CONTEXT:
         raise TrainError(f"the documents make {len(found)} passages; {2 * CONTEXT} are the least to tune with")
     return found
@@ -104,7 +104,7 @@ def _cut(text: str) -> Iterator[str]:
         yield " ".join(words)
 
 
-def split(passages: Sequence[Passage]) -> tuple[list[Passage], list[Passage]]:
+def split(passages: Sequence[Excerpt]) -> tuple[list[Excerpt], list[Excerpt]]:
     """(passages to train on, held-out ones): whole documents, but of a few long ones the last passages of each."""
     names = list(dict.fromkeys(p.document for p in passages))
     if len(names) >= HELD_OUT:
@@ -119,7 +119,7 @@ def split(passages: Sequence[Passage]) -> tuple[list[Passage], list[Passage]]:
     return [p for p in passages if p not in held_out], held_out
 
 
-def records_of(passages: Sequence[Passage], count: int, asked: Sequence[Told], rng: random.Random) -> Iterator[Told]:
+def records_of(passages: Sequence[Excerpt], count: int, asked: Sequence[Told], rng: random.Random) -> Iterator[Told]:
     """So many records: each of a passage, two more of its document and some others, with the questions about any of them."""
     by_text: dict[str, list[Told]] = {}
     for one in asked:
@@ -144,7 +144,7 @@ def records_of(passages: Sequence[Passage], count: int, asked: Sequence[Told], r
 
 
 def prepare(
-    passages: Sequence[Passage], folder: Path, records: int, asked: Sequence[Told] = (), seed: int = 0
+    passages: Sequence[Excerpt], folder: Path, records: int, asked: Sequence[Told] = (), seed: int = 0
 ) -> tuple[int, int]:
     """Write records of both splits as a prepared folder; returns how many passages are trained on and held out."""
     rng = random.Random(seed)
@@ -160,7 +160,7 @@ def prepare(
 # -- questions -------------------------------------------------------------------------------------------------------
 
 
-def written(engine: Engine, passages: Sequence[Passage], count: int, seed: int = 0) -> list[Told]:
+def written(engine: Engine, passages: Sequence[Excerpt], count: int, seed: int = 0) -> list[Told]:
     """Questions that the model writes about as many passages, with its answers; those kept whose answers depend on them."""
     chosen = random.Random(seed).sample(list(passages), min(count, len(passages)))
     task = task_of({"task": TASK, "plain": True})
@@ -175,7 +175,7 @@ def written(engine: Engine, passages: Sequence[Passage], count: int, seed: int =
     return answered(engine, found)
 
 
-def answered(engine: Engine, asked: Sequence[tuple[Passage, str]]) -> list[Told]:
+def answered(engine: Engine, asked: Sequence[tuple[Excerpt, str]]) -> list[Told]:
     """Questions about passages with the model's own answers under `full`, where the passage makes the answer likelier."""
     task, tokenizer, kept = task_of({"task": TASK}), engine.model.tokenizer, []
     with Progress("answering questions", len(asked)) as bar:
@@ -192,11 +192,11 @@ def answered(engine: Engine, asked: Sequence[tuple[Passage, str]]) -> list[Told]
     return kept
 
 
-def _item(passage: Passage, question: str) -> Item:
+def _item(passage: Excerpt, question: str) -> Item:
     return Item("", question, (), (Document(passage.text, passage.title),))
 
 
-def given(path: Path, passages: Sequence[Passage]) -> list[tuple[Passage, str]]:
+def given(path: Path, passages: Sequence[Excerpt]) -> list[tuple[Excerpt, str]]:
     """Questions of a file, one a line or as JSON Lines with `question`, each with the passage that shares most words with it."""
     words = [set(re.findall(r"\w+", f"{p.title} {p.text}".lower())) for p in passages]
     found = []
@@ -244,7 +244,7 @@ def configuration(name: str, specs: Sequence[str], edges: Sequence[str], data: P
     )
 
 
-def estimate(config: Config, passages: Sequence[Passage]) -> Estimate:
+def estimate(config: Config, passages: Sequence[Excerpt]) -> Estimate:
     """How long a run will take, by one example forward and backward."""
     student = model.build(config)
     records = Records(Path(config.data) / NAME, TRAIN, student.tokenizer, recite=RECITE)
@@ -284,7 +284,7 @@ def estimate(config: Config, passages: Sequence[Passage]) -> Estimate:
     )
 
 
-def tune(config: Config, out: Path, say: Callable[[str], None] = lambda text: None) -> list[gap.Line]:
+def tune(config: Config, out: Path, say: Callable[[str], None] = lambda text: None) -> list[gap.GapRow]:
     """Run it, write the adapter to `out`, and measure it on the held-out documents. A run that was stopped goes on.
 
     Raises TrainError as `kvgraph.train.trainer.train` does, and when it was stopped before its end.
@@ -329,7 +329,7 @@ def measured(
     *,
     recite: int = RECITE,
     examples: int = SCORED,
-) -> list[gap.Line]:
+) -> list[gap.GapRow]:
     """The table of what methods cost on held-out records, before and after an adapter (without one, both are before)."""
     loaded = models.load(base)
     trainable = models.trainable(loaded.hf.float())

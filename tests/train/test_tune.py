@@ -95,7 +95,7 @@ def test_a_question_is_kept_where_its_answer_depends_on_the_passage(llama, monke
 
 def test_given_questions_find_their_passages(tmp_path):
     passages = [
-        tune.Passage("", f"about number {i} and the {word}", "d") for i, word in enumerate(("sea", "sky", "sun"))
+        tune.Excerpt("", f"about number {i} and the {word}", "d") for i, word in enumerate(("sea", "sky", "sun"))
     ]
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "What of the sky?"}\nWhere is the sun\n\n')
