@@ -17,7 +17,7 @@ COSINE, TRAPEZOID, CONSTANT = SCHEDULES = ("cosine", "trapezoid", "constant")
 ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
 ANSWERS, DISTILL = OBJECTIVES = ("answers", "distill")
-AUTO, FLEX, SDPA = ATTENTIONS = ("auto", "flex", "sdpa")
+SDPA, FLEX = ATTENTIONS = ("sdpa", "flex")
 OLD_NAMES = {"deepen": "stack"}  # in the config.json of older runs
 STRICT = {"extra": "forbid"}  # pydantic refuses settings that don't exist
 
@@ -117,7 +117,7 @@ class Config:
     links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
     slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
     precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
-    attention: Annotated[str, "flex (FlexAttention), sdpa (masks of whole examples), or auto: flex on a GPU"] = AUTO
+    attention: Annotated[str, "sdpa (a mask for each example) or flex (FlexAttention, compiled for a GPU)"] = SDPA
     checkpointing: Annotated[str, "of activations: in none, every second (selective) or all (full) layers"] = NONE
     threads: Annotated[int, "of the CPU; 0: torch's choice"] = 0
     workers: Annotated[int, "processes that lay examples out ahead of the training"] = 1

@@ -145,14 +145,6 @@ class Mixture:
         for component, source in zip(components, sources, strict=True):
             if len(source) == 0:
                 raise TrainError(f"component {component.name} has no examples in {component.source}")
-            for spec in component.methods:
-                method = methods.parse(spec)
-                if method.needs_probe or not method.trains_by_mask:
-                    raise TrainError(
-                        f"component {component.name} trains by {spec}, which no attention mask can express"
-                    )
-                if component.through_links and not method.link_tokens:
-                    raise TrainError(f"component {component.name} asks through link tokens, but {spec} has none")
 
     def draw(self) -> list[Drawn]:
         """The next example, by one of its component's methods or by every one. Never empty.

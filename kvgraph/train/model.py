@@ -108,14 +108,17 @@ def build(config: Config) -> Student:
 def check(student: Student) -> None:
     """Raise TrainError for methods that can't be trained, by themselves or with this model, before the first step."""
     rows = student.hf.get_input_embeddings().weight.shape[0]
-    for spec in dict.fromkeys(_specs(student.stages)):
-        method = methods.parse(spec)
-        if method.own_tokens and method.own_tokens[-1] >= rows:
-            raise TrainError(
-                f"{spec} has the token id {method.own_tokens[-1]:,}, but the model's vocabulary has {rows:,}"
-            )
-        if method.needs_probe or not method.trains_by_mask:
-            raise TrainError(f"{spec} can't be trained, because no attention mask can express it; leave it out")
+    for component in (component for stage in student.stages for component in stage.components):
+        for spec in component.methods:
+            method = methods.parse(spec)
+            if method.own_tokens and method.own_tokens[-1] >= rows:
+                raise TrainError(
+                    f"{spec} has the token id {method.own_tokens[-1]:,}, but the model's vocabulary has {rows:,}"
+                )
+            if method.needs_probe or not method.trains_by_mask:
+                raise TrainError(f"component {component.name} trains by {spec}, which no attention mask can express")
+            if component.through_links and not method.link_tokens:
+                raise TrainError(f"component {component.name} asks through link tokens, but {spec} has none")
 
 
 def _started(seed: int) -> models.Model:

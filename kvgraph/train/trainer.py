@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from kvgraph.data import io
 from kvgraph.train import batches, checkpoint, distill, model, optim, parallel
 from kvgraph.train.batches import Batch, Cursor, ValidationSet
-from kvgraph.train.config import AUTO, FLEX, MUON, WHOLE, Config, TrainError
+from kvgraph.train.config import FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
 from kvgraph.train.pack import Packed
@@ -105,8 +105,7 @@ class Trainer:
             raise TrainError(
                 "muon needs whole matrices, which several processes share out; train in one, or with adamw"
             )
-        on_gpu = self.accelerator.device.type == "cuda"
-        self.flex = on_gpu if config.attention == AUTO else config.attention == FLEX
+        self.flex = config.attention == FLEX
         self.student = model.build(config)
         model.check(self.student)
         if before is not None:

@@ -185,8 +185,8 @@ def test_texts_are_cut_to_the_models_positions(tmp_path):
     ("method", "says"),
     [
         ("kvlink:links=1,link_start=100000,slots=4", r"token id 100,003, but the model's vocabulary has"),
-        ("ape", "ape can't be trained, because no attention mask"),
-        ("cacheblend", "cacheblend can't be trained, because no attention mask"),
+        ("ape", "component hops trains by ape, which no attention mask can express"),
+        ("cacheblend", "component hops trains by cacheblend, which no attention mask can express"),
     ],
 )
 def test_methods_that_can_not_be_trained_are_refused_at_the_start(method, says, llama, tmp_path):
