@@ -1,6 +1,6 @@
 # make test: lint, types and all tests.  make demo: the main job, end to end.  make soak: the tests in their long forms.
-# make bench: the figures of benchmarks/RESULTS.md. Each creates .venv first when there is none. TORCH names the build to
-# install: the default is the one that is tested.
+# make bench: the figures of benchmarks/RESULTS.md.  make docs: the documentation, in site/.  make dist: the wheel, checked.
+# Each creates .venv first when there is none. TORCH names the build to install: the default is the one that is tested.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,7 +9,7 @@ READY := .venv/.ready
 DEMO := .venv/.ready-demo
 DEV := .venv/.ready-dev
 
-.PHONY: test demo soak bench lint
+.PHONY: test demo soak bench docs dist lint
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
@@ -24,6 +24,15 @@ demo: $(DEMO)
 bench: $(DEV)
 	for b in precision encoding concurrency ttft context serving evaluation training; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
 	$(BIN)/python -m benchmarks.summary
+
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(DEV)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	.ci/wheel
 
 lint: $(DEV)
 	$(BIN)/ruff check .

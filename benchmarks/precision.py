@@ -16,7 +16,7 @@ from kvgraph import Engine, models
 from kvgraph.checks.gate import _plans
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-import families  # noqa: E402
+import families
 
 
 def main() -> None:

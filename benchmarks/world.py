@@ -4,7 +4,7 @@
 
 Several models are several seeds of one recipe; `--before` are the models that their mixed training began with. All are
 asked the same questions about corpora with held-out names, whichever the method and however a corpus is told
-(docs/world.md), so every difference is paired.
+(docs/reference/world.md), so every difference is paired.
 
 Answers are judged without generating them: the documents and all questions about them are one packed forward, and an
 answer is right if each of its tokens, the full stop too, is the likeliest. That is when greedy decoding gives it. A sample
@@ -199,7 +199,9 @@ def load(folder: str) -> Learned:
     except ModelError as error:
         sys.exit(str(error))
     if model.tokenizer is None or model.tokenizer.get_vocab() != tokenizer.vocabulary():
-        sys.exit(f"{folder} hasn't the world's tokenizer; train a model of the world first (docs/training.md)")
+        sys.exit(
+            f"{folder} hasn't the world's tokenizer; train a model of the world first (docs/reference/training.md)"
+        )
     model.tuned_for = tuple(methods.METHODS)  # no warnings: how much worse untuned methods are is what is measured
     return Learned(folder, Engine(model), models.trainable(model.hf))
 
@@ -402,15 +404,20 @@ def markdown(found: dict[str, Any]) -> list[str]:
 def explained(found: dict[str, Any]) -> str:
     """What the numbers are, in one paragraph."""
     after = len(found["models"][AFTER])
-    seeds = f", then the lowest and the highest of {after} models trained with different seeds" if after > 1 else ""
-    first = " Goals, where they are told, are for the first of them, which ships." if after > 1 else ""
     counts = [cell["n"] for cell in found["cells"]]
-    return (
-        f"Whole answers that are right, in %, with 95 % intervals in which the questions about one corpus are a cluster{seeds}. "
-        f"{min(counts):,} to {max(counts):,} questions a cell, about names that were never trained on. A guess that knows the asked "
-        "relation and nothing else is right as often as the line `guessing` says. The lines `what these say` count how often wrong "
-        f"edges are believed, where they say something else. {found['compared']:,} answers were compared with the engine's; all were the same.{first}"
-    )
+    sentences = [
+        "Each figure is the share of answers that are right as a whole, in %, with a 95 % interval. Questions about one corpus are one "
+        "cluster of the interval.",
+        f"After it come the lowest and the highest of {after} models trained with different seeds."
+        if after > 1
+        else "",
+        f"Each cell covers {min(counts):,} to {max(counts):,} questions, about names that were never trained on.",
+        "The line `guessing` is how often a guess is right that knows only the asked relation.",
+        "The lines `what these say` are how often answers follow wrong edges that say something else.",
+        f"{found['compared']:,} answers were compared with the engine's; all were the same.",
+        "Goals are for the first model, which ships." if after > 1 else "",
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def write_card(folder: str | Path, found: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Edges that a graph is often given: what each function makes is a tuple of pairs (source, reader). Pure Python."""
+"""Common shapes of edges. Each function returns a tuple of pairs (source, reader). Pure Python."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def chain(n: int) -> tuple[Edge, ...]:
 
 
 def layered(layers: Iterable[Iterable[Ref]]) -> tuple[Edge, ...]:
-    """Each segment of a layer reads every segment of the layer before: multi-hop (top 1 -> top 2-4 -> the rest).
+    """Each segment of a layer reads every segment of the layer before, for multi-hop (top 1 -> top 2-4 -> the rest).
 
     Raises GraphError when a layer is empty (it would cut the graph in two) or a segment is in two layers.
     """
@@ -66,7 +66,7 @@ def layered(layers: Iterable[Iterable[Ref]]) -> tuple[Edge, ...]:
 
 
 Shape = Callable[[int, str, bool], tuple[Edge, ...] | None]
-"""Edges among n segments from (n, what stands after the colon, whether "+self" does); None if it takes no such text."""
+"""Edges among n segments from (n, the text after the colon, whether "+self" follows); None for a text it can't take."""
 
 
 def _all(n: int, argument: str, self_edges: bool) -> tuple[Edge, ...] | None:
@@ -99,18 +99,23 @@ def _sizes(n: int, argument: str, self_edges: bool) -> tuple[Edge, ...] | None:
 SHAPES: Registry[Shape] = Registry(
     {"all": _all, "chain": _chain, "top-k": _top_k, "last-k": _last_k, "layers": _sizes, "star": _star},
     "kvgraph.edges",
-    lambda name, shape: "" if callable(shape) else "it is no function",
+    lambda name, shape: "" if callable(shape) else "it isn't a function",
 )
-"""Shapes of edges by the name that texts call them by. Other packages add some in the group "kvgraph.edges"."""
+"""Shapes of edges by name. Other packages can add some in the group "kvgraph.edges"."""
 
 
 def named_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
-    """Edges among segments with these names, from one line of text: what commands, requests and evaluations accept.
+    """Edges among segments with these names, from one line of text, as commands, requests and evaluations accept it.
 
-    "" or "none"; "all" (every segment reads every other), "chain", "top-k:N" and "last-k:N" (all read the first or last
-    N); "layers:1-3" (segment 0 is read by 1-3, these by the rest; any number of sizes), "star:N" (segment N reads all
-    others); "all", "top-k" and "last-k" with "+self" let sources read themselves. Else pairs "source>reader" by name or
-    number: "0>2,1>2". Raises GraphError when it is none of these.
+    - "" or "none": no edges.
+    - "all": every segment reads every other.
+    - "chain": each segment reads the one before it.
+    - "top-k:N", "last-k:N": all read the first or last N.
+    - "layers:1-3": layers of 1 segment, 3 segments and the rest; each layer reads the one before. Any number of sizes.
+    - "star:N": segment N reads all others.
+    - "0>2,1>2": pairs "source>reader" by name or number.
+
+    With "+self" after "all", "top-k" or "last-k", sources also read themselves. Raises GraphError for any other text.
     """
     if spec.strip() in ("", "none"):
         return ()
@@ -123,7 +128,8 @@ def named_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
     pairs = [pair.split(">") for pair in spec.split(",")]
     if any(len(pair) != 2 for pair in pairs):
         raise GraphError(
-            f"edges {spec[:80]!r} are none of all, chain, top-k:N, last-k:N, layers:1-3, star:N, or pairs like 0>2,1>2"
+            f"edges {spec[:80]!r} aren't known; give all, chain, top-k:N, last-k:N, layers:1-3, star:N, "
+            "or pairs such as 0>2,1>2"
         )
     known = set(names)
 
@@ -135,7 +141,7 @@ def named_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
 
 
 def _layers(sizes: Sequence[int], count: int) -> list[range]:
-    """Segments 0..count-1 in layers of these sizes, the rest in one more; layers beyond the last segment are left out."""
+    """Segments 0..count-1 in layers of these sizes, the rest in one more. Layers without segments are left out."""
     if 0 in sizes:
         raise GraphError("a layer of 0 segments would cut the graph in two; leave it out")
     starts = [0, *accumulate(sizes), count]
@@ -143,7 +149,7 @@ def _layers(sizes: Sequence[int], count: int) -> list[range]:
 
 
 def _is_number(text: str) -> bool:
-    """Whether it is a plain number; nothing here needs more digits, and Python refuses thousands of them."""
+    """Whether it is a plain number. The limit is ample, and Python refuses numbers of thousands of digits."""
     return text.isascii() and text.isdigit() and len(text) <= 18
 
 

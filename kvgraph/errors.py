@@ -1,8 +1,8 @@
-"""The errors kvgraph raises on purpose: one clear line each, saying what to do. Everything else is a bug."""
+"""The errors kvgraph raises on purpose. Each is one clear line that says what to do. Any other exception is a bug."""
 
 
 class KVGraphError(Exception):
-    """Base of every error a user can cause; the CLI prints its message alone, without a traceback."""
+    """Base of every error a user can cause. The CLI prints its message without a traceback."""
 
 
 class GraphError(KVGraphError, ValueError):

@@ -1,4 +1,4 @@
-"""A plan as a person wants to see it: one line a span, who it sees where, what is cached."""
+"""A plan as a table for people: one line per span, what it sees where, what is cached."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from itertools import groupby, pairwise
 from kvgraph.plan import Place, Plan, Span
 
 MOST_RUNS = 4  # position runs shown of a prompt span
-MOST_VIEWS = 6  # views shown of what a span sees
+MOST_VIEWS = 6  # places shown of what a span sees
 
 
 def explain(plan: Plan) -> str:
-    """A text table of the plan: every span's number, name, tokens, positions, state, and whom it sees where.
+    """A text table of the plan: every span's number, name, tokens, positions, state, and what it sees where.
 
-    "doc 1 @ 17" reads: token 0 of doc 1 stands at position 17 for this reader; "doc 1[3:9] @ 16" shows only tokens 3 to
-    8, at positions 19 to 24; "doc 0 … doc 4 @ 17" are neighbouring spans that share position 17; "doc 1 @ 17 in group 1"
-    is weighed as a line below the table says. A last line sums up. Positions are as the method counts them.
+    - "doc 1 @ 17": token 0 of doc 1 stands at position 17 for this reader.
+    - "doc 1[3:9] @ 16": only tokens 3 to 8 of it, at positions 19 to 24.
+    - "doc 0 … doc 4 @ 17": neighbouring spans that share position 17.
+    - "doc 1 @ 17 in group 1": weighed as a line below the table says.
+
+    The last line gives totals. Positions are as the method counts them.
     """
     header = ("#", "span", "tokens", "positions", "state", "sees")
     rows = [header]
@@ -98,7 +101,7 @@ def _view(plan: Plan, place: Place) -> str:
 
 
 def _abbreviated(entries: Iterable[str], most: int) -> str:
-    """All entries, or the first ones, how many more, and the last."""
+    """All entries; if there are too many, the first ones, how many are left out, and the last."""
     shown = list(entries)
     if len(shown) > most:
         shown[most - 2 : -1] = [f"… {len(shown) - most + 1} more …"]

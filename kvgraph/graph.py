@@ -1,7 +1,7 @@
-"""Context graphs: what a user says. A prefix, text segments, a query, and who reads whom.
+"""Context graphs, which users write: a prefix, text segments, a query, and who reads whom.
 
 A piece of text is a `str` or a sequence of token ids. An edge (source, reader) lets segment `reader` read segment
-`source`; what reading means is up to the method. Pure Python.
+`source`. The method decides what reading means. Pure Python.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class ContextGraph:
     """A prefix, segments (documents), a query, and directed edges (source, reader) between segments.
 
     segments: a sequence of pieces, or a mapping name -> piece. Empty segments are allowed; they make no span.
-    query: one piece; may stay empty until a plan is made (see `with_query`).
-    prefix: one piece, or a list of pieces encoded as a causal chain (a chat: one piece a message). A flat list of ints
-    is one piece of token ids. Empty pieces are left out.
+    query: one piece. It may stay empty until a plan is made (see `with_query`).
+    prefix: one piece, or a list of pieces encoded as a causal chain (a chat: one piece per message). A flat list of
+        ints is one piece of token ids. Empty pieces are left out.
     edges: pairs (source, reader), each segment given by index or by name; kept as indices, in the order given.
-    names: one unique name a segment, for edges and for `explain`; "doc 0", "doc 1", ... unless given.
-    chosen: the segments that the query reads, in this order, each given by index or by name; kept as indices. None: all.
-    The others are read by segments alone, along edges, so a query about a few documents of a corpus finds them as they
-    were encoded for the whole corpus.
+    names: one unique name per segment, for edges and for `explain` (default: "doc 0", "doc 1", ...).
+    chosen: the segments that the query reads, in this order, each given by index or by name; kept as indices. None
+        means all. Only other segments read those that aren't chosen, along edges. A query about a few documents of a
+        corpus thus finds them as they were encoded for the whole corpus.
 
-    Raises GraphError, naming the segment or edge: wrong types, token ids that are negative or no integers, names that
-    are not unique, unknown segments, duplicate edges, segments chosen twice. Self-edges are legal here.
+    Raises GraphError, naming the segment or edge, for wrong types, token ids that are negative or not integers, names
+    that are not unique, unknown segments, duplicate edges, and segments chosen twice. Self-edges are allowed.
     """
 
     segments: tuple[Piece, ...]
@@ -75,12 +75,12 @@ class ContextGraph:
 
     @property
     def is_tokenized(self) -> bool:
-        """Whether no piece is text any more (empty text counts as no tokens)."""
+        """Whether every piece is token ids (empty text counts as no tokens)."""
         return not any(isinstance(piece, str) and piece for piece in (*self.prefix, *self.segments, self.query))
 
     @property
     def has_query(self) -> bool:
-        """Whether the query holds anything."""
+        """Whether the query isn't empty."""
         return bool(self.query)
 
     def tokenized(self, encode: Callable[[str], Sequence[int]]) -> ContextGraph:
@@ -123,7 +123,7 @@ def _who(index: int, names: Sequence[str]) -> str:
 
 
 def _items(value: Any, what: str, wanted: str) -> tuple[Any, ...]:
-    """The items of a list-like value; text, bytes, mappings and sets are none."""
+    """The items of a list-like value. Text, bytes, mappings and sets are refused."""
     if isinstance(value, (str, bytes, Mapping, AbstractSet)) or not isinstance(value, Iterable):
         raise GraphError(f"{what} must be {wanted}, not {type(value).__name__}")
     return tuple(value)
@@ -133,7 +133,7 @@ def _piece(value: Any, who: str) -> Piece:
     if isinstance(value, str):
         return value
     items = _items(value, who, "text or a sequence of token ids")
-    if set(map(type, items)) <= {int}:  # the usual case, worth its own branch: documents are long
+    if set(map(type, items)) <= {int}:  # a fast path for the usual case: documents are long
         ids = items
     else:
         ids = tuple(_token(item, i, who) for i, item in enumerate(items))
@@ -145,7 +145,7 @@ def _piece(value: Any, who: str) -> Piece:
 
 
 def is_int(value: Any) -> bool:
-    """Whether value is an integer of any library (numpy, torch), but no bool."""
+    """Whether value is an integer of any library (numpy, torch), but not a bool."""
     try:
         operator.index(value)
     except TypeError:
@@ -215,7 +215,7 @@ def _chosen(chosen: Any, names: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _segment(ref: Any, index: Mapping[str, int], what: str) -> int:
-    """The index of a segment given by index or name. `what` names where it was given."""
+    """The index of a segment given by index or name. `what` says where it was given, for errors."""
     if isinstance(ref, str):
         if ref not in index:
             raise GraphError(f"{what}: there is no segment named {ref!r}; there are {_listed(list(index))}")

@@ -1,6 +1,6 @@
 """Small facts remembered between runs (file hashes, passed gates), as JSON files in the user's cache folder.
 
-Losing one only costs working it out again, so nothing here ever fails: a folder that can't be written is no memory.
+A lost fact is only worked out again. Therefore nothing here fails: without a writable folder, nothing is remembered.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from kvgraph.data import io
 
 
 def recall(name: str, key: str) -> Any:
-    """What was remembered under (name, key), or None."""
+    """The value remembered under (name, key), or None."""
     return _read(_folder() / f"{name}.json").get(key)
 
 
 def remember(name: str, key: str, value: Any) -> None:
-    """Remember a JSON value under (name, key); replaces the file atomically."""
+    """Remember a JSON value under (name, key). The file is replaced atomically."""
     path = _folder() / f"{name}.json"
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

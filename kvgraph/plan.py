@@ -1,15 +1,16 @@
-"""Spans, places and plans: who computes what, at which positions, seeing which earlier spans.
+"""Spans, places and plans: which tokens are computed together, at which positions, seeing which earlier spans.
 
 A plan is the whole interface between methods (which know graphs and papers) and executors (which know tensors).
-Rules, in full:
+The rules, in full:
 
 - Token i of a span attends to every key of its places whose position is *lower than its own position*, and to tokens
-  <= i of its own span. Nothing else.
+  <= i of its own span. It attends to nothing else.
 - RoPE is relative, so every span lives in its own frame: only differences of positions matter, and a span's key is the
   same wherever it is placed.
 - Cached spans see only cached spans. The last span is the prompt span: it is computed every time, and decoding
   continues from it.
-- All a token attends to enters one softmax, except that places may form groups whose joint weight is changed: see Group.
+- Everything a token attends to is one softmax, with one exception: places may form groups with a changed joint weight
+  (see Group).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ KEY_FORMAT = b"kvgraph-key-1"
 class Place(NamedTuple):
     """A view of an earlier span: tokens lo..hi of span `span`, its token 0 standing at position `at` for the reader.
 
-    group: the reader's group it belongs to, counted from 1; 0: none, an ordinary place.
+    group: the number of the reader's group that it belongs to, from 1; 0 for an ordinary place.
     """
 
     span: int
@@ -44,8 +45,9 @@ class Place(NamedTuple):
 class Group(NamedTuple):
     """How a span weighs a group of its places: their keys are one softmax, which competes with all else as one key.
 
-    temperature divides the scores of the group's keys (inside a softcap). scale multiplies the log-sum-exp of these
-    scores, over all keys of the group that a token sees, and the product is the score of the one key.
+    temperature: divides the scores of the group's keys (inside a softcap).
+    scale: multiplies the log-sum-exp of these scores over all keys of the group that a token sees. The product is the
+        score of the one key.
     Source: APE (arXiv 2502.05431), section 4, where the group is the context.
     """
 
@@ -57,11 +59,17 @@ class Group(NamedTuple):
 class Span:
     """Tokens computed together.
 
-    tokens: token ids. positions: strictly ascending, one a token; contiguous for documents, with gaps for prompt spans
-    that hold link tokens. sees: views of earlier spans. cached: False for what is recomputed each time.
-    groups: what the groups of its places mean. segment: the graph's segment that the span is a version of, by index,
-    and round: which version, 0 for the first; None for every other span. name: what people call it.
-    A key and a comparison cover neither name nor segment nor round.
+    tokens: token ids.
+    positions: strictly ascending, one per token; contiguous for documents, with gaps for a prompt span that holds link
+        tokens.
+    sees: places of earlier spans.
+    cached: False for a span that is computed each time.
+    groups: the groups that its places refer to.
+    segment: index of the graph's segment that the span is a version of; None for every other span.
+    round: the round of that version, 0 for the first; None for every other span.
+    name: for people.
+
+    Keys and comparisons ignore name, segment and round.
     """
 
     tokens: tuple[int, ...]
@@ -84,10 +92,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Dense:
-    """A plan as one problem. tokens [T], positions [T] (may be negative), visible [T, T] bool (row attends to column).
+    """A plan as one problem.
 
-    The prompt span is the last `prompt` rows; `span` [T] is the index of the span each row copies. group [T, T]: where a row
-    attends to a column as part of groups[i], the number i + 1, elsewhere 0; None for a plan without groups.
+    tokens, positions: [T]; positions may be negative.
+    visible: [T, T] bool, row attends to column.
+    span: [T], the index of the span that each row copies.
+    prompt: number of rows of the prompt span, which are the last.
+    group: [T, T], i + 1 where a row attends to a column as part of groups[i], 0 elsewhere; None without groups.
     """
 
     tokens: np.ndarray
@@ -101,13 +112,14 @@ class Dense:
 
 @dataclass(frozen=True)
 class Plan:
-    """Spans in encoding order; the last is the prompt span. `method` names what made it, for people."""
+    """Spans in encoding order; the last is the prompt span. `method` names the method that made it, for people."""
 
     spans: tuple[Span, ...]
     method: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spans", tuple(_checked(i, s, self.spans) for i, s in enumerate(self.spans)))
+        known: dict[int, Place] = {}
+        object.__setattr__(self, "spans", tuple(_checked(i, s, self.spans, known) for i, s in enumerate(self.spans)))
         if not self.spans:
             raise PlanError("a plan needs at least one span: the prompt span")
         if self.spans[-1].cached:
@@ -140,7 +152,7 @@ class Plan:
 
 
 def pruned(spans: Sequence[Span], method: str = "") -> Plan:
-    """The plan of `spans` without those that its prompt span doesn't read, directly or through another span."""
+    """The plan of `spans`, without those that the prompt span reads neither directly nor through another span."""
     wanted = {i for i, s in enumerate(spans) if not s.cached}
     for i in reversed(range(len(spans))):
         if i in wanted:
@@ -150,8 +162,12 @@ def pruned(spans: Sequence[Span], method: str = "") -> Plan:
     return Plan(tuple(kept), method)
 
 
-def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
-    """The span with its places normalised (hi filled in); raises PlanError naming the span and the rule it breaks."""
+def _checked(index: int, span: Span, earlier: Sequence[Span], known: dict[int, Place]) -> Span:
+    """The span with its places normalised (hi filled in); raises PlanError naming the span and the rule it breaks.
+
+    known: by its id, each place that a cached span of the plan gave, normalised. The spans of a long chain share their
+    places, so each is checked once, and one is the same object for all its readers.
+    """
     who = f"span {index}" + (f" ({span.name})" if span.name else "")
     if not span.tokens:
         raise PlanError(f"{who} is empty; leave empty spans out of the plan")
@@ -168,49 +184,61 @@ def _checked(index: int, span: Span, earlier: Sequence[Span]) -> Span:
         raise PlanError(f"{who}: positions must be strictly ascending")
     groups = tuple(_group(group, f"{who}: group {i}") for i, group in enumerate(span.groups, 1))
     places = []
-    for place in map(_place, span.sees):
-        _integers(tuple(x for x in place if x is not None), f"{who}: a place's numbers")
-        if not 0 <= place.span < index:
-            raise PlanError(f"{who} sees span {place.span}, which isn't earlier in the plan")
-        child = earlier[place.span]
-        hi = len(child) if place.hi is None else place.hi
-        if not 0 <= place.lo < hi <= len(child):
-            raise PlanError(f"{who} sees tokens {place.lo}..{hi} of span {place.span}, which has {len(child)}")
-        if span.cached and not child.cached:
-            raise PlanError(f"{who} is cached but sees span {place.span}, which is not")
-        if not 0 <= place.group <= len(groups):
-            raise PlanError(f"{who} has a place in group {place.group}, but {len(groups)} groups")
-        places.append(place._replace(hi=hi))
+    for given in span.sees:
+        place = known.get(id(given))
+        if place is None:
+            place = _checked_place(given, index, span, len(groups), earlier, who)
+            if isinstance(given, Place) and not place.group and earlier[place.span].cached:
+                known[id(given)] = place
+        places.append(place)
     return replace(span, sees=tuple(places), groups=groups)
+
+
+def _checked_place(
+    given: Place | tuple[int, ...], index: int, span: Span, groups: int, earlier: Sequence[Span], who: str
+) -> Place:
+    place = _place(given)
+    _integers(tuple(x for x in place if x is not None), f"{who}: a place's numbers")
+    if not 0 <= place.span < index:
+        raise PlanError(f"{who} sees span {place.span}, which isn't earlier in the plan")
+    child = earlier[place.span]
+    hi = len(child) if place.hi is None else place.hi
+    if not 0 <= place.lo < hi <= len(child):
+        raise PlanError(f"{who} sees tokens {place.lo}..{hi} of span {place.span}, which has {len(child)}")
+    if span.cached and not child.cached:
+        raise PlanError(f"{who} is cached but sees span {place.span}, which is not")
+    if not 0 <= place.group <= groups:
+        raise PlanError(f"{who} has a place in group {place.group}, but {groups} groups")
+    return place._replace(hi=hi)
 
 
 def _place(place: Place | tuple[int, ...]) -> Place:
     try:
         return Place(*place)
     except TypeError:
-        raise PlanError(f"{place!r} is no Place(span, at, lo, hi, group)") from None
+        raise PlanError(f"{place!r} isn't a Place(span, at, lo, hi, group)") from None
 
 
 def _group(group: Group | tuple[float, ...], what: str) -> Group:
-    """The group as floats; PlanError unless both lie where float32 scores stay finite, with room to spare."""
+    """The group as floats; raises PlanError unless both lie well inside the range where float32 scores stay finite."""
     try:
         checked = Group(*map(float, group))
     except (TypeError, ValueError):
         raise PlanError(f"{what} must be Group(temperature, scale), not {group!r}") from None
     for name, value in checked._asdict().items():
         if not 1e-3 <= value <= 1e3:  # false for NaN
-            raise PlanError(f"{what} has the {name} {value:g}; it must be from 0.001 to 1000")
+            raise PlanError(f"{what} has {name} {value:g}; it must be from 0.001 to 1000")
     return checked
 
 
 def _integers(values: Sequence[int], what: str) -> Any:
-    """The values, if they are integers that fit a key's 64 bits with room for sums; else PlanError."""
+    """The values as integers; raises PlanError unless they fit a key's 64 bits with room for sums."""
     if not isinstance(values, range) and not set(map(type, values)) <= {int}:
         try:
             values = tuple(operator.index(v) for v in values)
         except TypeError:
             raise PlanError(f"{what} must be integers") from None
-    if values and max(-min(values), max(values)) >= 1 << 60:
+    if values and not -1 << 60 < min(values) <= max(values) < 1 << 60:
         raise PlanError(f"{what} are out of range: they must be below 2**60")
     return values
 
@@ -232,17 +260,16 @@ def _key(span: Span, keys: Sequence[str | None], fingerprint: str, salt: str) ->
     else:
         relative = np.asarray(span.positions, dtype="<i8") - start
         add(b"range" if relative[-1] == len(span) - 1 else relative.tobytes())
-    for child, at, lo, hi, group in sorted(
-        (keys[p.span] or "", p.at - start, p.lo, p.hi or 0, p.group) for p in span.sees
-    ):
-        add((f"{child} {at} {lo} {hi}" + (f" {group}" if group else "")).encode())
+    seen = sorted([(keys[p.span] or "", p.at - start, p.lo, p.hi or 0, p.group) for p in span.sees])
+    lines = [(f"{c} {at} {lo} {hi} {g}" if g else f"{c} {at} {lo} {hi}").encode() for c, at, lo, hi, g in seen]
+    h.update(b"".join([len(line).to_bytes(8, "little") + line for line in lines]))  # what `add` does, at once
     for weights in span.groups:  # 16 bytes, so it can't be taken for a place
         add(np.array(weights, dtype="<f8").tobytes())
     return h.hexdigest()
 
 
 class Laid(NamedTuple):
-    """A span standing at one position, start. sees: what it reads there, as (index of another laid-out span, view)."""
+    """A span laid out with token 0 at `start`. sees: what it reads, as (index of another laid-out span, view)."""
 
     span: int
     start: int
@@ -250,10 +277,10 @@ class Laid(NamedTuple):
 
 
 def lay_out(spans: Sequence[Span], roots: Sequence[int]) -> list[Laid]:
-    """Spans `roots` where they stand, each after all it reads; what several of them read at one position is there once.
+    """The spans `roots` at their positions, each after all that it reads; what several read at one position is shared.
 
-    A span read at two positions is laid out twice, with its ancestors; exact, because KV is relative. So is one that a
-    reader sees twice, because a duplicate counts twice in the softmax.
+    A span read at two positions is laid out twice, with its ancestors; this is exact, because KV is relative. A span
+    that one reader sees twice is laid out twice too, because a duplicate counts twice in the softmax.
     """
     reads: dict[_Standing, list[tuple[_Standing, Place]]] = {}
     found: dict[_Standing, int] = {}  # -> its index in the result
@@ -275,7 +302,7 @@ def lay_out(spans: Sequence[Span], roots: Sequence[int]) -> list[Laid]:
 
 
 class _Standing(NamedTuple):
-    """A span at a position. copy: which of several there, since the views of one reader of one copy don't overlap."""
+    """A span at a position. copy: which of several there; one reader's views of one copy don't overlap."""
 
     span: int
     start: int
@@ -283,13 +310,13 @@ class _Standing(NamedTuple):
 
 
 def _reads(span: Span, start: int) -> list[tuple[_Standing, Place]]:
-    """What a span that stands at `start` reads, and by which of its places."""
+    """What a span laid out at `start` reads, and by which of its places."""
     copies: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}  # (span, start) -> slices seen of each copy
     found = []
     for place in span.sees:
         at, hi = place.at - span.start + start, place.hi or 0
         slices = copies.setdefault((place.span, at), [])
-        # Views of one copy mustn't overlap: its columns would then count once.
+        # Views of one copy mustn't overlap, or its columns would count only once.
         n = 0
         while n < len(slices) and any(lo < hi and place.lo < h for lo, h in slices[n]):
             n += 1

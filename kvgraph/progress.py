@@ -1,4 +1,4 @@
-"""A progress bar for long work, shown only when somebody is looking at a terminal."""
+"""A progress bar for long work, shown on terminals only."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from rich.progress import Progress as Bar
 class Progress:
     """`with Progress("encoding", 64) as bar: bar.advance(1, tokens=n)`.
 
-    total: None when it isn't known. enabled: None shows the bar on a terminal, for more than one item. done: items that
-    an earlier run did.
+    total: number of items; None if unknown.
+    enabled: None shows the bar on a terminal, for more than one item.
+    done: items done by an earlier run.
     """
 
     def __init__(self, label: str, total: int | None, enabled: bool | None = None, done: int = 0):
@@ -34,28 +35,28 @@ class Progress:
             self.task = self.bar.add_task(label, total=total, completed=done, note="")
 
     def advance(self, n: int, tokens: int = 0, label: str | None = None) -> None:
-        """Count n more items done; `tokens` so far give the rate; `label` replaces the text before the bar."""
+        """Count n more items as done. tokens: processed so far, for the rate. label: the new text before the bar."""
         if self.bar is not None:
             rate = f"{tokens / max(1e-9, time.perf_counter() - self.started):,.0f} tokens/s" if tokens else ""
             self.bar.update(self.task, advance=n, note=rate, description=label)
 
     def show(self, done: int | None = None, note: str | None = None, label: str | None = None) -> None:
-        """Say how many items are done in all, and change the text after or before the bar; None leaves it."""
+        """Set the number of items done and the texts after and before the bar; None leaves each as it is."""
         if self.bar is not None:
             texts: dict[str, Any] = {} if note is None else {"note": note}
             self.bar.update(self.task, completed=done, description=label, **texts)
 
     def say(self, text: str) -> None:
-        """Print a line above the bar, whether or not there is one."""
+        """Print a line, above the bar if there is one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self) -> None:
-        """Show the bar; a `with` block does so by itself."""
+        """Show the bar. A `with` block does this by itself."""
         if self.bar is not None:
             self.bar.start()
 
     def stop(self) -> None:
-        """End the bar; a `with` block does so by itself."""
+        """End the bar. A `with` block does this by itself."""
         if self.bar is not None:
             self.bar.stop()
 

@@ -1,7 +1,7 @@
-"""Things by name that other packages may add to: kvgraph's own, then those that installed packages declare.
+"""Registries by name: kvgraph's own entries, then those that installed packages declare.
 
-A package declares one by an entry point: the group says of what kind it is, the name is what people call it. It is imported
-when somebody asks for it, and nothing can be added while a program runs.
+A package declares an entry by an entry point. Its group says the kind, its name is what people call it. The entry is
+imported when it is first looked up. Nothing can be added while a program runs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """Read-only. own: what kvgraph itself has. group: the entry points of other packages; one that is called as something
-    that kvgraph has is left out, with a warning.
+    """A read-only mapping.
 
-    wrong: says what is wrong with (name, what an entry point stands for), "" if nothing is. Looking one up raises
-    KVGraphError where its package can't be imported or something is wrong.
+    own: kvgraph's own entries.
+    group: the group of the entry points. One with the name of an own entry is left out, with a warning.
+    wrong: says what is wrong with (name, the loaded entry point), "" if nothing.
+
+    Looking up an entry raises KVGraphError if its package can't be imported or something is wrong with it.
     """
 
     def __init__(self, own: Mapping[str, T], group: str, wrong: Callable[[str, Any], str]):
@@ -52,34 +54,34 @@ class Registry(Mapping[str, T]):
         found = {entry.name: entry for entry in entry_points(group=self.group)}
         for name in sorted(found.keys() & self._own.keys()):
             entry = found.pop(name)
-            warnings.warn(f"{_source(entry)} is left out: kvgraph has {name!r} in {self.group} itself", stacklevel=2)
+            warnings.warn(f"{_source(entry)} is left out: kvgraph has its own {name!r} in {self.group}", stacklevel=2)
         return dict(sorted(found.items()))
 
     def _load(self, entry: EntryPoint) -> T:
         try:
             value: T = entry.load()
             wrong = self._wrong(entry.name, value)
-        except Exception as error:  # whatever another package does, it is named
+        except Exception as error:  # whatever goes wrong in another package, the message names it
             wrong = f"{type(error).__name__}: {error}"
         if wrong:
             raise KVGraphError(
                 f"{_source(entry)}, which declares {entry.name!r} in {self.group}, can't be used; "
-                f"mend or uninstall it ({wrong})"
+                f"fix or uninstall it ({wrong})"
             )
         return value
 
 
 def named(kind: type[Any]) -> Callable[[str, Any], str]:
-    """A registry's `wrong` for instances of `kind`, which say in `name` what they are called."""
+    """A registry's `wrong` for instances of `kind`, which have a `name`."""
 
     def wrong(name: str, value: Any) -> str:
         if not isinstance(value, kind):
-            return f"it is no {kind.__module__}.{kind.__name__}"
+            return f"it isn't a {kind.__module__}.{kind.__name__}"
         return "" if value.name == name else f"its name is {value.name!r}"
 
     return wrong
 
 
 def _source(entry: EntryPoint) -> str:
-    """What an entry point is of, for messages."""
+    """An entry point and its package, for messages."""
     return entry.value if entry.dist is None else f"{entry.value} of the package {entry.dist.name}"

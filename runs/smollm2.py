@@ -17,7 +17,6 @@ import gzip
 import json
 import os
 import shutil
-import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,9 +25,9 @@ from typing import Any
 
 import torch
 
-from kvgraph.train import batches, gap, model, recipes, trainer
-from kvgraph.train.config import FLEX, SDPA, Config
-from kvgraph.train.forward import logits, loss
+from kvgraph.train import gap, model, recipes, trainer
+from kvgraph.train.config import Config
+from kvgraph.train.forward import logits
 from kvgraph.train.mixture import VALIDATION
 from kvgraph.train.pack import Packed
 from kvgraph.train.recipes.smollm2 import KVLINK
@@ -37,7 +36,6 @@ from kvgraph.train.records import Records
 STARTED = time.monotonic()
 RUNS = {"answers": 0.45, "distill": 0.3, "unlabelled": 0.25}  # shares of the time to train
 OVERHEAD, TABLES = 14.0, 40.0  # seconds that a run takes besides its steps, and that the tables take, on a GPU
-PATIENCE = 75  # seconds for one kind of attention to be tried
 COMMON: tuple[gap.Way, ...] = (("block", "none"), (KVLINK, "none"), ("pcw", "none"))
 OWN: tuple[gap.Way, ...] = (*COMMON, ("graph-kv", "links"), ("graph-kv", "random"), ("graph-kv", "none"))
 WAYS: dict[str, tuple[gap.Way, ...]] = {
@@ -53,14 +51,8 @@ def main() -> None:
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     base = _changed(recipes.get("smollm2-answers"), options)
-    attention = base.attention
     if torch.cuda.is_available():
         _say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-        attention = _attempted("choosing attention", lambda: _attention(base, "cuda"))
-        if attention is None:
-            attention, options.length = SDPA, options.length // 2
-        _freed()
-    _say(f"attention: {attention}, sequences of {options.length} tokens")
     adapters: dict[str, Path] = {}
     for number, name in enumerate(RUNS):
         rest = list(RUNS)[number:]
@@ -68,7 +60,6 @@ def main() -> None:
         config = dataclasses.replace(
             _changed(recipes.get(f"smollm2-{name}"), options),
             minutes=max(seconds, 1.0) / 60,
-            attention=attention,
             adapter=str(adapters.get("answers", "")) if name == "distill" else "",
         )
         _say(f"{name}: {seconds:.0f} s")
@@ -155,48 +146,6 @@ def _freed() -> None:
         torch.cuda.empty_cache()
 
 
-def _attention(config: Config, device: str) -> str:
-    """The faster kind of attention of those that work here: both get one sequence, forward and backward, twice."""
-    student = model.build(config)
-    student.module.to(device)
-    planned = batches.plan(config, student.stages, student.tokenizer)
-    step = next(iter(batches.ahead(config, planned, batches.Cursor(), student.trainable.limit, 1)))
-    sequence = step.sequences[0].to(device)
-    found: dict[str, tuple[float, float]] = {}
-    signal.signal(signal.SIGALRM, _too_long)
-    for kind in (SDPA, FLEX):
-        packed = sequence.padded(config.length) if kind == FLEX else sequence
-        seconds, value = 0.0, 0.0
-        signal.alarm(PATIENCE)  # compiling may hang
-        try:
-            for _ in range(3):
-                began = time.monotonic()
-                with torch.autocast(device, torch.bfloat16):
-                    told = logits(student.trainable, packed, module=student.module, flex=kind == FLEX)
-                lost = loss(told, packed)
-                lost.backward()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                value = float(lost)
-                seconds = time.monotonic() - began
-                _say(f"{kind}: {seconds:.3f} s, {len(sequence)} tokens, loss {value:.4f}")
-            found[kind] = seconds, value
-        except Exception:
-            _say(f"{kind} failed:\n{traceback.format_exc()}")
-        finally:
-            signal.alarm(0)
-        student.module.zero_grad()
-    _say(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    if len(found) == 2 and abs(found[SDPA][1] - found[FLEX][1]) > 0.02 * found[SDPA][1]:
-        _say("the two differ; taking sdpa")
-        return SDPA
-    return min(found, key=lambda kind: found[kind][0])
-
-
-def _too_long(number: int, frame: Any) -> None:
-    raise TimeoutError(f"no result after {PATIENCE} seconds")
-
-
 def _table(config: Config, adapters: dict[str, Path], name: str, options: argparse.Namespace) -> None:
     """Score held-out records before and after, as long as there is time, and write rows and tables."""
     from peft import PeftModel
@@ -209,7 +158,7 @@ def _table(config: Config, adapters: dict[str, Path], name: str, options: argpar
     if name == "distill" and "answers" in adapters:
         module.load_adapter(str(adapters["answers"]), "answers")
         shown["answers"] = lambda: _set(module, "answers")
-    shown["base"] = lambda: module.disable_adapter()
+    shown["base"] = module.disable_adapter
     shown[name] = lambda: _set(module, model.STUDENT)
     module.to(device).eval()
 

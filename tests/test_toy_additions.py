@@ -67,7 +67,7 @@ def test_a_package_is_imported_when_it_is_asked_for(declared):
         ("mirror = mirror:Mirror", "1 / 0", "ZeroDivisionError: division by zero"),
         ("mirror = mirror:Missing", toys.MODULE, "AttributeError"),
         ("mirror = mirror:ring", toys.MODULE, "TypeError"),
-        ("mirror = mirror:dataclass", toys.MODULE, "it makes no kvgraph.methods.Method"),
+        ("mirror = mirror:dataclass", toys.MODULE, "it doesn't make a kvgraph.methods.Method"),
         ("glass = mirror:Mirror", toys.MODULE, "the method's name is 'mirror'"),
         ("mirror = nowhere:Mirror", toys.MODULE, "ModuleNotFoundError: No module named 'nowhere'"),
     ],
@@ -82,6 +82,6 @@ def test_a_package_that_is_wrong_is_named(declared, entry, module, message):
 
 def test_kvgraphs_own_names_stay_its_own(declared):
     found = declared("full = mirror:Mirror")
-    with pytest.warns(UserWarning, match="mirror:Mirror of the package mirror is left out: kvgraph has 'full'"):
+    with pytest.warns(UserWarning, match="mirror:Mirror of the package mirror is left out: kvgraph has its own 'full'"):
         assert list(found) == ["full"]
     assert found["full"] is methods.Full

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvgraph.attention.backends import triton as kernels
-from kvgraph.attention.blocks import Block, blocks_of
+from kvgraph.attention.blocks import Fresh, KeyBlock, blocks_of
 from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
@@ -43,7 +43,7 @@ class Tuning(NamedTuple):
 
 
 def tuning(dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
-    """Tiles that fit the device's shared memory and hardly spill. dim: the larger head size."""
+    """Tiles that fit the device's shared memory with little register spilling. dim: the larger head size."""
     processors, shared = 4, 99 << 10
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -59,7 +59,7 @@ def tuning(dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
 
 
 class Sizes(NamedTuple):
-    """Capacity of every table, in entries. For a captured graph they are fixed; otherwise they are what a step needs."""
+    """Capacity of every table, in entries: fixed for a captured graph, otherwise what a step needs."""
 
     tokens: int
     want: int
@@ -74,7 +74,7 @@ class Sizes(NamedTuple):
     mask_bytes: int = 0
 
     def holds(self, other: Sizes) -> bool:
-        """Whether a step of the other sizes fits."""
+        """Whether a step of the other sizes fits into these."""
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
 
@@ -89,7 +89,8 @@ class Window:
 
     shifts: np.ndarray  # [S] int64: distinct positions of a seen span's token 0; row 0 is 0
     pairs: np.ndarray  # [P, 3]
-    blocks: np.ndarray  # [n, 5]; masks are offsets into mask_bytes + 1, 0: none
+    blocks: np.ndarray  # [n, 6]; masks are offsets into mask_bytes + 1, 0: none; address 0: the step's scratch
+    leads: np.ndarray  # [T]: row of shifts that moves a new key into the frame of its chain
     small: np.ndarray  # [n, 8]
     large: np.ndarray  # [n, 8]
     merged: np.ndarray  # [n, 3]
@@ -109,9 +110,9 @@ class Window:
 
 
 def address(source: Record | RowKV, numbers: int) -> tuple[int, int]:
-    """(address, capacity in tokens) of a source's one buffer, which holds `numbers` keys and values a token.
+    """(address, capacity in tokens) of a source's one buffer, which holds `numbers` keys and values per token.
 
-    Raises ValueError where its KV isn't one buffer.
+    Raises ValueError if its KV isn't one buffer.
     """
     first, last = source.keys[0], source.values[-1]
     groups, tokens, dim = first.shape
@@ -122,8 +123,11 @@ def address(source: Record | RowKV, numbers: int) -> tuple[int, int]:
     return begin, capacity
 
 
-def tables(blocks: Sequence[Block], tokens: int, repeat: int, groups: int, numbers: int, tune: Tuning) -> Window:
-    """The tables of the blocks of a step with T tokens. numbers: keys and values of a token, of all layers."""
+def tables(
+    blocks: Sequence[KeyBlock], leads: np.ndarray, repeat: int, groups: int, numbers: int, tune: Tuning
+) -> Window:
+    """The tables of the blocks of a step. leads [T]: of each token's row. numbers: keys and values of a token, of all layers."""
+    tokens = len(leads)
     work = groups * sum((b.hi - b.lo) * -(-len(b.tokens) * repeat // tune.rows) for b in blocks if not b.causal)
     run = max(MIN_KEYS, -(-work // tune.programs[0]))
     run = -(-run // tune.keys) * tune.keys
@@ -134,7 +138,8 @@ def tables(blocks: Sequence[Block], tokens: int, repeat: int, groups: int, numbe
 
     token = np.concatenate([b.tokens for b in blocks])
     at, lengths, weights = zip(*(run for b in blocks for run in b.runs), strict=True)
-    shifts, segment = np.unique(np.array([0, *at], dtype=np.int64), return_inverse=True)
+    shifts, segment = np.unique(np.array([0, *at, *-leads], dtype=np.int64), return_inverse=True)
+    segment, moves = segment[: -len(leads)], segment[-len(leads) :]
     pairs = np.zeros((len(token), 3), dtype=np.int64)
     pairs[:, 0], pairs[:, 1] = token, np.repeat(segment[1:], lengths)
     sharp = any(w is not None for w in weights)
@@ -154,14 +159,19 @@ def tables(blocks: Sequence[Block], tokens: int, repeat: int, groups: int, numbe
     slots = first = mask_at = 0
     for number, (block, parts) in enumerate(zip(blocks, splits, strict=True)):
         n, total = len(block.tokens), block.hi - block.lo
-        if id(block.source) not in addresses:
-            addresses[id(block.source)] = address(block.source, numbers)
+        if isinstance(block.source, Fresh):
+            place, layered = (0, tokens), 0
+        else:
+            if id(block.source) not in addresses:
+                addresses[id(block.source)] = address(block.source, numbers)
+            place = addresses[id(block.source)]
+            layered = place[1]
         mask, length = 0, 0
         if block.mask is not None:
             masks.append(np.ascontiguousarray(block.mask).view(np.uint8))
             mask, length = mask_at + 1, total
             mask_at += block.mask.size + 15 & -16
-        rows_of.append((*addresses[id(block.source)], block.lo, mask, length))
+        rows_of.append((*place, block.lo, mask, length, layered))
         height, tiles = (SMALL, small) if n * repeat <= SMALL else (tune.rows, large)
         direct = parts == 1 and bool((counts[block.tokens] == 1).all())
         for lo in range(0, total, run) if parts > 1 else (0,):
@@ -190,7 +200,7 @@ def tables(blocks: Sequence[Block], tokens: int, repeat: int, groups: int, numbe
             more[reader[inside], group[pair][inside] - 1] = scale[pair][inside] - 1
     table = lambda found, width: np.array(found, dtype=np.int64).reshape(-1, width)  # noqa: E731
     return Window(
-        shifts, pairs, table(rows_of, 5), table(small, 8), table(large, 8), merged, entries, more.astype(np.float32),
+        shifts, pairs, table(rows_of, 6), moves, table(small, 8), table(large, 8), merged, entries, more.astype(np.float32),
         slots, masks, sharp,
     )  # fmt: skip
 
@@ -214,7 +224,8 @@ class _Layout:
                 "counts": self._take(4),
                 "shifts": self._take(sizes.shifts),
                 "pairs": self._take(3 * sizes.pairs),
-                "blocks": self._take(5 * sizes.blocks),
+                "blocks": self._take(6 * sizes.blocks),
+                "leads": self._take(sizes.tokens),
                 "small": self._take(8 * sizes.small),
                 "large": self._take(8 * sizes.large),
                 "merged": self._take(3 * sizes.merged),
@@ -234,7 +245,16 @@ class _Layout:
 class Tables:
     """A step's tables: made on the host, then on the device. With `fixed` sizes, at fixed addresses."""
 
-    def __init__(self, device: torch.device, sizes: Sizes, windows: Sequence[int | None], groups: int):
+    def __init__(
+        self,
+        device: torch.device,
+        sizes: Sizes,
+        windows: Sequence[int | None],
+        groups: int,
+        scratch: Tensor | None = None,
+    ):
+        """scratch: for the new keys and values of one layer, in the frames of their chains; None: no row is joined."""
+        self.scratch = scratch
         self.device, self.sizes, self.keys = device, sizes, list(windows)
         self.layout = _Layout(sizes, len(windows), groups)
         self.buffer = torch.empty(self.layout.end, dtype=torch.int64, device=device)
@@ -257,11 +277,14 @@ class Tables:
         for found, where in zip(step.tables, self.layout.windows, strict=True):
             counts = [len(found.small), len(found.large), len(found.merged), 0]
             self._put(host, where["counts"], np.array(counts, dtype=np.int64))
-            for name in ("shifts", "pairs", "small", "large", "merged", "entries"):
+            for name in ("shifts", "pairs", "leads", "small", "large", "merged", "entries"):
                 self._put(host, where[name], getattr(found, name))
             blocks = found.blocks.copy()
             base = self.buffer.data_ptr() + 8 * where["masks"].at
             blocks[:, 3] = np.where(blocks[:, 3] > 0, blocks[:, 3] - 1 + base, 0)
+            if self.scratch is not None:
+                fresh = blocks[:, 0] == 0
+                blocks[fresh, 0], blocks[fresh, 1] = self.scratch.data_ptr(), self.sizes.tokens
             self._put(host, where["blocks"], blocks)
             if found.more.size:
                 self._put(host, where["more"], found.more.view(np.int32).astype(np.int64))
@@ -297,6 +320,7 @@ class Tables:
 class Flags(NamedTuple):
     """What a step's kernels are compiled for."""
 
+    chained: bool
     masked: bool
     sharp: bool
     groups: int
@@ -316,7 +340,7 @@ class Attention:
         tune: Tuning,
         partial: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
     ):
-        """partial: where to keep the scratch of partial results, to share it with others of the same sizes."""
+        """partial: scratch memory for partial results, to share it with others of the same sizes."""
         self.tables, self.flags, self.layers, self.rotaries, self.tune = tables, flags, layers, rotaries, tune
         numbers = [layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers]
         self.prefix = [0, *accumulate(numbers)]
@@ -333,15 +357,19 @@ class Attention:
         q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
         block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
         prefix = self.prefix[layer]
-        kernels.write[(tokens, groups)](
-            k, v, tables.view(tables.layout.rows), prefix, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            G=groups, D=dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, KV=_DTYPES[k.dtype], num_warps=1,
-        )  # fmt: skip
         window, rotary = self.layers[layer].window, self.layers[layer].rotary
+        rotated = 0 if rotary is None else self.rotaries[rotary].dims
+        interleaved = rotary is not None and self.rotaries[rotary].interleaved
         where = tables.layout.windows[tables.keys.index(window)]
         table = {name: tables.view(section) for name, section in where.items()}
         out = torch.empty(tokens, heads, value_dim, dtype=q.dtype, device=q.device)
         cos, sin = self._angle(window, rotary, table["shifts"])
+        kernels.write[(tokens, groups)](
+            k, v, tables.view(tables.layout.rows), table["leads"], out if tables.scratch is None else tables.scratch,
+            cos, sin, prefix, tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            G=groups, D=dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, KV=_DTYPES[k.dtype], ROTATED=rotated,
+            INTERLEAVED=interleaved, CHAINED=self.flags.chained, num_warps=1,
+        )  # fmt: skip
         partial, partial_lse = self._room(heads, value_dim, q.device)
         kinds = [(0, SMALL, "small", sizes.small)] + [(1, tune.rows, "large", sizes.large)] * self.flags.large
         for which, rows, name, most in kinds:
@@ -352,8 +380,7 @@ class Attention:
                 cos, sin, out if sinks is None else sinks, prefix, scale * (1.0 if softcap else kernels.LOG2E),
                 softcap or 1.0, q.stride(0), q.stride(1), sizes.slots,
                 H=heads, G=groups, D=dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=rows, KEYS=tune.keys,
-                KV=_DTYPES[k.dtype], ROTATED=0 if rotary is None else self.rotaries[rotary].dims,
-                INTERLEAVED=rotary is not None and self.rotaries[rotary].interleaved, MASKED=self.flags.masked,
+                KV=_DTYPES[k.dtype], ROTATED=rotated, INTERLEAVED=interleaved, MASKED=self.flags.masked,
                 SHARP=self.flags.sharp, SOFTCAP=softcap is not None, SINKS=sinks is not None,
                 num_warps=tune.warps[which], num_stages=tune.stages,
             )  # fmt: skip
@@ -375,7 +402,7 @@ class Attention:
         return self._angles[window, rotary]
 
     def _room(self, heads: int, value_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Partial results, which all layers use in turn."""
+        """Memory for partial results, which the layers use one after the other."""
         if (heads, value_dim) not in self._partial:
             slots = max(1, self.tables.sizes.slots)
             partial = torch.empty(heads, slots, value_dim, dtype=torch.float32, device=device)
@@ -384,7 +411,7 @@ class Attention:
 
 
 class CudaStep:
-    """Bookkeeping of one packed forward on a GPU. `attention` and the tables on the device are made by `on_device`."""
+    """Bookkeeping of one packed forward on a GPU. `on_device` makes `attention` and the tables on the device."""
 
     def __init__(
         self,
@@ -405,10 +432,18 @@ class CudaStep:
         groups = layers[0].kv_heads
         self.numbers = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in layers)
         self.windows = list(dict.fromkeys(layer.window for layer in layers))
-        self.tables = [
-            tables(blocks_of(rows, self.starts, w), self.size, heads // groups, groups, self.numbers, self.tune)
-            for w in self.windows
-        ]
+        self.leads = np.repeat([row.lead for row in rows], [len(row.tokens) for row in rows])
+        self.tables = []
+        for window in self.windows:
+            own, others = blocks_of(rows, self.starts, window)
+            self.tables.append(tables([*own, *others], self.leads, heads // groups, groups, self.numbers, self.tune))
+
+    def scratch(self, tokens: int) -> Tensor | None:
+        """Room for the new keys and values of one layer, of so many tokens, if some row is joined to a chain."""
+        if not self.flags.chained:
+            return None
+        most = max(x.kv_heads * (x.key_dim + x.value_dim) for x in self.layers)
+        return torch.empty(tokens * most, dtype=self.rows[0].kv.buffer.dtype, device=self.device)
 
     @property
     def sizes(self) -> Sizes:
@@ -424,7 +459,7 @@ class CudaStep:
     @property
     def flags(self) -> Flags:
         return Flags(
-            any(t.masks for t in self.tables), any(t.sharp for t in self.tables), max(t.groups for t in self.tables),
+            bool(self.leads.any()), any(t.masks for t in self.tables), any(t.sharp for t in self.tables), max(t.groups for t in self.tables),
             any(len(t.large) for t in self.tables), any(len(t.merged) for t in self.tables),
         )  # fmt: skip
 
@@ -434,7 +469,7 @@ class CudaStep:
         return _Layout(self.sizes, len(self.windows), self.flags.groups).end
 
     def on_device(self, staging: Tensor) -> tuple[Tables, Attention]:
-        """The tables on the device, of just the needed size, and attention from them. staging: at least `length` int64."""
-        made = Tables(self.device, self.sizes, self.windows, self.flags.groups)
+        """The tables on the device, of exactly the needed size, and attention from them. staging: >= `length` int64."""
+        made = Tables(self.device, self.sizes, self.windows, self.flags.groups, self.scratch(self.size))
         made.fill(self, staging)
         return made, Attention(made, self.flags, self.layers, self.rotaries, self.tune)

@@ -1,7 +1,7 @@
 """Rotary position embeddings by whole positions: the only rotation kvgraph does itself.
 
 RoPE (arXiv 2104.09864, section 3.4) turns pair i of a head's dimensions by position * inv_freq[i]. It is relative:
-rotating a query by -a and a key by -a leaves their product, so a stored key is never moved; queries are.
+rotating both a query and a key by -a leaves their product unchanged. Therefore stored keys stay, and queries are moved.
 
 Shapes: n tokens, D head size, R <= D rotated dimensions.
 """
@@ -33,8 +33,8 @@ class Rotary:
     def table(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [n, R/2] float32 on delta's device, that move by `delta` [n] int64 positions.
 
-        Angles are float64: float32 ones are 3e-3 off at position 100,000. A model's attention scaling (YaRN, arXiv
-        2309.00071, section 3.4) isn't in them: what is rotated already has it, and moving must keep norms.
+        Angles are float64; in float32 they would be off by 3e-3 at position 100,000. A model's attention scaling (YaRN,
+        arXiv 2309.00071, section 3.4) isn't applied here: queries and keys have it already, and moving must keep norms.
         """
         angle = delta.to(torch.float64)[:, None] * self.inv_freq.to(delta.device)
         return angle.cos().float(), angle.sin().float()

@@ -1,4 +1,4 @@
-"""Rows: each request's share of a step. New tokens, their positions, the spans they see, and the row's own growing KV.
+"""Rows: each request's share of a step, with new tokens, their positions, the spans they see, and the row's own KV.
 
 Shapes: G key/value heads, N tokens, T new tokens of a row, D key head size, Dv value head size.
 """
@@ -6,25 +6,26 @@ Shapes: G key/value heads, N tokens, T new tokens of a row, D key head size, Dv 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 
+from kvgraph.attention.rope import Rotary
 from kvgraph.store.record import Record
 
 
 class View:
     """Tokens lo..hi of a source as one row sees them: the source's token 0 stands at position `at` of the row's frame.
 
-    source: a record, or the KV of a row that is computed in the same step or was before.
-
-    group: views of a row with the same group (counted from 1; 0: none) share temperature and scale. Their scores are
-    divided by temperature, and their joint log-sum-exp is multiplied by scale before all parts are merged.
+    source: a record, or the KV of a row computed in this step or an earlier one.
+    group: views of a row with the same group (counted from 1; 0 means none) share temperature and scale. Their scores
+        are divided by temperature, and their joint log-sum-exp is multiplied by scale before all parts are merged.
     gaps: (lo, hi) slices between lo and hi that are hidden.
     """
 
-    __slots__ = ("source", "at", "lo", "hi", "weights", "shown", "positions", "first", "last")
+    __slots__ = ("at", "first", "hi", "last", "lo", "positions", "shown", "source", "weights")
 
     def __init__(
         self,
@@ -39,13 +40,13 @@ class View:
     ):
         self.source, self.at, self.lo, self.hi = source, at, lo, hi
         self.weights = (group, temperature, scale) if group else None
-        self.shown: np.ndarray | None = None  # [hi - lo] bool; None: all
+        self.shown: np.ndarray | None = None  # [hi - lo] bool; None means all
         if gaps:
             self.shown = np.ones(hi - lo, dtype=bool)
             for a, b in gaps:
                 self.shown[a - lo : b - lo] = False
         positions = source.positions if isinstance(source, RowKV) else source.positions.numpy()
-        self.positions = positions[lo:hi]  # relative to the source's first token
+        self.positions = positions[lo:hi]  # as the source counts them: from its first token, or where it was gathered
         self.first = at + int(self.positions[0])
         self.last = at + int(self.positions[-1])
 
@@ -53,13 +54,21 @@ class View:
 class RowKV:
     """A row's own KV, preallocated for `capacity` tokens: keys[l], values[l] are [G, capacity, D]; `length` are valid.
 
-    All of it is one buffer: the keys of layer 0, its values, the keys of layer 1, ...
+    It is one buffer: the keys of layer 0, its values, the keys of layer 1, ...
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], capacity: int, dtype: torch.dtype, device: torch.device):
-        """shapes: (kv heads, key dim, value dim) of every layer."""
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        pinned: bool = False,
+    ):
+        """shapes: (kv heads, key dim, value dim) of every layer. pinned: memory that a GPU can copy from by itself."""
         sizes = [(g * capacity * kd, g * capacity * vd) for g, kd, vd in shapes]
-        buffer = torch.empty(sum(k + v for k, v in sizes), dtype=dtype, device=device)
+        buffer = torch.empty(sum(k + v for k, v in sizes), dtype=dtype, device=device, pin_memory=pinned)
         keys, values, at = [], [], 0
         for (g, kd, vd), (nk, nv) in zip(shapes, sizes, strict=True):
             keys.append(buffer[at : at + nk].view(g, capacity, kd))
@@ -79,13 +88,74 @@ class RowKV:
 
 @dataclass
 class Row:
-    """One request's share of a step: new tokens at `positions` ([T] int64, the row's frame), what it sees, its own KV."""
+    """One request's share of a step: new tokens at `positions` ([T] int64, the row's frame), what it sees, its own KV.
+
+    joined: it continues the row before it in the step as the next link of a chain. It sees all that the chain's first row
+    sees, and all earlier rows of the chain, which are new and whole, except that the first may have a past. Its own views
+    are not used. lead: the position of its frame's origin in the frame of the chain's first row, higher than all positions
+    there.
+    """
 
     tokens: Sequence[int]
     positions: np.ndarray
     views: Sequence[View]
     kv: RowKV
+    joined: bool = False
+    lead: int = 0
 
     def commit(self) -> None:
-        """Count the new tokens as part of the row's KV; to be called once, after the forward."""
+        """Count the new tokens as part of the row's KV. Call it once, after the forward."""
         self.kv.length += len(self.tokens)
+
+
+def on_device(record: Record, device: torch.device) -> Record:
+    """The record with its KV on a device, in one buffer as a row's own; itself if it is there already.
+
+    It goes through pinned memory to a GPU, and comes from one in one copy.
+    """
+    source = record.keys[0].device
+    if source.type == device.type:
+        return record
+    shapes = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(record.keys, record.values, strict=True)]
+    arrived = RowKV(shapes, len(record), record.keys[0].dtype, device)
+    if source.type == "cpu":
+        staging = RowKV(shapes, len(record), record.keys[0].dtype, source, pinned=torch.cuda.is_available())
+        for mine, theirs in zip((*staging.keys, *staging.values), (*record.keys, *record.values), strict=True):
+            mine.copy_(theirs)
+        arrived.buffer.copy_(staging.buffer, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the staging buffer lives until the copy is done
+    else:  # computed there, so it is one buffer
+        first = record.keys[0]
+        whole = torch.as_strided(first, (arrived.buffer.numel(),), (1,), first.storage_offset())
+        arrived.buffer.copy_(whole)
+    return replace(record, keys=arrived.keys, values=arrived.values)
+
+
+MANY, SHORT = 16, 64  # at least so many views, of at most so many tokens on average, are gathered
+
+
+def gathered(
+    views: Sequence[View], shapes: Sequence[tuple[int, int, int]], rotaries: Sequence[Rotary | None]
+) -> Sequence[View]:
+    """The views of a row, many short ones copied side by side into one, with keys moved to where the row sees them.
+
+    A chat of a thousand messages is then one span to attend to, not a thousand. Views in groups, with gaps, or whose
+    positions aren't one after another stay. rotaries: of every layer. The copy costs one more rounding of 16-bit keys.
+    """
+    plain = sorted((v for v in views if v.weights is None and v.shown is None), key=lambda v: v.first)
+    total = sum(v.hi - v.lo for v in plain)
+    if len(plain) < MANY or total > SHORT * len(plain) or any(a.last >= b.first for a, b in pairwise(plain)):
+        return views
+    sample = plain[0].source.keys[0]
+    copy = RowKV(shapes, total, sample.dtype, sample.device)
+    copy.length = total
+    copy.positions[:] = np.concatenate([v.positions + v.at for v in plain])
+    at = torch.from_numpy(np.repeat([v.at for v in plain], [v.hi - v.lo for v in plain]))
+    tables = {id(r): tuple(t.to(sample.device) for t in r.table(at)) for r in rotaries if r is not None}
+    for layer, rotary in enumerate(rotaries):
+        keys = torch.cat([v.source.keys[layer][:, v.lo : v.hi] for v in plain], 1)
+        copy.keys[layer][:] = keys if rotary is None else rotary.rotate(keys, *tables[id(rotary)])
+        torch.cat([v.source.values[layer][:, v.lo : v.hi] for v in plain], 1, out=copy.values[layer])
+    ids = set(map(id, plain))
+    return [View(copy, 0, 0, total), *(v for v in views if id(v) not in ids)]

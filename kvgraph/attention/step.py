@@ -1,8 +1,8 @@
-"""The row primitive: new tokens of many requests in one packed forward, each attending to stored spans as they lie.
+"""The row primitive: new tokens of many requests in one packed forward, each attending to stored spans in place.
 
-Because RoPE is relative, a stored span seen at position `at` needs no re-rotation: the *query* is rotated by -at and
-attends to the canonical keys. What a token sees is so a handful of parts (its row's own KV, and one part a place),
-each giving an output and a log-sum-exp, merged into one softmax. Nothing stored is ever copied or moved.
+Because RoPE is relative, a stored span seen at position `at` needs no re-rotation. The *query* is rotated by -at and
+attends to the keys as stored. A token sees a few parts: its row's own KV, and one part per place. Each part gives an
+output and a log-sum-exp, and these are merged into one softmax. Nothing stored is ever copied or moved.
 
 Shapes: H query heads, G key/value heads, T packed new tokens of the step, N keys, D head size,
 E extra (token, part) pairs of the step besides every token's primary part.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvgraph.attention.backends import backend_for
 from kvgraph.attention.backends.base import Backend, Part
-from kvgraph.attention.blocks import Block, blocks_of
+from kvgraph.attention.blocks import Fresh, KeyBlock, blocks_of
 from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
@@ -31,11 +31,11 @@ _NONE = torch.empty(0, dtype=torch.int64)
 
 @dataclass
 class _Bucket:
-    """Tokens whose extra parts are merged at once: they have about equally many, P at most."""
+    """Tokens whose extra parts are merged at once. They have similar numbers of these, at most P."""
 
     tokens: Tensor | slice  # packed tokens, [n]
     count: int  # n
-    gather: Tensor | None = None  # [P, n] columns into the extra pairs; None: the pairs lie as [P, n] already
+    gather: Tensor | None = None  # [P, n] columns into the extra pairs; None: the pairs are in the order [P, n]
     padding: Tensor | None = None  # [P, n] bool, True where a token has fewer than P
     joints: Sequence[tuple[Tensor, Tensor]] = ()  # a group: its pairs [P, n] bool, and scale - 1 [n] float32
 
@@ -44,15 +44,15 @@ class _Seen(NamedTuple):
     """A Part of every layer: its columns attend to keys `here` of a source."""
 
     columns: slice
-    source: Record | RowKV
+    source: Record | RowKV | Fresh
     here: slice
     mask: Tensor | None
     causal: bool
 
-    def of(self, layer: int) -> Part:
-        """The part of one layer."""
-        keys, values = self.source.keys[layer][:, self.here], self.source.values[layer][:, self.here]
-        return Part(self.columns, keys, values, self.mask, self.causal)
+    def of(self, layer: int, fresh: tuple[Tensor, Tensor]) -> Part:
+        """The part of one layer. fresh: the step's new keys [G, T, D], in the frames of their chains, and values."""
+        keys, values = fresh if isinstance(self.source, Fresh) else (self.source.keys[layer], self.source.values[layer])
+        return Part(self.columns, keys[:, self.here], values[:, self.here], self.mask, self.causal)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class _Parts:
 
 
 class Step:
-    """Bookkeeping of one packed forward, made once and used by every layer; call it as the model's `attend`."""
+    """Bookkeeping of one packed forward, made once and used by every layer. Call it as the model's `attend`."""
 
     def __init__(self, rows: Sequence[Row], layers: Sequence, rotaries: Sequence[Rotary], device: torch.device):
         self.rows, self.layers, self.rotaries, self.device = rows, layers, rotaries, device
@@ -84,6 +84,8 @@ class Step:
             self.spans.append(slice(at, at + len(row.tokens)))
             at += len(row.tokens)
         self.size = at
+        self.leads = np.repeat([row.lead for row in rows], [len(row.tokens) for row in rows])
+        self._leads: dict[int, tuple[Tensor, ...]] = {}
         self._parts: dict[int | None, _Parts] = {}
         self._tables: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
         for window in {layer.window for layer in layers}:
@@ -106,19 +108,31 @@ class Step:
             row.kv.keys[layer][:, n : n + here.stop - here.start] = k[:, here]
             row.kv.values[layer][:, n : n + here.stop - here.start] = v[:, here]
         parts = self._parts[self.layers[layer].window]
-        out, lse = self.backend(q.float(), [seen.of(layer) for seen in parts.primary], scale, softcap)
+        inside, keys = self._in_chains(layer, q, k)
+        out, lse = self.backend(inside, [seen.of(layer, (keys, v)) for seen in parts.primary], scale, softcap)
         if parts.extra:
             moved = self._moved(layer, q, parts)
-            others = [seen.of(layer) for seen in parts.extra]
+            others = [seen.of(layer, (keys, v)) for seen in parts.extra]
             _merge(out, lse, *self.backend(moved, others, scale, softcap), parts, sinks)
         if sinks is not None:
             _sink_single_parts(out, lse, parts, sinks)
         return out.to(q.dtype)
 
-    def _moved(self, layer: int, q: Tensor, parts: _Parts) -> Tensor:
-        """The queries of the extra pairs [H, E, D] float32, each rotated by minus the position its span stands at.
+    def _in_chains(self, layer: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, in float32, and keys of the step, each rotated from its row's frame into that of its chain's first."""
+        index = self.layers[layer].rotary
+        if index is None or not self.leads.any():
+            return q.float(), k
+        if index not in self._leads:
+            self._leads[index] = tuple(
+                t.to(self.device) for t in self.rotaries[index].table(torch.from_numpy(self.leads))
+            )
+        return self.rotaries[index].rotate(q, *self._leads[index]), self.rotaries[index].rotate(k, *self._leads[index])
 
-        Dividing the query by its group's temperature divides the scores, whatever the backend does with them next.
+    def _moved(self, layer: int, q: Tensor, parts: _Parts) -> Tensor:
+        """The queries of the extra pairs [H, E, D] float32, each rotated by minus its span's position.
+
+        Dividing the query by its group's temperature divides the scores in every backend.
         """
         chosen = q.index_select(1, parts.token).float()
         if parts.sharpness is not None:
@@ -133,9 +147,8 @@ class Step:
         return self.rotaries[index].rotate(chosen, *self._tables[key])
 
     def _build(self, window: int | None) -> _Parts:
-        blocks = blocks_of(self.rows, [here.start for here in self.spans], window)
-        own, others = blocks[: len(self.rows)], blocks[len(self.rows) :]
-        parts = _Parts([self._part(b, here) for b, here in zip(own, self.spans, strict=True)])
+        own, others = blocks_of(self.rows, [here.start for here in self.spans], window)
+        parts = _Parts([self._part(b, slice(int(b.tokens[0]), int(b.tokens[-1]) + 1)) for b in own])
         if not others:
             return parts
         columns = 0
@@ -155,15 +168,15 @@ class Step:
         parts.buckets = list(self._buckets(tokens, groups))
         return parts
 
-    def _part(self, block: Block, columns: slice) -> _Seen:
+    def _part(self, block: KeyBlock, columns: slice) -> _Seen:
         mask = None if block.mask is None else self._tensor(block.mask)
         return _Seen(columns, block.source, slice(block.lo, block.hi), mask, block.causal)
 
     def _buckets(self, tokens: np.ndarray, groups: np.ndarray | None) -> Iterator[_Bucket]:
         """Buckets of tokens, given the token of every extra pair, and its group, temperature and scale if there are any.
 
-        A token that sees 1,000 places must not make its neighbours 1,000 wide: a bucket's counts are within a factor of
-        two, so padding at most doubles the pairs.
+        A token that sees 1,000 places must not make its neighbours 1,000 wide. The counts of a bucket are within a
+        factor of two, so padding at most doubles the pairs.
         """
         counts = np.bincount(tokens, minlength=self.size)
         order = np.argsort(tokens, kind="stable")  # the pairs of token 0, of token 1, ...
@@ -188,7 +201,7 @@ class Step:
         number = np.where(padding, 0, groups[..., 0])
         for group in np.unique(number[number > 0]):
             pairs = number == group
-            scale = np.where(pairs, groups[..., 2], 0).max(0)  # a token's pairs of one group have one scale
+            scale = np.where(pairs, groups[..., 2], 0).max(0)  # a token's pairs of one group share one scale
             yield self._tensor(pairs), self._tensor((scale - 1).astype(np.float32))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -222,7 +235,7 @@ def _merge(out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, parts: _Par
 
 
 def _sink_single_parts(out: Tensor, lse: Tensor, parts: _Parts, sinks: Tensor) -> None:
-    """Let the attention sink [H] take its share of tokens that have only a primary part (others got it in the merge)."""
+    """Apply the attention sink [H] to tokens that have only a primary part (the merge applied it to the others)."""
     share = torch.sigmoid(lse - sinks.float()[:, None])  # exp(lse) / (exp(lse) + exp(sink))
     for bucket in parts.buckets:
         share[:, bucket.tokens] = 1.0

@@ -56,7 +56,7 @@ def read_items(path: Path, limit: int | None = None) -> list[tuple[ContextGraph,
     """Records {"question", "answer", "documents": [text or {"title", "text"}], "prefix"?, "edges"?} as graphs.
 
     path: a file or folder that `kvgraph.data.io` reads. limit: read only the first items. Raises GraphError, naming file
-    and line, for a record that isn't such an object.
+    and line, for any other record.
     """
     items: list[tuple[ContextGraph, str]] = []
     for where, row in islice(io.records(path, GraphError), limit):
@@ -71,7 +71,7 @@ def _item(row: dict[str, Any]) -> tuple[ContextGraph, str]:
     """(graph, answer) of one record of a data file. Raises GraphError saying which field is wrong."""
     for field in ("question", "answer"):
         if not isinstance(row.get(field), str) or not row[field].strip():
-            raise GraphError(f'needs "{field}", which must be text and not empty{_found(row, field)}')
+            raise GraphError(f'needs "{field}", which must be non-empty text{_found(row, field)}')
     documents, edges, prefix = row.get("documents"), row.get("edges", []), row.get("prefix", "")
     if not isinstance(documents, list):
         raise GraphError(f'needs "documents", a list of texts or of {{"title", "text"}}{_found(row, "documents")}')
@@ -92,5 +92,5 @@ def _document(value: Any, index: int) -> str:
 
 
 def _found(row: dict[str, Any], field: str) -> str:
-    """What a line has in a field instead, for messages."""
+    """What a field has instead, for messages."""
     return f"; it is {json.dumps(row[field], ensure_ascii=False)[:40]}" if field in row else "; there is none"

@@ -1,6 +1,6 @@
-"""The command line. Every mistake a person can make is one line on stderr and a non-zero exit; `--debug` shows more.
+"""The command line. Every user error is one line on stderr and a non-zero exit code; `--debug` shows the traceback.
 
-Nothing here imports torch or transformers before a command needs them, so that `--help` answers at once.
+torch and transformers are imported only when a command needs them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from kvgraph import __version__
-from kvgraph.cli import ask, bench, check, data, demo, encode, explain, report, serve, store, train
+from kvgraph.cli import ask, bench, check, data, demo, encode, explain, report, serve, store, train, tune
 from kvgraph.cli import eval as evaluation
 from kvgraph.errors import KVGraphError
 
@@ -33,6 +33,7 @@ app.command("eval")(evaluation.evaluate)
 app.command()(report.report)
 app.command()(serve.serve)
 app.command()(demo.demo)
+app.command()(tune.tune)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(store.app, name="store")
@@ -53,19 +54,19 @@ def kvgraph(
 ) -> None:
     """Compute the KV cache of every document once, and answer questions from the stored caches.
 
-    Encode a corpus, then ask about some of its documents: they are read from the store instead of being prefilled.
+    Encode a corpus, then ask about some of its documents. They are read from the store instead of being prefilled.
 
     \b
       kvgraph encode MODEL corpus.jsonl --method block --store kv
       kvgraph ask MODEL "Who dug the harbour?" --documents corpus.jsonl --pick 0,3 --method block --store kv
 
-    Start with `kvgraph demo`. Before using a method other than `full` with a model that isn't tuned for it, see what it
-    costs: `kvgraph check MODEL --method block --data questions.jsonl`.
+    Start with `kvgraph demo`. A method other than `full` costs quality on a model that isn't tuned for it.
+    `kvgraph check MODEL --method block --data questions.jsonl` measures how much.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The `kvgraph` command: run it and exit. 0: fine; 1: an error, or a check that failed; 2: wrong usage; 130: Ctrl-C."""
+    """The `kvgraph` command: run it and exit. 0: success; 1: an error or failed check; 2: wrong usage; 130: Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _keep_libraries_quiet()
     _warn_in_one_line()
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if _debugging(words):
             raise
-        if type(error).__name__ == "NoArgsIsHelpError":  # no mistake: the help is what was wanted
+        if type(error).__name__ == "NoArgsIsHelpError":  # not an error: the help was asked for
             print(error, file=sys.stderr)
             sys.exit(USAGE)
         status, message = _explained(error)
@@ -98,7 +99,7 @@ def _explained(error: Exception) -> tuple[int, str]:
         return USAGE, f"{error.format_message().rstrip('.')}; see `{command} --help`"  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.strerror:
         return OTHER, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, ModuleNotFoundError):  # the server's are asked for by its own command
+    if isinstance(error, ModuleNotFoundError):  # the serve command handles the server's own
         extra = "train" if error.name in ("accelerate", "peft", "tensorboard") else "eval"
         return OTHER, f"this needs {error.name}; install it with: pip install 'kvgraph[{extra}]'"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -107,7 +108,7 @@ def _explained(error: Exception) -> tuple[int, str]:
 
 
 def _debugging(words: list[str]) -> bool:
-    """Whether --debug stands before the command, where it belongs."""
+    """Whether --debug is given, before the command."""
     return "--debug" in itertools.takewhile(lambda word: word.startswith("-"), words)
 
 
@@ -116,7 +117,7 @@ def _say(message: str) -> None:
 
 
 def _keep_libraries_quiet() -> None:
-    """Other libraries' notes, and their progress bars where nobody looks, stay out of the output; set before imports."""
+    """Keep other libraries' notes, and progress bars without a terminal, out of the output. Call it before imports."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -124,9 +125,9 @@ def _keep_libraries_quiet() -> None:
 
 
 def _warn_in_one_line() -> None:
-    """Warnings and log messages for people, one line each on stderr; those for developers of libraries stay away.
+    """Show warnings and log messages for users, one line each on stderr, and hide those for developers.
 
-    A command with several engines gets the same warning from each; it is told once.
+    A command with several engines gets the same warning from each; it is shown once.
     """
     told: set[str] = set()
 

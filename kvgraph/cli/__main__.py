@@ -1,4 +1,4 @@
-"""`python -m kvgraph.cli`, for where the `kvgraph` script isn't on the path."""
+"""`python -m kvgraph.cli`, for when the `kvgraph` script isn't on the path."""
 
 from kvgraph.cli import main
 

@@ -14,6 +14,7 @@ from kvgraph.cli import common
 from kvgraph.cli.common import (
     Adapter,
     AllowUntested,
+    CodecName,
     Device,
     Documents,
     Dtype,
@@ -25,7 +26,7 @@ from kvgraph.cli.common import (
     NoCheck,
     Pick,
     Prefix,
-    StoreFolder,
+    StorePlaces,
     Template,
 )
 
@@ -38,17 +39,18 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The query, as the model should read it.")],
     documents: Documents,
     pick: Pick = None,
-    store: StoreFolder = None,
+    store: StorePlaces = None,
+    codec: CodecName = "raw",
     method: MethodName = None,
     edges: Edges = "",
     prefix: Prefix = "",
     template: Template = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
     as_json: Json = False,
     dtype: Dtype = "auto",
@@ -60,10 +62,10 @@ def ask(
 ) -> None:
     """Answer a question over documents of a corpus.
 
-    Documents that are in the store are read, not computed; missing ones are computed and kept there. The answer
-    streams to stdout, and a line on stderr says what was computed, what was reused, and how fast. The question, the
-    prefix and the documents are tokenized one by one and joined as they are: write special tokens, such as BOS or those
-    of a chat template, into --prefix and QUESTION.
+    Stored documents are read instead of being computed; missing ones are computed and stored. The answer streams to
+    stdout, and a line on stderr says what was computed, what was reused, and how fast. The question, the prefix and the
+    documents are tokenized one by one and joined without changes. Write special tokens, such as BOS or those of a chat
+    template, into --prefix and QUESTION.
 
     \b
       kvgraph ask ./llama "\\nWho dug the harbour?\\n" --documents corpus.jsonl --pick 0,3,7 --method block --store kv
@@ -93,7 +95,8 @@ def ask(
         allow_untested=allow_untested,
         check=not no_check,
         kv_budget=kv_budget,
-        store=store,
+        store=store or None,
+        codec=codec,
     )
     with engine:
         if as_json:

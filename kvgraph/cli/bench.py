@@ -1,4 +1,4 @@
-"""`kvgraph bench`: what reuse brings on the user's own model and machine."""
+"""`kvgraph bench`: how much reuse saves on the user's own model and machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Row:
-    """Medians of one method. Times are seconds, rates tokens a second."""
+    """Medians of one method. Times are in seconds, rates in tokens per second."""
 
     method: str
     cold_computed: int
@@ -41,7 +41,7 @@ def bench(
     length: Annotated[int, typer.Option(min=1, help="Tokens of each document.")] = 400,
     query: Annotated[int, typer.Option(min=1, help="Tokens of the query.")] = 30,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions; medians are shown.")] = 3,
     method: Annotated[
         list[str] | None,
         typer.Option(help=f"Method to measure, with its fields; may be repeated [default: {', '.join(METHODS)}]."),
@@ -56,10 +56,11 @@ def bench(
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
-    """Measure what reuse brings on your own model and machine.
+    """Measure how much reuse saves on your own model and machine.
 
-    Time to first token, tokens computed and reused, and decoding. Cold: nothing is cached. Warm: the same documents again, with another query, so that only the query is computed.
-    Everything is in memory; the model is loaded before any clock starts.
+    Shows time to first token, tokens computed and reused, and decoding speed. Cold: nothing is cached. Warm: the same
+    documents with another query, so that only the query is computed. Everything is in memory. Loading the model isn't
+    timed.
 
     \b
       kvgraph bench ./llama --documents 10 --length 400

@@ -1,4 +1,4 @@
-"""What commands share: their options, how values are written on a command line, and how an engine is opened."""
+"""What commands share: options, the syntax of values on the command line, and opening an engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from kvgraph.models import Model
 
-DIGITS = re.compile(r"[0-9]{1,18}")  # a number; nothing here needs longer ones, and Python refuses thousands of digits
+DIGITS = re.compile(r"[0-9]{1,18}")  # a number; the limit is ample, and Python refuses thousands of digits
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SIZES = {"": 1, "B": 1} | {f"{p}{s}": 1024**i for i, p in enumerate("KMGT", 1) for s in ("", "iB")}
 SIZES |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
@@ -31,7 +31,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
     unit = next((size for name, size in SIZES.items() if match and name.lower() == match[2].lower()), None)
     if match is None or unit is None or not 0 < (size := int(float(match[1]) * unit)) < 1 << 63:
-        raise typer.BadParameter(f"{text[:40]!r} is no size; write for example 4GiB or 500MB")
+        raise typer.BadParameter(f"{text[:40]!r} isn't a size; write for example 4GiB or 500MB")
     return size
 
 
@@ -39,7 +39,7 @@ def parse_duration(text: str) -> float:
     """Seconds of "7d", "12h", "30m", "90s" or "2w"."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,18})?)\s*([smhdw])", text.strip())
     if match is None:
-        raise typer.BadParameter(f"{text[:40]!r} is no duration; write for example 7d, 12h or 30m")
+        raise typer.BadParameter(f"{text[:40]!r} isn't a duration; write for example 7d, 12h or 30m")
     return float(match[1]) * DURATIONS[match[2]]
 
 
@@ -54,18 +54,37 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bflo
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 KVBudget = Annotated[
     int | None,
-    typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of what is free]."),
+    typer.Option(
+        parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of the free memory]."
+    ),
 ]
 AllowUntested = Annotated[
     bool, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")
 ]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the exactness gate (`kvgraph check`) while loading.")]
+StorePlaces = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--store",
+        metavar="PLACE",
+        help="Folder or URL (redis://HOST/0, s3://BUCKET/PREFIX, gs://, az://) of the store of KV records; repeated, they "
+        "are tiers from fastest to slowest.",
+    ),
+]
 StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of the store of KV records.")]
+CodecName = Annotated[
+    str,
+    typer.Option(
+        "--codec",
+        help="How records are kept: raw, fp8, int8, kivi, gear, with fields after a colon (kivi:bits=2); +zstd compresses. "
+        "All but raw and zstd change answers a little.",
+    ),
+]
 MethodName = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="full, block, kvlink, graph-kv, ... or a preset; fields after a colon: graph-kv:rounds=2,layout=tight "
+        help="full, block, kvlink, graph-kv, ... or a preset. Fields follow a colon: graph-kv:rounds=2,layout=tight "
         "[default: the first that the model declares tuning for, else full].",
     ),
 ]
@@ -79,22 +98,23 @@ Edges = Annotated[
 Template = Annotated[
     str | None,
     typer.Option(
-        help=r"How a document's fields make its text [default: '{title}\n{text}\n' for JSON Lines, '{text}' for files]."
+        help=r"How to write a document from its fields [default: '{title}\n{text}\n' for records, '{text}' for files]."
     ),
 ]
-Prefix = Annotated[str, typer.Option(help="Text before the documents: system prompt and special tokens such as BOS.")]
+Prefix = Annotated[str, typer.Option(help="Text before the documents: system prompt, special tokens such as BOS.")]
 Documents = Annotated[Path, typer.Option("--documents", metavar="CORPUS", help="JSON Lines, text file or folder.")]
 Pick = Annotated[
     list[str] | None,
     typer.Option(
-        help="Documents to use, in this order: ids or numbers from 0, with commas or repeated [default: all]."
+        help="Documents to use, in this order, by id or by number from 0; separated by commas, or repeat it "
+        "[default: all]."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 def unescaped(text: str) -> str:
-    r"""Text with \n, \t and \\ replaced, so that they can be typed in a shell."""
+    r"""Text with \n, \t and \\ replaced, because they are hard to type in a shell."""
     return re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t", "\\": "\\"}[m[1]], text)
 
 
@@ -115,16 +135,16 @@ def graph_of(
 def chosen(
     path: Path, template: str | None, pick: list[str] | None, token_ids: bool = False
 ) -> list[corpus.CorpusDocument]:
-    """Documents of a corpus, all or the picked ones. token_ids: they are token ids written out, maybe as lists."""
+    """Documents of a corpus, all or the picked ones. token_ids: they are token ids, as text or as lists."""
     documents = corpus.load(path, None if template is None else unescaped(template), token_ids=token_ids)
     wanted = [ref.strip() for item in pick or () for ref in item.split(",") if ref.strip()]
     if pick and not wanted:
-        raise typer.BadParameter("--pick names no document; leave it out to use all of them")
+        raise typer.BadParameter("--pick doesn't name a document; leave it out to use all of them")
     return corpus.pick(documents, wanted) if pick else documents
 
 
 def load_model(model: str, dtype: str, device: str, allow_untested: bool, adapter: str | None = None) -> Model:
-    """Load a model; importing what that needs takes seconds, so it happens here."""
+    """Load a model. The imports that this needs take seconds, so they happen here."""
     from kvgraph import models
 
     return models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
@@ -158,7 +178,7 @@ def reused(tiers: dict[str, int]) -> str:
 
 
 def table(*columns: str, left: int = 1) -> Table:
-    """An aligned table: the first `left` columns to the left, the others, numbers, to the right."""
+    """An aligned table: the first `left` columns are left-aligned, the others (numbers) right-aligned."""
     from rich import box
     from rich.table import Table
 
@@ -169,7 +189,7 @@ def table(*columns: str, left: int = 1) -> Table:
 
 
 def show(made: Table) -> None:
-    """Print a table as wide as the terminal, or as wide as it needs when the output goes elsewhere."""
+    """Print a table as wide as the terminal, or as wide as needed if the output isn't a terminal."""
     from rich.console import Console
 
     console = Console() if sys.stdout.isatty() else Console(width=200)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from kvgraph.cli import common
 from kvgraph.cli.common import (
     Adapter,
     AllowUntested,
+    CodecName,
     Device,
     Dtype,
     KVBudget,
@@ -25,7 +26,7 @@ from kvgraph.cli.common import (
     ModelName,
     NoCheck,
     Prefix,
-    StoreFolder,
+    StorePlaces,
     Template,
 )
 from kvgraph.data import corpus
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from kvgraph.engine.request import Request
 
 SAMPLE = 16  # documents timed for the estimate of --dry-run
-NAMED = 5  # skipped documents named one by one
+NAMED = 5  # skipped documents that are named; more are counted
 
 
 @dataclass
@@ -56,34 +57,35 @@ class _Totals:
 def encode(
     model: ModelName,
     documents: Annotated[Path, typer.Argument(metavar="CORPUS", help="JSON Lines (also .gz), text file, or folder.")],
-    store: StoreFolder = None,
+    store: StorePlaces = None,
     method: MethodName = None,
     template: Template = None,
     prefix: Prefix = "",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    codec: CodecName = "raw",
     limit: Annotated[int | None, typer.Option(min=1, help="Encode only the first documents.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say tokens, bytes and time; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print tokens, bytes and time.")] = False,
     adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
 ) -> None:
     """Encode every document of a corpus into a store, once.
 
-    Documents are encoded as the method does before any document reads another, so block, kvlink and graph-kv share
-    them. With full, a document is encoded after the prefix. Stop it whenever you like: run again, it goes on where it
-    was, and documents that are already stored cost nothing.
+    Each document is encoded as the method does before documents read each other. Therefore block, kvlink and graph-kv
+    share the records. With full, a document is encoded after the prefix. You can stop at any time: the same command
+    continues where it stopped, and documents that are already stored cost nothing.
 
     \b
       kvgraph encode ./llama corpus.jsonl --method block --store kv --dry-run
       kvgraph encode ./llama corpus.jsonl --method block --store kv --template '{title}\\n{text}\\n'
     """
-    if store is None and not dry_run:
-        raise typer.BadParameter("encode needs --store FOLDER (or --dry-run)")
+    if not store and not dry_run:
+        raise typer.BadParameter("encode needs --store PLACE (or --dry-run)")
     chosen = None if method is None else methods.parse(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
-    where = None if dry_run else store
+    where = None if dry_run or not store else store
     from kvgraph.engine.engine import Engine
 
     engine = Engine.load(
@@ -95,23 +97,23 @@ def encode(
         check=not no_check,
         kv_budget=kv_budget,
         store=where,
+        codec=codec,
     )
     prefix = common.unescaped(prefix)
     if dry_run:
-        return _estimate(engine, found, chosen, prefix, store)
+        return _estimate(engine, found, chosen, prefix, store or [])
     with engine:
         totals = _Totals()
         try:
-            with _unlogged("kvgraph.engine"):  # a record that can't be kept is this command's own error, said once
+            with _unlogged("kvgraph.engine"):  # this command reports a record that can't be written itself, once
                 _encode(engine, found, chosen, prefix, totals)
         except KeyboardInterrupt:
-            typer.echo("stopped; what is finished is in the store, run the same command again to go on", err=True)
+            typer.echo("stopped; finished documents are in the store; run the same command again to continue", err=True)
             raise
     _report_skipped(totals)
-    written = totals.computed * engine.model.kv_bytes_per_token
     typer.echo(
         f"{len(found) - len(totals.skipped):,} documents: {totals.computed:,} tokens computed, {totals.reused:,} reused, "
-        f"{common.human_size(written)} written, {totals.computed / max(totals.seconds, 1e-9):,.0f} tokens/s"
+        f"{common.human_size(engine.stored_bytes)} written, {totals.computed / max(totals.seconds, 1e-9):,.0f} tokens/s"
     )
     if totals.too_long:
         raise KVGraphError(f"{totals.too_long} documents don't fit; split them, or raise --kv-budget")
@@ -163,8 +165,8 @@ def _encode(
 def _planned(
     engine: Engine, document: corpus.CorpusDocument, method: Method | None, prefix: str, totals: _Totals
 ) -> Plan | None:
-    """The plan of a graph with this document alone; one that is empty or too big goes to totals.skipped."""
-    # The query changes no document. The name is for errors: every document is the only one of its graph.
+    """The plan of a graph with this document alone. One that is empty or too large is added to totals.skipped."""
+    # The query changes no document. The name is for errors, because every document is the only one of its graph.
     graph = ContextGraph([document.text], [0], prefix, names=[document.where]).tokenized(engine.tokenize)
     if not graph.segments[0]:
         totals.skipped.append(f"{document.where}: no tokens")
@@ -182,10 +184,9 @@ def _planned(
 
 
 def _is_stored(engine: Engine, plan: Plan) -> bool:
-    """Whether the store has a file for every span; whether they are good is for `kvgraph store verify` and readers."""
+    """Whether the store has a file for every span. `kvgraph store verify` and readers check the files."""
     assert engine.store is not None
-    keys = plan.keys(engine.model.fingerprint, engine.salt)
-    return all(engine.store.contains(key) for key in keys if key is not None)
+    return all(engine.store.contains(key) for key in engine.keys(plan) if key is not None)
 
 
 def _tokens(plan: Plan) -> int:
@@ -193,43 +194,55 @@ def _tokens(plan: Plan) -> int:
 
 
 def _estimate(
-    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, store: Path | None
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, store: Sequence[str]
 ) -> None:
-    """Print what encoding would take: counted tokens and bytes, and the time extrapolated from a few documents."""
+    """Print the cost of encoding: counted tokens and bytes, and the time extrapolated from a few documents."""
     totals = _Totals()
     plans = [plan for d in documents if (plan := _planned(engine, d, method, prefix, totals)) is not None]
     spans = {
         key: len(span)
         for plan in plans
-        for key, span in zip(plan.keys(engine.model.fingerprint), plan.spans, strict=True)
+        for key, span in zip(engine.keys(plan), plan.spans, strict=True)
         if key is not None
     }
     tokens = sum(spans.values())
     _report_skipped(totals)
     typer.echo(f"documents   {len(plans):,}")
     typer.echo(f"tokens      {tokens:,}")
-    typer.echo(f"KV on disk  {common.human_size(tokens * engine.model.kv_bytes_per_token)}{_free(store)}")
-    if plans:
-        first = _rate(engine, plans[:1])  # slower than the others
-        rate = _rate(engine, plans[1 :: max(1, len(plans) // SAMPLE)]) or first
-        if rate:
-            typer.echo(f"time        about {common.human_time(tokens / rate)} at {rate:,.0f} tokens/s, without writing")
+    first = _rate(engine, plans[:1])  # slower than the rest
+    rate = _rate(engine, plans[1 :: max(1, len(plans) // SAMPLE)]) or first
+    size = tokens * engine.model.kv_bytes_per_token * _share(engine, spans)
+    typer.echo(f"KV on disk  {common.human_size(size)}{_free(store)}")
+    if rate:
+        typer.echo(f"time        about {common.human_time(tokens / rate)} at {rate:,.0f} tokens/s, without writing")
     typer.echo("nothing was written")
 
 
 def _rate(engine: Engine, plans: Sequence[Plan]) -> float:
-    """Tokens a second of encoding these plans; 0 if there was nothing to encode."""
+    """Tokens per second when encoding these plans; 0 if there was nothing to encode."""
     started = time.perf_counter()
     outcomes = [result for _, result in engine.run(engine.prepare(plan, encode_only=True) for plan in plans)]
     computed = sum(result.usage.computed_tokens for result in outcomes if not isinstance(result, KVGraphError))
     return computed / (time.perf_counter() - started)
 
 
-def _free(store: Path | None) -> str:
-    """How much room there is where the store is or would be."""
-    if store is None:
+def _share(engine: Engine, keys: Iterable[str]) -> float:
+    """What is left of the size of a record that is in memory, once it is packed."""
+    from kvgraph.store.codecs.registry import packed
+
+    for key in keys:
+        found = engine.scheduler.memory.pool.get(key)
+        if found is not None:
+            return packed(found[0], engine.codec).stored_bytes / found[0].nbytes
+    return 1.0
+
+
+def _free(store: Sequence[str]) -> str:
+    """The free space where the store's first folder is or would be."""
+    folders = [Path(place).absolute() for place in store if "://" not in place]
+    if not folders:
         return ""
-    there = next(p for p in (store.absolute(), *store.absolute().parents) if p.exists())
+    there = next(p for p in (folders[0], *folders[0].parents) if p.exists())
     return f"; {common.human_size(shutil.disk_usage(there).free)} free"
 
 

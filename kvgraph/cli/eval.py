@@ -21,44 +21,45 @@ def evaluate(
     task: Annotated[str, typer.Option("--task", help="Which task; --list shows them.")] = "",
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="As in `kvgraph ask`; may be repeated, to compare methods on the same items."),
+        typer.Option("--method", help="As in `kvgraph ask`; repeat it to compare methods on the same items."),
     ] = None,
     model: Annotated[str, typer.Option("--model", help="Folder or hub name of a Hugging Face causal LM.")] = "",
     data: Annotated[
         str,
         typer.Option(
             metavar="PATH|hub|generated",
-            help="File or folder in the data set's own schema, or the hub's full set. The world tasks make their own: "
-            "'generated:order=shuffled,seed=1'.",
+            help="A file or folder in the data set's own schema, or 'hub' for the full set. World tasks generate their "
+            "data: 'generated:order=shuffled,seed=1'.",
         ),
     ] = "hub",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many items: the first, or with --shuffle any.")
+        int | None, typer.Option(min=1, help="Maximum number of items: the first, or with --shuffle random ones.")
     ] = None,
     shuffle: Annotated[
-        bool, typer.Option("--shuffle", help="Draw the items by --seed instead of taking the first.")
+        bool, typer.Option("--shuffle", help="Draw random items, by --seed, instead of taking the first.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of --shuffle and of the confidence intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of --shuffle and of the confidence intervals.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A run goes to DIR/TASK/METHOD; an interrupted one goes on there."),
+        typer.Option(metavar="DIR", help="Each run is written to DIR/TASK/METHOD; interrupted runs resume."),
     ] = None,
     store: StoreFolder = None,
     edges: Annotated[
         str | None,
         typer.Option(
-            help="As in `kvgraph ask`, or 'links' for the data's own, for methods that read edges [default: the task's]."
+            help="For methods that read edges: as in `kvgraph ask`, or 'links' for the data's [default: the task's]."
         ),
     ] = None,
     ablate: Annotated[
         str,
         typer.Option(
             metavar="NAMES",
-            help="Instead: the run and its variants with one thing changed each: all, or some of mask-positions, random-edges, reversed-edges, "
-            "rounds, keep, order, distractors, with commas. They go to DIR/TASK/METHOD/ablations.",
+            help="Run ablations instead, variants with one thing changed each: all, or some of mask-positions, "
+            "random-edges, reversed-edges, rounds, keep, order, distractors, separated by commas. They are written to "
+            "DIR/TASK/METHOD/ablations.",
         ),
     ] = "",
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer [default: the task's].")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum per answer [default: the task's].")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     kv_budget: KVBudget = None,
@@ -69,9 +70,9 @@ def evaluate(
 ) -> None:
     """Evaluate methods on a task: same items, same prompt, same decoding.
 
-    Every item's answer, scores and costs go to results.jsonl, and their means with 95 % confidence intervals to
-    summary.json. Stop it whenever you like: run the same command again, it goes on where it was. With --store, documents
-    that one run encoded are read by the next.
+    Each item's answer, scores and costs are written to results.jsonl, and means with 95 % confidence intervals to
+    summary.json. You can stop at any time: the same command resumes. With --store, a run reads the documents that
+    earlier runs encoded.
 
     \b
       kvgraph eval --task hotpotqa --method full --method graph-kv --model ./llama --data hotpot.jsonl --out runs
@@ -99,7 +100,7 @@ def evaluate(
     if edges is not None and not any(m.reads_edges for m in parsed):
         raise typer.BadParameter(f"none of these methods reads edges: {', '.join(specs)}; leave --edges out")
     found = read(chosen, data, limit, shuffle=shuffle, seed=seed)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     from kvgraph.engine.engine import Engine, load_model
 
     loaded = load_model(
@@ -121,18 +122,18 @@ def evaluate(
                 )
                 _show_ablations(spec, table)
                 continue
-            # An engine each: what one method left in memory would make the next one's costs depend on their order.
+            # One engine per method: otherwise costs would depend on what earlier methods left in memory.
             with open_engine() as engine:
                 summaries.append(evaluate(engine, chosen, spec, found.items, folder, **options))
     except KeyboardInterrupt:
-        typer.echo("stopped; finished items are kept, run the same command again to go on", err=True)
+        typer.echo("stopped; finished items are kept; run the same command again to continue", err=True)
         raise
     if summaries:
         _show(summaries)
 
 
 def _list() -> None:
-    """Print the tasks and methods there are."""
+    """Print the known tasks and methods."""
     from kvgraph.data.tasks import TASKS
 
     tasks = common.table("task", "metric", "what it is", left=3)
@@ -146,7 +147,7 @@ def _list() -> None:
 
 
 def _show(summaries: list[Summary]) -> None:
-    """Print one line a run: score, tokens computed and reused, median time to first token."""
+    """Print one line per run: score, tokens computed and reused, median time to first token."""
     headline = summaries[0]["headline"]
     made = common.table("task", "method", f"{headline} [95 %]", "n", "errors", "computed", "reused", "TTFT", left=2)
     for summary in summaries:
@@ -180,4 +181,4 @@ def _show_ablations(spec: str, found: Table) -> None:
 
 
 def _failed(summary: dict[str, Any]) -> str:
-    return f"{summary['errors']:,} items could not be run and score 0; the lines with an error in results.jsonl say why"
+    return f"{summary['errors']:,} items couldn't be run and score 0; their errors are in results.jsonl"

@@ -20,13 +20,13 @@ def explain(
     documents: Documents,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="Folder or hub name whose tokenizer is used; no weights are read."),
+        typer.Argument(metavar="[MODEL]", help="Folder or hub name of a model; only its tokenizer is read."),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="The same, for a tokenizer that is somewhere else.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Instead of MODEL: folder or hub name of a tokenizer.")] = None,
     ids: Annotated[
         bool, typer.Option("--ids", help="Documents, prefix and question are token ids, such as '5 17 3'.")
     ] = False,
-    question: Annotated[str | None, typer.Option(help="The query [default: a placeholder of one token or so].")] = None,
+    question: Annotated[str | None, typer.Option(help="The query [default: a short placeholder].")] = None,
     pick: Pick = None,
     method: MethodName = None,
     edges: Edges = "",
@@ -35,7 +35,7 @@ def explain(
 ) -> None:
     """Show a plan: what is encoded, who sees whom, what is cached.
 
-    "doc 1 @ 17" reads: token 0 of doc 1 stands at position 17 for this reader. Nothing is computed.
+    "doc 1 @ 17" means that token 0 of doc 1 stands at position 17 for this reader. Nothing is computed.
 
     \b
       kvgraph explain ./llama --documents corpus.jsonl --pick 0,3,7 --method graph-kv --edges all
@@ -43,7 +43,7 @@ def explain(
     """
     sources = [source for source in (model, tokenizer) if source is not None]
     if len(sources) + ids != 1:
-        raise typer.BadParameter("give one of MODEL, --tokenizer DIR or --ids, so that it is clear how to count tokens")
+        raise typer.BadParameter("give one of MODEL, --tokenizer DIR or --ids, which say how to count tokens")
     chosen = None if method is None else methods.parse(method)
     found = common.chosen(documents, template, pick, token_ids=ids)
     if question is None:
@@ -62,15 +62,15 @@ def _ids(text: str) -> list[int]:
     words = re.findall(r"[^\s,\[\]]+", text)
     bad = next((w for w in words if not common.DIGITS.fullmatch(w)), None)
     if bad is not None:
-        raise GraphError(f"with --ids everything is token ids, but there is {bad[:40]!r}")
+        raise GraphError(f"{bad[:40]!r} isn't a token id; with --ids, give only token ids")
     return [int(w) for w in words]
 
 
 def _source(source: str) -> tuple[Callable[[str], list[int]], tuple[str, ...]]:
-    """What tokenizes as the model does, and the methods that the model declares tuning for."""
+    """The model's tokenizer, and the methods that the model declares tuning for."""
     from kvgraph import models
 
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1  # no hub name does, as for `ask`
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1  # hub names never do, as in `ask`
     if looks_local and not Path(source).expanduser().is_dir():
         raise ModelError(f"there is no folder {source}")
     tokenizer = models.load_tokenizer(source)

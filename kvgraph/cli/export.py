@@ -12,7 +12,8 @@ def export(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            metavar="CHECKPOINT", help="A run's folder, a checkpoint in it, or a torch.distributed.checkpoint folder."
+            metavar="CHECKPOINT",
+            help="The folder of a run, a checkpoint in it, or a torch.distributed.checkpoint folder.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model.")],
@@ -29,9 +30,9 @@ def export(
 ) -> None:
     """Write a trained model as an ordinary Hugging Face folder.
 
-    Of a run it takes the latest checkpoint. It also reads what other trainers write with torch.distributed.checkpoint
-    (.metadata and *.distcp files), in the names of Hugging Face, torchtune or torchtitan, as KVLink's training code does.
-    Read such folders only if you trust whoever made them: PyTorch unpickles their index.
+    For a run, the latest checkpoint is used. Folders that other trainers, such as KVLink's, write with
+    torch.distributed.checkpoint (.metadata and *.distcp files) are read too, with the parameter names of Hugging Face,
+    torchtune or torchtitan. Read them only if you trust their source, because PyTorch unpickles their index.
 
     \b
       kvgraph train export runs/kvlink-5 ./llama-kvlink-5

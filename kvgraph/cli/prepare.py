@@ -19,34 +19,34 @@ if TYPE_CHECKING:
 def prepare(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Which source; --list shows them.")] = "",
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The folder to make; an interrupted one is gone on with.")
+        Path | None, typer.Option(metavar="DIR", help="The folder to write; interrupted runs resume.")
     ] = None,
     source: Annotated[
         str,
         typer.Option(
             metavar="PATH|HUB",
-            help="Where the raw records are: a JSON Lines, JSON or Parquet file, a folder of such, or NAME or NAME:CONFIG "
-            "on the hub [default: the source's own data set on the hub].",
+            help="The raw records: a JSON Lines, JSON or Parquet file, a folder of these, or NAME or NAME:CONFIG on "
+            "the hub [default: the source's own data set on the hub].",
         ),
     ] = "",
     sample: Annotated[
-        bool, typer.Option("--sample", help="Take a few records that come with kvgraph; needs no network.")
+        bool, typer.Option("--sample", help="Use a few records that ship with kvgraph; needs no network.")
     ] = False,
     tokenizer: Annotated[
         str,
         typer.Option(
             metavar="MODEL",
-            help="Folder or hub name of the model whose tokens are counted; some sources choose or cut by length "
+            help="Folder or hub name of a model, to count tokens; some sources select or cut texts by length "
             "[default with --sample: bytes].",
         ),
     ] = "",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many records; a larger one later goes on.")
+        int | None, typer.Option(min=1, help="Stop after this many records; a larger limit continues later.")
     ] = None,
     validation: Annotated[
-        float, typer.Option(min=0, max=0.99, help="Share of the documents whose records are for validation.")
+        float, typer.Option(min=0, max=0.99, help="Share of documents in the validation set.")
     ] = 0.01,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,10 +55,10 @@ def prepare(
     ] = None,
     list_all: Annotated[bool, typer.Option("--list", help="Show sources and their settings, and exit.")] = False,
 ) -> None:
-    """Prepare training data: train.jsonl, validation.jsonl, and prepared.json, which says what they are.
+    """Prepare training data: train.jsonl, validation.jsonl, and prepared.json, which describes them.
 
-    Records are texts without prompts, for any model. Stop it whenever you like, even with kill -9: run the same command
-    again, and it goes on to the same files. docs/data.md says what they hold.
+    Records are texts without prompts, for any model. You can stop at any time, even with kill -9: the same command
+    resumes and ends with the same files. docs/reference/data.md describes them.
 
     \b
       kvgraph data prepare tulu --sample --out data/tulu
@@ -80,7 +80,7 @@ def prepare(
     from kvgraph.train.prepare.tokens import Tokens
 
     chosen = prepare.get(name)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     measure = Tokens.load(tokenizer) if tokenizer else Tokens.of_bytes() if sample and chosen.needs_tokenizer else None
     try:
         with _Bar(name, limit) as bar:
@@ -97,7 +97,7 @@ def prepare(
                 say=bar.doing,
             )
     except KeyboardInterrupt:
-        typer.echo("stopped; what is prepared is kept, run the same command again to go on", err=True)
+        typer.echo("stopped; prepared records are kept; run the same command again to continue", err=True)
         raise
     _show(state, out)
     if bar.said:
@@ -105,7 +105,7 @@ def prepare(
 
 
 class _Bar(Progress):
-    """Records, and how many a second."""
+    """Shows records and records per second."""
 
     def __init__(self, label: str, total: int | None):
         super().__init__(label, total)
@@ -114,13 +114,13 @@ class _Bar(Progress):
     def update(self, state: State) -> None:
         """Show how many records there are."""
         records = sum(state["counts"][split]["records"] for split in ("train", "validation"))
-        if self.before < 0:  # what an earlier run made says nothing about the rate
+        if self.before < 0:  # records of an earlier run don't count for the rate
             self.before, self.started = records, time.perf_counter()
         rate = (records - self.before) / max(1e-9, time.perf_counter() - self.started)
         self.show(records, f"{rate:,.0f} records/s" if rate else "")
 
     def doing(self, text: str) -> None:
-        """Show what a source is doing, behind its name; the command ends with the last such text."""
+        """Show what a source is doing, after its name. The command ends with the last of these texts."""
         self.said = text
         self.show(label=f"{self.label}  {text}")
 
@@ -142,7 +142,7 @@ def _list() -> None:
 
 
 def _show(state: State, out: Path) -> None:
-    """Print what is in the folder now."""
+    """Print what the folder holds now."""
     counts = state["counts"]
     made = common.table("split", "records", "documents", "characters", "tokens")
     for split in ("train", "validation"):

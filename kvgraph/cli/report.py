@@ -1,4 +1,4 @@
-"""`kvgraph report`: finished evaluations as a page for people and as JSON; and what changed between two of them."""
+"""`kvgraph report`: finished evaluations as a page for people and as JSON, and comparisons of two of them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ if TYPE_CHECKING:
 
 def report(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="DIR...", help="Folders that hold finished runs, at any depth.")
+        list[Path] | None, typer.Argument(metavar="DIR...", help="Folders with finished runs, at any depth.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="HTML", help="The page [default: report.html, unless another file is asked for]."),
+        typer.Option(metavar="HTML", help="The page [default: report.html, unless another file is given]."),
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="MD", help="Its tables as Markdown.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", metavar="JSON", help="Its numbers for programs.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="MD", help="The page's tables as Markdown.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", metavar="JSON", help="The numbers as JSON.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(metavar="A B", help="Instead: what changed between two runs, and is it more than noise?"),
+        typer.Option(metavar="A B", help="Compare two runs instead: what changed, and is it more than noise?"),
     ] = None,
 ) -> None:
     """Show evaluations: tables, intervals, paired tests and plots.
 
-    The page holds all it needs: it works without network, in light and dark, and on paper. --compare prints which
-    settings differ between two runs, their scores with paired tests, and the items that one got right and the other
-    wrong.
+    The page is self-contained: it works offline, in light and dark mode, and on paper. --compare prints which settings
+    differ between two runs, their scores with paired tests, and the items that one got right and the other wrong.
 
     \b
       kvgraph report runs --out report.html --markdown report.md
@@ -45,7 +44,9 @@ def report(
         raise typer.BadParameter("give folders of runs, or --compare with two runs")
     if compare is not None:
         if out or markdown:
-            raise typer.BadParameter("--compare prints; of the files it writes only --json")
+            raise typer.BadParameter(
+                "--compare prints its result and writes only --json; leave --out and --markdown out"
+            )
         _compare(*compare, as_json)
         return
     from kvgraph.eval import report as reports
@@ -65,7 +66,7 @@ def _json(value: object) -> str:
 
 
 def _show(made: Report) -> None:
-    """Print the headline of every run, and what keeps numbers from being compared."""
+    """Print the headline score of every run, and why some numbers can't be compared."""
     table = common.table("task", "model", "method", "metric", "score [95 % interval]", "difference", "p", left=4)
     from kvgraph.eval.stats import p_text
 
@@ -119,7 +120,7 @@ def _show_comparison(found: Comparison) -> None:
             table.add_row(*flip.cells())
         common.show(table)
         if len(found.flips) > 10:
-            typer.echo(f"... and {len(found.flips) - 10:,} more; --json FILE has all")
+            typer.echo(f"... and {len(found.flips) - 10:,} more; --json FILE has them all")
         typer.echo("")
     for name, before, after in found.costs:
         typer.echo(f"{name}: {before} -> {after}")

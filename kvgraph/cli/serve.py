@@ -28,35 +28,35 @@ def serve(
     ] = None,
     kv_budget: Annotated[
         int | None,
-        typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory [default: half of what is free]."),
+        typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory [default: half of the free memory]."),
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="For requests that name none [default: the first the model declares tuning for, else full]."),
+        typer.Option(help="For requests without one [default: the first the model declares tuning for, else full]."),
     ] = None,
     served_name: Annotated[
-        str | None, typer.Option(help="What clients call the model [default: its last name].")
+        str | None, typer.Option(help="The model's name for clients [default: the last part of its name].")
     ] = None,
-    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file that replaces the model's.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file, instead of the model's template.")] = None,
     document_template: Annotated[
-        str | None, typer.Option(help=r"How a document is written, such as '{title}\n{text}\n\n'.")
+        str | None, typer.Option(help=r"How to write a document, such as '{title}\n{text}\n\n'.")
     ] = None,
     overflow: Annotated[
-        str | None, typer.Option(help="When documents don't fit: refuse, or drop the last ones [default: refuse].")
+        str | None, typer.Option(help="If documents don't fit: refuse, or drop the last ones [default: refuse].")
     ] = None,
     allow_untested: Annotated[
         bool | None, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")
     ] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json [default: text].")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with these and all other settings.", envvar="KVGRAPH_CONFIG")
+        Path | None, typer.Option(help="TOML file with these and further settings.", envvar="KVGRAPH_CONFIG")
     ] = None,
 ) -> None:
-    """Serve a model through OpenAI's API, documents composed from their cached KV.
+    """Serve a model through OpenAI's API, with documents composed from their cached KV.
 
-    Every setting can also come from the environment (KVGRAPH_STORE=...) or a TOML file; flags win over the environment,
-    which wins over the file. docs/server.md lists all of them, API keys and limits among them; examples/server.toml is a
-    file to begin with. SIGTERM and Ctrl-C let running requests finish; a second one ends at once.
+    Settings can also come from the environment (KVGRAPH_STORE=...) or a TOML file. Flags override the environment,
+    which overrides the file. docs/reference/configuration.md lists all settings, including API keys and limits;
+    examples/server.toml is an example. SIGTERM and Ctrl-C let running requests finish; a second one stops at once.
 
     \b
       kvgraph serve --model ./llama --store kv

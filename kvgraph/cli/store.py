@@ -1,4 +1,4 @@
-"""`kvgraph store ...`: look at a store and keep it in order."""
+"""`kvgraph store ...`: inspect and maintain a store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Folder = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 Older = Annotated[
     float | None,
-    typer.Option(parser=common.parse_duration, metavar="TIME", help="Remove what wasn't used for so long, e.g. 7d."),
+    typer.Option(parser=common.parse_duration, metavar="TIME", help="Remove records unused for this long, e.g. 7d."),
 ]
 MaxSize = Annotated[
     int | None,
@@ -33,7 +33,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def store() -> None:
-    """Look at a store of KV records and keep it in order.
+    """Inspect and maintain a store of KV records.
 
     \b
       kvgraph store stat --store kv
@@ -44,7 +44,7 @@ def store() -> None:
 @app.command()
 def ls(
     folder: Folder,
-    limit: Annotated[int, typer.Option(min=1, help="Records to show at most.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of records to show.")] = 50,
 ) -> None:
     """List records, the most recently used first.
 
@@ -52,11 +52,11 @@ def ls(
       kvgraph store ls --store kv --limit 10
     """
     entries = _opened(folder).ls()
-    table = common.table("key", "tokens", "size", "last used", "model", "pinned")
+    table = common.table("key", "tokens", "size", "last used", "model", "pinned", "codec")
     now = time.time()
     for e in entries[:limit]:
         size, used = common.human_size(e.size), f"{common.human_time(max(0.0, now - e.used))} ago"
-        table.add_row(e.key[:16], f"{e.tokens:,}", size, used, e.fingerprint[:8], "yes" if e.pinned else "")
+        table.add_row(e.key[:16], f"{e.tokens:,}", size, used, e.fingerprint[:8], "yes" if e.pinned else "", e.codec)
     common.show(table)
     if len(entries) > limit:
         typer.echo(f"... and {len(entries) - limit:,} more; see --limit")
@@ -64,7 +64,7 @@ def ls(
 
 @app.command()
 def stat(folder: Folder) -> None:
-    """Say how many records, tokens and bytes a store holds.
+    """Print how many records, tokens and bytes a store holds.
 
     \b
       kvgraph store stat --store kv
@@ -81,8 +81,8 @@ def stat(folder: Folder) -> None:
 def verify(folder: Folder) -> None:
     """Read every record in full and check it.
 
-    Bad ones are moved aside into the store's folder "quarantine" and become misses: they will be computed again. Exits
-    with 1 if there were any. Leftovers of killed writers are removed; files that aren't the store's are only named.
+    Damaged records are moved to the store's folder "quarantine"; they are then computed again when needed. The command
+    exits with 1 if there were any. Leftovers of killed writers are removed. Files that aren't the store's are listed.
 
     \b
       kvgraph store verify --store kv
@@ -99,7 +99,7 @@ def verify(folder: Folder) -> None:
     if report.temporary:
         typer.echo(f"removed {report.temporary:,} leftovers of interrupted writers")
     if report.rows_added or report.rows_removed:
-        typer.echo(f"index put right: {report.rows_added:,} rows added, {report.rows_removed:,} removed")
+        typer.echo(f"index repaired: {report.rows_added:,} rows added, {report.rows_removed:,} removed")
     good = f"{report.good:,} records are good ({common.human_size(report.bytes)})"
     if report.clean:
         typer.echo(good)
@@ -110,9 +110,9 @@ def verify(folder: Folder) -> None:
 
 @app.command()
 def prune(folder: Folder, max_size: MaxSize = None, older_than: Older = None) -> None:
-    """Remove records that weren't used lately.
+    """Remove records that weren't used recently.
 
-    First those not used for --older-than, then the least recently used down to --max-size. Pinned ones stay.
+    Removes records unused for --older-than, then the least recently used ones down to --max-size. Pinned records stay.
 
     \b
       kvgraph store prune --store kv --older-than 7d --max-size 10GiB
@@ -125,7 +125,7 @@ def prune(folder: Folder, max_size: MaxSize = None, older_than: Older = None) ->
 
 @app.command()
 def pin(folder: Folder, keys: Keys) -> None:
-    """Protect records: they stay when others make room, and `prune` leaves them.
+    """Protect records from eviction and from `prune`.
 
     \b
       kvgraph store pin --store kv 3f9a01c2
@@ -138,7 +138,7 @@ def pin(folder: Folder, keys: Keys) -> None:
 
 @app.command()
 def unpin(folder: Folder, keys: Keys) -> None:
-    """Take the protection of `pin` back.
+    """Undo `pin`.
 
     \b
       kvgraph store unpin --store kv 3f9a01c2
@@ -178,9 +178,9 @@ def rm(
 
 
 def _opened(folder: Path) -> DiskStore:
-    """The store in a folder, which must be one already: looking at a store must not make one."""
+    """The store in a folder, which must exist: inspecting a store must not create one."""
     from kvgraph.store.disk import DiskStore
 
     if not (folder / "VERSION").exists():
-        raise StoreError(f"{folder} is no store" if folder.exists() else f"there is no store {folder}")
+        raise StoreError(f"{folder} isn't a store" if folder.exists() else f"there is no store {folder}")
     return DiskStore(folder)

@@ -26,16 +26,16 @@ def train(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="The run's folder. If it holds checkpoints of this run, it goes on there."),
+        typer.Option(metavar="RUN", help="The run's folder. If it has checkpoints of this run, training resumes."),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder, by its own configuration.")
+        Path | None, typer.Option(metavar="RUN", help="Resume the run in this folder, with its own configuration.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(metavar="NAME=W,...", help="Weights of components; 0 leaves one out, in every stage.")
+        str, typer.Option(metavar="NAME=W,...", help="Weights of components in every stage; 0 leaves one out.")
     ] = "",
     method: Annotated[
-        list[str] | None, typer.Option(help="Train every component by this method; may be repeated, to mix methods.")
+        list[str] | None, typer.Option(help="Train every component by this method; repeat it to mix methods.")
     ] = None,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases instead of TensorBoard.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the whole configuration as JSON, and exit.")] = False,
@@ -44,9 +44,10 @@ def train(
 ) -> None:
     """Train a model by a recipe, to answer from composed caches.
 
-    Every setting has an option below; in brackets is what it is where the recipe doesn't say. The run's folder gets config.json, log.jsonl, TensorBoard's curves and
-    checkpoints, each with the model as an ordinary Hugging Face folder. Stop it whenever you like: the same command goes
-    on from the latest checkpoint with the same data, and gives the same losses as if it had never stopped.
+    Every setting has an option below, with its default in brackets; recipes set their own. The run's folder gets
+    config.json, log.jsonl, TensorBoard's curves, and checkpoints with the model as an ordinary Hugging Face folder. You
+    can stop at any time: the same command resumes from the latest checkpoint, with the same data and the same losses as
+    without the stop.
 
     \b
       kvgraph train --list
@@ -84,7 +85,7 @@ def train(
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every setting of Config that is one value, as Config describes it."""
+    """The command with an option for every setting of Config that is a single value, as Config describes it."""
     hints = get_type_hints(Config, include_extras=True)
     signature = inspect.signature(command, eval_str=True)
     plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -120,15 +121,15 @@ def _list() -> None:
 
 
 def _saved(run: Path | None) -> Path:
-    """The configuration of a run to go on with."""
+    """The configuration of a run to resume."""
     path = (run or Path()) / "config.json"
     if not path.is_file():
-        raise TrainError(f"{run} holds no run; start one with --recipe or --config, and --out")
+        raise TrainError(f"{run} isn't the folder of a run; start one with --recipe or --config, and --out")
     return path
 
 
 def _weights(text: str) -> dict[str, float]:
-    """{"qa": 10.0} of "qa=10"."""
+    """{"qa": 10.0} for "qa=10"."""
     found = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = item.partition("=")
@@ -158,12 +159,12 @@ def _changed(stages: tuple[Stage, ...], weights: dict[str, float], methods: list
 
 
 def _tell(result: Any, run: Path) -> None:
-    """Say how the run ended, and what to do next."""
+    """Print how the run ended, and what to do next."""
     model = result.checkpoint / "model"
     if result.signal is None:
         typer.echo(f"trained {result.step:,} steps; the model is in {model}")
     else:
         typer.echo(
-            f"stopped by {result.signal.name} after step {result.step:,}; go on with: kvgraph train --resume {run}",
+            f"stopped by {result.signal.name} after step {result.step:,}; resume with: kvgraph train --resume {run}",
             err=True,
         )

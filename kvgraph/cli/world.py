@@ -13,26 +13,26 @@ from kvgraph.data import io
 
 def world(
     kind: Annotated[
-        str, typer.Option(help="hops: a document each; chunks: documents cut into chunks that need each other.")
+        str, typer.Option(help="hops: a document per entity; chunks: documents cut into chunks that need each other.")
     ] = "hops",
     count: Annotated[int | None, typer.Option(min=1, help="Corpora [default: 100 to write, 1 to show].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Another seed, other corpora [default: 0].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed gives other corpora [default: 0].")] = None,
     settings: Annotated[
         str,
         typer.Option(
             metavar="NAME=VALUE,...",
-            help="How corpora are made and told: split, entities, questions, types, order, edges, share, "
-            "prefix, statements; docs/world.md explains them.",
+            help="How corpora are made and written: split, entities, questions, types, order, edges, share, "
+            "prefix, statements; docs/reference/world.md explains them.",
         ),
     ] = "",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the questions as JSON Lines for `kvgraph eval --data`.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the world's tokenizer as a model folder has it.")
+        Path | None, typer.Option(metavar="DIR", help="Write the world's tokenizer, in the form of a model folder.")
     ] = None,
 ) -> None:
-    """Make corpora of the synthetic world and their questions; without --out or --tokenizer, show some.
+    """Make corpora of the synthetic world and their questions. Without --out or --tokenizer, show some.
 
     \b
       kvgraph data world --kind chunks --settings order=shuffled
@@ -53,9 +53,9 @@ def world(
             for record in records(made):
                 file.write(io.line(record))
                 written += 1
-        typer.echo(f"{written:,} questions over {made.count:,} corpora in {out}")
+        typer.echo(f"{written:,} questions over {made.count:,} corpora are in {out}")
     if tokenizer is not None:
         from kvgraph.data.world.tokenizer import write
 
         write(tokenizer)
-        typer.echo(f"the world's tokenizer in {tokenizer}")
+        typer.echo(f"the world's tokenizer is in {tokenizer}")

@@ -1,4 +1,4 @@
-"""`kvgraph demo --world`: a tiny model that ships with the package answers questions about a synthetic world, by four methods."""
+"""`kvgraph demo --world`: a small model that ships with the package answers questions by four methods."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Answers = Mapping[str, Mapping[str, Sequence["Result"]]]  # by method and run
 
 EACH = 20  # corpora of each kind, with one question each
-SEED = 75  # its first corpora are short enough to be shown, and answered as most others are
+SEED = 75  # its first corpora are short enough to show, and are answered like most others
 DOCUMENTS = World(HOPS, seed=SEED, count=EACH, questions=1, entities=(2, 5), types=("1-hop", "2-hop"))
 SHUFFLED_CHUNKS = World(CHUNKS, seed=SEED, count=EACH, questions=1, types=(PRONOUN,), order=SHUFFLED)
 SPECS = {"full": "full", "block": "block", "kvlink": tokenizer.kvlink(4), "graph-kv": "graph-kv"}
@@ -46,13 +46,13 @@ class Asked(NamedTuple):
     question: WorldQuestion
 
     def graph(self, model: Model, method: Method) -> ContextGraph:
-        """What the model is asked, as `kvgraph eval` asks it; with the corpus' edges where the method reads them."""
+        """The prompt, as in `kvgraph eval`, with the corpus' edges if the method reads them."""
         documents = [Document(segment.text) for segment in self.corpus.segments]
         prompt = chat.plain(model.tokenizer, "\n\n", documents, self.question.text, "{text}\n")
         return prompt.graph(self.corpus.edges if method.reads_edges else ())
 
     def is_right(self, result: Result) -> bool:
-        """Whether the answer is the right one."""
+        """Whether the answer is right."""
         return result.text.strip() == self.question.answer
 
 
@@ -91,28 +91,28 @@ def _introduce(model: Model, about_documents: Asked, about_chunks: Asked) -> Non
     typer.echo(f"""\
 A small model that ships with kvgraph ({size:.1f} million parameters) answers questions about documents.
 It was trained on an invented world of short sentences and knows nothing else. The names below were
-never in its training, so what it gets right it has read here. What the model computes for a document,
-its KV cache, is kept and used again for every question.
+not in its training data, so right answers come from reading. The model's KV cache of a document is
+kept and used again for every question.
 
-1. Short documents. The answer to some questions takes two of them.
+1. Short documents. Some questions need two of them.
 """)
     _tell(about_documents, edges=False)
     typer.echo("""
-2. Documents that were cut into chunks, and shuffled. Whom a chunk means by "she" is known from edges
-   alone: it reads the chunk that its document begins with.
+2. Documents cut into chunks and shuffled. Only edges tell whom a chunk means by "she": it reads the
+   first chunk of its document.
 """)
     _tell(about_chunks, edges=True)
     typer.echo(f"""
-Both are asked by four methods, and {EACH - 1} more like each about other documents:
+Four methods answer both, and {EACH - 1} more questions of each kind about other documents:
 
-   full      each document is computed after all those before it, as in an ordinary prompt
-   block     each document alone
-   kvlink    each alone; four link tokens after each are computed with the question
-   graph-kv  each alone, then once more after those it reads; the only one that knows the edges
+   full      computes each document after all those before it, as in an ordinary prompt
+   block     computes each document alone
+   kvlink    computes each document alone, and four link tokens after each with the question
+   graph-kv  computes each document alone, then again after those it reads; only it uses the edges
 
-cold: nothing is stored yet. warm: asked again. restart: a new engine, which finds on disk what the
-first one stored. Tokens computed, or found in memory or on disk, are those of an average question;
-the time to the first token is the median.
+cold: nothing is stored yet. warm: asked again. restart: a new engine, which finds the stored caches
+on disk. Tokens computed, or found in memory or on disk, are the mean per question; the time to the
+first token is the median.
 """)
 
 
@@ -126,7 +126,7 @@ def _tell(asked: Asked, *, edges: bool) -> None:
 
 
 def _answers(model: Model, ready: Mapping[str, Method], asked: Sequence[Asked], folder: Path) -> Answers:
-    """The answers to all questions, one after the other, cold, warm, and from a new engine on the same disk store."""
+    """The answers to all questions, one by one: cold, warm, and from a new engine on the same disk store."""
     from kvgraph.engine.engine import Engine
     from kvgraph.progress import Progress
 
@@ -136,7 +136,7 @@ def _answers(model: Model, ready: Mapping[str, Method], asked: Sequence[Asked], 
             with Engine(model, store=folder / name) as engine:
                 for run, one in product(runs, asked):
                     found[name][run].append(_answer(engine, method, one))
-                    engine.flush()  # so that no question pays for storing what the one before it computed
+                    engine.flush()  # so that no question waits for storing the one before it
                     bar.advance(1)
     return found
 
@@ -147,7 +147,7 @@ def _answer(engine: Engine, method: Method, asked: Asked) -> Result:
 
 
 def _row(documents: Sequence[Asked], chunks: Sequence[Asked], results: Sequence[Result]) -> Iterator[str]:
-    """The columns of one run: the first answers of both kinds, how many are right, and what they cost."""
+    """The columns of one run: the first answers of both kinds, how many are right, and their cost."""
     kinds = (documents, results[:EACH]), (chunks, results[EACH:])
     for asked, found in kinds:
         yield f"{found[0].text.strip()[:8] or 'nothing'} {'✓' if asked[0].is_right(found[0]) else '✗'}"
@@ -165,7 +165,7 @@ def _right(asked: Sequence[Asked], results: Sequence[Result]) -> int:
 
 
 def _explain(model: Model, right: Mapping[str, int]) -> None:
-    """What edges did for the second kind of question. right: how many of them each method answered."""
+    """What edges changed for the second kind of question. right: how many of them each method answered."""
     from kvgraph.engine.engine import Engine
 
     told = _asked(replace(SHUFFLED_CHUNKS, edges=WRONG))
@@ -176,14 +176,14 @@ def _explain(model: Model, right: Mapping[str, int]) -> None:
     others = ", ".join(f"{name} {count}" for name, count in right.items() if name != "graph-kv")
     typer.echo(f"""
 Of the {EACH} questions like 2, graph-kv answers {right["graph-kv"]} ({others}). With wrong edges
-{wrong} of its answers are right, and {as_told} are what the wrong edges say. This is a tiny model in a synthetic
-world: it shows what edges can carry, not how good a method is on real text (`kvgraph eval` measures
-that), and there are ways to say the same in plain text (docs/world.md).
+{wrong} of its answers are right, and {as_told} follow the wrong edges. This is a tiny model in a synthetic
+world. It shows what edges can carry, not how good a method is on real text; `kvgraph eval` measures
+that. The same information can also be given in plain text (docs/reference/world.md).
 """)
 
 
 def _check(model: Model, ready: Mapping[str, Method], answers: Answers, asked: Sequence[Asked]) -> None:
-    """Say whether reuse changed nothing. Raises KVGraphError where it did."""
+    """Print that reuse changed nothing. Raises KVGraphError if it did."""
     different = [name for name, runs in answers.items() if not _same(runs)]
     _say(not different, "cold, warm and restarted answers are the same tokens, and only cold ones compute documents")
     worst = {name: max(_difference(model, method, one) for one in asked) for name, method in ready.items()}
@@ -196,14 +196,14 @@ def _check(model: Model, ready: Mapping[str, Method], answers: Answers, asked: S
 
 
 def _same(runs: Mapping[str, Sequence[Result]]) -> bool:
-    """Whether all runs gave the same tokens, and all but the cold one computed no document."""
+    """Whether all runs gave the same tokens, and only the cold one computed documents."""
     cold, *again = runs.values()
     same = all(r.token_ids == c.token_ids for results in again for r, c in zip(results, cold, strict=True))
     return same and not any(r.usage.document_tokens_computed for results in again for r in results)
 
 
 def _difference(model: Model, method: Method, asked: Asked) -> float:
-    """Largest difference of the engine's logits from one dense forward's, in standard deviations of those."""
+    """Largest difference of the engine's logits from one dense forward's, in standard deviations of the latter."""
     import torch
 
     from kvgraph.engine.engine import Engine
@@ -212,7 +212,7 @@ def _difference(model: Model, method: Method, asked: Asked) -> float:
         plan = engine.plan(asked.graph(model, method), method)
         dense = plan.dense()
         expected = model.dense(*(torch.from_numpy(a) for a in (dense.tokens, dense.positions, dense.visible)))[-1]
-        engine.logits(plan)  # so that the next one reads stored KV only
+        engine.logits(plan)  # so that the next call reads only stored KV
         return float((engine.logits(plan) - expected).abs().max() / expected.std())
 
 

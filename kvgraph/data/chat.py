@@ -161,7 +161,7 @@ class _Renderer:
             role = messages[lost[0]].get("role")
             raise ChatError(
                 f"the model's chat template leaves message {lost[0]} out of the prompt (role {role!r}); "
-                "send it in a role that the template renders, or in another place"
+                "use a role that the template renders"
             )
         return messages
 
@@ -187,12 +187,14 @@ class _Renderer:
         conversation in a way that it ends no turn within one.
         """
         ends: list[int] = []
+        closing = ""  # what the template was seen to end a conversation with
         for i in _ends(len(messages)):
             try:
-                part = self(messages[:i], answer=False)
+                part = self(messages[:i], answer=False).removesuffix(closing)
             except ChatError:  # some templates refuse a system message alone
                 continue
             end = self._shared(part, whole)
+            closing = closing or part[end:]
             if i == len(messages):
                 end = min(end, self._shared(part, self._later(messages)))
             if (ends[-1] if ends else 0) < end < len(whole):
@@ -218,6 +220,7 @@ class _Renderer:
         """Where the tokens of a text begin; nowhere, as far as a tokenizer without offsets can tell."""
         if not getattr(self.tokenizer, "is_fast", False):
             return set()
+        text = text.encode("utf-8", "replace").decode()  # tokenizers can't read half a surrogate pair
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return {start for start, _ in encoded["offset_mapping"]}
 

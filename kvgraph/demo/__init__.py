@@ -27,15 +27,15 @@ DOCUMENTS, QUESTIONS = FOLDER / "documents.jsonl", FOLDER / "questions.jsonl"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 KVLINK = "kvlink:links=1,link_start=3,slots=14"  # the link tokens that the adapter was trained with
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-LINK_SLOTS, LINKS = 10, 2  # KVLink's link tokens: so many a document, for so many documents
-CHAT_TEMPLATE = (  # roles in words, one message a paragraph
+LINK_SLOTS, LINKS = 10, 2  # KVLink's link tokens: documents that have some, and how many each
+CHAT_TEMPLATE = (  # roles in words, one message per paragraph
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 SPECIAL = ["<|end|>", "<|mem_start|>", "<|mem_end|>", *(f"<|link_{i}|>" for i in range(LINKS * LINK_SLOTS))]
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 6, 4, 2, 64, 768
-SHARPNESS = 4  # standard deviation of attention scores: enough that a few keys among thousands matter
+SHARPNESS = 4  # standard deviation of attention scores, large enough for a few keys among thousands to matter
 
 
 def documents() -> list[CorpusDocument]:
@@ -78,7 +78,7 @@ def adapter() -> Path:
 def model() -> Path:
     """The folder of the model that ships with the package, trained on the synthetic world (kvgraph.data.world).
 
-    Raises KVGraphError when it isn't there.
+    Raises KVGraphError if it isn't there.
     """
     return _shipped("model", MODEL_FILES)
 
@@ -94,9 +94,9 @@ def _shipped(name: str, needed: tuple[str, ...]) -> Path:
 
 
 def write_model(folder: Path, seed: int = 0) -> None:
-    """Write a tiny Llama with random weights and a byte-level tokenizer (one token a byte) as a Hugging Face folder.
+    """Write a tiny Llama with random weights and a byte-level tokenizer (one token per byte) as a Hugging Face folder.
 
-    Random weights say nothing, but they make every tensor matter, so exactness and speed can be seen with them.
+    Its answers mean nothing, but every tensor matters, which is enough to test exactness and speed.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))

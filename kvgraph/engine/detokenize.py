@@ -1,12 +1,12 @@
-"""From tokens to text that can be shown as it comes, and that ends at stop strings."""
+"""From tokens to text that can be streamed and ends at stop strings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from kvgraph.engine.sampling import stop_strings
 
-REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no whole character (yet)
+REPLACEMENT = "\ufffd"  # decoders give it for bytes that aren't a whole character (yet)
 LONGEST_WAIT = 16  # tokens that may wait for a character to be completed; a real one needs at most 4
 
 
@@ -19,18 +19,27 @@ class TextStream:
     fallback does when whole characters are followed by broken bytes; what was shown stays.)
 
     stop: strings that end the answer. The one that is *completed* first counts, and of several completed by the same
-    character the longest, so how the text is split into tokens makes no difference.
+    character the longest, so how the text is split into tokens makes no difference. Those completed by the first
+    min_tokens tokens don't count. before: tokens whose text the answer follows without a break; without them it begins as
+    a text does, with some tokenizers without its first space.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Iterable[str] = ()):
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Iterable[str] = (),
+        min_tokens: int = 0,
+        before: Sequence[int] = (),
+    ):
         self.stopped = False
+        self._unstoppable = min_tokens  # how many tokens from now on
         self._decode = decode
         self._stop = stop_strings(stop)
         self._pieces: list[str] = []
-        self._held = ""  # decoded, but it may be the beginning of a stop string
+        self._held = ""  # decoded, but possibly the beginning of a stop string
         # Two neighbouring groups of tokens, each ending with a whole character: the earlier one, whose text is known,
         # is the context in which the later, still growing one is decoded (TGI's and vLLM's prefix offset).
-        self._context: list[int] = []
+        self._context: list[int] = list(before)
         self._waiting: list[int] = []
 
     @property
@@ -39,26 +48,27 @@ class TextStream:
         return "".join(self._pieces)
 
     def push(self, token: int) -> str:
-        """Take the next token; returns the text that can now be shown, often "". Nothing comes after a stop."""
+        """Take the next token; returns the text that can now be shown, often "". After a stop it is always ""."""
         if self.stopped:
             return ""
         self._waiting.append(token)
+        self._unstoppable -= 1
         text = self._fresh()
         if text and not text.endswith(REPLACEMENT):
             self._settle(len(self._waiting))
         elif len(self._waiting) <= LONGEST_WAIT:
             return ""
-        elif text:  # not half a character but bytes that are none
+        elif text:  # not half a character but invalid bytes
             whole = self._last_whole(text)
             settled = self._fresh(whole)
             self._settle(whole)
             text = settled
-        else:  # special tokens that have no text
+        else:  # special tokens without text
             self._waiting.clear()
         return self._show(text)
 
     def finish(self) -> str:
-        """Returns what was held back, half characters included; "" after a stop or a second time."""
+        """Returns the text held back, including half characters; "" after a stop or when called again."""
         if self.stopped:
             return ""
         shown = self._show(self._fresh())
@@ -74,7 +84,7 @@ class TextStream:
         waiting = self._waiting[:n]
         before = self._decode(self._context)
         text = self._decode(self._context + waiting)
-        # A decoder that rewrote the context can't be followed: go on with the new tokens alone.
+        # A decoder that rewrote the context can't be followed: continue with the new tokens alone.
         return text[len(before) :] if text.startswith(before) else self._decode(waiting)
 
     def _settle(self, n: int) -> None:
@@ -83,15 +93,19 @@ class TextStream:
             self._context, self._waiting = self._waiting[:n], self._waiting[n:]
 
     def _last_whole(self, text: str) -> int:
-        """How many waiting tokens, whose text this is, surely end before the character that is still unfinished."""
+        """How many of the waiting tokens, whose text this is, surely end before the unfinished character."""
         for n in range(len(self._waiting) - 1, 0, -1):
-            if self._fresh(n) + self._decode(self._waiting[n:]) == text:  # cutting here breaks nothing
+            if self._fresh(n) + self._decode(self._waiting[n:]) == text:  # a cut here changes nothing
                 return n
         return len(self._waiting)
 
     def _show(self, text: str) -> str:
-        """The part of what was held and `text` that can be shown: up to a stop, or to what may become one."""
+        """The part of the held text and `text` that can be shown: up to a stop string, or to what may become one."""
         text = self._held + text
+        if self._unstoppable > 0:
+            self._held = ""
+            self._pieces.append(text)
+            return text
         stops = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if stops:
             self.stopped = True

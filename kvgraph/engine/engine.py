@@ -1,8 +1,8 @@
-"""The engine: execute any plan, on one model, with one pool of KV and one store behind it.
+"""The engine: executes any plan, on one model, with one pool of KV and one store behind it.
 
-It knows nothing about methods or text beyond turning a graph into a plan with the method's own function. The loop is
-`submit -> step -> step -> ... -> result`; `run` keeps several requests in it, and `generate`, `stream`, `encode` and
-`score` are short uses of these.
+It knows nothing about methods or text, except that it turns a graph into a plan with the method's own function. The
+loop is `submit -> step -> step -> ... -> result`; `run` keeps several requests in it, and `generate`, `stream`, `encode`
+and `score` are built on these.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
+from kvgraph.attention.rows import on_device
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
+from kvgraph.engine.loader import Loader
 from kvgraph.engine.probe import cost, probed
-from kvgraph.engine.request import UNCACHED, Request, sequence_of
+from kvgraph.engine.request import UNCACHED, Request, link_of
+from kvgraph.engine.request import Sequence as TokenSequence
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
 from kvgraph.engine.scheduler import Scheduler
@@ -38,18 +41,22 @@ from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
 from kvgraph.store.base import Found, Store
-from kvgraph.store.open import open_store
+from kvgraph.store.codecs.base import Codec
+from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
+from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
 
 log = logging.getLogger("kvgraph.engine")
 
-WRITES = 64  # records waiting to be written before encoding waits for the disk
+BEFORE = 8  # tokens of a prompt that its continuation is decoded with
+WRITES = 64  # records that may wait to be written; beyond this, encoding waits for the disk
+PATIENCE = 0.01  # seconds that a step waits for the store when nothing else can run; then others may have the lock
 IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
 
 @dataclass
 class Encoded:
-    """What `Engine.encode` did. Tokens and bytes are of the spans that queries of these graphs will read."""
+    """What `Engine.encode` did. Tokens and bytes count the spans that queries over these graphs will read."""
 
     graphs: int = 0
     computed_tokens: int = 0
@@ -68,34 +75,51 @@ class Encoded:
 class Engine:
     """Runs plans. Safe to use from several threads: whoever waits drives the steps for everyone.
 
-    store: where records outlive the process; None keeps them in memory only. kv_budget: bytes of KV held at once, all
+    store: where records outlive the process: a folder, a URL (redis://, s3://, ...), several of them from fastest to
+    slowest, or a store; None keeps them in memory only. kv_budget: bytes of KV held at once, all
     requests and cached spans together (default: half of the free memory, or 80 % of the free GPU memory).
-    max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key.
+    max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key. codec: how records are
+    kept, as text such as "kivi:bits=2" (see `kvgraph.store.codecs.registry`). What a lossy one loses is lost before a
+    span's first use, so answers don't depend on where a record came from; its records have keys of their own.
     """
 
     def __init__(
         self,
         model: models.Model,
         *,
-        store: Store | str | Path | None = None,
+        store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
         max_step_tokens: int | None = None,
         salt: str = "",
+        codec: str | Codec = "raw",
     ):
         for name, value in (("kv_budget", kv_budget), ("max_step_tokens", max_step_tokens)):
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise KVGraphError(f"{name} must be a positive integer, not {value!r}")
+        if not isinstance(codec, str) and not hasattr(codec, "pack"):
+            raise KVGraphError(f"codec must be a name or a codec, not {type(codec).__name__}")
         if not isinstance(salt, str):
             raise KVGraphError(f"salt must be text, not {type(salt).__name__}")
-        if store is not None and not isinstance(store, str | Path) and not hasattr(store, "get"):
-            raise KVGraphError(f"store must be a folder or a store, not {type(store).__name__}")
+        if store is not None and not isinstance(store, str | Path | Sequence) and not hasattr(store, "get"):
+            raise KVGraphError(f"store must be a folder, a URL, a list of them, or a store, not {type(store).__name__}")
         self.model, self.salt = model, salt
-        self.store = open_store(store, model.fingerprint) if isinstance(store, str | Path) else store
+        self.codec = parse(codec) if isinstance(codec, str) else codec
+        self.fingerprint = fingerprint_with(model.fingerprint, self.codec)
+        if isinstance(store, str | Path | Sequence):
+            store = open_store(store, self.fingerprint, tenant=salt)
+        self.store = store
+        self.stored_bytes = 0  # of KV that were handed to the store, as it keeps them
         self.store_errors = 0
-        self.store_error: StoreError | None = None  # the first of them
+        self.store_error: StoreError | None = None  # the first one
         step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
+        self.loader = None if self.store is None else Loader(self._fetch)
         self.scheduler = Scheduler(
-            model, kv_budget or default_budget(model.device), step_tokens, self._fetch, self._save
+            model,
+            kv_budget or default_budget(model.device),
+            step_tokens,
+            self.loader,
+            self._save,
+            None if self.codec.lossless else self._settle,
         )
         self._lock = threading.RLock()
         self._uncached = count()
@@ -113,30 +137,31 @@ class Engine:
         device: str = "cpu",
         allow_untested: bool = False,
         check: bool = True,
-        store: Store | str | Path | None = None,
+        store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
         max_step_tokens: int | None = None,
         salt: str = "",
+        codec: str | Codec = "raw",
     ) -> Engine:
         """Load a Hugging Face causal LM from a folder, hub name or GGUF file, run the gate, and return an engine on it.
 
         adapter: a LoRA adapter in PEFT's format to merge into it. A folder with an adapter alone stands for its base with it.
         check=False skips the gate (`kvgraph check`), which refuses a model whose composed logits differ from a plain
-        forward. The other arguments: see Engine. Raises ModelError with the reason.
+        forward. For the other arguments see Engine. Raises ModelError with the reason.
         """
         loaded = load_model(
             model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=check
         )
-        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt)
+        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt, codec=codec)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
     def plan(self, graph: ContextGraph, method: str | Method | None = None, *, probe: bool = True) -> Plan:
-        """The plan of a graph: text is tokenized piece by piece with the model's tokenizer, then the method decides.
+        """The plan of a graph. Text is tokenized piece by piece with the model's tokenizer, then the method plans.
 
         method: as text ("epic:k=8") or an instance; None is the model's default (see kvgraph.methods.resolve).
-        A method that asks what the model makes of the documents (cacheblend) is told, by running its first layer here.
-        probe=False doesn't look: such a method then recomputes nothing, which is what `encode` encodes documents for.
+        probe: if the method depends on the model (cacheblend), run the model's first layer to get what it needs. With
+            False it recomputes nothing, which is right for encoding documents.
         """
         if not isinstance(graph, ContextGraph):
             raise GraphError(f"give a ContextGraph (or a list of them), not {type(graph).__name__}")
@@ -198,9 +223,9 @@ class Engine:
         params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Iterator[Chunk]:
-        """Answer a graph piece by piece; the last chunk carries the Result. It starts with the first `next`.
+        """Answer a graph piece by piece; the last chunk carries the Result. The request starts with the first `next`.
 
-        Closing the iterator cancels the request.
+        Closing the iterator cancels it.
         """
         yield from self.chunks(self.submit(self.plan(graph, method), params_of(params, sampling)))
 
@@ -211,9 +236,9 @@ class Engine:
         *,
         progress: bool | None = None,
     ) -> Encoded:
-        """Encode what queries over these graphs will read, into the pool and the store; a query isn't needed.
+        """Encode everything that queries over these graphs will read into the pool and the store. No query is needed.
 
-        progress: a bar on the terminal (default: when there is one and several graphs). Returns totals.
+        progress: show a bar (default: on a terminal, for several graphs). Returns totals.
         """
         graphs = list(graph) if isinstance(graph, Sequence) else [graph]
         started, total = time.perf_counter(), Encoded(graphs=len(graphs))
@@ -226,11 +251,11 @@ class Engine:
         return total
 
     def score(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method | None = None) -> Result:
-        """Log-probabilities of a given answer after the graph's query: Result.scores, one a token of the answer."""
+        """Log-probabilities of a given answer after the graph's query: Result.scores, one per token of the answer."""
         return self.wait(self._enqueued(self.prepare_score(graph, answer, method)))
 
     def scores(self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method | None = None) -> Tensor:
-        """The scores of `score` alone: [n] float32."""
+        """Only the scores of `score`: [n] float32."""
         return self.score(graph, answer, method).scores
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -238,11 +263,11 @@ class Engine:
     def run(
         self, requests: Iterable[Request | KVGraphError], *, in_flight: int = IN_FLIGHT
     ) -> Generator[tuple[int, Result | KVGraphError]]:
-        """Answer prepared requests, `in_flight` of them at once: (i, what came of request i), in the order they end.
+        """Answer prepared requests, `in_flight` of them at once: (i, outcome of request i), in the order they end.
 
-        A request is taken from the iterable when there is room for it. What a user can cause ends one request and is its
-        outcome; an error that stands in a request's place, because it couldn't be prepared, is passed on. Any other error
-        is raised. Then, and when the iterator is closed, all requests in the engine are cancelled.
+        A request is taken from the iterable when there is room for it. An error that a user can cause ends one request
+        and is its outcome. An error in place of a request, which couldn't be prepared, is its outcome too. Any other
+        error is raised. Then, and when the iterator is closed, all requests in the engine are cancelled.
         """
         pending: dict[Request, int] = {}
         with self._all_or_none(pending):
@@ -257,14 +282,14 @@ class Engine:
                 yield from self._finished(pending)
 
     def prepare_encoding(self, graph: ContextGraph, method: str | Method | None = None) -> Request:
-        """A request that encodes what queries over this graph will read. Errors: see `plan` and `prepare`."""
+        """A request that encodes everything queries over this graph will read. For errors see `plan` and `prepare`."""
         graph = graph if graph.has_query else graph.with_query([0])  # the query changes no document
         return self.prepare(self.plan(graph, method, probe=False), encode_only=True)
 
     def prepare_score(
         self, graph: ContextGraph, answer: str | Sequence[int], method: str | Method | None = None
     ) -> Request:
-        """A request that scores an answer, as `score` does. Errors: see `plan` and `prepare`."""
+        """A request that scores an answer, as `score` does. For errors see `plan` and `prepare`."""
         if not graph.is_tokenized:
             graph = graph.tokenized(self.tokenize)
         ids = self.tokenize(answer) if isinstance(answer, str) else list(answer)
@@ -276,7 +301,7 @@ class Engine:
     # -- plans --------------------------------------------------------------------------------------------------------
 
     def submit(self, plan: Plan, params: SamplingParams | None = None, **options: Any) -> Request:
-        """Queue a plan; drive it with `wait`, `chunks` or `step`. Arguments and errors: see `prepare`."""
+        """Queue a plan; drive it with `wait`, `chunks` or `step`. For arguments and errors see `prepare`."""
         return self._enqueued(self.prepare(plan, params, **options))
 
     def prepare(
@@ -288,15 +313,19 @@ class Engine:
         encode_only: bool = False,
         answer: Sequence[int] = (),
         salt: str | None = None,
+        proceed: bool = False,
+        echo: bool = False,
     ) -> Request:
         """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
 
         encode_only: stop when every cached span is encoded. answer: score these tokens instead of decoding; all but the
-        last of them end the plan's prompt span. salt: another tenant's than the engine's. Raises PlanError or
-        CapacityError if the request could never run.
+        last of them end the plan's prompt span. salt: another tenant's than the engine's. proceed: the text follows the
+        prompt's without a break (see `TextStream`). echo: score the prompt span too; Request.scored has its tokens from the
+        second on, with log-probabilities if they are asked for. Raises PlanError or CapacityError if the request could
+        never run.
         """
         params = params or SamplingParams()
-        keys = plan.keys(self.model.fingerprint, self.salt if salt is None else salt)
+        keys = self.keys(plan, salt)
         pool_keys = [k if k is not None else f"{UNCACHED}{next(self._uncached)}" for k in keys[:-1]]
         live = plan.prompt
         new = min(params.max_tokens, self.model.limit - live.positions[-1])
@@ -307,17 +336,25 @@ class Engine:
             plan=plan,
             keys=pool_keys,
             params=params,
-            sampler=Sampler(params, prompt_tokens(plan)),
-            stream=TextStream(self.detokenize, params.stop),
-            sequence=sequence_of(live, pool_keys, max(0, new - 1)),
+            sampler=Sampler(params, prompt_tokens(plan), {*params.stop_token_ids, *self.model.eos_ids}),
+            stream=TextStream(
+                self.detokenize, params.stop, params.min_tokens, live.tokens[-BEFORE:] if proceed else ()
+            ),
+            sequence=TokenSequence(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
-            answer=tuple(answer),
+            answer=live.tokens[1:] if echo else tuple(answer),
+            echo=echo,
             keep_logits=first_logits,
             submitted=time.perf_counter() - usage.probe,
             usage=usage,
+            link=link_of(plan, pool_keys, len(plan.spans) - 1),
         )
         self.scheduler.check(request)
         return request
+
+    def keys(self, plan: Plan, salt: str | None = None) -> list[str | None]:
+        """The key of every span of a plan, None for spans that are never stored. salt: see `prepare`."""
+        return plan.keys(self.fingerprint, self.salt if salt is None else salt)
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request, once."""
@@ -325,15 +362,16 @@ class Engine:
             self.scheduler.submit(request)
 
     def step(self) -> bool:
-        """Run one packed forward for whoever is waiting. False when there was nothing to do."""
+        """Run one packed forward for the waiting requests. Returns False if there was nothing to do."""
         with self._lock:
             if self.scheduler.idle:
                 return False
-            self.scheduler.step()
-            return True
+            ran = self.scheduler.step()
+        self._await_store(ran)
+        return True
 
     def wait(self, request: Request) -> Result:
-        """Drive steps until a request is finished; raises what ended it if that was an error."""
+        """Drive steps until a request is finished. Raises the error that ended it, if any."""
         with self._all_or_none([request]):
             while not request.finished:
                 self._advance(request)
@@ -347,7 +385,7 @@ class Engine:
         try:
             while True:
                 self._advance(request)
-                with self._lock:  # one look: while a chunk is being read, other threads may drive the request on
+                with self._lock:  # read both at once: other threads may drive the request meanwhile
                     fresh, request.fresh = request.fresh, []
                     finished, result, error = request.finished, request.result, request.error
                 if error is not None:
@@ -378,30 +416,30 @@ class Engine:
             raise GraphError("this model has no tokenizer; give token ids instead of text")
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # JSON can hold such text, tokenizers can't
+        except UnicodeEncodeError as error:  # JSON can contain such text, but tokenizers refuse it
             raise GraphError(
-                f"character {error.start} of a text is half of a surrogate pair; send whole ones"
+                f"character {error.start} of a text is half of a surrogate pair; send whole characters"
             ) from None
         return list(self.model.tokenizer.encode(text, add_special_tokens=False))
 
     def detokenize(self, tokens: list[int]) -> str:
-        """Text of token ids, special tokens left out; empty for a model without a tokenizer."""
+        """Text of token ids, without special tokens; empty for a model without a tokenizer."""
         return "" if self.model.tokenizer is None else self.model.tokenizer.decode(tokens, skip_special_tokens=True)
 
     # -- store --------------------------------------------------------------------------------------------------------
 
     def tier(self, key: str) -> str | None:
-        """Where a span's KV is now: "memory" or the store's first tier that has it; None: nowhere. Changes nothing."""
+        """Where a span's KV is now: "memory", the store's first tier that has it, or None. Changes nothing."""
         if self.scheduler.memory.pool.contains(key):
             return self.scheduler.memory.pool.name
         tiers = () if self.store is None else self.store.tiers
         return next((tier.name for tier in tiers if tier.contains(key)), None)
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Drop records from memory and, once what is pending has been written, from the store.
+        """Drop records from memory and, after pending writes, from the store.
 
-        What a request needs right now stays in memory, and leaves it like any other record. Nobody waits for the store:
-        what it can't remove is logged.
+        Records that a request needs now stay in memory until they are evicted like any other. The call doesn't wait for
+        the store; records that it can't remove are logged.
         """
         with self._lock:
             keys = list(keys)
@@ -419,9 +457,11 @@ class Engine:
             write.result()
 
     def close(self) -> None:
-        """Write what is pending and close the store. Idempotent; nothing is written any more afterwards."""
+        """Write what is pending and close the store. Idempotent; nothing is written afterwards."""
         with self._lock:
             writer, self._writer = self._writer, None
+            if self.loader is not None:
+                self.loader.close()
         if writer is not None:
             writer.shutdown()
             assert self.store is not None
@@ -436,15 +476,20 @@ class Engine:
     def _advance(self, request: Request) -> None:
         """One step, unless another thread has just finished the request."""
         with self._lock:
-            if not request.finished:
-                self.scheduler.step()
+            ran = request.finished or self.scheduler.step()
+        self._await_store(ran)
+
+    def _await_store(self, ran: bool) -> None:
+        """Where nothing could run, wait a moment for what is being read, without the lock."""
+        if not ran and self.loader is not None:
+            self.loader.wait(PATIENCE)
 
     def _enqueued(self, request: Request) -> Request:
         self.enqueue(request)
         return request
 
     def _finished(self, pending: dict[Request, int]) -> Iterator[tuple[int, Result | KVGraphError]]:
-        """Run a step; the requests that are finished leave `pending`."""
+        """Run a step and remove finished requests from `pending`."""
         self._advance(next(iter(pending)))
         for request in [r for r in pending if r.finished]:
             yield pending.pop(request), self._outcome(request)
@@ -456,7 +501,7 @@ class Engine:
             return error
 
     def _results(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
-        """As `run`, but the first error is raised."""
+        """As `run`, but raises the first error."""
         with closing(self.run(requests)) as outcomes:
             for i, outcome in outcomes:
                 if isinstance(outcome, KVGraphError):
@@ -465,7 +510,7 @@ class Engine:
 
     @contextmanager
     def _all_or_none(self, requests: Iterable[Request]) -> Iterator[None]:
-        """Whatever goes wrong inside, Ctrl-C among it, none of the requests is left running."""
+        """After any error inside, including Ctrl-C, none of the requests is left running."""
         try:
             yield
         except BaseException:
@@ -475,10 +520,17 @@ class Engine:
 
     def _fetch(self, key: str) -> Found | None:
         found = None if self.store is None else self.store.get(key)
-        return None if found is None else (on_device(found[0], self.model.device), found[1])
+        if found is None:
+            return None
+        record, tier = found
+        return on_device(replace(record, packed=None), self.model.device), tier
+
+    def _settle(self, record: Record) -> Record:
+        """A lossy codec's losses come before a record's first use: whoever finds it later reads the same numbers."""
+        return packed(record, self.codec)
 
     def _save(self, record: Record) -> None:
-        """Hand a record to the writer thread; a full queue makes encoding wait for the disk."""
+        """Hand a record to the writer thread. If its queue is full, encoding waits for the disk."""
         if self._writer is None:
             return
         self._writes = [w for w in self._writes if not w.done()]
@@ -489,12 +541,16 @@ class Engine:
     def _write(self, record: Record) -> None:
         assert self.store is not None
         try:
-            self.store.put(on_device(record, torch.device("cpu")))
-        except Exception as error:  # it is a cache: a record that can't be kept costs a recompute later
+            record = on_device(record, torch.device("cpu"))
+            if record.packed is None and self.codec.name != "raw":
+                record = packed(record, self.codec)
+            self.store.put(record)
+            self.stored_bytes += record.stored_bytes
+        except Exception as error:  # it is a cache: a record that can't be written is computed again later
             self.store_errors += 1
             if self.store_errors == 1:
                 self.store_error = error if isinstance(error, StoreError) else StoreError(repr(error))
-                log.warning("the store can't keep records, going on without it: %s", error)
+                log.warning("the store can't keep records, continuing without it: %s", error)
 
     def _erase(self, keys: Iterable[str]) -> None:
         assert self.store is not None
@@ -531,27 +587,12 @@ def load_model(
 
 
 def composed(model: models.Model) -> gate.Logits:
-    """What the gate compares: logits of plans from an engine of their own. What a broken model computes reaches no store."""
+    """The logits that the gate compares, from an engine of its own, so that a broken model's KV reaches no store."""
     return Engine(model, kv_budget=2 * gate.LONGEST * model.kv_bytes_per_token).logits
 
 
-def on_device(record: Record, device: torch.device) -> Record:
-    """The record with its KV on a device, through pinned memory when it goes to a GPU; itself if it is there already."""
-    if record.keys[0].device.type == device.type:
-        return record
-
-    def move(tensor: Tensor) -> Tensor:
-        source = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
-        return source.to(device, non_blocking=device.type == "cuda")
-
-    moved = replace(record, keys=tuple(map(move, record.keys)), values=tuple(map(move, record.values)))
-    if device.type == "cuda":
-        torch.cuda.current_stream().synchronize()  # the pinned buffers live until the copies are done
-    return moved
-
-
 def prompt_tokens(plan: Plan) -> Iterator[int]:
-    """Every token the answer can attend to before decoding: what the prompt span sees, and the prompt span itself."""
+    """The tokens that the answer can attend to before decoding: those that the prompt span sees, and its own."""
     for place in plan.prompt.sees:
         yield from plan.spans[place.span].tokens[place.lo : place.hi]
     yield from plan.prompt.tokens
@@ -566,7 +607,7 @@ def params_of(params: SamplingParams | None, fields: dict[str, Any]) -> Sampling
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes of KV to hold when nobody says: half of the free memory, or 80 % of the free GPU memory."""
+    """The default KV budget in bytes: half of the free memory, or 80 % of the free GPU memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
     if device.type != "cpu":
@@ -575,7 +616,7 @@ def default_budget(device: torch.device) -> int:
 
 
 def _outside() -> int:
-    """How many frames above its caller the first one is that runs no code of this file, for a warning's stacklevel."""
+    """The stacklevel of a warning that should point to the first caller outside this file."""
     frame, depth = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame, depth = frame.f_back, depth + 1

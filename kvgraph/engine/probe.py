@@ -1,6 +1,6 @@
-"""What CacheBlend asks of the model before it plans: how far the KV of documents encoded alone is off.
+"""The probe that CacheBlend needs before it plans: how far the KV of documents encoded alone is off.
 
-Deviations are taken on the second layer, the first whose KV depends on context, so only the first layer runs.
+Deviations are measured on the second layer, the first whose KV depends on context. Therefore only the first layer runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYER = 1  # layer 0's keys and values depend on a token and its position alone
 
 @dataclass(frozen=True)
 class ProbedPlan(Plan):
-    """A plan, and what it cost to make it: tokens run through the model's first layer, and seconds."""
+    """A plan and its cost: tokens run through the model's first layer, and seconds."""
 
     probe_tokens: int = field(default=0, compare=False)
     probe_seconds: float = field(default=0.0, compare=False)
@@ -53,17 +53,18 @@ def probed(model: Model, graph: ContextGraph, method: Method, step_tokens: int) 
 
 @torch.inference_mode()
 def deviations(model: Model, graph: ContextGraph, step_tokens: int) -> tuple[list[list[float]], int]:
-    """How far every token's KV is off when its segment is encoded alone: (one number a token, by segment; tokens run).
+    """How far every token's KV is off if its segment is encoded alone: (one number per token, by segment; tokens run).
 
-    Of a graph with chosen segments, these are all there is, in the order chosen.
+    Of a graph with chosen segments, only these count, in the order chosen.
 
-    It is the Euclidean norm of the difference to a full causal prefill, over the keys and values of all heads of layer
-    1, with the keys where the prompt has them; 0 in a model of one layer. CacheBlend (arXiv 2405.16444, section 4.1)
-    says "absolute difference" of KV and leaves the norm open; its released code takes this one, of the values alone.
+    The deviation is the Euclidean norm of the difference to a full causal prefill, over the keys and values of all
+    heads of layer 1, with the keys at their positions in the prompt; it is 0 in a model of one layer. CacheBlend (arXiv
+    2405.16444, section 4.1) says "absolute difference" of KV and leaves the norm open; its released code uses this one,
+    on the values alone.
 
     Every document token runs twice, alone and in the whole prompt, and the prefix once, through layer 0 and layer 1's
-    projections: 2 / L of a prefill's projections in a model of L layers. Stored KV isn't used: its last bits depend on
-    what it was once encoded together with, and the selection shall not. Its memory, two layers of KV, is scratch.
+    projections. This is 2 / L of a prefill's projections in a model of L layers. Stored KV isn't used, because its last
+    bits depend on the batch it was encoded in, and the selection must not. The memory, two layers of KV, is scratch.
     """
     segments = [ids(segment) for segment in graph.restricted().segments]
     prefix = [token for piece in graph.prefix for token in ids(piece)]
@@ -83,7 +84,7 @@ def deviations(model: Model, graph: ContextGraph, step_tokens: int) -> tuple[lis
 
 
 class _Enough(Exception):
-    """Layer 1's keys and values are known; the rest of the forward isn't needed."""
+    """Raised once layer 1's keys and values are known; the rest of the forward isn't needed."""
 
 
 def _second_layer(model: Model, sequences: Sequence[tuple[Sequence[int], int]], step_tokens: int) -> list[RowKV]:

@@ -1,35 +1,78 @@
-"""What runs in steps: requests, the spans encoded for them, and the sequences of tokens of both."""
+"""What runs in steps: requests, the spans encoded for them, and the token sequences of both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from kvgraph.attention.rows import RowKV, View
+from kvgraph.attention.rows import MANY, SHORT, RowKV, View
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.result import Result, Usage
 from kvgraph.engine.sampling import Sampled, Sampler, SamplingParams
-from kvgraph.plan import Group, Plan, Span
+from kvgraph.plan import Group, Place, Plan, Span
 
-MOST_SLICES = 4  # of one record, each attended to on its own; more of them cost more than a mask over all of it
+MOST_SLICES = 4  # of one record, each attended to on its own; with more, one mask over the whole record is cheaper
 UNCACHED = "uncached-"  # pool keys of spans that a plan computes each time; the rest of the key is unique
-Seen = tuple[str, tuple[Any, ...]]  # (a record's key, how a View sees it, in the reader's frame)
 
 
-@dataclass(eq=False)
+class Seen(NamedTuple):
+    """A place by its record's key: how a row sees it, in the row's frame. The fields are those of a View."""
+
+    key: str
+    at: int
+    lo: int
+    hi: int
+    group: int = 0
+    temperature: float = 1.0
+    scale: float = 1.0
+    gaps: tuple[tuple[int, int], ...] = ()
+
+
 class Sequence:
-    """Tokens on their way through the model, in one frame: a span being encoded, or a prompt span and its answer."""
+    """Tokens on their way through the model, in one frame: a span being encoded, or a prompt span and its answer.
 
-    tokens: list[int]
-    positions: np.ndarray  # [len(tokens)], the frame's own
-    places: list[Seen]
-    capacity: int  # tokens its KV has room for
-    kv: RowKV | None = None  # made when its first row runs
-    views: list[View] = field(default_factory=list)
+    room: for tokens to come. keys: of the spans of the plan.
+    """
+
+    def __init__(self, span: Span, keys: list[str], room: int = 0):
+        self.span = span
+        self.tokens = list(span.tokens)
+        self.positions = np.asarray(span.positions, dtype=np.int64) - span.start  # [len(tokens)], the frame's own
+        self.capacity = len(span) + room  # tokens its KV has room for
+        self.kv: RowKV | None = None  # made when its first row runs
+        self.views: SequenceOf[View] | None = None  # made when its first row runs that isn't joined to another
+        self.copied = 0  # bytes of spans that were gathered for it
+        self._keys = keys
+
+    @cached_property
+    def places(self) -> list[Seen]:
+        """What it sees. A chain's links see all before them and mostly never need it: it is made when it is asked for."""
+        start, groups = self.span.start, (Group(), *self.span.groups)
+        found = [
+            Seen(self._keys[p.span], p.at - start, p.lo, p.hi or 0, p.group, *groups[p.group]) for p in self.span.sees
+        ]
+        return found if len({seen.key for seen in found}) == len(found) else _joined(found)
+
+    @cached_property
+    def to_gather(self) -> int:
+        """Tokens of the short spans that it will copy side by side, see `kvgraph.attention.rows.gathered`; 0: it won't."""
+        sees = self.span.sees
+        total = sum([(p.hi or 0) - p.lo for p in sees])
+        if len(sees) < MANY or total > SHORT * len(sees) or self.span.groups:
+            return 0
+        apart = all([a.at + (a.hi or 0) <= b.at + b.lo for a, b in pairwise(sees)])
+        return total if apart and len({p.span for p in sees}) == len(sees) else 0
+
+    @property
+    def parts(self) -> int:
+        """About how many things a token of it attends to, besides its row."""
+        return 1 if self.to_gather else len(self.span.sees)
 
     @property
     def done(self) -> int:
@@ -40,14 +83,44 @@ class Sequence:
         return len(self.tokens) - self.done
 
 
+def continues(spans: SequenceOf[Span], index: int, before: int) -> bool:
+    """Whether span `index` is the next link of a chain after span `before`: it sees what that sees, then all of that."""
+    reader, source = spans[index], spans[before]
+    return (
+        len(reader.sees) == len(source.sees) + 1
+        and reader.sees[-1] == Place(before, source.start, 0, len(source))
+        and reader.sees[:-1] == source.sees
+        and reader.start > source.positions[-1]
+        and not reader.groups
+    )
+
+
+def link_of(plan: Plan, keys: SequenceOf[str], index: int) -> str:
+    """The key of the span whose chain span `index` continues, or ""."""
+    sees = plan.spans[index].sees
+    return keys[sees[-1].span] if sees and continues(plan.spans, index, sees[-1].span) else ""
+
+
 @dataclass(eq=False)
 class Encoding:
     """A missing span being encoded once for all requests that wait for it."""
 
     key: str
     sequence: Sequence
-    persistent: bool  # goes to the store, not only to the pool
+    persistent: bool  # whether it goes to the store as well as the pool
+    order: tuple[int, int] = (0, 0)  # of the request that needed it first, and of the span in its plan
+    link: str = ""  # the key of the span whose chain this continues, see `continues`
     waiters: set[Request] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Loading:
+    """A record being read from the store, once for all requests that wait for it."""
+
+    key: str
+    nbytes: int
+    deadline: float  # on the clock of time.monotonic; then it is computed
+    waiters: dict[Request, int] = field(default_factory=dict)  # -> the span's index in the request's plan
 
 
 @dataclass(eq=False)
@@ -60,17 +133,27 @@ class Request:
     sampler: Sampler
     stream: TextStream
     sequence: Sequence  # the prompt span, and the answer as it grows
-    encode_only: bool  # finished as soon as everything its prompt span reads is encoded
-    answer: tuple[int, ...]  # to be scored instead of decoding; all but its last token end the prompt span
+    encode_only: bool  # finish as soon as everything its prompt span reads is encoded
+    answer: tuple[int, ...]  # scored instead of decoding; all but its last token end the prompt span
     keep_logits: bool
+    echo: bool  # decode on after the answer, which is all of the prompt span but its first token
     submitted: float
     usage: Usage
-    missing: set[str] = field(default_factory=set)  # encodings it waits for
+    number: int = 0  # of its submission
+    link: str = ""  # see Encoding
+    missing: set[str] = field(default_factory=set)  # encodings and records it waits for
+    loads: set[str] = field(default_factory=set)  # of them, records that are being read
+    absent: list[int] = field(
+        default_factory=list
+    )  # spans that weren't in the store; encoded once nothing is being read
+    resolved: set[str] = field(default_factory=set)  # keys that are at hand, being read or being encoded
+    looked_ahead: bool = False  # whether its records were asked for while it waits for memory
     held: set[str] = field(default_factory=set)
     token_ids: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
-    greedy: bool = True  # whether every scored token was the likeliest
+    scored: list[Sampled] = field(default_factory=list)  # of the answer given, if log-probabilities are wanted
+    greedy: bool = True  # whether every scored token was the most likely
     first_logits: Tensor | None = None
     first_token_at: float = 0.0
     fresh: list[tuple[str, int]] = field(default_factory=list)  # (text, token) not yet handed to a stream
@@ -83,25 +166,17 @@ class Request:
         return self.result is not None or self.error is not None
 
 
-def sequence_of(span: Span, keys: list[str], room: int = 0) -> Sequence:
-    """A span in its own frame (first position 0), with its places' keys and `room` for tokens to come."""
-    positions = np.asarray(span.positions, dtype=np.int64) - span.start
-    groups = (Group(), *span.groups)
-    places = [(keys[p.span], (p.at - span.start, p.lo, p.hi or 0, p.group, *groups[p.group])) for p in span.sees]
-    return Sequence(list(span.tokens), positions, _joined(places), len(span) + room)
-
-
 def _joined(places: list[Seen]) -> list[Seen]:
-    """The places, but where many slices of one record are seen, these as one with the gaps between them hidden."""
-    slices: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
-    for key, (at, lo, hi, *weights) in places:
-        slices.setdefault((key, at, *weights), []).append((lo, hi))
+    """The places, with many slices of one record merged into one whose gaps are hidden."""
+    slices: dict[Seen, list[tuple[int, int]]] = {}
+    for seen in places:
+        slices.setdefault(seen._replace(lo=0, hi=0), []).append((seen.lo, seen.hi))
     joined: list[Seen] = []
-    for (key, at, *weights), found in slices.items():
+    for seen, found in slices.items():
         found.sort()
-        gaps = [(hi, lo) for (_, hi), (lo, _) in pairwise(found)]
-        if len(found) > MOST_SLICES and all(lo <= hi for lo, hi in gaps):  # what overlaps counts twice
-            joined.append((key, (at, found[0][0], found[-1][1], *weights, gaps)))
+        gaps = tuple((hi, lo) for (_, hi), (lo, _) in pairwise(found))
+        if len(found) > MOST_SLICES and all(lo <= hi for lo, hi in gaps):  # overlapping slices count twice
+            joined.append(seen._replace(lo=found[0][0], hi=found[-1][1], gaps=gaps))
         else:
-            joined += [(key, (at, lo, hi, *weights)) for lo, hi in found]
+            joined += [seen._replace(lo=lo, hi=hi) for lo, hi in found]
     return joined

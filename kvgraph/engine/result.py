@@ -12,16 +12,22 @@ from kvgraph.engine.sampling import Sampled
 
 @dataclass
 class Usage:
-    """What one request read and computed. Times are seconds; bytes are of KV.
+    """What one request read and computed.
 
-    prompt_tokens: tokens the answer could attend to before decoding: every span version the prompt span sees, and the
-    prompt span itself. computed_tokens: tokens this request ran through the model before its first output token (spans
-    it was first to need, and its prompt span). reused_tokens: span tokens it did not compute, by where they came from:
-    "memory", "disk" (or another tier's name), "shared" (another running request was already encoding them).
-    probe_tokens: tokens run through the model's first layer alone before the plan was made (cacheblend); they are in no
-    other number. probe: the seconds this took; submission is counted from its beginning, so they are in queued too.
-    kv_bytes: stored KV its prompt span reads plus its own. From submission: queued, until it was admitted; encoded, until
-    everything it reads was at hand; ttft, until its first token. decode: first to last token.
+    prompt_tokens: tokens that the answer could attend to before decoding: every span version that the prompt span sees,
+        and the prompt span itself.
+    computed_tokens: tokens that this request ran through the model before its first output token: its prompt span, and
+        the spans that it was first to need.
+    reused_tokens: span tokens that it did not compute, by where they came from: "memory", "disk" (or another tier's
+        name), or "shared" if another running request was already encoding them.
+    live_tokens: tokens of its prompt span.
+    probe_tokens: tokens run through the model's first layer alone before the plan was made (cacheblend). No other
+        number includes them.
+    kv_bytes: bytes of the stored KV that its prompt span reads, plus its own.
+    probe: seconds that the probe took. They are part of queued, because time is counted from its beginning.
+    queued, encoded, ttft: seconds from submission until it was admitted, until everything it reads was available, and
+        until its first token.
+    decode: seconds from its first to its last token.
     """
 
     prompt_tokens: int = 0
@@ -39,18 +45,21 @@ class Usage:
 
     @property
     def document_tokens_computed(self) -> int:
-        """Computed tokens besides the prompt span's: 0 when every document came from a store."""
+        """Computed tokens other than the prompt span's: 0 if every document came from a store."""
         return self.computed_tokens - self.live_tokens
 
 
 @dataclass
 class Result:
-    """A finished request. finish_reason: "stop" (end token, stop id or stop string), "length" or "cancelled".
+    """A finished request.
 
-    token_ids include the token that ended the answer; text has neither it nor a stop string. sampled: one entry a
-    token, with log-probabilities when asked for. first_logits [V] float32: what the first token was chosen from, kept
-    when asked for. scores [n] float32: log-probabilities of given answer tokens (`Engine.score`); greedy: whether each of
-    them was the likeliest.
+    text: the answer, without the token or stop string that ended it.
+    token_ids: the answer's tokens, including the one that ended it.
+    finish_reason: "stop" (end token, stop id or stop string), "length" or "cancelled".
+    sampled: one entry per token, with log-probabilities if asked for.
+    first_logits: [V] float32, from which the first token was chosen; kept if asked for.
+    scores: [n] float32, log-probabilities of given answer tokens (`Engine.score`).
+    greedy: whether each of these was the most likely token.
     """
 
     text: str
@@ -58,8 +67,8 @@ class Result:
     finish_reason: str
     usage: Usage
     sampled: list[Sampled] = field(default_factory=list)
-    first_logits: Tensor | None = None
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    first_logits: Tensor | None = field(default=None, compare=False)  # tensors have no truth value
+    scores: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
     greedy: bool = True
 
 

@@ -1,7 +1,7 @@
-"""Running rows through the model: one packed forward, on a CPU or on a GPU.
+"""Running rows through the model: one packed forward, on a CPU or a GPU.
 
-On a GPU, steps of few tokens (decoding, short questions) are CUDA graphs: one for each power of two of tokens, captured
-when it is first needed. A graph is replayed with one upload, the step's tables, and nothing in it waits for the device.
+On a GPU, steps of few tokens (decoding, short questions) are CUDA graphs, one for each power of two of tokens, captured
+when first needed. Replaying a graph takes one upload, the step's tables, and nothing in it waits for the device.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from kvgraph.models import Model
 
 log = logging.getLogger("kvgraph.engine")
 
-GRAPH_TOKENS = 64  # steps of at most so many tokens run as CUDA graphs
-UPLOADS = 4  # steps whose uploads may be under way
+GRAPH_TOKENS = 64  # steps of at most this many tokens run as CUDA graphs
+UPLOADS = 4  # steps whose uploads may be in progress
 
 
 class Runner:
@@ -68,7 +68,7 @@ class CudaRunner(Runner):
         return self.model.forward(tables.tokens, tables.positions, attention, tables.want)
 
     def _replay(self, step: Any) -> Tensor | None:
-        """The logits of a step by its CUDA graph; None where it fits none, or the model can't be captured."""
+        """The logits of a step by its CUDA graph; None if it fits none or the model can't be captured."""
         from kvgraph.attention.cuda import fixed_sizes
 
         size = 1 << (step.size - 1).bit_length()
@@ -94,7 +94,7 @@ class CudaRunner(Runner):
         from kvgraph.attention.cuda import Attention, Tables
 
         model = self.model
-        tables = Tables(model.device, sizes, step.windows, flags.groups)
+        tables = Tables(model.device, sizes, step.windows, flags.groups, step.scratch(sizes.tokens))
         staging, event = self._upload_buffer(tables.layout.end)
         tables.fill(step, staging)
         event.record()
@@ -112,15 +112,15 @@ class CudaRunner(Runner):
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 logits = forward()
-        except RuntimeError as error:  # a model whose forward looks at data, such as some routers
-            log.warning("%s can't run as CUDA graphs, decoding will be slower: %s", model.name, error)
+        except RuntimeError as error:  # a model whose forward depends on data, such as some routers
+            log.warning("%s can't run as CUDA graphs; decoding will be slower: %s", model.name, error)
             self._capturable = False
             return None
         self._pool = self._pool or graph.pool()
         return tables, graph, logits
 
     def _upload_buffer(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
-        """Pinned memory of at least `size` int64 that no upload reads any more, and the event to record after its upload."""
+        """Pinned memory of at least `size` int64 that no upload reads, and the event to record after its own upload."""
         staging, event = self._staging.pop(0) if len(self._staging) >= UPLOADS else (None, _event())
         event.synchronize()
         if staging is None or len(staging) < size:

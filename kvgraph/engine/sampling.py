@@ -3,16 +3,18 @@
 `SamplingParams` says what is wanted, `Sampler` picks tokens from logits. `kvgraph.engine.detokenize` makes them text.
 
 A token is chosen in this order, that of Hugging Face's `GenerationMixin._get_logits_processor`:
-repetition penalty -> temperature -> top-k -> top-p -> min-p -> one draw from what is left, renormalised.
-(vLLM has the same, except that min-p comes before top-k and top-p.)
+logit bias -> repetition penalty -> frequency and presence penalty -> no end before min_tokens -> temperature -> top-k ->
+top-p -> min-p -> one draw from what is left, renormalised. (Hugging Face has no frequency and presence penalties; vLLM has
+them at this place, and min-p before top-k and top-p.)
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -28,22 +30,27 @@ class SamplingError(KVGraphError, ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to decode. Raises SamplingError, naming the field, when a value makes no sense.
+    """How to decode. Raises SamplingError, naming the field, for an invalid value.
 
-    max_tokens: tokens to generate at most, >= 1.
-    temperature: divides the logits; 0 is greedy, ties going to the lowest id, and then the three filters and the seed
+    max_tokens: maximum number of tokens to generate, >= 1.
+    temperature: divides the logits. 0 is greedy, with ties going to the lowest id; the three filters and the seed then
         have no effect.
     top_k: keep the k most likely tokens, with ties of the k-th; 0 is off.
     top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this, in (0, 1]; 1 is off
         (Holtzman et al., arXiv 1904.09751).
-    min_p: keep tokens at least this times as likely as the likeliest, in [0, 1]; 0 is off (arXiv 2407.01082).
-    seed: same seed, same tokens, whatever else runs in the batch; None draws one from the operating system.
+    min_p: keep tokens whose probability is at least this share of the highest, in [0, 1]; 0 is off (arXiv 2407.01082).
+    seed: the same seed gives the same tokens, whatever else is in the batch; None draws one from the operating system.
     repetition_penalty: tokens of the prompt and of the answer so far have positive logits divided and negative ones
         multiplied by it, once each; 1 is off (CTRL, arXiv 1909.05858, section 4.1).
-    stop: strings that end the answer; they are not part of it. One string is taken as a sequence of one.
-    stop_token_ids: token ids that end the answer. ignore_eos: don't end at the model's own end tokens.
-    logprobs: None: none; n: natural log-probability of the chosen token and of the n most likely ones. They are the
-        model's own, before penalty, temperature and filters.
+    frequency_penalty, presence_penalty: a token that the answer has n times loses n times the first, and the second
+        once, from -2 to 2; 0 is off (as OpenAI's API has them; tokens of the prompt don't count).
+    logit_bias: {token id: what is added to its logit}.
+    min_tokens: no end token, stop token or stop string ends the answer before it has this many tokens.
+    stop: strings that end the answer; they are not part of it. A single string is allowed.
+    stop_token_ids: token ids that end the answer.
+    ignore_eos: don't end at the model's own end tokens.
+    logprobs: n gives the natural log-probabilities of the chosen token and of the n most likely ones, as the model
+        gives them, before penalty, temperature and filters; None gives none.
     """
 
     max_tokens: int = 256
@@ -53,6 +60,10 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -72,6 +83,17 @@ class SamplingParams:
             self.repetition_penalty,
             "a number from 0.001 to 1000 (1 is off)",
         )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _require(_is_number(value) and -2 <= value <= 2, name, value, "a number from -2 to 2 (0 is off)")
+        bias = self.logit_bias
+        _require(
+            isinstance(bias, Mapping) and all(_is_int(i) and i >= 0 and _is_number(b) for i, b in bias.items()),
+            "logit_bias",
+            bias,
+            "a mapping of token ids to numbers",
+        )
+        _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer >= 0")
         _require(
             self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64),
             "seed",
@@ -101,12 +123,13 @@ class SamplingParams:
 
     @property
     def takes_best(self) -> bool:
-        """Whether the choice is the likeliest token, and nothing else is wanted: then many rows can be looked at at once."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and self.logprobs is None
+        """Whether the choice is simply the most likely token, which can be found for many rows at once."""
+        changes = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty or self.logit_bias
+        return self.temperature == 0 and not changes and not self.min_tokens and self.logprobs is None
 
 
 class Sampled(NamedTuple):
-    """A chosen token; logprob and top (the likeliest tokens with theirs, best first) only if they were asked for."""
+    """A chosen token. logprob, and top (the most likely tokens with theirs, best first), are set if asked for."""
 
     token: int
     logprob: float | None = None
@@ -116,11 +139,14 @@ class Sampled(NamedTuple):
 class Sampler:
     """Picks the tokens of one request. It owns the request's random numbers, so batching can't change them.
 
-    prompt_tokens count as already seen by the repetition penalty, as in Hugging Face and vLLM.
+    prompt_tokens count as already seen by the repetition penalty, as in Hugging Face and vLLM. ends: the tokens that may
+    not come before `min_tokens`.
     """
 
-    def __init__(self, params: SamplingParams, prompt_tokens: Iterable[int] = ()):
+    def __init__(self, params: SamplingParams, prompt_tokens: Iterable[int] = (), ends: Iterable[int] = ()):
         self.params = params
+        self._ends = sorted(set(ends)) if params.min_tokens else []
+        self._counts: Counter[int] = Counter()  # of the answer's tokens
         self._prompt = tuple(prompt_tokens) if params.repetition_penalty != 1 else ()
         self._seen: Tensor | None = None  # [V] bool; made when the first logits show V
         self._generator = torch.Generator()
@@ -130,7 +156,7 @@ class Sampler:
     def __call__(self, logits: Tensor, best: tuple[int, float] | None = None) -> Sampled:
         """Choose from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf, or nothing but -inf.
 
-        best: the likeliest token, the first of several, and its logit, where they are known and the parameters' `takes_best`.
+        best: the most likely token (the first of several) and its logit, if known and the parameters' `takes_best`.
         """
         if best is not None and math.isfinite(best[1]):
             return Sampled(best[0])
@@ -138,52 +164,80 @@ class Sampler:
         if not math.isfinite(logits.max()):  # NaN wins every maximum
             what = "NaN" if logits.isnan().any() else "infinite"
             raise ModelError(f"the model gave {what} logits: damaged weights, or too narrow a dtype; try float32")
-        scores = logits
-        if self.params.repetition_penalty != 1:
-            scores = self._penalised(logits)
+        scores = self._allowed(self._discouraged(self._penalised(self._biased(logits))))
         if self.params.temperature == 0:
             token = int(scores.argmax())  # the first of several maxima
         else:
             token = self._draw(filtered(scores, self.params))
         if self._seen is not None:
             self._seen[token] = True
+        self._counts[token] += 1
         if self.params.logprobs is None:
             return Sampled(token)
         logprobs = logits.log_softmax(-1)
-        return Sampled(token, float(logprobs[token]), _best(logprobs, self.params.logprobs))
+        return Sampled(token, float(logprobs[token]), likeliest(logprobs, self.params.logprobs))
+
+    def _biased(self, logits: Tensor) -> Tensor:
+        bias = {token: value for token, value in self.params.logit_bias.items() if token < len(logits)}
+        return _added(logits, bias)
 
     def _penalised(self, logits: Tensor) -> Tensor:
+        if self.params.repetition_penalty == 1:
+            return logits
         if self._seen is None:
             self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            # A vocabulary may hold ids the output layer lacks; those can't be chosen anyway.
+            # A vocabulary may have ids that the output layer lacks; those can't be chosen anyway.
             self._seen[[t for t in set(self._prompt) if t < len(logits)]] = True
         penalty = self.params.repetition_penalty
         return torch.where(self._seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
+    def _discouraged(self, logits: Tensor) -> Tensor:
+        frequency, presence = self.params.frequency_penalty, self.params.presence_penalty
+        if not (frequency or presence):
+            return logits
+        return _added(logits, {token: -presence - frequency * n for token, n in self._counts.items()})
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        """Without the end tokens while the answer is too short; a bias or penalty can leave no other token: then with."""
+        ends = [token for token in self._ends if token < len(logits)]
+        if not ends or self._counts.total() >= self.params.min_tokens:
+            return logits
+        scores = logits.clone()
+        scores[ends] = -math.inf
+        return scores if scores.max() > -math.inf else logits
+
     def _draw(self, probs: Tensor) -> int:
-        """One token by inverting the cumulative distribution in id order: a rounding error in logits moves it least."""
+        """One token, by inverting the cumulative distribution in id order, which is least sensitive to rounding."""
         cumulative = probs.cumsum(-1)
         u = torch.rand((), generator=self._generator, dtype=torch.float64).to(probs.device)
         return int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
 
 
 def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities [V] float64 after temperature (> 0), top-k, top-p and min-p; they sum to 1, what is cut is 0."""
+    """Probabilities [V] float64 after temperature (> 0), top-k, top-p and min-p. They sum to 1."""
     scores = scores.double()
-    scores = (scores - scores.max()) / params.temperature  # the best is 0: nothing can overflow
+    scores = (scores - scores.max()) / params.temperature  # the highest is 0, so nothing can overflow
     if 0 < params.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -math.inf)
     if params.top_p < 1:
         probs, ids = scores.softmax(-1).sort(descending=True, stable=True)  # stable: ties keep the lowest ids
         before = probs.cumsum(-1) - probs
-        before[0] = 0.0  # whatever rounding did, one token stays
+        before[0] = 0.0  # one token stays, whatever the rounding
         scores[ids[before >= params.top_p]] = -math.inf
     if params.min_p > 0:
         scores = scores.masked_fill(scores.exp() < params.min_p, -math.inf)
     return scores.softmax(-1)
 
 
-def _best(logprobs: Tensor, n: int) -> tuple[tuple[int, float], ...]:
+def _added(logits: Tensor, values: Mapping[int, float]) -> Tensor:
+    """Logits [V] with values added to some of them, by token id."""
+    if not values:
+        return logits
+    ids = torch.tensor(list(values), device=logits.device)
+    return logits.index_add(0, ids, torch.tensor(list(values.values()), dtype=logits.dtype, device=logits.device))
+
+
+def likeliest(logprobs: Tensor, n: int) -> tuple[tuple[int, float], ...]:
     """The n highest of logprobs [V] with their ids, best first, ties by id."""
     n = min(n, len(logprobs))
     if n == 0:

@@ -1,40 +1,46 @@
-"""Continuous batching: which rows run in the next step, and what their results change.
+"""Continuous batching: which rows run in the next step, and what happens with their results.
 
 Everything is a row: a span being encoded, a prompt span being prefilled, a request decoding one token. A step serves
 decoding rows first, then prefill, then encoding, up to a number of tokens; long rows run in chunks.
 
-A request is admitted when it fits `kvgraph.engine.admission.Memory`. What it then misses is encoded once for everyone
-who waits (single flight).
+A request is admitted when it fits `kvgraph.engine.admission.Memory`. What it then misses is read from the store beside
+the steps, and encoded if it isn't there or comes too late: once for everyone who waits (single flight).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count as counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.rows import Row, RowKV, View
+from kvgraph.attention.rows import Row, RowKV, View, gathered
 from kvgraph.engine.admission import Memory
-from kvgraph.engine.request import Encoding, Request, Sequence, sequence_of
+from kvgraph.engine.loader import DEADLINE, Loader
+from kvgraph.engine.request import Encoding, Loading, Request, Sequence, link_of
 from kvgraph.engine.result import Result
 from kvgraph.engine.runner import runner_for
+from kvgraph.engine.sampling import Sampled, likeliest
 from kvgraph.errors import PlanError
 from kvgraph.models import Model
 from kvgraph.store.base import Found
 from kvgraph.store.record import Record
 
+AHEAD = 8  # the part of the budget, 1 / AHEAD, that records may take that nobody was admitted to use yet
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
 
 
 class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
-    fetch(key): a record of the backing store and its tier's name, or None. save(record): hand a new record to it.
+    loader: reads records of the backing store; None: there is none. save(record): hand a new record to it.
+    settle(record): what a new record becomes before anything reads it; None: it stays as it is.
     """
 
     def __init__(
@@ -42,16 +48,22 @@ class Scheduler:
         model: Model,
         budget: int,
         max_step_tokens: int,
-        fetch: Callable[[str], Found | None],
+        loader: Loader | None,
         save: Callable[[Record], None],
+        settle: Callable[[Record], Record] | None = None,
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
-        self.fetch, self.save = fetch, save
+        self.loader, self.save, self.settle = loader, save, settle
         self.runner = runner_for(model)
+        self._numbers = counter()
         self.shapes = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in model.layers]
         self.waiting: deque[Request] = deque()
         self.encodings: dict[str, Encoding] = {}  # in order of creation: sources before their readers
+        self.loading: dict[str, Loading] = {}
+        self.ahead: dict[
+            str, tuple[str, int]
+        ] = {}  # (tier, bytes) of records that were read ahead, until they are used
         self.running: list[Request] = []  # admitted, not finished
         self.memory = Memory(budget, model.kv_bytes_per_token, self.encodings)
         self.peak_bytes = 0
@@ -59,7 +71,7 @@ class Scheduler:
     # -- submitting ---------------------------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
-        """Raise PlanError or CapacityError if a request can never run. Needs no lock: it looks at nothing that changes."""
+        """Raise PlanError or CapacityError if a request can never run. Needs no lock: it reads no changing state."""
         plan, limit = request.plan, self.model.limit
         if plan.highest_position >= limit:
             raise PlanError(f"the plan reaches position {plan.highest_position}, but the model's limit is {limit}")
@@ -71,10 +83,11 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request that passed `check`."""
+        request.number = next(self._numbers)
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """End a request now and free what it held; its result says "cancelled". No effect on a finished one."""
+        """End a request now and free what it held. Its result says "cancelled". No effect on a finished request."""
         if request.finished:
             return
         if request in self.waiting:
@@ -90,46 +103,50 @@ class Scheduler:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Admit what fits, run one packed forward, hand out its results."""
+    def step(self) -> bool:
+        """Admit what fits, run one packed forward, hand out its results. False if all that is left waits for the store."""
+        self._collect()
         self._admit()
         work = self._choose()
         if not work:
-            assert not self.running, "admitted requests, but nothing can run"  # better than waiting forever
-            return
+            assert self.loading or not self.running, "admitted requests, but nothing can run"  # better than forever
+            return not self.loading
         new = [e.sequence for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
-        self.memory.make_room(sum(s.capacity for s in new) * self.model.kv_bytes_per_token)
+        copies = max((s.to_gather for s in new), default=0)  # only the first row of a chain gathers
+        self.memory.make_room((sum(s.capacity for s in new) + copies) * self.model.kv_bytes_per_token)
         try:
-            rows = [self._row(owner.sequence, count) for owner, count in work]
+            rows = self._rows(work)
             want, counts = self._wanted(work)
             logits = self.runner.run(rows, want)
-        except Exception as error:  # out of memory, say: the rows of this step fail, everything else goes on
+        except Exception as error:  # such as out of memory: the rows of this step fail, all others continue
             for owner, _ in work:
                 self._fail(owner, error)
-            return
+            return True
         self.peak_bytes = max(self.peak_bytes, self.memory.kv_bytes)
         best = self._best(work, logits, counts)
         at = 0
         for (owner, _), row, n in zip(work, rows, counts, strict=True):
             with self._blaming(owner):
-                row.commit()  # only now: after an interrupt, the rows not handed out just run again
+                row.commit()  # only now: after an interrupt, rows without results run again
                 if isinstance(owner, Encoding):
                     self._encoded(owner)
                 else:
                     self._decoded(owner, logits[at : at + n], best.get(owner))
             at += n
+        return True
 
     def _choose(self) -> list[Work]:
         """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first.
 
         Only the oldest request's encodings go before prefill: so, however much work arrives, nothing waits forever. A
         reader may stand beside its sources: every layer writes all rows' keys and values before any row attends. So it
-        only waits for sources of which some tokens are left after this step.
+        only waits for sources of which some tokens are left after this step, and for those that a lossy codec changes.
         """
         decoding = [r for r in self.running if r.token_ids]
         prefill = [r for r in self.running if not r.token_ids]
-        oldest = [e for e in self.encodings.values() if self.running[0] in e.waiters]
-        later = [e for e in self.encodings.values() if self.running[0] not in e.waiters]
+        ready = sorted(self.encodings.values(), key=lambda e: e.order)  # sources before their readers
+        oldest = [e for e in ready if self.running[0] in e.waiters]
+        later = [e for e in ready if self.running[0] not in e.waiters]
         work: list[Work] = []
         complete: set[str] = set()  # encodings that this step finishes
         tokens, pairs = self.max_step_tokens, self.max_step_pairs
@@ -137,33 +154,62 @@ class Scheduler:
         for owner in owners:
             if not self._ready_beside(owner, complete):
                 continue
-            parts = 1 + len(owner.sequence.places)
+            parts = 1 + owner.sequence.parts
             count = min(owner.sequence.left, tokens, max(1, pairs // parts))
             if count <= 0 or (work and pairs < parts):
                 break
             work.append((owner, count))
-            if isinstance(owner, Encoding) and count == owner.sequence.left:
+            if isinstance(owner, Encoding) and count == owner.sequence.left and not self._settles(owner):
                 complete.add(owner.key)
             tokens, pairs = tokens - count, pairs - count * parts
         return work
 
+    def _settles(self, encoding: Encoding) -> bool:
+        """Whether readers must wait for what its KV become."""
+        return encoding.persistent and self.settle is not None
+
     def _ready_beside(self, owner: Request | Encoding, complete: set[str]) -> bool:
-        """Whether all that a row reads is there, or will be in a step that completes these encodings."""
+        """Whether everything a row reads is there, or will be in a step that completes these encodings."""
         if isinstance(owner, Request):
             return not owner.encode_only and owner.missing <= complete
-        return all(k in complete or k in self.memory.pool for k, *_ in owner.sequence.places)
+        if owner.link:  # which has all that this reads, but itself
+            return owner.link in complete or owner.link in self.memory.pool
+        return all(seen.key in complete or seen.key in self.memory.pool for seen in owner.sequence.places)
 
-    def _row(self, sequence: Sequence, count: int) -> Row:
-        """The next `count` tokens of a sequence; its KV is allocated with its first row."""
-        if sequence.kv is None:
-            sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
-            sequence.kv.positions[: len(sequence.positions)] = sequence.positions
-            sequence.views = [View(self._source(key), *how) for key, how in sequence.places]
-        here = slice(sequence.done, sequence.done + count)
-        return Row(sequence.tokens[here], sequence.positions[here], sequence.views, sequence.kv)
+    def _rows(self, work: list[Work]) -> list[Row]:
+        """The next tokens of each. A new link of a chain whose last link ends in the same step is joined to it."""
+        rows: list[Row] = []
+        before: Encoding | None = None  # the row before, if another can be joined to it
+        lead = 0
+        for owner, count in work:
+            sequence = owner.sequence
+            joined = before is not None and owner.link == before.key and sequence.done == 0
+            if sequence.kv is None:
+                sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
+                sequence.kv.positions[: len(sequence.positions)] = sequence.positions
+            lead = lead + sequence.span.start - sequence.span.sees[-1].at if joined else 0
+            views = () if joined else self._views(sequence)
+            here = slice(sequence.done, sequence.done + count)
+            rows.append(Row(sequence.tokens[here], sequence.positions[here], views, sequence.kv, joined, lead))
+            before = owner if isinstance(owner, Encoding) and count == sequence.left else None
+        return rows
+
+    def _views(self, sequence: Sequence) -> list[View]:
+        """What a sequence's rows see; short spans are gathered once all of them are there."""
+        if sequence.views is not None:
+            return list(sequence.views)
+        views = [View(self._source(seen.key), *seen[1:]) for seen in sequence.places]
+        if any(isinstance(view.source, RowKV) for view in views):
+            return views  # of sources beside it in this step: next time they are records
+        if sequence.to_gather:
+            rotaries = [None if x.rotary is None else self.model.rotaries[x.rotary] for x in self.model.layers]
+            views = list(gathered(views, self.shapes, rotaries))
+            sequence.copied = sum(view.source.nbytes for view in views if isinstance(view.source, RowKV))
+        sequence.views = views
+        return views
 
     def _source(self, key: str) -> Record | RowKV:
-        """What a row reads: a record that is pinned, or the KV of a row of the same step that completes it."""
+        """What a row reads: a pinned record, or the KV of a row that is completed in the same step."""
         encoding = self.encodings.get(key)
         if encoding is None:
             return self.memory.pooled(key)
@@ -178,7 +224,7 @@ class Scheduler:
         for owner, count in work:
             before = len(want)
             if isinstance(owner, Request):
-                first = len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
+                first = 0 if owner.echo else len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
                 skipped = max(0, first - owner.sequence.done)
                 want.extend(range(start + skipped, start + count))
             counts.append(len(want) - before)
@@ -192,18 +238,20 @@ class Scheduler:
             return
         assert encoding.sequence.kv is not None
         record = encoding.sequence.kv.record(encoding.key)
+        if self.settle is not None and encoding.persistent:
+            record = self.settle(record)
         del self.encodings[encoding.key]
-        self.memory.keep(record)
+        self.memory.keep(replace(record, packed=None))
         while encoding.waiters:
             request = encoding.waiters.pop()
             request.missing.discard(encoding.key)
             if not request.missing:
                 self._ready(request)
         if encoding.persistent:
-            self.save(record)  # last: it may wait for the disk, and be interrupted there
+            self.save(record)  # last, because it may wait for the disk and be interrupted there
 
     def _best(self, work: list[Work], logits: Tensor, counts: list[int]) -> dict[Request, tuple[int, float]]:
-        """The likeliest token and its logit of each request that takes it: one look at the device for all of them."""
+        """The most likely token and its logit, of each request that takes it, with one read from the device for all."""
         last: dict[Request, int] = {}
         at = 0
         for (owner, count), n in zip(work, counts, strict=True):
@@ -222,7 +270,7 @@ class Scheduler:
             self._score(request, logits)
         if sequence.left:
             return
-        if request.answer:
+        if request.answer and not request.echo:
             return self._finish(request, "length")
         if not request.token_ids:
             self._first(request, logits)
@@ -248,16 +296,18 @@ class Scheduler:
 
     def _score(self, request: Request, logits: Tensor) -> None:
         """Log-probabilities of the answer's next tokens, from the logits of those before them."""
-        for row in logits:
-            target = request.answer[len(request.scores)]
-            request.scores.append(torch.log_softmax(row.float(), -1)[target].clone())
+        for row, target in zip(logits, request.answer[len(request.scores) :], strict=False):
+            logprobs = torch.log_softmax(row.float(), -1)
+            request.scores.append(logprobs[target].clone())
+            if (n := request.params.logprobs) is not None:
+                request.scored.append(Sampled(target, float(logprobs[target]), likeliest(logprobs, n)))
             request.greedy = request.greedy and int(row.argmax()) == target
 
     @contextmanager
     def _blaming(self, owner: Request | Encoding) -> Iterator[None]:
-        """What goes wrong inside (NaN logits, a tokenizer, a store) ends this owner and no other.
+        """An error inside (NaN logits, a tokenizer, a store) ends this owner and no other.
 
-        An interrupt ends it too, for it may be half changed, and goes on to the caller.
+        An interrupt also ends it, because it may be half changed, and is passed on to the caller.
         """
         try:
             yield
@@ -267,12 +317,12 @@ class Scheduler:
                 raise
 
     def _fail(self, owner: Request | Encoding, error: BaseException) -> None:
-        """End a request, or all that wait for an encoding, with an error."""
+        """End a request, or all requests that wait for an encoding, with an error."""
         for request in list(owner.waiters) if isinstance(owner, Encoding) else [owner]:
             self._finish(request, error=error)
 
     def _finish(self, request: Request, reason: str = "", error: BaseException | None = None) -> None:
-        """End a request, with a result or an error; frees all it held. No effect on a finished one."""
+        """End a request with a result or an error, and free everything it held. No effect on a finished request."""
         if request.finished:
             return
         now = time.perf_counter()
@@ -282,13 +332,14 @@ class Scheduler:
         for key in list(request.held):
             self.memory.release(request, key)
         for key in request.missing:
+            self._stop_waiting(request, key)
             encoding = self.encodings.get(key)
             if encoding is not None:
                 encoding.waiters.discard(request)
                 if not encoding.waiters:
                     del self.encodings[key]
         request.missing = set()
-        request.sequence.kv, request.sequence.views = None, []
+        request.sequence.kv, request.sequence.views = None, ()
         if error is not None:
             request.error = error
             return
@@ -316,63 +367,151 @@ class Scheduler:
         while self.waiting:
             request = self.waiting[0]
             if not self.memory.fits(request):
-                return  # first come, first served: nothing overtakes a request that waits for memory
+                return self._look_ahead()  # first come, first served: nothing overtakes one that waits for memory
             self.waiting.popleft()
             self.running.append(request)
             self.memory.admit(request)
             request.usage.queued = time.perf_counter() - request.submitted
             with self._blaming(request):
-                self._resolve(request)
+                self._resolve(request, _read(request))
                 if not request.missing:
                     self._ready(request)
 
-    def _resolve(self, request: Request) -> None:
-        """Find or start everything the prompt span reads; what is missing pulls in its own sources, transitively."""
-        usage, spans = request.usage, request.plan.spans
-        need = sorted({p.span for p in request.plan.prompt.sees})
-        seen: set[str] = set()
-        stack = need[::-1]
+    def _resolve(self, request: Request, need: Iterable[int], absent: Collection[str] = ()) -> None:
+        """Find, read or encode these spans of a request's plan; what is encoded pulls in its own sources, transitively.
+
+        absent: keys that aren't in the store.
+        """
+        spans = request.plan.spans
+        stack = sorted(need, reverse=True)
         started: list[int] = []
         while stack:
             index = stack.pop()
             key, span = request.keys[index], spans[index]
-            if key in seen:
+            if key in request.resolved:
                 continue
-            seen.add(key)
-            tier = self._find(key) if span.cached else None
-            if tier is None and key in self.encodings:
-                tier = "shared"
-            if tier is None:
-                started.append(index)
-                usage.computed_tokens += len(span)
+            request.resolved.add(key)
+            if key in self.memory.pool:
+                ahead = self.ahead.pop(key, None)
+                self._reused(request, index, "memory" if ahead is None else ahead[0])
+                continue
+            request.missing.add(key)
+            if key in self.encodings:
+                self._reused(request, index, "shared")
+            elif self.loader is not None and span.cached and key not in absent:
+                self._load(self.loader, key, len(span)).waiters[request] = index
+                request.loads.add(key)
+                continue
             else:
-                usage.reused_tokens[tier] = usage.reused_tokens.get(tier, 0) + len(span)
-            if tier in (None, "shared"):
-                request.missing.add(key)
-                stack.extend(p.span for p in span.sees)
-        for index in sorted(started):  # plan order: sources before their readers
+                started.append(index)
+                request.usage.computed_tokens += len(span)
+            stack.extend(p.span for p in span.sees)
+        for index in started:
             self.encodings[request.keys[index]] = self._encoding(request, index)
-        for key in request.missing:
+        for key in request.missing & self.encodings.keys():
             self.encodings[key].waiters.add(request)
 
-    def _find(self, key: str) -> str | None:
-        """Where a record was found ("memory" or a tier of the store); it is in the pool afterwards."""
-        if key in self.memory.pool:
-            return "memory"
-        found = self.fetch(key)
-        if found is None:
-            return None
-        record, tier = found
-        self.memory.make_room(record.nbytes)
-        self.memory.keep(record)
-        return tier
+    @staticmethod
+    def _reused(request: Request, index: int, tier: str) -> None:
+        reused = request.usage.reused_tokens
+        reused[tier] = reused.get(tier, 0) + len(request.plan.spans[index])
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _load(self, loader: Loader, key: str, tokens: int) -> Loading:
+        """The read of a record, begun if it isn't under way."""
+        if key not in self.loading:
+            self.loading[key] = Loading(key, tokens * self.memory.per_token, time.monotonic() + DEADLINE)
+            loader.start(key)
+        return self.loading[key]
+
+    def _collect(self) -> None:
+        """Take what the loader has brought; give up what is late. Then go on with whoever waits for no record any more."""
+        if self.loader is None:
+            return
+        ended = [(self.loading.pop(key, None), found) for key, found in self.loader.finished()]
+        now = time.monotonic()
+        for late in [loading for loading in self.loading.values() if now > loading.deadline]:
+            ended.append((self.loading.pop(late.key), None))
+            self.loader.cancel(late.key)
+            self.loader.counts["late"] += 1
+        waited: dict[Request, None] = {}
+        for loading, found in ended:
+            if loading is not None:  # somebody still waits, or it was read ahead
+                self._loaded(loading, found)
+                waited |= dict.fromkeys(loading.waiters)
+        for request in waited:
+            if not request.loads:
+                with self._blaming(request):
+                    self._encode_absent(request)
+
+    def _loaded(self, loading: Loading, found: Found | None) -> None:
+        """A record has come, or there is none."""
+        if found is not None:
+            self.memory.make_room(found[0].nbytes)
+            self.memory.keep(found[0])
+            if not loading.waiters:
+                self.ahead[loading.key] = found[1], found[0].nbytes
+        for request, index in loading.waiters.items():
+            request.loads.discard(loading.key)
+            if found is None:
+                request.absent.append(index)
+                continue
+            request.missing.discard(loading.key)
+            self._reused(request, index, found[1])
+
+    def _encode_absent(self, request: Request) -> None:
+        """Encode what was in no tier: all of it at once, so that the links of a chain run in one step."""
+        absent, request.absent = request.absent, []
+        keys = {request.keys[index] for index in absent}
+        request.missing -= keys
+        request.resolved -= keys
+        self._resolve(request, absent, keys)
+        if not request.missing:
+            self._ready(request)
+
+    def _stop_waiting(self, request: Request, key: str) -> None:
+        loading = self.loading.get(key)
+        if loading is not None and loading.waiters.pop(request, None) is not None and not loading.waiters:
+            del self.loading[key]
+            if self.loader is not None:
+                self.loader.cancel(key)
+
+    def _look_ahead(self) -> None:
+        """Read what requests will need that wait for memory, as far as it takes a small part of the budget.
+
+        What comes lies in the pool like any record that nobody holds, and may be evicted like one.
+        """
+        if self.loader is None:
+            return
+        self.ahead = {key: ahead for key, ahead in self.ahead.items() if key in self.memory.pool}
+        taken = sum(nbytes for _, nbytes in self.ahead.values())
+        taken += sum(loading.nbytes for loading in self.loading.values() if not loading.waiters)
+        for request in self.waiting:
+            if request.looked_ahead:
+                continue
+            for index in sorted(_read(request)):
+                key, span = request.keys[index], request.plan.spans[index]
+                if not span.cached or key in self.memory.pool or key in self.encodings or key in self.loading:
+                    continue
+                taken += len(span) * self.memory.per_token
+                if taken > self.memory.budget // AHEAD:
+                    return
+                self._load(self.loader, key, len(span))
+            request.looked_ahead = True
 
     def _encoding(self, request: Request, index: int) -> Encoding:
-        span = request.plan.spans[index]
-        return Encoding(request.keys[index], sequence_of(span, request.keys), persistent=span.cached)
+        spans = request.plan.spans
+        return Encoding(
+            request.keys[index],
+            Sequence(spans[index], request.keys),
+            persistent=spans[index].cached,
+            order=(request.number, index),
+            link=link_of(request.plan, request.keys, index),
+        )
 
     def _ready(self, request: Request) -> None:
-        """Everything the prompt span reads is in the pool: intermediate versions are no longer needed."""
+        """Release intermediate versions once everything the prompt span reads is in the pool."""
         request.usage.encoded = time.perf_counter() - request.submitted
         wanted = {request.keys[p.span] for p in request.plan.prompt.sees}
         for key in [k for k in request.held if k not in wanted]:
@@ -380,3 +519,8 @@ class Scheduler:
         request.usage.kv_bytes = self.memory.held_bytes(request, wanted)
         if request.encode_only:
             self._finish(request, "length")
+
+
+def _read(request: Request) -> set[int]:
+    """The spans that the prompt span reads."""
+    return {place.span for place in request.plan.prompt.sees}

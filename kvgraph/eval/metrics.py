@@ -1,4 +1,4 @@
-"""What an answer is worth: scores of one answer, what of it is scored, and scores of whole sets. See docs/eval.md.
+"""Metrics: scores of one answer, the part of it that is scored, and scores of whole sets. See docs/reference/evaluation.md.
 
 A metric is a function (answer, references) -> number in [0, 1], `references` being every acceptable answer. Where the papers' code
 gives a point for nothing, it isn't given here: a reference without any letter or digit (after normalising, for metrics that

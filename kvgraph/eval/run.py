@@ -1,7 +1,7 @@
 """One run: a task's items, by one method, on one model, through the real engine; resumable at any moment.
 
 A run is a folder: `config.json` (written first), `results.jsonl` (a line an item, as they finish) and, once every item
-has its line, `summary.json`. docs/eval.md says what is in them.
+has its line, `summary.json`. docs/reference/evaluation.md says what is in them.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _check(engine: Engine, task: Task, items: Sequence[Item], edges: str) -> Non
 # -- asking -----------------------------------------------------------------------------------------------------------
 
 
-class _Asked(NamedTuple):
+class _Entered(NamedTuple):
     """An item on its way through the engine."""
 
     item: Item
@@ -153,13 +153,13 @@ def _answers(
     edges: str,
     params: SamplingParams,
     window: int,
-) -> Generator[tuple[_Asked, Result | KVGraphError]]:
+) -> Generator[tuple[_Entered, Result | KVGraphError]]:
     """Answers as they finish; a new item enters as soon as fewer than `window` are in the engine."""
-    entered: dict[int, _Asked] = {}  # by number, until their answer
+    entered: dict[int, _Entered] = {}  # by number, until their answer
 
     def requests() -> Iterator[Request | KVGraphError]:
         for i, item in enumerate(items):
-            asked = entered[i] = _Asked(item, ContextGraph([]), 0)
+            asked = entered[i] = _Entered(item, ContextGraph([]), 0)
             try:
                 graph = prompt.build(task, item, engine.model.tokenizer).graph(prompt.edges_of(item, edges))
                 asked = entered[i] = asked._replace(graph=graph)
@@ -178,7 +178,7 @@ def _tokens(plan: Plan) -> int:
     return sum(len(span) for span in plan.spans)
 
 
-def _line(task: Task, asked: _Asked, answer: Result | KVGraphError) -> dict[str, Any]:
+def _line(task: Task, asked: _Entered, answer: Result | KVGraphError) -> dict[str, Any]:
     """An item's line in results.jsonl."""
     item = asked.item
     failed = isinstance(answer, KVGraphError)

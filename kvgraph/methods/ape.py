@@ -16,14 +16,14 @@ LEAST, MOST = 0.1, 10.0
 
 @dataclass(frozen=True)
 class APE(Method):
-    """Every document is encoded after the prefix, which all share, at the same positions; the query follows the longest.
+    """Every document is encoded after the shared prefix, at the same positions; the query follows the longest.
 
-    For the query and the answer the documents are one group (the prefix isn't in it): the scores of their tokens are
-    divided by `temperature`, and the log-sum-exp of all of these is multiplied by temperature * scale before it competes
+    For the query and the answer, the documents are one group, without the prefix. The scores of their tokens are
+    divided by `temperature`. The log-sum-exp of all these scores is multiplied by temperature * scale; then it competes
     with the prefix and with the query's and the answer's own tokens. Documents are encoded with plain attention. With
-    both at 1 this is pcw with a shared prefix.
+    both fields at 1 this is pcw with a shared prefix.
 
-    temperature, scale: numbers from 0.1 to 10. The defaults are the released code's.
+    temperature, scale: numbers from 0.1 to 10. The defaults are those of the released code.
 
     Source: APE (arXiv 2502.05431), section 4, and the released code. The paper's listing multiplies the log-sum-exp by
     one factor `scale`, the code by scale * temperature; this follows the code.
@@ -42,7 +42,7 @@ class APE(Method):
 
     @property
     def trains_by_mask(self) -> bool:
-        """A mask says who sees whom; it can't weigh a group of keys."""
+        """False: a mask can't weigh a group of keys."""
         return False
 
     def plan(self, graph: ContextGraph) -> Plan:

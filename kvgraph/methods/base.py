@@ -1,4 +1,4 @@
-"""What a method is and can do, the checks every graph passes first, and the pieces plans are laid out from.
+"""What a method is and can do, the checks every graph passes first, and the building blocks of plans.
 
 To add a method: a frozen dataclass in a file of its own, derived from `Method`, with a `name` and `plan`; then a line in
 `kvgraph.methods.registry`, or an entry point of another package (docs/extending.md).
@@ -17,7 +17,7 @@ from kvgraph.plan import Place, Plan, Span, contiguous
 
 
 class Variation(NamedTuple):
-    """The same method with one thing changed. about: a few words for a table. edges: False to leave the edges out."""
+    """The same method with one thing changed. about: a few words for a table. edges: False leaves the edges out."""
 
     name: str
     about: str
@@ -28,8 +28,8 @@ class Variation(NamedTuple):
 class Method(ABC):
     """A pure function from graphs to plans. Subclasses are frozen dataclasses whose fields are their whole configuration.
 
-    The properties below are capabilities: what an engine, a server, training and evaluation ask before they use a method.
-    Their defaults are those of a method that ignores edges and computes nothing but the graph's own tokens.
+    The properties below are capabilities: the engine, the server, training and evaluation ask for them before they use
+    a method. The defaults are those of a method that ignores edges and computes only the graph's own tokens.
     """
 
     name: ClassVar[str]
@@ -40,66 +40,67 @@ class Method(ABC):
 
     @property
     def reads_edges(self) -> bool:
-        """Whether edges change the plan. Without, `plan` refuses a graph that has some."""
+        """Whether edges change the plan. If not, `plan` refuses a graph with edges."""
         return False
 
     @property
     def needs_tuning(self) -> bool:
-        """Whether a model has to be tuned for the method to answer as well as it can."""
+        """Whether a model must be tuned for the method to give its best answers."""
         return True
 
     @property
     def own_tokens(self) -> tuple[int, ...]:
-        """Token ids that the method adds to a graph's own, ascending. No text may hold them."""
+        """Token ids that the method adds to those of the graph, ascending. No text may contain them."""
         return ()
 
     @property
     def link_tokens(self) -> tuple[int, ...]:
-        """Those of its own tokens that stand between documents and the query, so that one may learn to read them instead."""
+        """Its own tokens that stand between documents and the query. A model can learn to read them instead."""
         return ()
 
     @property
     def trains_by_mask(self) -> bool:
-        """Whether an attention mask says everything its plans say, so that a model can be trained through them."""
+        """Whether an attention mask can express its plans. If so, a model can be trained through them."""
         return True
 
-    # -- plans that depend on what the model computes -----------------------------------------------------------------
+    # -- plans that depend on the model -------------------------------------------------------------------------------
 
     @property
     def needs_probe(self) -> bool:
-        """Whether `plan` needs to know deviations first; then it is `selecting(deviations)` that plans."""
+        """Whether plans depend on deviations measured on the model; then `selecting(deviations)` makes them."""
         return False
 
     def selecting(self, deviations: Sequence[Sequence[float]]) -> Method:
-        """The method that knows how far each token's KV is off: one number a token, by segment; none: nobody looked."""
+        """The method, given how far each token's KV is off: one number per token, by segment; empty if not measured."""
         return self
 
-    # -- graphs that are stored ahead ---------------------------------------------------------------------------------
+    # -- graphs that are encoded ahead of requests --------------------------------------------------------------------
 
     def for_corpus(self, longest: int) -> Method:
-        """The method with every field fixed that depends on the whole of a graph whose longest segment has `longest` tokens.
+        """The method with every field fixed that would depend on the whole graph.
 
-        By it a part of the graph, the segments a query reads and those up to `reach` edges before them, is encoded as in
-        the whole. Raises GraphError where that can't be.
+        A part of the graph is then encoded as in the whole graph. The part is the segments that a query reads and those
+        up to `reach` edges before them. longest: tokens of the graph's longest segment. Raises GraphError if the method
+        can't do this.
         """
         why = "can't encode a part of a graph as in the whole" if self.reads_edges else "reads no edges"
         raise GraphError(f"{self.name} {why}; name stored segments in a request's documents instead")
 
     @property
     def reach(self) -> int:
-        """How many edges away a segment may be to change another's KV."""
+        """How many edges away a segment may be and still change another's KV."""
         return 0
 
     # -- ablations ----------------------------------------------------------------------------------------------------
 
     def variations(self) -> Mapping[str, Sequence[Variation]]:
-        """What to compare the method with, by the ablation that asks: "mask-positions", "rounds" or "keep"."""
+        """What to compare the method with, by ablation: "mask-positions", "rounds" or "keep"."""
         return {}
 
     def outline(self, graph: ContextGraph) -> Any:
-        """What decides the plans of a graph like this one, whatever its segments' lengths: equal outlines, equal plans.
+        """A value that determines the plan of a graph like this one, whatever its segments' lengths.
 
-        Ablations leave out a variant with the outline of another.
+        Equal outlines mean equal plans. Ablations leave out a variant with the outline of another.
         """
         return (self, frozenset(graph.edges)) if self.reads_edges else self
 
@@ -119,25 +120,27 @@ def check(graph: ContextGraph, method: str, *, reads_edges: bool = False) -> Non
 
 
 def ids(piece: str | tuple[int, ...]) -> tuple[int, ...]:
-    """The token ids of a piece of a tokenized graph, where the only text left is empty."""
+    """The token ids of a piece of a tokenized graph, in which any text is empty."""
     return () if isinstance(piece, str) else piece
 
 
 def prefix_spans(graph: ContextGraph, ending: Sequence[int] = ()) -> list[Span]:
-    """The prefix as a causal chain from position 0, one span a piece. ending: tokens that the last piece ends with."""
+    """The prefix as a causal chain from position 0, one span per piece. ending: tokens added to the last piece."""
     pieces = [ids(piece) for piece in graph.prefix]
     if ending:
         last = pieces.pop() if pieces else ()
         pieces.append((*last, *ending))
     spans: list[Span] = []
+    places: tuple[Place, ...] = ()  # grown, so that all readers of a span share one place
     for i, tokens in enumerate(pieces):
         name = f"prefix {i}" if len(pieces) > 1 else "prefix"
-        spans.append(contiguous(tokens, end(spans), where_computed(spans), name=name))
+        spans.append(contiguous(tokens, end(spans[-1:]), places, name=name))
+        places = (*places, Place(i, spans[i].start))
     return spans
 
 
 class SegmentTokens(NamedTuple):
-    """A segment of a graph: its number there, its name, its token ids, which may be none."""
+    """A segment of a graph: its index, its name, and its token ids (possibly none)."""
 
     number: int
     name: str
@@ -150,12 +153,12 @@ class SegmentTokens(NamedTuple):
 
 
 def segments_read(graph: ContextGraph) -> list[SegmentTokens]:
-    """The segments that the query reads, empty ones too, in order: all that a method without edges sees of a graph."""
+    """The segments that the query reads, in order, including empty ones. A method without edges needs no others."""
     return [SegmentTokens(i, graph.names[i], ids(graph.segments[i])) for i in graph.read]
 
 
 def where_computed(spans: Sequence[Span]) -> list[Place]:
-    """A place for every span of a plan's beginning, at the position where it was computed."""
+    """A place for each of a plan's first spans, at the position where it was computed."""
     return [Place(i, span.start) for i, span in enumerate(spans)]
 
 
@@ -166,10 +169,12 @@ def prompt_span(tokens: Sequence[tuple[int, int]], sees: Sequence[Place], name: 
 
 
 def recomputed(graph: ContextGraph, selected: Sequence[Collection[int]], method: str) -> Plan:
-    """The plan of `block`, but with `selected` tokens of each segment read (their indices) in the prompt span.
+    """The plan of `block`, with selected tokens of the segments moved into the prompt span.
 
-    The recomputed tokens keep their positions, so each sees all before it: the tokens of segments that aren't selected as
-    they were stored, the selected ones as they are now. A segment without tokens left makes no span.
+    selected: the indices of these tokens, by segment read.
+
+    The recomputed tokens keep their positions, so each sees all tokens before it: the selected ones as recomputed, the
+    others as stored. A segment whose tokens are all selected makes no span.
     """
     spans = prefix_spans(graph)
     places, at = where_computed(spans), end(spans)
@@ -189,7 +194,7 @@ def recomputed(graph: ContextGraph, selected: Sequence[Collection[int]], method:
 
 
 def end(spans: Iterable[Span]) -> int:
-    """The position after the highest in use, 0 without spans."""
+    """The position after the highest in use; 0 without spans."""
     return max((span.positions[-1] + 1 for span in spans), default=0)
 
 

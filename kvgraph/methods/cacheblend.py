@@ -1,4 +1,4 @@
-"""CacheBlend: documents encoded alone, the tokens that this changes most recomputed with the query."""
+"""CacheBlend: documents encoded alone; the tokens that this changes most are recomputed with the query."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from kvgraph.plan import Plan
 class CacheBlend(Method):
     """Every segment is encoded alone; the tokens whose KV this changes most are recomputed, seeing all before them.
 
-    The recomputed tokens run in one pass with the query; what reads a segment sees them instead of the
-    stored ones. All positions are sequential, and the prefix is never recomputed.
+    The recomputed tokens run in one pass with the query, and readers of a segment see them instead of the stored ones.
+    All positions are sequential, and the prefix is never recomputed.
 
-    Which tokens, only the model can tell: `Engine.plan` measures how far every token's KV is off (kvgraph.engine.probe)
+    The choice of tokens needs the model. `Engine.plan` measures how far every token's KV is off (kvgraph.engine.probe)
     and plans with `selecting(deviations)`. Once `selected` is given, the plan is a pure function of the graph.
 
-    ratio: share of all segments' tokens to recompute. 0 gives `block`, 1 what `full` computes; neither needs a probe.
-    selected: indices of the tokens to recompute, one tuple a segment that the query reads, in its order; segments
-    beyond its end have none. None: not measured yet.
+    ratio: share of all segments' tokens to recompute. 0 gives `block`, 1 gives what `full` computes; neither needs a
+        probe.
+    selected: indices of the tokens to recompute, one tuple per segment that the query reads, in its order. Segments
+        beyond the end of the list have none. None means not measured yet.
 
     Raises GraphError for a ratio outside 0..1, and from `plan` when the selection is missing or doesn't fit the graph.
     Source: CacheBlend (arXiv 2405.16444), sections 4.2 and 4.3; 15 % is its default. Simplified: one selection, made on
@@ -47,18 +48,18 @@ class CacheBlend(Method):
         try:
             selected = tuple(tuple(sorted({operator.index(i) for i in indices})) for indices in self.selected)
         except TypeError:
-            raise GraphError("cacheblend: selected must be token indices, one list a segment") from None
+            raise GraphError("cacheblend: selected must be token indices, one list per segment") from None
         object.__setattr__(self, "selected", selected)
 
     @property
     def needs_probe(self) -> bool:
-        """Whether `plan` has to know deviations first; then it is `selecting(deviations)` that plans."""
+        """Whether the plan depends on deviations that haven't been measured yet."""
         return self.selected is None and 0 < self.ratio < 1
 
     def selecting(self, deviations: Sequence[Sequence[float]]) -> CacheBlend:
-        """The same method with the `ratio` of all tokens selected that deviate most; of equal ones the earlier.
+        """The same method with the most deviating tokens selected, `ratio` of all; of equal ones the earlier.
 
-        deviations: one number a token, by segment. Without any ([]) nothing is selected.
+        deviations: one number per token, by segment. If empty, nothing is selected.
         """
         tokens = [(-d, segment, i) for segment, row in enumerate(deviations) for i, d in enumerate(row)]
         selected: list[list[int]] = [[] for _ in deviations]
@@ -75,8 +76,8 @@ class CacheBlend(Method):
         """The indices to recompute of every segment that the query reads."""
         if self.needs_probe:
             raise GraphError(
-                f"cacheblend with ratio={self.ratio} picks tokens by what the model makes of them, so an engine plans it "
-                "(Engine.plan, kvgraph ask); without a model there is only ratio=0, ratio=1, or a given selection"
+                f"cacheblend with ratio={self.ratio} needs a model to select tokens; plan with an engine "
+                "(Engine.plan, kvgraph ask), or set ratio=0, ratio=1 or selected"
             )
         segments = segments_read(graph)
         lengths = [len(segment.tokens) for segment in segments]

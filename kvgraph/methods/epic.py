@@ -1,4 +1,4 @@
-"""EPIC: documents encoded alone, the first tokens of each recomputed with the query."""
+"""EPIC: documents encoded alone; the first tokens of each are recomputed with the query."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kvgraph.plan import Plan
 class Epic(Method):
     """Every segment is encoded alone; its first `k` tokens are recomputed, seeing everything before them.
 
-    The first tokens of a text that is encoded alone draw attention to themselves (attention sinks), and would do so
-    again in the middle of a prompt. Recomputed there they are ordinary tokens. They run in one pass with
-    the query; what reads a segment sees them instead of the stored ones. All positions are sequential. What opens the
-    prompt needs no recomputing: the prefix or, without one, the first segment that isn't empty.
+    The first tokens of a text that is encoded alone become attention sinks, and would act as sinks in the middle of a
+    prompt as well. Recomputed there, they are ordinary tokens. They run in one pass with the query, and readers of a
+    segment see them instead of the stored ones. All positions are sequential. The start of the prompt isn't recomputed:
+    this is the prefix or, without one, the first segment that isn't empty.
 
-    k: tokens recomputed a segment; 0 gives `block`, the longest segment's length or more gives what `full` computes.
+    k: tokens recomputed per segment. 0 gives `block`; the longest segment's length or more gives what `full` computes.
 
-    Source: EPIC (arXiv 2410.15332), its LegoLink algorithm, which has k from 2 to 32; LegoLink-16 is the one its
-    evaluation sets against CacheBlend. Its LegoLink-0, which encodes chunks behind dummy tokens, isn't here.
+    Source: EPIC (arXiv 2410.15332), its LegoLink algorithm with k from 2 to 32. Its evaluation compares LegoLink-16
+    with CacheBlend. LegoLink-0, which encodes chunks after dummy tokens, isn't implemented.
     """
 
     name: ClassVar[str] = "epic"

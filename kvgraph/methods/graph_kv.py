@@ -24,7 +24,7 @@ from kvgraph.methods.base import (
 from kvgraph.plan import Place, Plan, Span, contiguous, pruned
 
 LAYOUTS = ("aligned", "tight", "packed", "sequential")
-MOST_ROUNDS = 1000  # on a cycle every round makes new versions, without end
+MOST_ROUNDS = 1000  # on a cycle, every round makes new versions without end
 COMPARED_ROUNDS = range(4)  # in ablations
 
 
@@ -32,37 +32,38 @@ COMPARED_ROUNDS = range(4)  # in ablations
 class GraphKV(Method):
     """Round 0 encodes every segment alone; in round r a segment is encoded again, reading its sources.
 
-    A segment gets a version in round r if one of its sources got one in round r - 1. That version sees the newest
-    versions (as of round r - 1) of its sources; its own only if it is its own source; never the prefix. The query sees
-    the prefix, the newest version of every segment, and every version that a visible version read.
+    A segment gets a version in round r if one of its sources got one in round r - 1. This version sees the newest
+    versions of its sources, as of round r - 1. It sees its own only if it is its own source, and never the prefix. The
+    query sees the prefix, the newest version of every segment, and every version that a visible version read.
 
-    A graph with chosen segments is encoded as a whole: rounds, bands and positions are those of the whole graph, so every
-    segment has the KV that it has without a choice. Only the query sees less: the prefix and versions of chosen segments,
-    and what a visible version read of segments that weren't chosen stays hidden. It stands after what it sees, by the
-    rule of the layout: in "aligned" and "sequential" after the last band that holds something it sees; in "packed", where
-    it sees the chosen segments alone end to end, in the order chosen, after these.
+    A graph with chosen segments is encoded as a whole. Rounds, bands and positions are those of the whole graph, so
+    every segment has the same KV as without a choice. Only the query sees less: the prefix and versions of chosen
+    segments. What a visible version read of other segments stays hidden. The layout decides where the query stands. In
+    "aligned" and "sequential" it follows the last band with something that it sees. In "packed" it sees the chosen
+    segments alone, end to end in the order chosen, and follows them.
 
-    rounds: how often caches travel along an edge; without edges 0.
+    rounds: how often caches travel along an edge; 0 without edges.
     keep: "all" shows the query every round-0 version too; "read" only those that a visible version read.
-    layout, with P the prefix's length and L the band:
+    layout: see below, with P the prefix's length and L the band.
+    band: L for "aligned"; the longest segment unless given. A band fixed for a corpus keeps the keys of re-encoded
+        segments when a longer document is added.
+    drop_token: "packed" only. Tokens with this id are computed in their segment but hidden from its readers, and later
+        keys close the gap. The released code pads with eos, and thus drops eos inside documents.
+
     - "aligned": versions of round r stand at P + r * L, the query right after the last band in use.
-    - "tight": a reader starts right after the highest position it sees (segments that read nothing at P), the query
-      right after the highest position in use. So separate ego groups share positions.
-    - "packed" (keep "all", one round, every segment a reader): a reader sees its sources' round-0 versions, in segment
-      order, end to end from 0 and is computed right after them; the query sees all round-0 versions end to end from P,
+    - "tight": a reader starts right after the highest position that it sees, and segments that read nothing start at P.
+      The query stands right after the highest position in use. Separate ego groups thus share positions.
+    - "packed" (keep "all", one round, every segment a reader): a reader sees its sources' round-0 versions end to end
+      from 0, in segment order, and is computed right after them. The query sees all round-0 versions end to end from P,
       then all round-1 versions, and stands after these. Caches are moved between being computed and being read.
-    - "sequential": no position is shared. Round 0 stands end to end from P as in `block`, every further round end to
-      end after the one before, the query after the last. This is the control that keeps the attention mask of "aligned"
-      without its positions; without edges it is `block`.
-    band: L for "aligned"; the longest segment unless given. Fixing it for a corpus keeps the keys of re-encoded
-    segments when a longer document joins.
-    drop_token: "packed" only. Tokens with this id are computed in their segment but hidden from whatever reads it, and
-    later keys close the gap. The released code pads with eos, so it drops eos inside documents this way.
+    - "sequential": no position is shared. Round 0 stands end to end from P as in `block`, each further round end to end
+      after the one before, and the query after the last. This is a control: the attention mask of "aligned" without its
+      positions. Without edges it is `block`.
 
     Raises GraphError for fields that don't go together, and from `plan` when a segment is longer than the band.
     Source: Graph-KV (arXiv 2506.07334), its structure-aware attention and positional encoding allocation. "aligned" is
-    the paper's Full with all-pairs edges, its Top-m with top-k edges, its multi-hop variants with layered edges and
-    rounds = depth. "tight" is `gapemp_graph(_batch)`, "packed" `gapemp` and `gapemp_appr` of the released code.
+    the paper's Full with all-pairs edges, its Top-m with top-k edges, and its multi-hop variants with layered edges and
+    rounds = depth. "tight" is `gapemp_graph(_batch)` of the released code, "packed" is its `gapemp` and `gapemp_appr`.
     """
 
     name: ClassVar[str] = "graph-kv"
@@ -77,7 +78,7 @@ class GraphKV(Method):
         require_int(self.name, "rounds", self.rounds)
         if self.rounds > MOST_ROUNDS:
             raise GraphError(
-                f"graph-kv with rounds={self.rounds}: at most {MOST_ROUNDS}, each encodes every reader again"
+                f"graph-kv: rounds must be at most {MOST_ROUNDS}, not {self.rounds}; each encodes every reader again"
             )
         require_one_of(self.name, "keep", self.keep, ("read", "all"))
         require_one_of(self.name, "layout", self.layout, LAYOUTS)
@@ -94,18 +95,18 @@ class GraphKV(Method):
 
     @property
     def reads_edges(self) -> bool:
-        """Whether there is a round to read in."""
+        """Whether there is at least one round."""
         return self.rounds > 0
 
     @property
     def reach(self) -> int:
-        """A round carries caches along one edge."""
+        """One edge per round."""
         return self.rounds
 
     def for_corpus(self, longest: int) -> GraphKV:
         """The method with its band fixed.
 
-        Raises GraphError for a layout in which where a segment stands depends on segments that it doesn't read.
+        Raises GraphError for layouts in which a segment's position depends on segments that it doesn't read.
         """
         if self.layout not in ("aligned", "tight"):
             raise GraphError(
@@ -114,7 +115,7 @@ class GraphKV(Method):
         return replace(self, band=longest) if self.layout == "aligned" and self.band is None else self
 
     def variations(self) -> Mapping[str, Sequence[Variation]]:
-        """The mask without its positions and the reverse, other numbers of rounds, and the other `keep`."""
+        """The mask without the positions, the positions without the mask, other numbers of rounds, the other `keep`."""
         made: dict[str, Sequence[Variation]] = {}
         if self.layout in ("aligned", "tight"):
             plain = replace(self, layout="sequential", band=None)
@@ -137,7 +138,7 @@ class GraphKV(Method):
         return made
 
     def outline(self, graph: ContextGraph) -> Any:
-        """The plan, with segments of 1, 2, 3, ... tokens, all different."""
+        """The plan with segments of 1, 2, 3, ... distinct tokens."""
         count = len(graph.segments)
         tokens = iter(range(1, (count + 1) ** 2))
         segments = [[next(tokens) for _ in range(i + 1)] for i in range(count)]
@@ -152,7 +153,7 @@ class GraphKV(Method):
         }
         sources: dict[int, list[int]] = {i: [] for i in segments}
         for source, reader in sorted(graph.edges):
-            if source in segments and reader in segments:  # edges of empty segments vanish
+            if source in segments and reader in segments:  # edges of empty segments are dropped
                 sources[reader].append(source)
         lay_out = self._packed if self.layout == "packed" else self._in_rounds
         spans, places, start = lay_out(graph, segments, sources)
@@ -162,7 +163,7 @@ class GraphKV(Method):
     def _in_rounds(
         self, graph: ContextGraph, segments: dict[int, SegmentTokens], sources: dict[int, list[int]]
     ) -> tuple[list[Span], list[Place], int]:
-        """Every layout but "packed": (spans, what the query sees, where it starts)."""
+        """Every layout except "packed": (spans, what the query sees, where it starts)."""
         spans = prefix_spans(graph)
         prefix, origin, band = where_computed(spans), end(spans), self._band(graph)
         offsets = dict.fromkeys(segments, 0)  # where a segment stands in its round's band
@@ -237,7 +238,7 @@ class GraphKV(Method):
         return places, at
 
     def _band(self, graph: ContextGraph) -> int:
-        """Positions that a round takes up, in layouts where that is a constant."""
+        """Positions that a round takes up, in layouts where this is constant."""
         if self.layout == "sequential":
             return sum(map(len, graph.segments))
         longest = max(map(len, graph.segments), default=0)

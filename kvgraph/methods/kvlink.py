@@ -27,12 +27,12 @@ MOST_LINKS = 1000  # the paper has at most 5
 class KVLink(Method):
     """Every document is encoded alone; `links` link tokens after each see everything before them, links included.
 
-    The link tokens run in one pass with the query, between whose positions the documents lie. All
-    positions are sequential. An empty document keeps its slot, and so its link tokens.
+    The link tokens run in one pass with the query; their positions lie between those of the documents. All positions
+    are sequential. An empty document keeps its slot and its link tokens.
 
-    links: link tokens a document (the published models have 0, 1 or 5).
-    link_start: token id of the first; link token j of document slot s is link_start + links * s + j.
-    slots: documents the checkpoint has link tokens for.
+    links: link tokens per document (0, 1 or 5 in the published models).
+    link_start: token id of the first link token. Link token j of document slot s is link_start + links * s + j.
+    slots: documents that the checkpoint has link tokens for.
     mem_start, mem_end: token ids that end the prefix and start the query; None leaves them out.
 
     Raises GraphError when link_start is missing, and from `plan` when there are more documents than slots.
@@ -54,18 +54,16 @@ class KVLink(Method):
             if getattr(self, field) is not None:
                 require_int(self.name, field, getattr(self, field))
         if self.links > MOST_LINKS:
-            raise GraphError(
-                f"kvlink with links={self.links}: more than {MOST_LINKS} link tokens a document make no sense"
-            )
+            raise GraphError(f"kvlink: links must be at most {MOST_LINKS}, not {self.links}")
         if self.links and self.link_start is None:
             raise GraphError(
                 f"kvlink with links={self.links} needs link_start, the id of the model's first link token; "
-                f"the presets kvlink-llama3-1 and kvlink-llama3-5 have that of the released Llama 3 models"
+                f"the presets kvlink-llama3-1 and kvlink-llama3-5 have the one of the released Llama 3 models"
             )
 
     @property
     def link_tokens(self) -> tuple[int, ...]:
-        """One id for every link token of every slot."""
+        """The ids of every link token of every slot."""
         first = self.link_start or 0
         return tuple(range(first, first + self.links * self.slots))
 

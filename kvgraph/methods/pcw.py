@@ -1,4 +1,4 @@
-"""Parallel Context Windows: documents at shared positions, none reading another."""
+"""Parallel Context Windows: documents at shared positions; none reads another."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kvgraph.plan import Plan, Span, contiguous
 
 @dataclass(frozen=True)
 class PCW(Method):
-    """Every document is a window: it stands right after the prefix, where all others stand, and reads no other.
+    """Every document is a window: all stand right after the prefix, at the same positions, and none reads another.
 
-    The query sees the prefix once and every document, and stands right after the longest one. No window has a BOS of
-    its own. Without a shared prefix this is graph-kv without edges.
+    The query sees the prefix once and every document, and stands right after the longest one. Windows have no BOS of
+    their own. Without a shared prefix this is graph-kv without edges.
 
-    shared_prefix: documents see the prefix and are encoded after it. With BOS as the prefix, that is the released code:
-    it starts every window with BOS and then shows the query only one of them.
+    shared_prefix: documents see the prefix and are encoded after it. With BOS as the prefix this is the released code,
+        which starts every window with BOS and shows the query only one of them.
 
     Source: Parallel Context Windows (arXiv 2212.10947), section 2, and the released code.
     """
@@ -41,7 +41,7 @@ class PCW(Method):
 
 
 def windows(graph: ContextGraph, *, shared_prefix: bool) -> list[Span]:
-    """The prefix's spans, then a span a document: all at the position after the prefix, seeing it or nothing."""
+    """The prefix's spans, then one per document: all start at the position after the prefix and see it or nothing."""
     prefix = prefix_spans(graph)
     seen = where_computed(prefix) if shared_prefix else ()
     return [*prefix, *(segment.span(end(prefix), seen) for segment in segments_read(graph) if segment.tokens)]

@@ -1,4 +1,4 @@
-"""Configured methods: each function's docstring says what it reproduces."""
+"""Configured methods. Each function's docstring says what it reproduces."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def kvlink_llama3_0() -> KVLink:
 
 
 def kvlink_llama3_1() -> KVLink:
-    """KVLink1 for Llama 3: one link token a document; reserved token ids from 128011."""
+    """KVLink1 for Llama 3: one link token per document; reserved token ids from 128011."""
     return KVLink(links=1, link_start=128011, slots=40, mem_start=128254, mem_end=128255)
 
 
 def kvlink_llama3_5() -> KVLink:
-    """KVLink5 for Llama 3: five link tokens a document; reserved token ids from 128011."""
+    """KVLink5 for Llama 3: five link tokens per document; reserved token ids from 128011."""
     return KVLink(links=5, link_start=128011, slots=40, mem_start=128254, mem_end=128255)

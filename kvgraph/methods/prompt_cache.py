@@ -1,4 +1,4 @@
-"""Prompt Cache: documents alone, in slots of a fixed length."""
+"""Prompt Cache: documents encoded alone, in slots of a fixed length."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from kvgraph.plan import Plan, contiguous
 class PromptCache(Method):
     """Every document is encoded alone and starts its slot: slot i is at P + i * slot, with P the prefix's length.
 
-    The query sees all and stands after the last slot. What a shorter document leaves of its slot is a gap in the
-    positions; an empty document is a slot that is all gap. In the paper's terms: the schema is the prefix and then a
-    union of all documents a slot, and a union is as long as its longest member.
+    The query sees everything and stands after the last slot. The rest of a shorter document's slot is a gap in the
+    positions, and the whole slot of an empty document is one. In the paper's terms, the schema is the prefix followed
+    by one union of all documents per slot, and a union is as long as its longest member.
 
-    slot: positions of a slot; the longest document of the graph unless given. Give it, as a schema would, to keep
-    positions equal between graphs of one corpus. The keys of documents don't depend on it.
+    slot: length of a slot in positions; the longest document of the graph unless given. Give it, as a schema would, to
+        keep positions equal between graphs of one corpus. The keys of documents don't depend on it.
 
     Raises GraphError, from `plan`, for a document that is longer than its slot.
     Source: Prompt Cache (arXiv 2311.04934), section 3, and the released code.
@@ -46,7 +46,7 @@ class PromptCache(Method):
             require_int(self.name, "slot", self.slot, least=1)
 
     def plan(self, graph: ContextGraph) -> Plan:
-        """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or a document too long."""
+        """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or too long a document."""
         check(graph, self.name)
         spans, segments = prefix_spans(graph), segments_read(graph)
         at, slot = end(spans), self._slot(segments)

@@ -1,7 +1,7 @@
-"""The methods and presets that there are, by name.
+"""The registries of methods and presets.
 
-Other packages add methods by entry points in the group "kvgraph.methods", each named as its method is, and presets by
-entry points in "kvgraph.presets"; see kvgraph.registry.
+Other packages add methods by entry points in the group "kvgraph.methods", each with the name of its method, and presets
+by entry points in "kvgraph.presets"; see kvgraph.registry.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from kvgraph.methods.prompt_cache import PromptCache
 from kvgraph.registry import Registry
 
 BASELINE = Full.name
-"""The method that other methods are measured against, and that every model answers by."""
+"""The method that others are compared with, and the default."""
 
 
 def _wrong(name: str, make: Any) -> str:
     """What is wrong with a method class or preset of another package, or nothing."""
     made = make()
     if not isinstance(made, Method):
-        return "it makes no kvgraph.methods.Method"
+        return "it doesn't make a kvgraph.methods.Method"
     if isinstance(make, type) and made.name != name:
         return f"the method's name is {made.name!r}"
     return ""
@@ -64,7 +64,7 @@ PRESETS: Registry[Callable[[], Method]] = Registry(
     "kvgraph.presets",
     _wrong,
 )
-"""Configured methods by name: functions whose docstrings say what they reproduce."""
+"""Configured methods by name. The functions' docstrings say what they reproduce."""
 
 
 def known(name: str) -> bool:
@@ -75,7 +75,7 @@ def known(name: str) -> bool:
 def get(name: str, /, **changes: Any) -> Method:
     """The method or preset called `name`, with some of its fields changed.
 
-    Raises GraphError listing the known names, or the method's fields, when one is wrong.
+    Raises GraphError, listing the known names or fields, for an unknown one.
     """
     make = METHODS.get(name) or PRESETS.get(name)
     if make is None:
@@ -84,9 +84,9 @@ def get(name: str, /, **changes: Any) -> Method:
 
 
 def with_fields(method: Method, changes: Mapping[str, Any], called: str = "") -> Method:
-    """The method with some of its fields changed. called: what errors call it, its name unless given.
+    """The method with some of its fields changed. called: its name in errors, if not its own.
 
-    Raises GraphError for a field that it doesn't have, or a value that it doesn't take.
+    Raises GraphError for an unknown field or a wrong value.
     """
     names = configuration(method)
     for field in changes:

@@ -1,6 +1,6 @@
-"""Methods as text, "name" or "name:field=value,field=value": one parser, one formatter, and what takes either.
+"""Methods as text, "name" or "name:field=value,field=value": the parser and the formatter.
 
-A value is a number, true, false, none, plain text, or, in brackets or quotes, JSON: "cacheblend:selected=[[0,1],[2]]".
+A value is a number, true, false, none, plain text, or JSON in brackets or quotes: "cacheblend:selected=[[0,1],[2]]".
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _JSON = json.JSONDecoder()
 
 
 def resolve(method: str | Method | None, tuned_for: Iterable[str] = ()) -> Method:
-    """The method that was asked for, as text or as it is.
+    """The method given as text or as an instance.
 
-    None is the default: the first method in `tuned_for`, what a model declares, that there is; else `full`.
+    None gives the default: the first known method in `tuned_for` (those that a model declares tuning for), else `full`.
     Raises GraphError for anything else.
     """
     if method is None:
@@ -40,14 +40,14 @@ def resolve(method: str | Method | None, tuned_for: Iterable[str] = ()) -> Metho
 def parse(spec: str) -> Method:
     """The method of "name" or "name:field=value,field=value".
 
-    Raises GraphError listing what there is.
+    Raises GraphError, listing the known names or fields, for an unknown one.
     """
     name, _, rest = spec.partition(":")
     changes: dict[str, Any] = {}
     while rest:
         item, _, after = rest.partition(",")
         field, equals, text = item.partition("=")
-        if equals and text.lstrip()[:1] in ("[", '"'):  # it may hold commas
+        if equals and text.lstrip()[:1] in ("[", '"'):  # it may contain commas
             changes[field.strip()], after = _json(rest.partition("=")[2].lstrip(), spec)
         elif equals:
             changes[field.strip()] = _value(text.strip())
@@ -58,14 +58,14 @@ def parse(spec: str) -> Method:
 
 
 def format(method: Method) -> str:
-    """The text that `parse` reads as this method: its name, and the fields that aren't the default."""
+    """The text that `parse` reads as this method: its name, and the fields that differ from the default."""
     values = ((field, getattr(method, field.name)) for field in fields_of(method))
     changed = [f"{field.name}={_text(value)}" for field, value in values if value != field.default]
     return method.name + (":" if changed else "") + ",".join(changed)
 
 
 def _json(text: str, spec: str) -> tuple[Any, str]:
-    """(the JSON value that a text begins with, what comes after the comma behind it)."""
+    """(the JSON value that a text begins with, the text after the comma that follows it)."""
     try:
         value, length = _JSON.raw_decode(text)
     except (ValueError, RecursionError):
@@ -79,7 +79,7 @@ def _json(text: str, spec: str) -> tuple[Any, str]:
 def _value(text: str) -> Any:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
-    for kind, longest in ((int, 18), (float, 32)):  # nothing here needs more digits, and Python refuses thousands
+    for kind, longest in ((int, 18), (float, 32)):  # ample, and Python refuses thousands of digits
         with suppress(ValueError):
             if len(text) <= longest:
                 return kind(text)

@@ -1,7 +1,7 @@
-"""Causal LMs as the engine and training see them. The only room that imports transformers."""
+"""Causal LMs as the engine and training see them. Only this package imports transformers."""
 
 from kvgraph.models.adapter import Attend, Layer, Model, Trainable
-from kvgraph.models.checkpoint import deepen, save
+from kvgraph.models.checkpoint import save, stack
 from kvgraph.models.fingerprint import ATTENTION_NUMERICS
 from kvgraph.models.loading import load, load_tokenizer, trainable, tuned_for, wrap
 from kvgraph.models.support import TESTED
@@ -13,10 +13,10 @@ __all__ = [
     "Layer",
     "Model",
     "Trainable",
-    "deepen",
     "load",
     "load_tokenizer",
     "save",
+    "stack",
     "trainable",
     "tuned_for",
     "wrap",

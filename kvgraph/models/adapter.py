@@ -1,8 +1,8 @@
-"""The transformers adapter: run a causal LM with attention that is ours.
+"""The transformers adapter: run a causal LM with our attention.
 
-The only room that touches transformers' internals. Attention is reached through `AttentionInterface`: the model runs as
-it is, on one packed sequence without a cache, and hands every layer's rotated queries, keys and values to a function.
-What a layer does (rotation, sliding window, head sizes) is observed in a probe, not read from the model's name.
+Attention is replaced through transformers' `AttentionInterface`. The model's code is unchanged; it runs on one packed
+sequence without a cache and hands every layer's rotated queries, keys and values to a function. What a layer does
+(rotation, sliding window, head sizes) is observed in a probe and not inferred from the model's name.
 
 Shapes: T packed tokens, H query heads, G key/value heads, D key head size, Dv value head size, V vocabulary.
 """
@@ -37,8 +37,9 @@ IMPLEMENTATION = "kvgraph"
 class Layer:
     """What attention needs to know of one layer.
 
-    rotary: index into Model.rotaries, None: the layer doesn't rotate. window: a key is visible only if position of the
-    query - position of the key < window, None: no such limit. kv_heads, key_dim, value_dim: G, D and Dv.
+    rotary: index into Model.rotaries; None if the layer doesn't rotate.
+    window: a key is visible only if the query's position - the key's position < window; None means no limit.
+    kv_heads, key_dim, value_dim: G, D and Dv.
     """
 
     rotary: int | None
@@ -51,10 +52,15 @@ class Layer:
 class Model:
     """A causal LM as the engine sees it; made by `load` or `wrap`.
 
-    hf: the transformers model, in eval mode; between calls it behaves as before, but with float64 rotary angles.
-    tokenizer: or None. name: for people. fingerprint: 64 hex digits, equal only for models that compute the same KV.
-    limit: positions must stay below it. tuned_for: methods that the model's config, or the front matter of its card
-    (README.md), declares tuning for, under the key "kvgraph": {"tuned_for": [...]}. One call runs at a time.
+    hf: the transformers model, in eval mode. Between calls it behaves as before, except for float64 rotary angles.
+    tokenizer: its tokenizer, or None.
+    name: for people.
+    fingerprint: 64 hex digits, equal only for models that compute the same KV.
+    limit: positions must stay below it.
+    tuned_for: methods that the model's config, or the front matter of its card (README.md), declares tuning for, under
+        the key "kvgraph": {"tuned_for": [...]}.
+
+    One call runs at a time.
     """
 
     def __init__(
@@ -82,8 +88,8 @@ class Model:
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, want: Tensor) -> Tensor:
         """Run the model once on `tokens` [T] at `positions` [T], both int64; `attend` is each layer's attention.
 
-        Returns the logits [n, V] float32 of the tokens `want` [n] (int64 indices into T; may be empty). Which token
-        sees which is up to `attend` alone. Queries and keys come to it rotated to `positions`.
+        Returns the logits [n, V] float32 of the tokens `want` [n] (int64 indices into T; may be empty). `attend` alone
+        decides which token sees which. It gets queries and keys rotated to `positions`.
         """
 
         return run(self.hf, tokens, positions, _packed(attend), want)
@@ -99,10 +105,12 @@ class Model:
     ) -> Tensor:
         """The slow reference: logits [T, V] float32 of one forward with transformers' own eager attention.
 
-        tokens [T], positions [T] int64 (may be negative); visible [T, T] bool, row attends to column. Sliding windows
-        apply on top, by distance of positions. None of kvgraph's attention is in it. group [T, T], groups: columns that
-        a row weighs together, with (temperature, scale) of each group, as in `kvgraph.plan.Dense`; transformers has
-        nothing like that, so attention is then spelled out.
+        tokens, positions: [T] int64; positions may be negative.
+        visible: [T, T] bool, row attends to column. Sliding windows also apply, by distance of positions.
+        group, groups: [T, T] columns that a row weighs together, and (temperature, scale) of each group, as in
+            `kvgraph.plan.Dense`. transformers has no groups; attention is then written out by the definition.
+
+        It uses none of kvgraph's attention.
         """
         tokens, positions, visible = (t.to(self.device) for t in (tokens, positions, visible))
         distance = positions[:, None] - positions[None]
@@ -118,16 +126,18 @@ class Model:
             if members:
                 return grouped_attention(q, k, v, seen[window], list(zip(members, groups, strict=True)), **kwargs)
             eager = sys.modules[type(module).__module__].eager_attention_forward
-            return eager(module, q, k, v, masks[window], **kwargs)[0]
+            return cast(Tensor, eager(module, q, k, v, masks[window], **kwargs)[0])
 
         return run(self.hf, tokens, positions, layer, torch.arange(len(tokens), device=self.device))
 
 
 class Trainable:
-    """A causal LM as training sees it; made by `trainable`. Its weights change, so it has no fingerprint: an engine
-    runs `wrap(trainable.hf)`, made anew after every change.
+    """A causal LM as training sees it; made by `trainable`.
 
-    hf: the transformers model, whose attention is ours from now on. layers, limit: as in Model.
+    hf: the transformers model, which now runs with our attention.
+    layers, limit: as in Model.
+
+    Its weights change, so it has no fingerprint. To run it in an engine, `wrap(trainable.hf)` again after every change.
     """
 
     def __init__(self, hf: PreTrainedModel, layers: tuple[Layer, ...]):
@@ -137,9 +147,9 @@ class Trainable:
     def forward(
         self, tokens: Tensor, positions: Tensor, attend: Attend, want: Tensor, module: Callable[..., Any] | None = None
     ) -> Tensor:
-        """What `Model.forward` does, to be backpropagated through; `attend` may run again in the backward pass.
+        """As `Model.forward`, with gradients; `attend` may run again in the backward pass.
 
-        module: what to call instead of hf, where something wraps it (peft, DistributedDataParallel, FSDP).
+        module: what to call instead of hf if hf is wrapped (peft, DistributedDataParallel, FSDP).
         """
         return _call(module or self.hf, tokens, positions, _packed(attend), want)
 
@@ -161,15 +171,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if attend is None:
         raise ModelError(
-            f"{type(module).__name__} can't be run: its model passes no keyword arguments on to it, "
+            f"{type(module).__name__} can't be run: its model doesn't pass keyword arguments on to it, "
             "or was called directly after kvgraph.models.trainable"
         )
     if attention_mask is not None:
-        raise ModelError(f"{type(module).__name__} can't be run: its model makes a mask of its own")
+        raise ModelError(f"{type(module).__name__} can't be run: its model makes its own attention mask")
     return attend(module, query, key, value, **kwargs).contiguous(), None
 
 
-# No mask function on purpose: transformers then makes no mask and never looks at positions, which would wait for a GPU.
+# No mask function on purpose: transformers then makes no mask and never reads positions, which would wait for a GPU.
 AttentionInterface.register(IMPLEMENTATION, _attention)
 
 
@@ -180,7 +190,7 @@ def run(hf: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: _LayerCa
 
 
 def _call(module: Callable[..., Any], tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:
-    """What `run` does, of a model (or what wraps one) whose attention is set to ours already."""
+    """As `run`, for a model (or a wrapper of one) that is already set to our attention."""
     result = module(
         input_ids=tokens[None],
         position_ids=positions[None],
@@ -190,11 +200,11 @@ def _call(module: Callable[..., Any], tokens: Tensor, positions: Tensor, attend:
         logits_to_keep=want,
         attend=attend,
     )
-    return result.logits[0].float()
+    return cast(Tensor, result.logits[0].float())
 
 
 def _packed(attend: Attend) -> _LayerCall:
-    """An Attend as a layer of the one packed sequence calls it."""
+    """An Attend in the form that transformers' layers call, on one packed sequence."""
 
     def layer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, **kwargs: Any) -> Tensor:
         out = attend(layer_index(module), q[0], k[0], v[0], scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
@@ -228,7 +238,7 @@ def grouped_attention(
         return s.masked_fill(~(seen & columns), -math.inf)
 
     alone = ~torch.stack([columns for columns, _ in groups]).any(0)
-    competing, outputs = [scores(alone)], []  # competing: [H, T, T], then [H, T, 1] a group and for the sinks
+    competing, outputs = [scores(alone)], []  # competing: [H, T, T], then [H, T, 1] per group and for the sinks
     for columns, (temperature, scale) in groups:
         inside = scores(columns, temperature)
         outputs.append(torch.softmax(inside, -1).nan_to_num(0) @ v)  # NaN where a row sees nothing of the group
@@ -250,7 +260,7 @@ def layer_index(module: nn.Module) -> int:
 
 @contextmanager
 def attention_set(config: PreTrainedConfig, implementation: str) -> Iterator[None]:
-    """Attention runs by `implementation` inside; outside, the model keeps the one it was loaded with."""
+    """Inside, the model uses this attention implementation; afterwards, the one it had before."""
     before = config._attn_implementation
     config._attn_implementation = implementation
     try:

@@ -1,4 +1,4 @@
-"""Rotary tables: every rotary module of a model gets float64 angles."""
+"""Rotary tables: exact float64 angles for every rotary module of a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kvgraph.errors import ModelError
 
 
 class _Angles:
-    """Stands in for a rotary module's forward: the same cosines and sines, from float64 angles.
+    """Replaces a rotary module's forward: the same cosines and sines, from float64 angles.
 
-    tables: by layer type (None where the model has one table for all): (inv_freq [R/2] float64, attention scaling).
-    layout: how the module lays the R/2 values out for its apply function, see _LAYOUTS.
+    tables: (inv_freq [R/2] float64, attention scaling) by layer type; the type is None if all layers share one table.
+    layout: how the module lays out the R/2 values for its apply function, see _LAYOUTS.
     """
 
     def __init__(self, tables: dict[str | None, tuple[Tensor, float]], layout: str):
@@ -56,7 +56,7 @@ def _table_names(module: nn.Module) -> list[str]:
 def _angles(module: nn.Module, device: torch.device) -> _Angles:
     who = type(module).__name__
     try:
-        # A fresh one, because `model.to(bfloat16)` rounds the tables of a live one.
+        # Made again, because `model.to(bfloat16)` rounds the tables of the existing module.
         fresh = type(module)(module.config).cpu()
     except (AttributeError, TypeError) as error:
         raise ModelError(f"{who} isn't a rotary embedding that kvgraph knows ({error})") from None
@@ -64,7 +64,7 @@ def _angles(module: nn.Module, device: torch.device) -> _Angles:
     for name in _table_names(fresh):
         live, exact = getattr(module, name).float().cpu(), getattr(fresh, name)
         if live.shape != exact.shape or not torch.allclose(live, exact, rtol=1e-2):
-            raise ModelError(f"{who}.{name} was changed after the model was made; kvgraph takes it from the config")
+            raise ModelError(f"{who}.{name} differs from the model's config; kvgraph needs the config's rotary table")
         kind = name.removesuffix("inv_freq")
         tables[kind.removesuffix("_") or None] = (
             exact.double(),
@@ -75,7 +75,7 @@ def _angles(module: nn.Module, device: torch.device) -> _Angles:
         angles = _Angles(tables, layout)
         if all(_same_tables(fresh, angles, positions, kind) for kind in tables):
             return _Angles({k: (t.to(device), scaling) for k, (t, scaling) in tables.items()}, layout)
-    raise ModelError(f"{who} lays its angles out in a way that kvgraph doesn't know")
+    raise ModelError(f"{who} lays out its angles in a way that kvgraph doesn't know")
 
 
 def _same_tables(fresh: nn.Module, angles: _Angles, positions: Tensor, kind: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Models as folders: writing one, and stacking layers on a model before it is trained further."""
+"""Models as folders: saving one, and stacking layers on a model before further training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from transformers.utils import logging as transformers_logging
 from kvgraph.errors import ModelError
 
 
-def deepen(hf_model: PreTrainedModel, count: int) -> None:
-    """Put copies of a transformers model's last `count` layers on top of it: what it does with a token it then does once
-    more with the outcome. Raises ModelError where there aren't so many.
+def stack(hf_model: PreTrainedModel, count: int) -> None:
+    """Put copies of a transformers model's last `count` layers on top of it, which process their own output once more.
+
+    Raises ModelError if the model has fewer layers.
 
     Source: progressive stacking (Gong et al., Efficient Training of BERT by Progressively Stacking, ICML 2019).
     """
@@ -46,8 +47,10 @@ def save(
 ) -> None:
     """Write a transformers model and its tokenizer as an ordinary folder with safetensors weights, which `load` reads.
 
-    weights: instead of the model's own, by the names of its parameters. dtype: of the files [default: the model's].
-    Raises OSError, SafetensorError where they can't be written.
+    weights: by parameter name, to write instead of the model's own.
+    dtype: of the files (default: the model's).
+
+    Raises OSError or SafetensorError if they can't be written.
     """
     folder, dtype = Path(folder), dtype or hf_model.dtype
     if weights is None:
@@ -55,7 +58,7 @@ def save(
         weights = {name: t for name, t in (*hf_model.named_parameters(), *hf_model.named_buffers()) if name in kept}
     with _no_bar():
         hf_model.save_pretrained(folder, state_dict={name: t.detach().to(dtype) for name, t in weights.items()})
-    config = folder / "config.json"  # it says the dtype of the model in memory
+    config = folder / "config.json"  # it has the dtype of the model in memory
     said = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
     config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
@@ -64,11 +67,11 @@ def save(
 
 @contextmanager
 def _no_bar() -> Iterator[None]:
-    """transformers draws no progress bar inside: it would run into that of whoever calls."""
+    """Inside, transformers draws no progress bar; it would garble the caller's."""
     enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if enabled:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What a model's config and its card say."""
+"""What a model's config and its model card say."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 
 def limit_of(config: PreTrainedConfig) -> int:
-    """Positions the model may use. YaRN stretches the length that the config gives as the original one."""
+    """Positions the model may use. With YaRN, the config's original length times its factor."""
     limit = getattr(config, "max_position_embeddings", None)
     if not limit:
         raise ModelError("the model's config gives no max_position_embeddings")
     for rope in rope_parameters(config):
         if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
             limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
-    return limit
+    return int(limit)
 
 
 def vocabulary_of(hf: PreTrainedModel) -> int:
@@ -54,7 +54,7 @@ def declared(data: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def card(folder: Path) -> dict[str, Any]:
-    """The front matter of a model card; empty where there is none, or none that can be read: it is only a note."""
+    """The front matter of a model card; empty if there is none or it can't be read, because it is only a note."""
     path = folder / "README.md"
     if not path.is_file():
         return {}

@@ -17,8 +17,10 @@ from kvgraph import memo
 from kvgraph.attention.rope import Rotary
 from kvgraph.models.adapter import Layer
 
-# Raise it whenever attention or rotation changes the numbers it gives: old records then become misses.
+# Raise it whenever attention or rotation gives other numbers. Old records then become misses. 16-bit models on a
+# GPU have one of their own, because their products run in 16 bits there.
 ATTENTION_NUMERICS = 1
+GPU_16_BIT_NUMERICS = 2
 
 # Config fields that can't change KV: names, library versions, storage, special tokens, training and output settings.
 _NOT_KV = frozenset(
@@ -40,7 +42,7 @@ def fingerprint_of(
     """SHA-256 of all that can change KV: weights, config, dtype, rotation, layers, adapter and our numerics. Not the path."""
     config = {k: v for k, v in hf.config.to_dict().items() if k not in _NOT_KV}
     facts = {
-        "numerics": ATTENTION_NUMERICS,
+        "numerics": GPU_16_BIT_NUMERICS if hf.device.type == "cuda" and hf.dtype.itemsize == 2 else ATTENTION_NUMERICS,
         "weights": sorted(weights),
         "config": config,
         "dtype": str(hf.dtype),
@@ -60,7 +62,7 @@ def state_hash(hf: PreTrainedModel) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 of a file's content, remembered by its path, size and modification time."""
+    """xxh3-128 of a file's content, remembered under its path, size and modification time."""
     status = path.stat()
     key, now = str(path.resolve()), [status.st_size, status.st_mtime_ns]
     known = memo.recall("weights", key)
@@ -70,7 +72,7 @@ def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             h.update(block)
-    # A file written this instant could change again under the same time stamp, so it isn't remembered yet.
+    # A file written just now could change again under the same time stamp, so it isn't remembered yet.
     if time.time_ns() - status.st_mtime_ns > 2_000_000_000:
         memo.remember("weights", key, [*now, h.hexdigest()])
     return h.hexdigest()

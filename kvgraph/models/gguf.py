@@ -55,7 +55,7 @@ def read_once() -> Iterator[None]:
         return
     import gguf
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    class Reader(gguf.GGUFReader):
         """Reads from a plain array: a slice of a `np.memmap` costs ten times as much."""
 
         def _get(self, offset: Any, dtype: Any, count: int = 1, override_order: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Loading a causal LM from a folder, the hub or memory, and what is checked on the way."""
+"""Loading a causal LM from a folder, the hub or memory, with checks."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _from_folder(name: str, wanted: Any, allow_untested: bool) -> _Loaded:
 def wrap(
     hf_model: PreTrainedModel, tokenizer: Any = None, *, name: str | None = None, allow_untested: bool = False
 ) -> Model:
-    """A Model of a transformers model that is already in memory; its fingerprint hashes the state dict as it is now.
+    """A Model of a transformers model that is already in memory. Its fingerprint hashes the current state dict.
 
     Don't change its weights, dtype or device afterwards. Raises ModelError with the reason if it isn't supported.
     """
@@ -125,8 +125,8 @@ def wrap(
 def trainable(hf_model: PreTrainedModel, *, allow_untested: bool = False) -> Trainable:
     """Prepare a transformers model in memory for training through plans. Its train or eval mode stays as it is.
 
-    From now on it runs only by what `Trainable.forward` gives it, also where activation checkpointing runs a layer
-    again; `hf_model.set_attn_implementation("sdpa")` ends that. Raises ModelError with the reason if it isn't supported.
+    Afterwards it can only run through `Trainable.forward`, also when activation checkpointing runs a layer again.
+    `hf_model.set_attn_implementation("sdpa")` undoes that. Raises ModelError with the reason if it isn't supported.
     """
     refuse(hf_model.config, allow_untested)
     was_training = hf_model.training
@@ -140,7 +140,7 @@ def trainable(hf_model: PreTrainedModel, *, allow_untested: bool = False) -> Tra
 def tuned_for(path_or_name: str | Path) -> tuple[str, ...]:
     """The methods that the config and card in a folder, or a hub name's config, declare tuning for.
 
-    Nothing else of the model is read. Empty where there is no config, as beside a tokenizer alone.
+    Nothing else of the model is read. Empty if there is no config, as in a folder with a tokenizer only.
     """
     folder = Path(path_or_name).expanduser()
     try:
@@ -172,7 +172,7 @@ def _build(
 ) -> Model:
     if hf.dtype not in _DTYPES.values():
         raise ModelError(f"{name} is in {hf.dtype}, which isn't supported; use {', '.join(_DTYPES)}")
-    hf.eval()
+    hf.train(False)
     tested = hf.config.model_type in TESTED
     with nullcontext() if tested else one_line(f"{name} can't be run"):
         plain = None if tested else plain_logits(hf)
@@ -230,18 +230,18 @@ def _device(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def _shapes_explained() -> Iterator[None]:
-    """transformers' error about shapes points to a report that nobody sees."""
+    """Replace transformers' error about shapes, which refers to a report that is never shown."""
     try:
         yield
     except RuntimeError as error:
         if "ignore_mismatched_sizes" in str(error):
-            raise ModelError("its weights don't have the shapes that its config.json says") from None
+            raise ModelError("its weights don't have the shapes given by its config.json") from None
         raise
 
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Turn whatever a library raises into one ModelError line; its errors have no common base."""
+    """Turn any exception of a library into a ModelError of one line; they have no common base class."""
     try:
         yield
     except ModelError as error:

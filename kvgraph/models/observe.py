@@ -19,7 +19,7 @@ from kvgraph.models.config import limit_of, vocabulary_of
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Observed:
     """What one layer gave its attention. q [H, T, D], k [G, T, D], v [G, T, Dv], rotated."""
 
     q: Tensor
@@ -31,17 +31,17 @@ class _Seen:
 def probe(hf: PreTrainedModel, tables: list[Tensor]) -> tuple[tuple[Rotary, ...], tuple[Layer, ...]]:
     """Run tokens once at two sets of positions and find, for every layer, the rotation that turns one into the other.
 
-    Attention gives back the token's own value, so hidden states depend on no position, and queries and keys only
-    through rotation; whatever isn't so can't be composed and is refused.
+    Attention returns each token's own value. Therefore hidden states don't depend on positions, and queries and keys
+    depend on them only through rotation. A model for which this doesn't hold can't be composed and is refused.
     """
-    moves = torch.tensor([1, 7, 150, 1_000, 5_000, 20_000])  # far ones tell slow frequencies apart
+    moves = torch.tensor([1, 7, 150, 1_000, 5_000, 20_000])  # large ones tell slow frequencies apart
     n, limit = len(moves), limit_of(hf.config)
     if limit < 2 * n:
         raise ModelError(f"the model's limit of {limit} positions is too small")
     moves %= limit - n
     tokens = torch.arange(n) % vocabulary_of(hf)
     positions = torch.arange(n)
-    seen: dict[int, _Seen] = {}
+    seen: dict[int, _Observed] = {}
 
     def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
         layer = layer_index(module)
@@ -51,7 +51,9 @@ def probe(hf: PreTrainedModel, tables: list[Tensor]) -> tuple[tuple[Rotary, ...]
             raise ModelError(f"layer {layer} adds a position bias to its scores")
         if kwargs.get("scaling") is None:
             raise ModelError(f"layer {layer} doesn't say how it scales its scores")
-        seen[layer] = _Seen(q[0].float().cpu(), k[0].float().cpu(), v[0].float().cpu(), kwargs.get("sliding_window"))
+        seen[layer] = _Observed(
+            q[0].float().cpu(), k[0].float().cpu(), v[0].float().cpu(), kwargs.get("sliding_window")
+        )
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2)
 
     both = torch.cat([tokens, tokens]).to(hf.device), torch.cat([positions, positions + moves]).to(hf.device)
@@ -83,7 +85,7 @@ def probe(hf: PreTrainedModel, tables: list[Tensor]) -> tuple[tuple[Rotary, ...]
 
 
 def _error(rotary: Rotary | None, x: Tensor, moves: Tensor) -> float:
-    """How far the first half of x [heads, 2n, D], moved, is from the second: root mean square, relative to x's."""
+    """How far the first half of x [heads, 2n, D], moved, is from the second: root mean square, relative to x."""
     first, second = x.chunk(2, 1)
     moved = first if rotary is None else rotary.rotate(first, *rotary.table(moves))
     return float((moved - second).norm() / second.norm().clamp_min(1e-30))
@@ -92,14 +94,14 @@ def _error(rotary: Rotary | None, x: Tensor, moves: Tensor) -> float:
 def _check_windows(config: PreTrainedConfig, layers: list[Layer]) -> None:
     types = getattr(config, "layer_types", None) or []
     if not types and getattr(config, "sliding_window", None) and all(layer.window is None for layer in layers):
-        raise ModelError("the config has a sliding window that no layer's attention is told of")
+        raise ModelError("the config has a sliding window, but no layer passes it to its attention")
     for index, (kind, layer) in enumerate(zip(types, layers, strict=False)):
         if (kind == "sliding_attention") != (layer.window is not None):
             raise ModelError(f"layer {index} is declared {kind} but its attention runs with window {layer.window}")
 
 
 def plain_logits(hf: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Tokens [T] and their logits [T, V] by the untouched model (eager: sdpa has ignored softcaps in some versions)."""
+    """Tokens [T] and their logits [T, V] by the unchanged model (eager: sdpa has ignored softcaps in some versions)."""
     n = min(64, limit_of(hf.config))
     tokens = torch.arange(n, device=hf.device) * 7 % vocabulary_of(hf)
     with torch.no_grad(), attention_set(hf.config, "eager"):
@@ -107,7 +109,7 @@ def plain_logits(hf: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def require_equal(model: Model, tokens: Tensor, logits: Tensor) -> None:
-    """An untested model must at least give its own plain logits back: catches masks the probe can't see."""
+    """Check that an untested model gives its own plain logits. This catches masks that the probe can't see."""
     n = len(tokens)
     ours = model.dense(tokens, torch.arange(n), torch.ones(n, n, dtype=torch.bool).tril())
     limit = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}[model.dtype]

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from kvgraph.errors import ModelError
 from kvgraph.models.config import rope_parameters
 
-# Model types whose composed logits are tested against a plain forward; anything else needs allow_untested.
+# Model types whose composed logits are tested against a plain forward. All others need allow_untested.
 TESTED = frozenset(
     "llama mistral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi3 olmo2 olmo3 smollm3 granite cohere cohere2 glm4 "
     "gpt_oss starcoder2".split()
@@ -30,7 +30,7 @@ _BY_TYPE = {
 
 
 def _reason(config: PreTrainedConfig) -> str | None:
-    """Why a model of this config can't be composed, if so."""
+    """Why a model of this config can't be composed; None if it can."""
     ropes = rope_parameters(config)
     types = {str(rope.get("rope_type", rope.get("type", "default"))) for rope in ropes}
     layer_types = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention", "attention"}
@@ -60,7 +60,7 @@ def _reason(config: PreTrainedConfig) -> str | None:
 
 
 def refuse(config: PreTrainedConfig, allow_untested: bool) -> None:
-    """Raise ModelError if a model of this config can't be, or mayn't be, run."""
+    """Raise ModelError if a model of this config can't be run, or is untested and that isn't allowed."""
     text = config.get_text_config()
     reason = _reason(text) or (None if text is config else "isn't a text-only causal LM; save its text model by itself")
     if reason:
@@ -68,5 +68,5 @@ def refuse(config: PreTrainedConfig, allow_untested: bool) -> None:
     if config.model_type not in TESTED and not allow_untested:
         raise ModelError(
             f"model type {config.model_type} isn't among the tested ones ({', '.join(sorted(TESTED))}); "
-            "--allow-untested tries it all the same"
+            "--allow-untested tries it anyway"
         )

@@ -68,7 +68,7 @@ DECLARED: dict[int | str, dict[str, Any]] = {
 
 
 def report(error: BaseException) -> APIError:
-    """What the caller of the running request is told; noted for the access line, and logged if it is the server's fault."""
+    """The error that the caller gets. It is noted for the access line, and logged if it is the server's fault."""
     told = as_api_error(error)
     exchange = logs.current.get()
     if exchange is not None:

@@ -42,7 +42,7 @@ def install(app: FastAPI) -> None:
         route = request.scope.get("route")
         if error.status_code == 404 and route is None:
             there = ", ".join(paths)
-            return errors.response(APIError(404, f"there is no such route; there are {there}", code="unknown_url"))
+            return errors.response(APIError(404, f"there is no such route; the routes are {there}", code="unknown_url"))
         made = errors.response(APIError(error.status_code, str(error.detail)))
         made.headers.update(error.headers or {})
         documented = paths.get(getattr(route, "path_format", None))

@@ -38,14 +38,14 @@ def told(errors: Sequence[dict[str, Any]], body: Any) -> APIError:
     found = [(_path(error, body), error) for error in errors]
     first = found[0][0][:1]
     path, error = max((item for item in found if item[0][:1] == first), key=_weight)
-    if error["type"] == "unsupported_parameter":  # found by the object that holds the field
-        name = error["ctx"]["param"]
+    if (name := error.get("ctx", {}).get("param")) is not None:  # found by the object that holds the field
         named = ".".join(map(str, (*path, name)))
         return APIError(400, str(error["msg"]).replace(name, named, 1), param=named, code=_code(error))
     param = ".".join(map(str, path)) or None
     wrong = [_words(e) for p, e in found if p == path and _is_type(e) == _is_type(error)]
     what = " or ".join(dict.fromkeys(wrong)).replace(" or must be", " or")
-    return APIError(400, f"{param or 'the body'} {what}", param=param, code=_code(error))
+    message = f"{param or 'the body'} {what}" if param or what.startswith("must ") else what
+    return APIError(400, message, param=param, code=_code(error))
 
 
 def _code(error: dict[str, Any]) -> str:
@@ -69,7 +69,7 @@ def _path(error: dict[str, Any], body: Any) -> tuple[str | int, ...]:
 def _weight(item: Found) -> tuple[int, bool]:
     """A deeper path says more; at the same place, a value of the right type that is wrong says more than a wrong type."""
     path, error = item
-    return len(path) + (error["type"] == "unsupported_parameter"), not _is_type(error)
+    return len(path) + ("param" in error.get("ctx", {})), not _is_type(error)
 
 
 def _is_type(error: dict[str, Any]) -> bool:
@@ -81,7 +81,7 @@ def _words(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return "is missing"
     if error["type"] == "extra_forbidden":
-        return "is no field that is known here"
+        return "is not a known field"
     if error["type"] in ("model_attributes_type", "model_type", "dict_type"):
         return "must be an object"
     text = re.sub(r"^Value error, ", "", str(error["msg"])).replace(" after validation", "")

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from kvgraph import __version__
 from kvgraph.engine.engine import Engine
-from kvgraph.server.runner import EngineJob, Runner, Update
+from kvgraph.server.runner import EngineJob, EngineThread, Update
 from kvgraph.store.base import Store
 
 PATIENCE = 0.5  # seconds a scrape waits for the size of a store, which is else the one of the scrape before
@@ -67,7 +67,7 @@ class Metrics:
             "kvgraph_inter_token_seconds", "From one token of an answer to the next.", registry=registry, buckets=QUICK
         )
 
-    def observe(self, runner: Runner) -> None:
+    def observe(self, runner: EngineThread) -> None:
         """Show gauges of this runner, its engine and the engine's stores too."""
         self._state.runner = runner
 
@@ -113,7 +113,7 @@ class _Gauges(Collector):
     """What is read at scrape time, not counted."""
 
     def __init__(self, model: str, ready: Callable[[], bool]):
-        self.runner: Runner | None = None
+        self.runner: EngineThread | None = None
         self._model, self._ready = model, ready
         self._sizes: dict[Store, int] = {}
 
@@ -154,6 +154,9 @@ class _Gauges(Collector):
             ("bad", "Corrupt records, moved to quarantine."),
             ("unreadable", "Records that couldn't be opened or read by this version."),
             ("index_errors", "Times the index couldn't be used."),
+            ("errors", "Calls of a remote store that failed."),
+            ("timeouts", "Calls of a remote store without an answer in time."),
+            ("skipped", "Calls of a remote store that weren't made, because those before them had failed."),
         ):
             counted = CounterMetricFamily(f"kvgraph_store_{event}", help, labels=("tier",))
             for store in stores:

@@ -18,7 +18,7 @@ from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.plan import Plan
 from kvgraph.server.library import Library, State, StoredGraph
-from kvgraph.server.runner import EngineJob, Runner, Stopped
+from kvgraph.server.runner import EngineJob, EngineThread, Stopped
 from kvgraph.server.tenants import Caller
 from kvgraph.server.workers import Workers
 
@@ -42,7 +42,7 @@ def encoding(engine: Engine, plan: Plan, salt: str) -> Request:
 
 def keys_of(engine: Engine, plan: Plan, salt: str) -> list[str]:
     """The keys of a plan's cached spans."""
-    return [key for key in plan.keys(engine.model.fingerprint, salt) if key is not None]
+    return [key for key in engine.keys(plan, salt) if key is not None]
 
 
 async def encoded(submit: Callable[[Request], EngineJob], requests: AsyncIterable[Request]) -> AsyncGenerator[Usage]:
@@ -72,7 +72,7 @@ class Precompute:
     A graph that wasn't finished when the server stopped is resumed when the next one starts.
     """
 
-    def __init__(self, runner: Runner, library: Library, workers: Workers):
+    def __init__(self, runner: EngineThread, library: Library, workers: Workers):
         self._runner, self._library, self._workers = runner, library, workers
         self._turn = asyncio.Semaphore(GRAPHS)
         self._tasks: dict[int, asyncio.Task] = {}  # by the graph's row

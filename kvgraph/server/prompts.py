@@ -5,8 +5,9 @@ Everything here may take long (tokenizing, planning, hashing) and runs on worker
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,15 @@ from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server.errors import APIError, printable
-from kvgraph.server.schema import ChatRequest, CompletionRequest, Generation, GraphOptions, StoredDocument
+from kvgraph.server.schema import (
+    ChatOptions,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    GraphOptions,
+    Message,
+    StoredDocument,
+)
 
 if TYPE_CHECKING:
     from kvgraph.server.state import Server
@@ -64,7 +73,9 @@ def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionReques
     """The prompts of a request. Raises APIError or GraphError for what can't be laid out."""
     context = _documents(server, caller, body) if body.kvgraph.graph is None else _stored_graph(server, caller, body)
     if isinstance(body, ChatRequest):
-        graphs = [_chat_graph(server, body, context)]
+        if body.kvgraph.prefix is not None:
+            raise APIError(400, "chat has system messages for what stands before documents", param="kvgraph.prefix")
+        graphs = [chat_graph(server, body.messages, body, context.documents, context.names)]
     else:
         graphs = [_plain_graph(server, body, prompt, context) for prompt in prompt_list(body.prompt)]
     return [_fitting(server, caller, body, graph, context) for graph in graphs]
@@ -99,13 +110,17 @@ def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
         logprobs = body.logprobs
     stop = body.stop or ()
     return SamplingParams(
-        max_tokens=server.settings.default_max_tokens if wanted is None else wanted,
+        max_tokens=server.settings.default_max_tokens if wanted is None else max(1, wanted),
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(0, body.top_k),
         min_p=body.min_p,
         seed=None if body.seed is None else body.seed + choice,
         repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        logit_bias=body.logit_bias,
+        min_tokens=body.min_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
@@ -120,7 +135,7 @@ def ignored(server: Server, body: Generation) -> list[str]:
     """
     names = [printable(name, most=100) for name in islice(body.unknown(), 20)]
     if names and server.settings.unknown_fields == "refuse":
-        raise APIError(400, f"{names[0]} is no field that is known here", param=names[0], code="unknown_parameter")
+        raise APIError(400, f"{names[0]} is not a known field", param=names[0], code="unknown_parameter")
     if names:
         log.info("ignored fields of a request", extra={"fields": {"ignored": names}})
     return names
@@ -191,31 +206,74 @@ def _stored_graph(server: Server, caller: Caller, body: Generation) -> _Context:
     return _Context(documents, [d.id for d in documents], part.edges, graph.method, part.chosen)
 
 
-def _chat_graph(server: Server, body: ChatRequest, context: _Context) -> ContextGraph:
-    if body.kvgraph.prefix is not None:
-        raise APIError(400, "chat has system messages for what stands before documents", param="kvgraph.prefix")
-    messages = [message.rendered() for message in body.messages]
+def chat_graph(
+    server: Server,
+    messages: Sequence[Message],
+    options: ChatOptions,
+    documents: Sequence[Document] = (),
+    names: Sequence[str] = (),
+) -> ContextGraph:
+    """A chat over documents as a tokenized graph without edges. Raises APIError for what can't be rendered."""
+    variables = server.settings.chat_template_kwargs | options.chat_template_kwargs
+    # Names of other arguments; `chat_template` among them would be a program of the client's.
+    other = {"messages", *inspect.signature(server.tokenizer.apply_chat_template).parameters}
+    if taken := sorted(other.intersection(variables)):
+        param = f"chat_template_kwargs.{taken[0]}"
+        raise APIError(
+            400, f"{param} can't be set: it is not a variable of the template", param=param, code="invalid_value"
+        )
+    if options.continue_final_message and messages[-1].role != "assistant":
+        param = "continue_final_message"
+        raise APIError(400, "only a final message of the assistant can be continued", param=param)
     try:
-        prompt = chat(server.tokenizer, messages, context.documents, template=server.settings.document_template)
+        prompt = chat(
+            server.tokenizer,
+            [message.rendered() for message in messages],
+            documents,
+            template=server.settings.document_template,
+            answer=options.add_generation_prompt,
+            proceed=options.continue_final_message,
+            **variables,
+        )
     except ChatError as error:
         raise APIError(400, str(error), param="messages", code="invalid_value") from None
-    return _tokenized(server.engine, prompt.graph((), context.names))
+    return _tokenized(server.engine, prompt.graph((), names))
 
 
 def _plain_graph(server: Server, body: CompletionRequest, prompt: str | list[int], context: _Context) -> ContextGraph:
-    tokenizer, engine = server.tokenizer, server.engine
+    engine = server.engine
     query = engine.tokenize(prompt) if isinstance(prompt, str) else prompt
-    bos = opening(tokenizer)
+    check_ids(server, query, "prompt")
     prefix = body.kvgraph.prefix
     if not context.documents and prefix is None:
-        if isinstance(prompt, str) and tuple(query[: len(bos)]) != bos:
-            query = [*bos, *query]
+        query = with_bos(server, query) if isinstance(prompt, str) else query
+        if not query:
+            raise APIError(400, "prompt is empty", param="prompt", code="invalid_value")
         return ContextGraph([], query)
-    start = engine.tokenize(prefix or "")
+    if body.echo:
+        raise APIError(400, "echo shows a plain prompt, without documents and prefix", param="echo")
     template = server.settings.document_template or DOCUMENT
     segments = [d.filled(template) for d in context.documents]
-    first = start if tuple(start[: len(bos)]) == bos else [*bos, *start]
-    return _tokenized(engine, ContextGraph(segments, query, first, names=context.names))
+    start = with_bos(server, engine.tokenize(prefix or ""))
+    return _tokenized(engine, ContextGraph(segments, query, start, names=context.names))
+
+
+def with_bos(server: Server, tokens: list[int]) -> list[int]:
+    """The tokens after what the tokenizer puts before a text, unless they begin with it."""
+    bos = opening(server.tokenizer)
+    return tokens if tuple(tokens[: len(bos)]) == bos else [*bos, *tokens]
+
+
+def check_ids(server: Server, tokens: Sequence[int], param: str) -> None:
+    """Raise APIError 400 for a token id that the model doesn't have."""
+    size = server.engine.model.vocab_size
+    if tokens and max(tokens) >= size:
+        raise APIError(
+            400,
+            f"{param} holds token id {max(tokens)}, but the vocabulary ends at {size - 1}",
+            param=param,
+            code="invalid_value",
+        )
 
 
 def prompt_list(prompt: Any) -> list[str | list[int]]:
@@ -239,7 +297,12 @@ def _fitting(
         fitted = whole if kept == total else _with_edges(graph, context, kept, whole)
         plan = server.engine.plan(fitted, context.method)
         _check_room(server, body, plan)
-        made = (server.engine.prepare(plan, sampling(server, body, i), salt=caller.salt) for i in range(body.n))
+        proceed = isinstance(body, CompletionRequest)  # its text follows the prompt's without a break
+        echo = isinstance(body, CompletionRequest) and body.echo
+        made = (
+            server.engine.prepare(plan, sampling(server, body, i), salt=caller.salt, proceed=proceed, echo=echo)
+            for i in range(body.n)
+        )
         return PreparedPrompt(
             fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:])
         )

@@ -46,7 +46,7 @@ class EngineJob:
     started: when its HTTP request came, if it is one's, and last_token_at: both by `time.perf_counter`.
     """
 
-    def __init__(self, request: Request, runner: Runner, started: float):
+    def __init__(self, request: Request, runner: EngineThread, started: float):
         self.request, self._runner, self.started = request, runner, started
         self.last_token_at: float | None = None
         self._updates: list[Update] = []
@@ -108,7 +108,7 @@ class Load:
     pinned: int = 0
 
 
-class Runner:
+class EngineThread:
     """Drives an engine on a thread of its own. Its public methods are for the event loop's thread (or any other).
 
     watch is called on the event loop with every update, also those of jobs that nobody waits for any more.

@@ -15,21 +15,14 @@ from pydantic_core import PydanticCustomError
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+BiasedId = Annotated[int, Field(ge=0, lt=1 << 31, strict=False)]  # JSON has strings as keys
 Ref = Annotated[int, Field(ge=0, lt=1 << 31)] | Name  # a document by index or by id
 Unless = Field(exclude_if=lambda value: value is None)  # in answers: left out rather than null
 Edge = Annotated[tuple[Ref, Ref], Field(strict=False)]  # JSON has lists, and no tuples
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, with the values that ask for nothing
     # OpenAI's
-    "add_generation_prompt": (True,),
     "audio": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({}, []),
-    "min_tokens": (0,),
-    "presence_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
@@ -89,10 +82,17 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _nullable(document: dict[str, Any]) -> None:
+    """Let a JSON schema say that fields which may be missing may be null."""
+    fields = document["properties"]
+    for name in set(fields) - set(document.get("required", ())):
+        fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
+
+
 class Sent(Strict):
     """As `Strict`, but null is nothing, and unknown fields are kept for `unknown` to tell of."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_nullable)
 
     @model_validator(mode="before")
     @classmethod
@@ -116,7 +116,7 @@ def unsupported(name: str, hint: str = "") -> PydanticCustomError:
     return PydanticCustomError("unsupported_parameter", "{param} isn't supported" + hint, {"param": name})
 
 
-def taken(data: dict[str, Any], refused: dict[str, tuple[Any, ...]], ignored: tuple[str, ...]) -> dict[str, Any]:
+def taken(data: dict[str, Any], refused: dict[str, tuple[Any, ...]], ignored: tuple[str, ...] = ()) -> dict[str, Any]:
     """A JSON object without the fields that ask for nothing. Raises the error of one that asks for something."""
     for name, values in refused.items():
         if data.get(name) is not None and not any(same(data[name], value) for value in values):
@@ -145,11 +145,12 @@ class StoredDocument(Strict):
 
 def _kind(document: Any) -> str:
     stored = "segment" in document if isinstance(document, dict) else isinstance(document, StoredDocument)
-    return "stored" if stored else "text"
+    return "StoredDocument" if stored else "TextDocument"
 
 
 DocumentIn = Annotated[
-    Annotated[TextDocument, Tag("text")] | Annotated[StoredDocument, Tag("stored")], Discriminator(_kind)
+    Annotated[TextDocument, Tag("TextDocument")] | Annotated[StoredDocument, Tag("StoredDocument")],
+    Discriminator(_kind),
 ]
 
 
@@ -162,7 +163,7 @@ class GraphOptions(BaseModel):
     id, in the order given. prefix: text before the documents, for completions. timeout: seconds, at most the server's.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, json_schema_extra=_nullable)
 
     method: Name | None = None
     edges: Name | list[Edge] | None = None
@@ -186,12 +187,12 @@ class StreamOptions(Sent):
 
 
 def _with_neutral(document: dict[str, Any]) -> None:
-    """Add to a request's JSON schema what `Generation` takes besides its fields, null for those that may be missing."""
+    """Add to a request's JSON schema what `Generation` takes besides its fields."""
+    _nullable(document)
     fields = document["properties"]
-    for name in set(fields) - set(document["required"]):
-        fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
+    fields["logit_bias"]["anyOf"].append({"type": "array", "maxItems": 0})
     fields.update({name: {"enum": [*values, None]} for name, values in UNSUPPORTED.items()})
-    fields.update({name: {} for name in IGNORED})
+    fields.update({name: {} for name in (*IGNORED, "tools")})  # tools: none are used if tool_choice says so
 
 
 class Generation(Sent):
@@ -213,6 +214,10 @@ class Generation(Sent):
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[BiasedId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1000)] = {}
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] = []
     ignore_eos: bool = False
 
@@ -226,7 +231,10 @@ class Generation(Sent):
             data = {name: value for name, value in data.items() if name not in ("tools", "tool_choice")}
         if data.get("best_of") is not None and data["best_of"] != data.get("n", 1):
             raise unsupported("best_of", "; ask for `n` answers")
-        return taken({name: value for name, value in data.items() if name != "best_of"}, UNSUPPORTED, IGNORED)
+        data = {
+            name: value for name, value in data.items() if name != "best_of" and (name, value) != ("logit_bias", [])
+        }
+        return taken(data, UNSUPPORTED, IGNORED)
 
 
 class TextPart(Sent):
@@ -272,7 +280,30 @@ class Message(Sent):
         return {"role": self.role, "content": self.text} | {name: value for name, value in fields.items() if value}
 
 
-class ChatRequest(Generation):
+class ChatOptions(Sent):
+    """How the chat template is rendered.
+
+    add_generation_prompt: end with the header of the answer. continue_final_message: the last message is the beginning
+    of the answer, which continues it. chat_template_kwargs: further variables of the template, such as enable_thinking.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_end(self) -> ChatOptions:
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and "add_generation_prompt" in self.model_fields_set
+        ):
+            message, where = "{param} and add_generation_prompt can't both be true", {"param": "continue_final_message"}
+            raise PydanticCustomError("invalid_value", message, where)
+        return self
+
+
+class ChatRequest(Generation, ChatOptions):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
@@ -280,12 +311,34 @@ class ChatRequest(Generation):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_completions(cls, data: Any) -> Any:
+        return taken(data, {"echo": (False,), "add_special_tokens": (False,)}) if isinstance(data, dict) else data
+
 
 class CompletionRequest(Generation):
-    """`POST /v1/completions`. Several prompts give several choices."""
+    """`POST /v1/completions`. Several prompts give several choices.
+
+    echo: the answer begins with the prompt, and its log-probabilities too; max_tokens may then be 0.
+    """
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_chats(cls, data: Any) -> Any:
+        return taken(data, {"add_special_tokens": (True,)}) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _some_answer(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            message, where = "{param} must be at least 1, or 0 with echo", {"param": "max_tokens"}
+            raise PydanticCustomError("greater_than_equal", message, where)
+        return self
 
 
 class Details(BaseModel):
@@ -317,13 +370,16 @@ class PromptDetails(BaseModel):
 
 
 class UsageOut(BaseModel):
-    """Tokens of a request. prompt_tokens: all that the answer could attend to, every version of every document."""
+    """Tokens of a request. prompt_tokens: all that the answer could attend to, every version of every document.
+
+    Details are there when the answer is complete.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    kvgraph: Details
+    prompt_tokens_details: Annotated[PromptDetails | None, Unless] = None
+    kvgraph: Annotated[Details | None, Unless] = None
 
 
 class TopLogprob(BaseModel):
@@ -347,11 +403,11 @@ class ChatLogprobs(BaseModel):
 
 
 class TextLogprobs(BaseModel):
-    """Log-probabilities of a completion's tokens."""
+    """Log-probabilities of a completion's tokens. The first token of a prompt (`echo`) has none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

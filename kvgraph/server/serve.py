@@ -60,7 +60,7 @@ def _listening(settings: Settings) -> socket.socket:
 class Process(uvicorn.Server):
     """Ends in order at the first SIGTERM or SIGINT, and at once at the second.
 
-    In order: nothing new is taken, and those who ask are told so; when the work in hand has ended, sockets are closed.
+    In order: new requests are refused with 503. When the work in hand has ended, the sockets are closed.
     """
 
     def __init__(self, config: uvicorn.Config, server: Server):

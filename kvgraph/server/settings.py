@@ -1,4 +1,4 @@
-"""What a server is told: by flags, KVGRAPH_* environment variables and a TOML file, in this order of precedence."""
+"""The settings of a server, from flags, KVGRAPH_* environment variables and a TOML file, in this order of precedence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class APIKey(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Everything `kvgraph serve` can be told; `kvgraph serve --help` explains the common ones."""
+    """All settings of `kvgraph serve`; `kvgraph serve --help` explains the common ones."""
 
     model_config = SettingsConfigDict(env_prefix="KVGRAPH_", env_nested_delimiter="__", extra="forbid")
 
@@ -58,6 +58,7 @@ class Settings(BaseSettings):
 
     method: str | None = None  # default: the first method that the model declares tuning for, else full
     chat_template: Path | None = None  # a Jinja file that replaces the model's
+    chat_template_kwargs: dict[str, Any] = {}  # of the template; a request's own win
     document_template: str | None = None  # default: the chat template's own place, else "{title}\n{text}\n\n"
     unknown_fields: Literal["report", "refuse"] = "report"  # of a request; report: in its usage, and in the log
     overflow: Literal["refuse", "drop"] = "refuse"  # drop: leave out the last documents until the request fits
@@ -169,9 +170,9 @@ def _check_names(settings: type[BaseSettings]) -> None:
     """Raise SettingsError for a variable that is nearly a setting: KVGRAPH_API_KEY would leave a server open to all."""
     known = {f"KVGRAPH_{name.upper()}" for name in settings.model_fields}
     for name in map(str.upper, os.environ):
-        if name.startswith("KVGRAPH_") and name.partition("__")[0] not in known:
-            if meant := get_close_matches(name, known, 1, cutoff=0.9):
-                raise SettingsError(f"{name} is no setting; did you mean {meant[0]}?")
+        ours = name.startswith("KVGRAPH_") and name.partition("__")[0] not in known
+        if ours and (meant := get_close_matches(name, known, 1, cutoff=0.9)):
+            raise SettingsError(f"{name} is no setting; did you mean {meant[0]}?")
 
 
 def _explained(error: ValidationError, flags: dict[str, Any], config: Path | None) -> str:

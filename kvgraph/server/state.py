@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
+from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -24,9 +25,10 @@ from kvgraph.server.errors import APIError
 from kvgraph.server.library import LIBRARY, Library
 from kvgraph.server.metrics import Metrics
 from kvgraph.server.precompute import Precompute
-from kvgraph.server.runner import Runner
+from kvgraph.server.runner import EngineThread
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.tenants import Caller, Tenants
+from kvgraph.server.tokens import TokenNames
 from kvgraph.server.tracing import Tracing
 from kvgraph.server.workers import Workers
 from kvgraph.store.open import open_store
@@ -74,7 +76,7 @@ class Server:
         self._choices: Counter[str] = Counter()  # of requests that were let in and haven't ended, by tenant
         self._load = load
         self._engine: Engine | None = None
-        self._runner: Runner | None = None
+        self._runner: EngineThread | None = None
         self._library: Library | None = None
         self._precompute: Precompute | None = None
         self._loading: asyncio.Task | None = None
@@ -90,7 +92,7 @@ class Server:
             engine = await _on_daemon(lambda: self._load(self.settings))
             file = None if self.settings.store is None else self.settings.store / LIBRARY
             self._library = await asyncio.to_thread(Library, file, engine.model.fingerprint)
-            runner = Runner(engine, self.metrics.saw)
+            runner = EngineThread(engine, self.metrics.saw)
             runner.start()
             self.metrics.observe(runner)
             self._engine, self._runner = engine, runner
@@ -148,7 +150,7 @@ class Server:
         return _loaded(self._engine)
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> EngineThread:
         """The thread that drives the engine. Raises APIError 503 while there is none."""
         return _loaded(self._runner)
 
@@ -168,6 +170,11 @@ class Server:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self.engine.model.tokenizer
+
+    @cached_property
+    def tokens(self) -> TokenNames:
+        """What single tokens of it stand for."""
+        return TokenNames(self.tokenizer)
 
     @property
     def method(self) -> Method:
@@ -190,7 +197,7 @@ class Server:
         """Let a request in; what it holds until its end goes on the stack. Raises APIError 400, 429 or 503.
 
         At most `max_pending` choices are in work or waiting, and where there are several tenants at most half of them
-        are one tenant's, so that none can shut the others out.
+        belong to one tenant, so that none can shut out the others.
         """
         if choices > self.settings.max_choices:
             raise APIError(400, f"{choices} choices, but at most {self.settings.max_choices} are made", param="n")

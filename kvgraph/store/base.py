@@ -11,9 +11,11 @@ from kvgraph.store.record import Record
 
 Found = tuple[Record, str]  # a record, and the name of the tier that had it
 
-# What stores count. bad: records that weren't what they should be, moved aside. unreadable: records that couldn't be
-# read, or that this version doesn't understand. index_errors: times an index couldn't be used.
-EVENTS = ("hits", "misses", "bad", "unreadable", "index_errors")
+# What stores count. bad: records that weren't what they should be, moved aside or replaced. unreadable: records that
+# couldn't be read, or that this version doesn't understand. index_errors: times an index couldn't be used. Of remote
+# tiers, errors: calls that failed; timeouts: calls without an answer in time; skipped: calls that weren't made, because
+# those before them had failed.
+EVENTS = ("hits", "misses", "bad", "unreadable", "index_errors", "errors", "timeouts", "skipped")
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 

@@ -1,4 +1,4 @@
-"""One record as the bytes of one safetensors file. docs/format.md specifies them.
+"""One record as the bytes of one safetensors file. docs/reference/format.md specifies them.
 
 The header is written by hand for two reasons: tensor data starts 64-byte aligned, and the checksum stands at a fixed
 offset at the front, so that it covers every byte after itself, header and padding included. Reading trusts nothing:
@@ -13,7 +13,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ import xxhash
 
 from kvgraph.errors import StoreError
 from kvgraph.store.base import is_key
-from kvgraph.store.codecs.base import Codec, TensorInfo
-from kvgraph.store.codecs.raw import Raw, bad_shape
+from kvgraph.store.codecs.base import CODES, DTYPES, Codec
+from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.codecs.registry import parse, spec_of
-from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
+from kvgraph.store.record import BadRecord, PackedKV, Record, UnsupportedRecord
 
 VERSION = "1"
 ALIGN = 64  # bytes; a cache line
@@ -35,18 +35,17 @@ MAGIC = b'{"__metadata__":{"kvgraph":"'  # the first bytes of the JSON of every 
 PREFIX = MAGIC + VERSION.encode() + b'","xxh3_128":"'
 SEALED = 8 + len(PREFIX) + 32  # the checksum's 32 hex digits end here; it covers everything from here to the end
 
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 INTS: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 ITEMSIZE = {code: dtype.itemsize for code, dtype in DTYPES.items()}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-RAW = Raw()
+_KV_DTYPES = ("F32", "F16", "BF16")
+
+
+class TensorInfo(NamedTuple):
+    """A line of the header's table: dtype code, shape, first byte in the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,23 @@ class Header:
     key: str
     fingerprint: str
     codec: Codec
+    dtype: torch.dtype | None  # of the KV once unpacked; None: that of the tensors
     tokens: int
     data: int
     tensors: dict[str, TensorInfo]
 
 
-def encode(record: Record, fingerprint: str = "", codec: Codec = RAW) -> list[bytes | memoryview]:
+def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
     """The record's file as buffers to be written one after the other; contiguous CPU tensors aren't copied.
 
-    fingerprint: the model's, empty if not stated. codec: how the KV are kept. Raises StoreError for what the format can't hold.
+    fingerprint: the model's, empty if not stated. Raises StoreError for what the format can't hold.
     """
     _check_encodable(record)
-    packed = {name: t.detach().contiguous() for name, t in codec.pack(record).items()}
-    buffers = [t.view(torch.uint8).numpy().reshape(-1).data for t in packed.values()]
+    packed = record.packed or PackedKV("raw", Raw().pack(record))
+    tensors = {name: t.detach().contiguous() for name, t in packed.tensors.items()}
+    buffers = [t.view(torch.uint8).numpy().reshape(-1).data for t in tensors.values()]
     table = [
-        (name, _CODES[t.dtype], list(t.shape), b.nbytes) for (name, t), b in zip(packed.items(), buffers, strict=True)
+        (name, CODES[t.dtype], list(t.shape), b.nbytes) for (name, t), b in zip(tensors.items(), buffers, strict=True)
     ]
     # Positions come last: KV then starts aligned, whatever the number of tokens.
     positions = np.ascontiguousarray(record.positions.numpy(), dtype="<i8")
@@ -82,8 +83,9 @@ def encode(record: Record, fingerprint: str = "", codec: Codec = RAW) -> list[by
             "xxh3_128": "0" * 32,
             "key": record.key,
             "fingerprint": fingerprint,
-            "codec": spec_of(codec),
+            "codec": packed.codec,
             "tokens": str(len(record)),
+            **({} if packed.codec == "raw" else {"dtype": CODES[record.keys[0].dtype]}),
         }
     }
     offset = 0
@@ -134,7 +136,7 @@ def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = T
     """The record in `data` (uint8 [bytes], a whole file); its KV are views of it, kept alive by them.
 
     key: the one asked for. fingerprint: the model's, if it is to be compared; a record that states none passes, since
-    the key covers it. verify: compare the checksum. Raises BadRecord, UnsupportedRecord; never returns other KV.
+    the key covers it. verify: compare the checksum, and refuse NaN and infinity. Raises BadRecord, UnsupportedRecord; never returns other KV.
     """
     if verify:
         check_sum(data)
@@ -145,7 +147,12 @@ def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = T
         raise BadRecord(f"was written for the model with fingerprint {header.fingerprint}")
 
     kv = {name: _tensor(data, header, info) for name, info in header.tensors.items() if name != "positions"}
-    return Record(key, *header.codec.unpack(kv, header.tokens), _positions(data, header))
+    keys, values = header.codec.unpack(kv, header.tokens, header.dtype)
+    _check_kv(keys, values, header.tokens)
+    if verify and not all(map(_is_finite, (*keys, *values))):
+        raise BadRecord("holds numbers that aren't finite")
+    packed = None if isinstance(header.codec, Raw) else PackedKV(spec_of(header.codec), kv)
+    return Record(key, keys, values, _positions(data, header), packed)
 
 
 def _tensor(data: torch.Tensor, header: Header, info: TensorInfo) -> torch.Tensor:
@@ -197,7 +204,11 @@ def read_header(data: torch.Tensor) -> Header:
     key, tokens, fingerprint = meta.get("key", ""), meta.get("tokens", ""), meta.get("fingerprint")
     if not is_key(key) or not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10) or fingerprint is None:
         raise BadRecord("has malformed metadata")
-    header = Header(key, fingerprint, codec, int(tokens), begin, _table(table, raw.nbytes - begin))
+    dtype = meta.get("dtype")
+    if dtype is not None and dtype not in _KV_DTYPES:
+        raise BadRecord(f"states the dtype {dtype!r}, which KV don't have")
+    dtype = None if dtype is None else DTYPES[dtype]
+    header = Header(key, fingerprint, codec, dtype, int(tokens), begin, _table(table, raw.nbytes - begin))
     _check_tensors(header)
     return header
 
@@ -236,14 +247,21 @@ def _table(table: dict[str, Any], size: int) -> dict[str, TensorInfo]:
 
 
 def _check_tensors(header: Header) -> None:
-    """positions [N], and what the codec wants."""
+    """positions [N]; the rest is the codec's business."""
     info = header.tensors.get("positions")
     if info is None:
-        raise BadRecord("doesn't hold keys and values of every layer and positions")
+        raise BadRecord("doesn't hold positions")
     if info.shape != (header.tokens,) or info.dtype not in INTS:
-        raise bad_shape("positions", info)
-    kv = {name: info for name, info in header.tensors.items() if name != "positions"}
-    header.codec.check(kv, header.tokens)
+        raise BadRecord(f"has positions of dtype {info.dtype} and shape {list(info.shape)}, which can't be")
+
+
+def _check_kv(keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...], tokens: int) -> None:
+    """Keys and values [G, N, D] of one float dtype."""
+    for tensor in (*keys, *values):
+        right = tensor.dim() == 3 and tensor.shape[1] == tokens and tensor.dtype == keys[0].dtype
+        if not right or CODES[tensor.dtype] not in _KV_DTYPES:
+            found = f"{CODES[tensor.dtype]} {list(tensor.shape)}"
+            raise BadRecord(f"has keys or values {found} for {tokens} tokens, which can't be")
 
 
 def _positions(data: torch.Tensor, header: Header) -> torch.Tensor:
@@ -257,6 +275,11 @@ def _positions(data: torch.Tensor, header: Header) -> torch.Tensor:
     return torch.from_numpy(positions)
 
 
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity. The sum says so in one pass, unless it overflows."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
 def _check_encodable(record: Record) -> None:
     kv = (*record.keys, *record.values)
     dtypes = {t.dtype for t in kv}
@@ -264,7 +287,7 @@ def _check_encodable(record: Record) -> None:
         raise StoreError(f"a record's key has 64 lower-case hex digits; this isn't one: {record.key!r}")
     if not kv or len(record) == 0:
         raise StoreError(f"record {record.key[:12]} is empty; there is nothing to keep")
-    if len(dtypes) > 1 or kv[0].dtype not in _KV_DTYPES:
+    if len(dtypes) > 1 or CODES.get(kv[0].dtype) not in _KV_DTYPES:
         found = ", ".join(sorted(map(str, dtypes)))
         raise StoreError(f"record {record.key[:12]} has dtype {found}; the store keeps float32, float16 or bfloat16")
     if any(t.device.type != "cpu" for t in kv):
@@ -272,3 +295,5 @@ def _check_encodable(record: Record) -> None:
     for t in kv:
         if t.dim() != 3 or t.shape[1] != len(record) or 0 in t.shape:
             raise StoreError(f"record {record.key[:12]} has KV of shape {list(t.shape)} for {len(record)} tokens")
+        if not _is_finite(t):
+            raise StoreError(f"record {record.key[:12]} holds NaN or infinite numbers, which nobody may read")

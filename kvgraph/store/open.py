@@ -7,8 +7,6 @@ from pathlib import Path
 
 from kvgraph.errors import StoreError
 from kvgraph.store.base import Store
-from kvgraph.store.codecs.base import Codec
-from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.remote.registry import open_remote
 from kvgraph.store.tiered import TieredStore
@@ -21,11 +19,12 @@ def open_store(
     fingerprint: str,
     *,
     capacity_bytes: int | None = None,
-    codec: Codec = Raw(),  # noqa: B008 - frozen
+    tenant: str = "",
 ) -> Store:
     """The store in a folder, at a URL, or the tiers of several, for the records of one model.
 
-    capacity_bytes: of a folder; None for no limit. codec: how new records are kept. Raises StoreError.
+    capacity_bytes: of a folder; None for no limit. tenant: a salt; remote tiers keep each tenant's records apart. Raises
+    StoreError.
     """
     places = [where] if isinstance(where, str | Path) else list(where)
     if not places:
@@ -33,7 +32,7 @@ def open_store(
     stores: list[Store] = []
     for place in places:
         if "://" in str(place):
-            stores.append(open_remote(str(place), fingerprint))
+            stores.append(open_remote(str(place), fingerprint, tenant))
         else:
-            stores.append(DiskStore(place, capacity_bytes, fingerprint=fingerprint, codec=codec))
+            stores.append(DiskStore(place, capacity_bytes, fingerprint=fingerprint))
     return stores[0] if len(stores) == 1 else TieredStore(stores)

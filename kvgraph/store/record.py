@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,18 +17,32 @@ class UnsupportedRecord(Exception):
 
 
 @dataclass(frozen=True)
+class PackedKV:
+    """A record's KV as a codec keeps them. codec: its text (see `kvgraph.store.codecs.registry`). tensors: by name, in
+    the order in which they are written.
+    """
+
+    codec: str
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Record:
     """KV of one span, canonical: keys are rotated as if the span's first token stood at position 0.
 
     Shapes: G key/value heads, N tokens, D head size (may differ by layer and between keys and values).
     key: the span's Merkle key, 64 hex digits. keys[l], values[l]: [G, N, D], last dimension contiguous.
     positions: [N] int64, relative to the first token's. All tensors are read-only by agreement: many rows share them.
+
+    packed: what these KV were decoded from, if a codec was in between. Stores write it as it is: packing decoded KV again
+    could give others.
     """
 
     key: str
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     positions: torch.Tensor
+    packed: PackedKV | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.positions.shape[0]
@@ -36,3 +51,10 @@ class Record:
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of keys and values as stores keep them."""
+        if self.packed is None:
+            return self.nbytes
+        return sum(t.numel() * t.element_size() for t in self.packed.tensors.values())

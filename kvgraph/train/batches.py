@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kvgraph import methods
 from kvgraph.errors import KVGraphError
-from kvgraph.methods import Full
 from kvgraph.train.config import DISTILL, Component, Config, Stage, TrainError
 from kvgraph.train.distill import Lesson
 from kvgraph.train.example import Example, join
@@ -76,29 +75,33 @@ class Planned(NamedTuple):
         return [c for c, source in zip(self.stage.components, self.held_out, strict=True) if not len(source)]
 
 
-def plan(config: Config, stages: Iterable[Stage], tokenizer: Any) -> list[Planned]:
-    """The stages of a run, opened. An epoch is as many steps as take every example of its finite components once, on average."""
+def plan(config: Config, stages: Iterable[Stage], tokenizer: Any, limit: int | None = None) -> list[Planned]:
+    """The stages of a run, opened. An epoch is as many steps as take every example of its finite components once, on average.
+
+    limit: positions that the model has; texts are cut to these too.
+    """
     planned = []
     for stage in stages:
-        sources = _sources(config, stage, tokenizer, "train")
+        sources = _sources(config, stage, tokenizer, "train", limit)
         finite = sum(len(source) for source in sources if len(source) < ENDLESS)
         steps = stage.steps or math.ceil(stage.epochs * finite / config.batch)
         if not steps:
             raise TrainError("a stage counts epochs, but none of its components has an end; give it steps")
-        planned.append(Planned(stage, sources, _sources(config, stage, tokenizer, VALIDATION), steps))
+        planned.append(Planned(stage, sources, _sources(config, stage, tokenizer, VALIDATION, limit), steps))
     return planned
 
 
-def _sources(config: Config, stage: Stage, tokenizer: Any, split: str) -> list[Source]:
-    return [open_source(c, config.data, tokenizer, config.seed, split, _room(config, c)) for c in stage.components]
+def _sources(config: Config, stage: Stage, tokenizer: Any, split: str, limit: int | None) -> list[Source]:
+    most = config.length if limit is None else min(config.length, limit)
+    return [open_source(c, config.data, tokenizer, config.seed, split, _room(most, c)) for c in stage.components]
 
 
-def _room(config: Config, component: Component) -> int:
+def _room(most: int, component: Component) -> int:
     """Tokens that an example may have, so that a text that is cut still fits with its methods' own tokens."""
-    return config.length - max(len(method.own_tokens) for method in map(methods.parse, component.methods))
+    return most - max(len(method.own_tokens) for method in map(methods.parse, component.methods))
 
 
-class Sent(NamedTuple):
+class ShippedExample(NamedTuple):
     """An example on its way from a worker: arrays, since tensors would each cost a shared file. held: laid out by `full`."""
 
     laid: dict[str, Any]
@@ -115,7 +118,7 @@ class _Attempts(IterableDataset):
     def __init__(self, mixture: Mixture):
         self.mixture = mixture
 
-    def __iter__(self) -> Iterator[list[tuple[int, list[Sent]]] | KVGraphError]:
+    def __iter__(self) -> Iterator[list[tuple[int, list[ShippedExample]]] | KVGraphError]:
         worker = get_worker_info()
         mine, of = (worker.id, worker.num_workers) if worker else (0, 1)
         attempts = self.mixture.attempts()
@@ -128,9 +131,9 @@ class _Attempts(IterableDataset):
             yield error
 
 
-def _sent(drawn: Drawn) -> Sent:
-    full = drawn.method.name == Full.name
-    return Sent(drawn.laid.arrays(), None if drawn.taught is None else drawn.taught.arrays(), full)
+def _sent(drawn: Drawn) -> ShippedExample:
+    full = not drawn.method.needs_tuning  # `full`: held where it was
+    return ShippedExample(drawn.laid.arrays(), None if drawn.taught is None else drawn.taught.arrays(), full)
 
 
 def ahead(config: Config, planned: list[Planned], progress: Cursor, limit: int, last: int) -> Iterator[Batch]:
@@ -163,7 +166,7 @@ def _steps(config: Config, planned: Planned, progress: Cursor, limit: int) -> It
     )
     counts, left_out = dict(mixture.counts), mixture.left_out | dict(progress.left_out)
     names = [component.name for component in planned.stage.components]
-    drawn: list[Sent] = []
+    drawn: list[ShippedExample] = []
     examples, misses = 0, 0
     for component, made in _laid_out(mixture, config.workers):
         counts[names[component]] += 1
@@ -171,7 +174,7 @@ def _steps(config: Config, planned: Planned, progress: Cursor, limit: int) -> It
             left_out[names[component]] += 1
             misses += 1
             if misses == MISSES:
-                raise nothing_fits(config.length)
+                raise nothing_fits(config.length, limit)
             continue
         drawn.extend(made)
         examples, misses = examples + 1, 0
@@ -181,7 +184,7 @@ def _steps(config: Config, planned: Planned, progress: Cursor, limit: int) -> It
             drawn, examples = [], 0
 
 
-def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[Sent]]]:
+def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[ShippedExample]]]:
     loader = DataLoader(
         _Attempts(mixture),
         batch_size=None,
@@ -196,7 +199,7 @@ def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[Sent]]
         yield from chunk
 
 
-def _packed(drawn: list[Sent], length: int, progress: Cursor, examples: int) -> Batch:
+def _packed(drawn: list[ShippedExample], length: int, progress: Cursor, examples: int) -> Batch:
     laid = [Packed.of(one.laid) for one in drawn]
     taught = [None if one.taught is None else Packed.of(one.taught) for one in drawn]
     groups = first_fit([max(len(x), len(y or ())) for x, y in zip(laid, taught, strict=True)], length)
@@ -209,7 +212,9 @@ def _packed(drawn: list[Sent], length: int, progress: Cursor, examples: int) -> 
     return Batch(progress, sequences, (methods, others), examples, lessons)
 
 
-def _lesson(group: list[int], laid: list[Packed], taught: Sequence[Packed | None], drawn: list[Sent]) -> Lesson:
+def _lesson(
+    group: list[int], laid: list[Packed], taught: Sequence[Packed | None], drawn: list[ShippedExample]
+) -> Lesson:
     """The teacher's side of the sequence that these examples make."""
     rows = torch.tensor([len(laid[i].rows) for i in group])
     held = torch.tensor([drawn[i].held for i in group]).repeat_interleave(rows)
@@ -233,8 +238,8 @@ class ValidationSet:
 
 
 def validation_sets(config: Config, planned: Planned, limit: int) -> list[ValidationSet]:
-    """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some, by each of its
-    methods.
+    """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some that fit, by each of
+    its methods.
     """
     held_out = dict(zip(planned.stage.components, planned.held_out, strict=True))
     components = [component for component in held_out if component not in planned.unseen]
@@ -243,7 +248,7 @@ def validation_sets(config: Config, planned: Planned, limit: int) -> list[Valida
     found = validation(
         components, sources, config.seed, config.evaluation, length=config.length, limit=limit, documents=False
     )
-    return [_validation_set(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True)]
+    return [_validation_set(*names, drawn, config.length) for names, drawn in zip(of, found, strict=True) if drawn]
 
 
 def _validation_set(name: str, method: str, drawn: list[Drawn], length: int) -> ValidationSet:

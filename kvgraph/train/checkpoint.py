@@ -5,6 +5,7 @@ step-000500/adapter/       of a run that trains one: the adapter by itself, in P
 step-000500/state/         weights and optimizer in float32, in torch.distributed.checkpoint's format
 step-000500/progress.json  steps taken, examples drawn and left out
 step-000500/config.json    the run's configuration
+step-000500/origin.json    what it started from: a hash of the model's weights, and how long its data are
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ from kvgraph.train.batches import Cursor
 from kvgraph.train.config import TrainError
 
 MODEL, ADAPTER, STATE, PROGRESS, CONFIG = "model", "adapter", "state", "progress.json", "config.json"
+ORIGIN = "origin.json"
 
 
 def found(run: Path) -> list[Path]:
@@ -83,7 +85,52 @@ def load_state(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> 
     tensors, states = _tensors(module, optimizers)
     read_tensors(folder / STATE, tensors)
     set_optimizer_state_dict(module, optimizers, states)
-    return Cursor(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+    try:
+        return Cursor(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainError(
+            f"{folder / PROGRESS} can't be read: {error}; delete {folder} to go on from the one before"
+        ) from None
+
+
+def save_origin(folder: Path, base: str, data: Mapping[str, int]) -> None:
+    """Write what a run started from: a hash of the model's weights, and how many examples its components have."""
+    io.write_json(folder / ORIGIN, {"base": base, "data": dict(data)})
+
+
+def has_base(folder: Path) -> bool:
+    """Whether a checkpoint can tell if a model is the one that its run started from, wherever that lies now."""
+    return bool(_origin(folder).get("base"))
+
+
+def check_base(folder: Path, base: str) -> None:
+    """Raise TrainError where a model's weights have another hash than those that the run of a checkpoint started from."""
+    if _origin(folder).get("base", base) != base:
+        raise TrainError(
+            f"{folder} was trained from a model with other weights than the one given; give that one with --model"
+        )
+
+
+def check_data(folder: Path, data: Mapping[str, int]) -> None:
+    """Raise TrainError where a component has more or fewer examples than when the run of a checkpoint began."""
+    for name, count in _origin(folder).get("data", {}).items():
+        if name in data and data[name] != count:
+            raise TrainError(
+                f"{name} had {count:,} examples when the run began, and has {data[name]:,} now, so its order and the "
+                "learning rate would be others; put the data back as they were, or start a new run"
+            )
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """What `save_origin` wrote; empty for checkpoints from before it did."""
+    try:
+        return dict(json.loads((folder / ORIGIN).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainError(
+            f"{folder / ORIGIN} can't be read: {error}; delete {folder} to go on from the one before"
+        ) from None
 
 
 def _tensors(module: nn.Module, optimizers: list[Optimizer]) -> tuple[dict[str, Any], Any]:

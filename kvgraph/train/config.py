@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ NONE, SELECTIVE, FULL = CHECKPOINTING = ("none", "selective", "full")
 COSINE, TRAPEZOID, CONSTANT = SCHEDULES = ("cosine", "trapezoid", "constant")
 ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
+ANSWERS, DISTILL = OBJECTIVES = ("answers", "distill")
+SDPA, FLEX = ATTENTIONS = ("sdpa", "flex")
 OLD_NAMES = {"deepen": "stack"}  # in the config.json of older runs
 STRICT = {"extra": "forbid"}  # pydantic refuses settings that don't exist
-ANSWERS, DISTILL = OBJECTIVES = ("answers", "distill")
-AUTO, FLEX, SDPA = ATTENTIONS = ("auto", "flex", "sdpa")
 
 
 class TrainError(KVGraphError, ValueError):
@@ -116,7 +117,7 @@ class Config:
     links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
     slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
     precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
-    attention: Annotated[str, "flex (FlexAttention), sdpa (masks of whole examples), or auto: flex on a GPU"] = AUTO
+    attention: Annotated[str, "sdpa (a mask for each example) or flex (FlexAttention, compiled for a GPU)"] = SDPA
     checkpointing: Annotated[str, "of activations: in none, every second (selective) or all (full) layers"] = NONE
     threads: Annotated[int, "of the CPU; 0: torch's choice"] = 0
     workers: Annotated[int, "processes that lay examples out ahead of the training"] = 1
@@ -134,6 +135,9 @@ class Config:
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise TrainError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("lr", "matrix_lr", "weight_decay", "clip", "document_weight", "minutes", "hold"):
+            if not math.isfinite(getattr(self, name)):
+                raise TrainError(f"{name} is {getattr(self, name)}; it must be a finite number")
         if not self.lr > 0 or (self.optimizer == MUON and not self.matrix_lr > 0):
             raise TrainError("lr must be above 0, and so must matrix_lr where the optimizer is muon")
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
@@ -193,9 +197,9 @@ _LEAST = {
     **dict.fromkeys(
         (
             "limit",
-            "stack",
             "minutes",
             "hold",
+            "stack",
             "links",
             "slots",
             "threads",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvgraph import methods
 from kvgraph.errors import PlanError
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import Full
 from kvgraph.train.example import Example, Question
 from kvgraph.train.pack import Packed, lay
 
@@ -65,7 +65,7 @@ def taught(example: Example, laid: Packed) -> Packed:
     """
     graph = example.graph
     plain = ContextGraph(graph.segments, (), graph.prefix, (), graph.names)
-    made = lay(Example(plain, example.questions), Full())
+    made = lay(Example(plain, example.questions), methods.resolve(None))
     if not torch.equal(made.targets, laid.targets):
         raise PlanError("the method doesn't leave the question and the answer as they are; it can't be distilled")
     return made

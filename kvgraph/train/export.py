@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def export(source: str | Path, out: str | Path, *, base: str | None = None, dtyp
     """Write the model of a run's folder (its latest checkpoint), of a checkpoint, or of a torch.distributed.checkpoint
     folder to a new folder `out`. Returns what it was made from.
 
-    base: the model that a torch.distributed.checkpoint folder was trained from, for its configuration and tokenizer. Give
+    base: the model that a torch.distributed.checkpoint folder was trained from, for its configuration and tokenizer; or where
+    that of a run lies now. Give
     such folders only from people you trust: PyTorch reads their index with pickle. dtype: float32, bfloat16 or float16
     [default: that of the model it was trained from]. Raises TrainError, ModelError with the reason.
     """
@@ -69,7 +71,7 @@ def export(source: str | Path, out: str | Path, *, base: str | None = None, dtyp
         elif dtype is None:
             shutil.copytree(found / checkpoint.MODEL, unfinished)
         else:
-            _own(found, unfinished, DTYPES[dtype])
+            _own(found, unfinished, DTYPES[dtype], base)
         if out.exists():
             out.rmdir()
         unfinished.rename(out)
@@ -92,9 +94,11 @@ def _checkpoint(source: Path) -> Path | None:
     )
 
 
-def _own(folder: Path, out: Path, dtype: torch.dtype) -> None:
-    """From the float32 weights of a checkpoint."""
-    student = model.build(Config.read(folder / checkpoint.CONFIG))
+def _own(folder: Path, out: Path, dtype: torch.dtype, base: str | None) -> None:
+    """From the float32 weights of a checkpoint. base: where the model that it was trained from lies now, if it moved."""
+    config = Config.read(folder / checkpoint.CONFIG)
+    student = model.build(replace(config, model=base) if base else config)
+    checkpoint.check_base(folder, student.base)
     weights = {name: torch.empty_like(p) for name, p in student.module.named_parameters() if p.requires_grad}
     checkpoint.read_tensors(folder / checkpoint.STATE, {"weights": weights})
     model.save(student, weights, out, dtype)
@@ -126,7 +130,40 @@ def _foreign(source: Path, out: Path, base: str | None, dtype: str | None) -> No
         for name, weight in weights.items():
             if count := heads.get(".".join(name.split(".")[-2:])):
                 weights[name] = _halves(weight, count)
+    if head := _leftover(keys, sizes, source):
+        _untie(loaded.hf, weights, head, source)
     models.save(loaded.hf, out, loaded.tokenizer, weights=weights, dtype=DTYPES[dtype] if dtype else loaded.dtype)
+
+
+def _leftover(keys: dict[str, str], there: Any, source: Path) -> str:
+    """The key of an output head that the base shares with its embedding; "" where there is none.
+
+    Raises TrainError for other weights of the model that the base has no place for.
+    """
+    used = set(keys.values())
+    name, key = next(iter(keys.items()))
+    naming = next(n for n in NAMINGS if key.endswith(_renamed(name, n)))
+    prefix = key.removesuffix(_renamed(name, naming))
+    head = prefix + _renamed("lm_head.weight", naming)
+    roots = {prefix + _renamed(n, naming).split(".")[0] for n in keys}
+    rest = [k for k in there if k not in used and k.startswith(tuple(f"{root}." for root in roots)) and k != head]
+    rest = [k for k in rest if not k.endswith(("inv_freq", "freqs_cis"))]  # tables, not weights
+    if rest:
+        raise TrainError(f"{source} has weights that the base has no place for, for example {min(rest)}")
+    return head if head in there and head not in used else ""
+
+
+def _untie(hf: Any, weights: dict[str, Tensor], head: str, source: Path) -> None:
+    """Give the model an output head of its own where the checkpoint's isn't its embedding."""
+    embedding = "model.embed_tokens.weight"
+    read = {head: torch.empty_like(weights[embedding])}
+    checkpoint.read_tensors(source, read)
+    if torch.equal(read[head], weights[embedding]):
+        return
+    hf.config.tie_word_embeddings = False
+    output = hf.get_output_embeddings()
+    output.weight = torch.nn.Parameter(read[head])
+    weights["lm_head.weight"] = read[head]
 
 
 def _keys(names: list[str], there: Any, source: Path) -> tuple[dict[str, str], bool]:

@@ -13,22 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from kvgraph.models import Attend, Trainable
 from kvgraph.train.pack import Packed
 
+# Not cuDNN's: it makes a plan for each new shape, and nearly every example has one of its own.
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
-def logits(
-    model: Trainable, packed: Packed, *, module: Callable[..., Any] | None = None, flex: bool | None = None
-) -> Tensor:
+
+def logits(model: Trainable, packed: Packed, *, module: Callable[..., Any] | None = None, flex: bool = False) -> Tensor:
     """Logits [N, V] float32 of packed.rows; `packed` lies on the model's device.
 
-    module: what to call instead of model.hf where something wraps it. flex: use FlexAttention; unless given, on GPUs
-    alone (on the CPU it has no backward pass). There it is compiled for every T anew, so use `Packed.padded`.
+    module: what to call instead of model.hf where something wraps it. flex: use FlexAttention, which skips what nobody sees.
+    On GPUs it is compiled for every T anew, so use `Packed.padded`; on the CPU it has no backward pass.
     """
-    flex = packed.tokens.is_cuda if flex is None else flex
     return model.forward(packed.tokens, packed.positions, _attention(model, packed, flex), packed.rows, module)
 
 
@@ -58,7 +59,7 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
     @cache
     def blocks(window: int | None) -> BlockMask:
         sizes = None, None, len(packed), len(packed)
-        return create_block_mask(packed.mask_mod(window), *sizes, device, _compile=device.type == "cuda")
+        return create_block_mask(packed.mask_mod(window), *sizes, device)
 
     def attend(
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -73,7 +74,9 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
         # Split, not sliced: the gradient of a slice is a tensor of the whole size.
         split = [t.split(packed.lengths, 1) for t in (q, k, v)]
         examples = zip(*split, masks(window, q.dtype), strict=True)
-        return torch.cat([_masked(q, k, v, mask, scale, softcap, sinks) for q, k, v, mask in examples], 1).to(dtype)
+        with sdpa_kernel(KERNELS):
+            parts = [_masked(q, k, v, mask, scale, softcap, sinks) for q, k, v, mask in examples]
+        return torch.cat(parts, 1).to(dtype)
 
     return attend
 
@@ -83,11 +86,11 @@ def _masked(
 ) -> Tensor:
     """q [H, T, D], k [G, T, D], v [G, T, Dv], mask [T, T] -> [H, T, Dv]. sinks [H]: scores that take weight and give nothing."""
     if softcap is None and sinks is None:
-        if q.is_cuda:  # its kernels for masks take no shared heads
-            k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
+        shared = not q.is_cuda  # the GPU's kernel for masks takes no shared heads
+        k, v = (t if shared else t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
         q, k, v = q[None], k[None], v[None]
         with torch.autocast(q.device.type, enabled=False):  # it would make 16 bits of them again
-            return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0]
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=shared)[0]
     dtype, (heads, length, _) = q.dtype, q.shape
     wide = torch.promote_types(dtype, torch.float32)
     q, k, v = q.to(wide), *(t.to(wide).repeat_interleave(heads // t.shape[0], 0) for t in (k, v))

@@ -66,7 +66,7 @@ def score(
         example, given = records[number], len(records.record(number).get("questions", [None]))
         if example is None:
             continue
-        laid = {way: one for way in dict.fromkeys(((FULL, "none"), *ways)) if (one := _laid(example, way, number))}
+        laid = {way: one for way in dict.fromkeys(((FULL, "none"), *ways)) if (one := laid_by(example, way, number))}
         if (FULL, "none") not in laid or max(map(len, laid.values())) > length:
             continue
         if any(sum(len(c[3].get(way, ())) for c in chunk) + len(one) > length for way, one in laid.items()):
@@ -77,7 +77,8 @@ def score(
         yield from _scored(run, states, chunk)
 
 
-def _laid(example: Example, way: Way, number: int) -> Packed | None:
+def laid_by(example: Example, way: Way, number: int) -> Packed | None:
+    """The example by a method and edges, of which random ones are drawn by the number; None where it can't be laid out."""
     method, edges = methods.parse(way[0]), way[1]
     try:
         told = with_edges(example, edges if method.reads_edges else "none", random.Random(number))
@@ -123,7 +124,7 @@ def _rows(
         yield Scored(number, kind, state, *way, nll, kl, agrees, right == 1.0)
 
 
-class Line(NamedTuple):
+class GapRow(NamedTuple):
     """A line of the table: means over answers with the half-width of their 95 % interval, by records."""
 
     kind: str
@@ -142,7 +143,7 @@ class Line(NamedTuple):
     answers: int
 
 
-def table(rows: Iterable[Scored], before: str, after: str) -> list[Line]:
+def table(rows: Iterable[Scored], before: str, after: str) -> list[GapRow]:
     """The gap to `full` by kind and method. closed: the share of the gap in nats, between a method and `full` before, that is
     closed after; interval: the half-width of its 95 % interval, by a bootstrap of records.
     """
@@ -166,7 +167,7 @@ def table(rows: Iterable[Scored], before: str, after: str) -> list[Line]:
         means = [sum(values) / len(values) for values in nats]
         count = sum(len(found[after][record]) for record in shared)
         lines.append(
-            Line(kind, method, edges, means[1], means[2], **stats, closed=closed, interval=interval, answers=count)
+            GapRow(kind, method, edges, means[1], means[2], **stats, closed=closed, interval=interval, answers=count)
         )
     return sorted(lines, key=lambda line: KINDS.index(line.kind))
 
@@ -186,7 +187,7 @@ def _closed(nats: list[list[float]], draws: int = 1000) -> tuple[float, float]:
     return ((before - after) / (before - full) if before != full else math.nan), (high - low) / 2
 
 
-def text(lines: Sequence[Line]) -> str:
+def text(lines: Sequence[GapRow]) -> str:
     """The table as text, for people."""
     head = f"{'':44} {'nats':>15} {'gap closed':>14} {'KL to full':>15} {'agrees':>15} {'exact':>13}"
     made = [head]

@@ -108,8 +108,10 @@ def open_source(
     return Records(path, split, tokenizer, max_tokens=max_tokens, recite=component.recite)
 
 
-def nothing_fits(length: int) -> TrainError:
-    """What to say when a mixture gives up."""
+def nothing_fits(length: int, limit: int) -> TrainError:
+    """What to say when a mixture gives up. limit: positions that the model has."""
+    if limit <= length:
+        return TrainError(f"no example of {MISSES:,} fits the model's {limit:,} positions; prepare shorter ones")
     return TrainError(f"no example of {MISSES:,} fits {length:,} tokens; raise `length`, or prepare shorter ones")
 
 
@@ -143,14 +145,6 @@ class Mixture:
         for component, source in zip(components, sources, strict=True):
             if len(source) == 0:
                 raise TrainError(f"component {component.name} has no examples in {component.source}")
-            for spec in component.methods:
-                method = methods.parse(spec)
-                if method.needs_probe or not method.trains_by_mask:
-                    raise TrainError(
-                        f"component {component.name} trains by {spec}, which no attention mask can express"
-                    )
-                if component.through_links and not method.link_tokens:
-                    raise TrainError(f"component {component.name} asks through link tokens, but {spec} has none")
 
     def draw(self) -> list[Drawn]:
         """The next example, by one of its component's methods or by every one. Never empty.
@@ -163,7 +157,7 @@ class Mixture:
             if drawn := self.made(attempt):
                 return drawn
             self.left_out[name] += 1
-        raise nothing_fits(self.length)
+        raise nothing_fits(self.length, self.limit)
 
     def attempts(self) -> Iterator[Attempt]:
         """What is chosen from here on, one after the other, without making it: whether an example fits changes nothing."""
@@ -259,9 +253,17 @@ def _order(key: str, length: int) -> np.ndarray:
 def validation(
     components: Sequence[Component], sources: Sequence[Source], seed: int, examples: int, **sizes: Any
 ) -> Iterator[list[Drawn]]:
-    """So many examples of every component, by each of its methods: what a run is evaluated with, the same every time."""
+    """Up to so many examples of every component, by each of its methods: what a run is evaluated with, the same every time.
+
+    No example comes twice. There are none where nothing fits.
+    """
     for component, source in zip(components, sources, strict=True):
         for spec in component.methods:
             one = replace(component, name=f"{component.name}/{spec}", methods=(spec,), every=False)
             mixture = Mixture([one], [source], seed, **sizes)
-            yield [drawn for _ in range(min(examples, len(source))) for drawn in mixture.draw()]
+            found: list[Drawn] = []
+            for attempt in islice(mixture.attempts(), min(len(source), MISSES + examples)):
+                if len(found) == examples:
+                    break
+                found += mixture.made(attempt)
+            yield found

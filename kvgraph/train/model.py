@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kvgraph import methods, models
 from kvgraph.methods import Method
 from kvgraph.models import Trainable
+from kvgraph.models.fingerprint import state_hash
 from kvgraph.models.loading import one_line
 from kvgraph.train import start
 from kvgraph.train.config import ANSWERS, DISTILL, FULL, LINKS, NONE, WHOLE, Config, Stage, TrainError
@@ -31,7 +32,7 @@ class Student:
 
     trainable: it, as training runs it. module: what holds the parameters to train: the model itself, or peft's around it.
     stages: the configuration's, with the new link tokens' ids in place of "kvlink". dtype: that it was loaded in, and is
-    saved in. It is float32 while it is trained.
+    saved in. It is float32 while it is trained. base: a hash of its weights as they were loaded.
     """
 
     trainable: Trainable
@@ -40,6 +41,7 @@ class Student:
     stages: tuple[Stage, ...]
     dtype: torch.dtype
     config: Config
+    base: str
 
     @property
     def hf(self) -> Any:
@@ -83,9 +85,10 @@ def build(config: Config) -> Student:
     """
     torch.manual_seed(config.seed)
     loaded = _started(config.seed) if config.model == NEW else models.load(config.model)
+    base = state_hash(loaded.hf)
     hf, dtype = loaded.hf.float(), loaded.dtype
     if config.stack:
-        models.deepen(hf, config.stack)
+        models.stack(hf, config.stack)
     stages = config.stages
     if config.slots:
         stages = _with_links(stages, add_link_tokens(hf, config.links, config.slots))
@@ -99,7 +102,23 @@ def build(config: Config) -> Student:
     module = hf.train() if config.trained == WHOLE else _adapted(hf, config, trained)
     if config.checkpointing != NONE:
         hf.activation_checkpointing_enable(every_n_layers=1 if config.checkpointing == FULL else 2)
-    return Student(trainable, module, loaded.tokenizer, stages, dtype, config)
+    return Student(trainable, module, loaded.tokenizer, stages, dtype, config, base)
+
+
+def check(student: Student) -> None:
+    """Raise TrainError for methods that can't be trained, by themselves or with this model, before the first step."""
+    rows = student.hf.get_input_embeddings().weight.shape[0]
+    for component in (component for stage in student.stages for component in stage.components):
+        for spec in component.methods:
+            method = methods.parse(spec)
+            if method.own_tokens and method.own_tokens[-1] >= rows:
+                raise TrainError(
+                    f"{spec} has the token id {method.own_tokens[-1]:,}, but the model's vocabulary has {rows:,}"
+                )
+            if method.needs_probe or not method.trains_by_mask:
+                raise TrainError(f"component {component.name} trains by {spec}, which no attention mask can express")
+            if component.through_links and not method.link_tokens:
+                raise TrainError(f"component {component.name} asks through link tokens, but {spec} has none")
 
 
 def _started(seed: int) -> models.Model:

@@ -1,6 +1,6 @@
 """Training records, and what they are to a model: examples with the tokens that evaluation and server would give it.
 
-`docs/data.md` says what the three kinds of records hold. Records are text without prompts; the prompt is made here, by
+`docs/reference/data.md` says what the three kinds of records hold. Records are text without prompts; the prompt is made here, by
 the code that evaluation (`kvgraph.data.prompt`) and server (`kvgraph.data.chat`) use.
 """
 
@@ -31,7 +31,6 @@ SPLITS = TRAIN, VALIDATION = ("train", "validation")
 AS_THEY_ARE = "{text}"  # how documents of conversations are written: they bring their own line ends
 RECITED = 48  # tokens of a quoted document
 FIRST_WORDS = 6  # by which a document without a title is asked for
-SCANNED = 1 << 26  # bytes of a file at a time
 
 Record = Mapping[str, Any]
 
@@ -137,8 +136,8 @@ def _task(record: Record, tokenizer: Any) -> _Made:
     """
     if template := _template(tokenizer):
         _around(tokenizer, template)  # raises what is wrong with every answer
-    task = _task_of(record)
-    asked = record["questions"] if "questions" in record else [record]
+    task = task_of(record)
+    asked = record.get("questions", [record])
     links = tuple((source, reader) for source, reader in record.get("links", ()))
     documents = tuple(Document(document["text"], document["title"]) for document in record["documents"])
     first = asked[0]["question"] if asked else ""
@@ -148,7 +147,8 @@ def _task(record: Record, tokenizer: Any) -> _Made:
     return _Made(graph, [_asked(task, some, one["question"], one["answer"], tokenizer) for one in asked])
 
 
-def _task_of(record: Record) -> Task:
+def task_of(record: Record) -> Task:
+    """The task whose prompt a record's questions have. Raises TaskError for an unknown one."""
     task = tasks.get(record["task"])
     return replace(task, instruction="", question="{question}") if record.get("plain") else task
 
@@ -171,7 +171,7 @@ def _asked(
 
 def _recitations(record: Record, tokenizer: Any, count: int, rng: random.Random) -> list[Question]:
     """Questions for some of a task's documents, in the place of its own kind of question."""
-    task, documents = replace(_task_of(record), question="{question}"), record["documents"]
+    task, documents = replace(task_of(record), question="{question}"), record["documents"]
     told = [i for i, document in enumerate(documents) if document["text"].strip()]
     chosen, some = rng.sample(told, min(count, len(told))), (Document("-"),)
     return [_asked(task, some, recitation(documents, i), documents[i]["text"], tokenizer, most=RECITED) for i in chosen]

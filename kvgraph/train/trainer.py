@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from kvgraph.data import io
 from kvgraph.train import batches, checkpoint, distill, model, optim, parallel
-from kvgraph.train.batches import Batch, Cursor, Planned, ValidationSet
-from kvgraph.train.config import AUTO, FLEX, MUON, WHOLE, Config, TrainError
+from kvgraph.train.batches import Batch, Cursor, ValidationSet
+from kvgraph.train.config import FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
 from kvgraph.train.pack import Packed
@@ -62,12 +62,29 @@ def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool =
     of TensorBoard.
     Raises TrainError, ModelError, GraphError where a setting, the data, memory or the disk don't allow it.
     """
-    with _explained(config, Path(out)):
+    if not config.model:
+        raise TrainError(f"{config.name} goes on from another model; give it with --model")
+    first = os.environ.get("RANK", "0") == "0"
+    with (
+        _explained(config, Path(out)),
+        _without_denormals(),
+        io.locked(Path(out), TrainError) if first else nullcontext(),
+    ):
         trainer = Trainer(config, Path(out), resume, wandb)
         try:
             return trainer.run()
         finally:
             trainer.log.close()
+
+
+@contextmanager
+def _without_denormals() -> Iterator[None]:
+    """Sharp attention leaves many numbers that small, and they are slow on CPUs: zero within."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 class Trainer:
@@ -77,7 +94,6 @@ class Trainer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the process that prepares steps is forked
         if config.threads:
             torch.set_num_threads(config.threads)
-        torch.set_flush_denormal(True)  # sharp attention leaves many numbers that small, and they are slow on CPUs
         before = _may_go_on(config, out, resume)
         self.config, self.out = config, out
         tracker = "wandb" if wandb else "tensorboard"
@@ -89,9 +105,11 @@ class Trainer:
             raise TrainError(
                 "muon needs whole matrices, which several processes share out; train in one, or with adamw"
             )
-        on_gpu = self.accelerator.device.type == "cuda"
-        self.flex = on_gpu if config.attention == AUTO else config.attention == FLEX
+        self.flex = config.attention == FLEX
         self.student = model.build(config)
+        model.check(self.student)
+        if before is not None:
+            checkpoint.check_base(before, self.student.base)
         self.module = self.student.module
         if self.count > 1:
             parallel.shard(self.module, self.student.hf.get_decoder().layers)
@@ -103,10 +121,13 @@ class Trainer:
         self.progress = Cursor()
         if before is not None:
             self.progress = checkpoint.load_state(before, self.module, self.optimizers)
-        self.planned = batches.plan(config, self.student.stages, self.student.tokenizer)
+        self.planned = batches.plan(config, self.student.stages, self.student.tokenizer, self.student.trainable.limit)
+        self.data = {c.name: len(s) for p in self.planned for c, s in zip(p.stage.components, p.sources, strict=True)}
+        if before is not None:
+            checkpoint.check_data(before, self.data)
         self.total = sum(planned.steps for planned in self.planned)
         self.last = min(self.total, config.limit or self.total)
-        self.validation_sets: tuple[Planned | None, list[ValidationSet]] = (None, [])
+        self.validation_sets: list[list[ValidationSet]] = []
         self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         self.saved = before
         self.began = time.monotonic()
@@ -123,6 +144,7 @@ class Trainer:
             self.log.say(f"going on after step {self.progress.step:,} of {self.last:,}")
         for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
             self.log.say(f"{name} has no held-out examples, so it isn't evaluated")
+        self._prepare_validation()
         with _Signals() as signals:
             began = time.perf_counter()
             for step in self._steps():
@@ -147,10 +169,10 @@ class Trainer:
         evaluates, saves = step % config.evaluate_every == 0 or last, step % config.save_every == 0 or ends
         if step % LOG_EVERY == 0 or evaluates or saves:
             self._flush()
-        if evaluates:
-            self._evaluate()
         if saves:
             self._save()
+        if evaluates:  # after saving: whatever goes wrong there costs nothing
+            self._evaluate()
         return ends
 
     def _steps(self) -> Iterator[Batch]:
@@ -265,13 +287,24 @@ class Trainer:
         if not self.config.evaluation:
             return
         at = itertools.accumulate(planned.steps for planned in self.planned)
-        stage = next(p for p, end in zip(self.planned, at, strict=True) if self.progress.step <= end)
-        if self.validation_sets[0] is not stage:
-            self.validation_sets = stage, batches.validation_sets(self.config, stage, self.student.trainable.limit)
+        sets = next(v for v, end in zip(self.validation_sets, at, strict=True) if self.progress.step <= end)
         self.module.eval()
-        self.log.evaluated([self._taken(validation_set) for validation_set in self.validation_sets[1]])
+        self.log.evaluated([self._taken(one) for one in sets])
         self.module.train()
         parallel.release(self.module)
+
+    def _prepare_validation(self) -> None:
+        """Lay out what each stage is evaluated with, and say what can't be."""
+        if not self.config.evaluation:
+            return
+        limit = self.student.trainable.limit
+        self.validation_sets = [batches.validation_sets(self.config, planned, limit) for planned in self.planned]
+        for planned, sets in zip(self.planned, self.validation_sets, strict=True):
+            there = {(one.name, one.method) for one in sets}
+            for c in planned.stage.components:
+                for spec in c.methods:
+                    if c not in planned.unseen and (c.name, spec) not in there:
+                        self.log.say(f"no held-out example of {c.name} fits {spec}, so it isn't evaluated")
 
     @torch.no_grad()
     def _taken(self, validation_set: ValidationSet) -> dict[str, Any]:
@@ -298,6 +331,7 @@ class Trainer:
                 if self.config.trained != WHOLE:
                     model.save_adapter(self.student, weights, folder / checkpoint.ADAPTER)
                 io.write(folder / checkpoint.CONFIG, self.config.to_json())
+                checkpoint.save_origin(folder, self.student.base, self.data)
         self.saved = checkpoint.found(self.out)[-1]
 
     def _weights(self) -> dict[str, Tensor]:
@@ -308,6 +342,11 @@ class Trainer:
                 weight = parallel.whole(p.detach())
                 if self.main:
                     found[name] = weight.cpu()
+                    if not bool(torch.isfinite(found[name]).all()):
+                        raise TrainError(
+                            f"after step {self.progress.step:,} {name} isn't finite any more; lower lr, or lengthen warmup, "
+                            "in a new run"
+                        )
         return found
 
 
@@ -328,7 +367,11 @@ def _may_go_on(config: Config, out: Path, resume: bool) -> Path | None:
     before = Config.read(found[-1] / checkpoint.CONFIG)
     for field in fields(Config):
         old, new = getattr(before, field.name), getattr(config, field.name)
-        if field.name not in MAY_CHANGE and old != new:
+        if (
+            field.name not in MAY_CHANGE
+            and old != new
+            and not (field.name == "model" and checkpoint.has_base(found[-1]))
+        ):
             what = f"{field.name} {old} there, {new} here" if field.name != "stages" else "its stages are others"
             raise TrainError(
                 f"{out} holds another run ({what}); give another folder, or --resume {out} to go on with it"

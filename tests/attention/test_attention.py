@@ -16,7 +16,7 @@ from torch import Tensor
 from kvgraph.attention.backends import backend_for, cpu, reference
 from kvgraph.attention.backends.base import Backend, Part
 from kvgraph.attention.rope import Rotary
-from kvgraph.attention.rows import Row, RowKV, View
+from kvgraph.attention.rows import Row, RowKV, View, on_device
 from kvgraph.attention.step import Step
 from kvgraph.store.record import Record
 
@@ -415,3 +415,17 @@ def test_naive_rotation_is_rope():
         close(moved(moved(k, 2, rotary), -2, rotary), k)
         near = (moved(q, 5, rotary) * moved(k, 3, rotary)).sum()
         assert math.isclose(near, (moved(q, 105, rotary) * moved(k, 103, rotary)).sum(), abs_tol=1e-9)
+
+
+def test_a_record_arrives_on_another_device_in_one_buffer():
+    """The meta device stands for a GPU: what matters is where everything lies."""
+    shapes, n = [(2, 8, 8), (2, 8, 16)], 5
+    kv = RowKV(shapes, n, torch.float32, torch.device("cpu"))
+    kv.positions[:], kv.length = np.arange(n), n
+    record = kv.record("0" * 64)
+    assert on_device(record, torch.device("cpu")) is record
+    apart = Record(record.key, tuple(k.clone() for k in record.keys), record.values, record.positions)
+    arrived = on_device(apart, torch.device("meta"))
+    offsets = [t.storage_offset() for pair in zip(arrived.keys, arrived.values, strict=True) for t in pair]
+    assert offsets == [t.storage_offset() for pair in zip(kv.keys, kv.values, strict=True) for t in pair]
+    assert [t.shape for t in arrived.keys] == [t.shape for t in record.keys]

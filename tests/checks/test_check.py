@@ -91,17 +91,18 @@ def test_quality_is_zero_loss_for_full_and_measures_others():
         (ContextGraph([[1, 2, 3], [4, 5, 6, 7]], query=[8, 9]), [10, 11]),
         (ContextGraph([[3, 1]], query=[7]), [2]),
     ]
+    # What is computed rounds in another order than what is read, so the two sides of `full` differ in the last bits.
     same = quality(engine.scores, "full", items)
-    assert same.nll == pytest.approx(same.full_nll, abs=1e-6) and same.tokens == 3
+    assert same.nll == pytest.approx(same.full_nll, abs=1e-5) and same.tokens == 3
     other = quality(engine.scores, "block", items)
-    assert other.full_nll == pytest.approx(same.nll, abs=1e-6) and abs(other.nll - other.full_nll) > 1e-3
+    assert other.full_nll == pytest.approx(same.nll, abs=1e-5) and abs(other.nll - other.full_nll) > 1e-3
 
 
 def test_items_are_read_or_refused_with_their_line(tmp_path):
     good = {"question": "q?", "answer": "a", "documents": ["one", {"title": "t", "text": "two"}], "edges": [[0, 1]]}
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps(good) + "\n\n" + json.dumps({"question": "q"}) + "\n")
-    with pytest.raises(GraphError, match=r'items.jsonl:3: needs "answer", which must be text'):
+    with pytest.raises(GraphError, match=r'items.jsonl:3: needs "answer", which must be non-empty text'):
         read_items(path)
     ((graph, answer),) = read_items(path, limit=1)
     assert answer == "a" and graph.segments == ("one", "t\ntwo\n") and graph.edges == ((0, 1),)

@@ -52,7 +52,7 @@ QWEN = (  # knows a system message anywhere, and no developer
 )
 RAISES = "{% for m in messages if m.role == 'developer' %}{{ raise_exception('Unknown role') }}{% endfor %}" + QWEN
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "forgets": FORGETS, "phi": PHI, "last": LAST, "qwen": QWEN}
-TEMPLATES |= {"roles": ROLES, "ranked": RANKED, "raises": RAISES}
+TEMPLATES |= {"roles": ROLES, "ranked": RANKED, "raises": RAISES, "strict": STRICT}
 SYSTEM, USER, ANSWER, AGAIN = (
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Who dug the harbour?"},

@@ -1,4 +1,4 @@
-"""What docs/extending-data.md tells people to write works: its code, installed as a package, runs through the commands."""
+"""The tasks and recipes of docs/extending.md: their code, installed as a package, runs through the commands."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from kvgraph import demo
 from kvgraph.data.tasks import TASKS
 from kvgraph.train.recipes import RECIPES
 
-PAGE = Path(__file__).parents[2] / "docs" / "extending-data.md"
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 FILE = re.compile(r'```python title="(.*?)"\n(.*?)```', re.DOTALL)
 DECLARED = re.compile(r"```toml\n(.*?)```", re.DOTALL)
 
@@ -45,7 +45,7 @@ def install(tmp_path, monkeypatch):
 
 
 def test_a_task_runs_through_eval_ablation_report_and_training_records(install, run, tmp_path):
-    install("An evaluation task")
+    install("A task")
     facts = [f"The thing {i} is {colour}." for i, colour in enumerate(("red", "green", "blue"))]
     rows = [
         {"id": f"q{i}", "question": f"Which colour has thing {i}?", "answer": "red", "facts": facts, "gold": i}

@@ -518,7 +518,7 @@ def test_a_file_of_records_gives_the_items_that_are_generated(kind, tmp_path, ca
     said = command(
         capsys, "data", "world", "--kind", kind, "--count", 5, "--seed", 2, "--settings", settings, "--out", path
     )
-    assert said == f"15 questions over 5 corpora in {path}\n"
+    assert said == f"15 questions over 5 corpora are in {path}\n"
     written = read(task, path)
     generated = read(task, f"generated:{settings},seed=2,count=5")
     assert written.items == generated.items and written.sha256 == generated.sha256
@@ -609,7 +609,7 @@ def test_the_arrangements_of_one_question_are_a_cluster():
 
 
 def test_the_documentation_shows_what_its_commands_print(capsys):
-    text = (ROOT / "docs" / "world.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "world.md").read_text(encoding="utf-8")
     shown = re.findall(r"^    \$ kvgraph (.+)\n((?:(?:    .*)?\n)+)", text, re.M)
     assert len(shown) == 2
     for words, expected in shown:
@@ -619,7 +619,9 @@ def test_the_documentation_shows_what_its_commands_print(capsys):
 
 def test_the_documentation_names_every_setting():
     rows = re.findall(
-        r"^\| (`[^|]*`) \|", (ROOT / "docs" / "world.md").read_text().split("## Settings")[1].split("\n## ")[0], re.M
+        r"^\| (`[^|]*`) \|",
+        (ROOT / "docs" / "reference" / "world.md").read_text().split("## Settings")[1].split("\n## ")[0],
+        re.M,
     )
     named_there = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert named_there == set(asdict(World())) - {"kind"}

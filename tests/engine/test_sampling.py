@@ -402,3 +402,90 @@ def streamed_quietly(decode, tokens: list[int]) -> TextStream:
         stream.push(token)
     stream.finish()
     return stream
+
+
+# -- penalties, biases, and answers that may not end ---------------------------------------------------------------------
+
+
+def chosen(params: SamplingParams, rows: list[torch.Tensor], **more) -> list[int]:
+    sampler = Sampler(params, **more)
+    return [sampler(row).token for row in rows]
+
+
+def test_frequency_and_presence_penalties_are_openais():
+    """mu[j] -> mu[j] - c[j] * frequency - (c[j] > 0) * presence, c counting the answer's tokens, not the prompt's."""
+    logits = torch.tensor([3.0, 2.53, 1.57, 0.0])
+    rows = [logits] * 6
+    for frequency, presence in ((0.7, 0.0), (0.0, 0.6), (0.5, 0.4), (-0.5, 0.0)):
+        counts, want = [0, 0, 0, 0], []
+        for _ in rows:
+            scores = [x - n * frequency - (n > 0) * presence for x, n in zip(logits.tolist(), counts, strict=True)]
+            want.append(scores.index(max(scores)))
+            counts[want[-1]] += 1
+        params = SamplingParams(frequency_penalty=frequency, presence_penalty=presence)
+        assert chosen(params, rows, prompt_tokens=[0, 0, 1]) == want
+    assert len(set(chosen(SamplingParams(frequency_penalty=0.7), rows))) > 1
+
+
+def test_a_bias_is_added_before_the_repetition_penalty():
+    logits = torch.tensor([1.0, 0.0, -1.0])
+    assert chosen(SamplingParams(logit_bias={2: 2.5}), [logits]) == [2]
+    assert chosen(SamplingParams(logit_bias={2: 2.5}, repetition_penalty=2.0), [logits], prompt_tokens=[2]) == [0]
+    assert chosen(SamplingParams(logit_bias={0: -100, 99: 100}), [logits]) == [1]  # 99: no such token
+    unbiased = Sampler(SamplingParams(logit_bias={2: 2.5}, logprobs=1))(logits)
+    assert unbiased.logprob == pytest.approx(float(logits.log_softmax(-1)[2]))  # the model's own
+
+
+def test_no_end_comes_before_min_tokens():
+    logits = torch.tensor([1.0, 9.0, 8.0, 0.0])
+    assert chosen(SamplingParams(min_tokens=2), [logits] * 4, ends=[1, 2, 500]) == [0, 0, 1, 1]
+    assert chosen(SamplingParams(), [logits], ends=[1]) == [1]
+    only = torch.tensor([-torch.inf, 1.0])
+    assert chosen(SamplingParams(min_tokens=2), [only], ends=[1]) == [1]  # there is no other token
+
+
+def test_no_stop_string_counts_before_min_tokens():
+    stream = TextStream(lambda ids: "".join("abcX"[i] for i in ids), ["X"], min_tokens=3)
+    assert [stream.push(i) for i in (0, 3, 1, 2, 3, 0)] == ["a", "X", "b", "c", "", ""]
+    assert stream.stopped and stream.text == "aXbc"
+
+
+def test_a_text_may_follow_another_without_a_break():
+    """A decoder that drops the space before a text's first word, as SentencePiece's."""
+    words = [" the", " light", " of"]
+    decode = lambda ids: "".join(words[i] for i in ids).removeprefix(" ")  # noqa: E731
+    assert [TextStream(decode).push(1), TextStream(decode, before=[0]).push(1)] == ["light", " light"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"frequency_penalty": 3},
+        {"presence_penalty": True},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": [1]},
+        {"logit_bias": {1: float("nan")}},
+        {"min_tokens": -1},
+    ],
+    ids=str,
+)
+def test_wrong_penalties_and_biases_are_refused(wrong):
+    with pytest.raises(SamplingError, match=next(iter(wrong))):
+        SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"frequency_penalty": 0.1},
+        {"presence_penalty": -0.1},
+        {"logit_bias": {1: 1.0}},
+        {"min_tokens": 1},
+        {"repetition_penalty": 1.1},
+        {"logprobs": 0},
+        {"temperature": 0.1},
+    ],
+    ids=str,
+)
+def test_only_plain_greedy_requests_take_the_likeliest_token(wanted):
+    assert SamplingParams().takes_best and not SamplingParams(**wanted).takes_best

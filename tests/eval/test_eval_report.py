@@ -328,7 +328,7 @@ def test_no_text_of_a_plot_lies_on_other_text_or_outside(panels):
     inside = [(name, box) for name, box in boxes if box.width]
     assert len(inside) >= 4
     for name, box in inside:
-        assert -1 <= box.x0 and box.x1 <= width + 1 and -1 <= box.y0 and box.y1 <= height + 1, name
+        assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, name
     for (one, a), (two, b) in combinations(inside, 2):
         assert not a.overlaps(b), f"{one!r} lies on {two!r}"
 

@@ -666,7 +666,7 @@ def test_the_command_ends_cleanly_on_sigterm_and_goes_on(command, folder, hotpot
 
     threading.Thread(target=stop).start()
     status, out, err = command(*words)
-    assert status == 130 and "run the same command again to go on" in err and not out
+    assert status == 130 and "run the same command again to continue" in err and not out
     assert not (results.parent / "summary.json").exists()
     assert command(*words)[0] == 0
     assert [line["id"] for line in lines(results.parent)] == [f"q{i}" for i in range(6)]

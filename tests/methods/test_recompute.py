@@ -106,7 +106,7 @@ def test_cacheblend_without_a_selection_says_what_to_do():
     graph = ContextGraph([A, B], QUERY)
     with pytest.raises(
         GraphError,
-        match=r"ratio=0.15 picks tokens by what the model makes of them, so an engine plans it \(Engine\.plan",
+        match=r"ratio=0.15 needs a model to select tokens; plan with an engine \(Engine\.plan",
     ):
         CacheBlend().plan(graph)
     with pytest.raises(GraphError, match="selects from 3 segments but the graph has 2"):

@@ -263,7 +263,7 @@ def test_untested_types_need_the_flag_and_the_probe():
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("StableLm", "no keyword arguments"), ("Doge", "mask of its own"), ("GPTJ", "size of tensor")],
+    [("StableLm", "doesn.t pass keyword arguments"), ("Doge", "its own attention mask"), ("GPTJ", "size of tensor")],
 )
 def test_untested_models_that_run_attention_their_own_way_are_refused(family, reason):
     with pytest.raises(ModelError, match=f"can't be run: .*{reason}"):
@@ -283,7 +283,7 @@ def test_the_probe_refuses_positions_it_does_not_understand():
     hf = tiny("Llama")
     with torch.no_grad():
         hf.model.rotary_emb.inv_freq.mul_(2)
-    with pytest.raises(ModelError, match="was changed after the model was made"):
+    with pytest.raises(ModelError, match="differs from the model.s config"):
         models.wrap(hf)
 
     # A projection of the second layer whose output grows with the position, as ministral3's queries do.
@@ -348,7 +348,7 @@ def test_a_model_card_declares_tuning_too(saved):
 
 def test_weights_of_other_shapes_are_named(saved):
     rewrite_config(saved, intermediate_size=24)
-    with pytest.raises(ModelError, match="weights don't have the shapes that its config.json says"):
+    with pytest.raises(ModelError, match="weights don't have the shapes given by its config.json"):
         models.load(saved)
 
 
@@ -435,11 +435,11 @@ def test_weight_hashes_are_remembered_until_the_file_changes(saved, cache, monke
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3_text", "granite", "qwen2"])
-def test_a_deepened_model_runs_its_last_layers_twice(family, tmp_path):
+def test_a_stacked_model_runs_its_last_layers_twice(family, tmp_path):
     """What is added is a copy, of its own from then on; the model saves, loads and passes the checks as any other."""
     hf = families.FAMILIES[family]()
     before = {name: p.clone() for name, p in hf.state_dict().items()}
-    models.deepen(hf, 2)
+    models.stack(hf, 2)
     assert len(hf.model.layers) == hf.config.num_hidden_layers == 5
     after = hf.state_dict()
     assert all(torch.equal(after[name], p) for name, p in before.items())
@@ -454,7 +454,7 @@ def test_a_deepened_model_runs_its_last_layers_twice(family, tmp_path):
     loaded = models.load(tmp_path / "deeper")
     assert len(loaded.layers) == 5 and [x.window for x in loaded.layers[3:]] == [x.window for x in loaded.layers[1:3]]
     with pytest.raises(ModelError, match="has 5 layers, so 6 can't be copied"):
-        models.deepen(hf, 6)
+        models.stack(hf, 6)
 
 
 def test_16_bit_folders_load_as_they_are_or_as_told(tmp_path):

@@ -1,4 +1,4 @@
-"""The client examples, and those in docs/server.md, each run as a reader would run it, against a live server."""
+"""The client examples, and those in docs/how-to/serve.md, each run as a reader would run it, against a live server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvgraph import demo
 from serving import serve
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES, GUIDE = ROOT / "examples", ROOT / "docs" / "server.md"
+EXAMPLES, GUIDE = ROOT / "examples", ROOT / "docs" / "how-to" / "serve.md"
 KEY = "an-example-key"
 
 with_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl isn't installed")

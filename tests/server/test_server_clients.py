@@ -130,7 +130,7 @@ def test_every_turn_finds_the_turn_before(server):
 ASKS_FOR_NOTHING: list[dict[str, Any]] = [
     {"best_of": 1},
     {"chat_template_kwargs": {}},
-    {"echo": False},
+    {"echo": False, "add_special_tokens": False},
     {"frequency_penalty": 0.0, "presence_penalty": 0},
     {"guided_json": None, "structured_outputs": None},
     {"kvgraph": {"method": None, "rounds": None}},
@@ -170,6 +170,8 @@ def test_what_asks_for_nothing_is_taken(server, fields):
         {"skip_special_tokens": False},
         {"skip_special_tokens": 1},  # which equals True in Python
         {"suffix": "end"},
+        {"echo": True},
+        {"add_special_tokens": True},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"use_beam_search": True},
         {"best_of": 3},
@@ -225,7 +227,7 @@ def test_unknown_fields_may_be_refused(model):
         ({"n": 0}, "n", "number_below_min_value", "greater than or equal to 1"),
         ({"documents": ["a text"]}, "documents.0", "invalid_type", "must be an object"),
         ({"documents": [{"data": {"text": "x"}}]}, "documents.0.text", "missing_required_parameter", "is missing"),
-        ({"documents": [{"segment": "s", "text": "x"}]}, "documents.0.text", "unknown_parameter", "is no field"),
+        ({"documents": [{"segment": "s", "text": "x"}]}, "documents.0.text", "unknown_parameter", "is not a known field"),
         ({"kvgraph": {"edges": [[0]]}}, "kvgraph.edges.0.1", "missing_required_parameter", "is missing"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tools isn't supported"),
     ],
@@ -298,7 +300,7 @@ def test_a_stream_shows_signs_of_life_until_it_begins(server, monkeypatch):
     server.server.runner.call(lambda: time.sleep(0.6))
     said = httpx.post(f"{server.url}/v1/completions", json=server.body(stream=True), timeout=60).text
     comments, rest = said.split("data: ", 1)
-    assert 2 <= comments.count(": ") and set(comments.split("\n\n")) == {": the answer hasn't begun", ""}
+    assert comments.count(": ") >= 2 and set(comments.split("\n\n")) == {": the answer hasn't begun", ""}
     assert ": the answer" not in rest and rest.endswith("[DONE]\n\n")
 
 
@@ -314,3 +316,76 @@ def test_chunks_hold_no_nulls_that_openais_lack(server):
 def test_a_chat_without_documents_computes_no_document(server):
     usage = chat(server, messages=[{"role": "system", "content": f"Be {time.time()}"}, USER])["usage"]["kvgraph"]
     assert usage["computed_tokens"] > 0 == usage["document_tokens_computed"]
+
+
+# -- sampling, templates and usage ------------------------------------------------------------------------------------
+
+
+def test_penalties_biases_and_lengths_are_the_engines(server, model):
+    from kvgraph.graph import ContextGraph
+
+    engine = Engine(model, kv_budget=1 << 28)
+    greedy = server.ask(prompt="Hi", max_tokens=8, temperature=0, ignore_eos=False)
+    text = greedy.json()["choices"][0]["text"]
+    ids = engine.generate(ContextGraph([], "Hi"), max_tokens=8).token_ids
+    for fields in (
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 2.0},
+        {"logit_bias": {str(ids[0]): -100}},
+        {"stop": text[:1], "min_tokens": 4},
+        {"stop_token_ids": ids[:1], "min_tokens": 4},
+    ):
+        answer = server.ask(prompt="Hi", max_tokens=8, temperature=0, ignore_eos=False, **fields).json()
+        params = {k: {int(t): b for t, b in v.items()} if k == "logit_bias" else v for k, v in fields.items()}
+        want = engine.generate(ContextGraph([], "Hi"), max_tokens=8, **params)
+        assert answer["choices"][0]["text"] == want.text
+        assert answer["usage"]["completion_tokens"] == want.usage.completion_tokens >= 4
+    assert chat(server, 400, frequency_penalty=3)["code"] == "number_above_max_value"
+    assert chat(server, 400, logit_bias={"x": 1})["param"] == "logit_bias.x"
+
+
+def test_an_answer_that_has_begun_is_continued(server):
+    begun = [USER, {"role": "assistant", "content": "The"}]
+    closed = chat(server, messages=begun)["usage"]["prompt_tokens"]
+    continued = chat(server, messages=begun, continue_final_message=True, add_generation_prompt=False)
+    assert continued["usage"]["prompt_tokens"] == closed - len(
+        server.server.engine.tokenize("<|end|>\n<|assistant|>\n")
+    )
+    told = chat(server, 400, messages=[USER], continue_final_message=True, add_generation_prompt=False)
+    assert told["param"] == "continue_final_message"
+    assert chat(server, 400, messages=begun, continue_final_message=True, add_generation_prompt=True)["param"] == (
+        "continue_final_message"
+    )
+
+
+def test_variables_go_to_the_template(model):
+    template = "{% if shout %}LOUD{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    app = application(Engine(model, kv_budget=1 << 28), chat_template_kwargs={"shout": True})
+    with serving(app) as url:
+        server = Live(app, url)
+        server.server.tokenizer.chat_template, before = template, server.server.tokenizer.chat_template
+        try:
+            assert chat(server)["usage"]["prompt_tokens"] == len("LOUDHi")
+            assert chat(server, chat_template_kwargs={"shout": False})["usage"]["prompt_tokens"] == len("Hi")
+            for name in ("chat_template", "messages", "tokenize", "documents", "add_generation_prompt"):
+                told = chat(server, 400, chat_template_kwargs={name: "{{ 1 }}"})
+                assert told["param"] == f"chat_template_kwargs.{name}"
+        finally:
+            server.server.tokenizer.chat_template = before
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_usage_may_come_with_every_chunk(server, path):
+    body = server.body(stream=True, n=2, max_tokens=4, messages=[USER])
+    body.pop("messages" if path == "completions" else "prompt")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    answer = httpx.post(f"{server.url}/v1/{path}", json=body | {"stream_options": options})
+    *chunks, last, _ = events(answer.text)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == last["usage"]["completion_tokens"] == 8
+    for chunk in chunks:
+        usage = chunk["usage"]
+        assert usage["prompt_tokens"] == last["usage"]["prompt_tokens"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    without = httpx.post(f"{server.url}/v1/{path}", json=body | {"stream_options": {"continuous_usage_stats": True}})
+    assert not any("usage" in chunk for chunk in events(without.text)[:-1])

@@ -21,7 +21,7 @@ from kvgraph import Engine, demo
 from serving import application, serving, spawn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks aren't installed
-from benchmarks.serving import Ask, Served, asks, load  # noqa: E402
+from benchmarks.serving import Ask, Served, asks, load
 
 SOAK = os.environ.get("KVGRAPH_SOAK", "0") not in ("", "0")
 CLIENTS, SECONDS = (64, 120.0) if SOAK else (16, 4.0)

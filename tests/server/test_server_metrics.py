@@ -65,5 +65,5 @@ def test_the_documented_metrics_are_those_there_are(live, tmp_path):
     server.ask(documents=DOCUMENTS)
     families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
     there = {(f.name, f.type) for f in families if f.name.startswith("kvgraph_") and not f.name.endswith("_created")}
-    table = re.findall(r"^\| `(kvgraph_\w+)`[^|]*\| (\w+) \|", (ROOT / "docs/server.md").read_text(), re.M)
+    table = re.findall(r"^\| `(kvgraph_\w+)`[^|]*\| (\w+) \|", (ROOT / "docs/how-to/operate.md").read_text(), re.M)
     assert {(name.removesuffix("_total"), kind) for name, kind in table} == there

@@ -157,7 +157,7 @@ def test_segments_are_listed_in_pages(live):
         ({"id": "..", "text": "x"}, "pattern"),
         ({"id": "", "text": "x"}, "pattern"),
         ({"id": "x" * 201, "text": "x"}, "pattern"),
-        ({"id": "x", "text": "y", "tenant": "bob"}, "tenant is no field"),
+        ({"id": "x", "text": "y", "tenant": "bob"}, "tenant is not a known field"),
         ({"id": "x"}, "give text, or segments"),
         ({"text": "x", "segments": [{"text": "x"}]}, "give text, or segments"),
         ({"text": "z" * 200_000}, "position|budget"),

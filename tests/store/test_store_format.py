@@ -22,7 +22,7 @@ from kvgraph.store import format as codec
 from kvgraph.store.format import BadRecord, UnsupportedRecord
 from store_worker import key_of, same
 
-DOC = Path(__file__).parents[2] / "docs" / "format.md"
+DOC = Path(__file__).parents[2] / "docs" / "reference" / "format.md"
 KEY = key_of(7)
 
 
@@ -146,8 +146,8 @@ def test_what_this_version_cannot_read_is_refused():
     per_head = {"dtype": "I32", "shape": [2, 3], "data_offsets": [line["data_offsets"][0], line["data_offsets"][1]]}
     with pytest.raises(UnsupportedRecord, match="per layer and head"):
         decode(sealed({**header, "positions.0": per_head}, data))
-    other_codec = {**header, "positions": line, "__metadata__": {**header["__metadata__"], "codec": "int8"}}
-    with pytest.raises(UnsupportedRecord, match="int8"):
+    other_codec = {**header, "positions": line, "__metadata__": {**header["__metadata__"], "codec": "int3"}}
+    with pytest.raises(UnsupportedRecord, match="int3"):
         decode(sealed(other_codec, data))
     with pytest.raises(UnsupportedRecord, match="format"):
         decode(file_of(record()).replace(b'"kvgraph":"1"', b'"kvgraph":"2"'))
@@ -217,7 +217,7 @@ def test_what_the_format_cannot_hold_is_an_error():
             codec.encode(bad)
 
 
-# -- docs/format.md ----------------------------------------------------------------------------------------------------
+# -- docs/reference/format.md ------------------------------------------------------------------------------------------
 
 
 def examples() -> list[str]:

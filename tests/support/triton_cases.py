@@ -45,7 +45,7 @@ def kv(layers: list[Layer], capacity: int, filled: int, dtype: torch.dtype, posi
 
 def problem(seed=0, dtype=torch.float32, heads=4, groups=2, dim=16, value_dim=None, rotated=None, interleaved=False,
             window=None, grouped=False, gaps=False, long=50) -> Problem:  # fmt: skip
-    """Rows of every kind: encoding with and without a past, decoding on shared records, a live span with gaps."""
+    """Rows of every kind: encoding with and without a past, decoding on shared records, a prompt span with gaps."""
     torch.manual_seed(seed)
     layers = [Layer(0, None, groups, dim, value_dim or dim), Layer(0, window, groups, dim, value_dim or dim)]
     if window is None:
@@ -75,6 +75,10 @@ def problem(seed=0, dtype=torch.float32, heads=4, groups=2, dim=16, value_dim=No
     ]
     source = rows[0].kv  # a reader beside its source
     rows.append(Row([1] * 9, np.arange(9), [View(source, -23, 0, 23)], kv(layers, 9, 0, dtype)))
+    # A chain of three rows; the first has a past.
+    rows.append(row(5, [view(0, -9), view(1, -9 - long)], past=6))
+    rows.append(Row([1] * 7, np.arange(7), (), kv(layers, 7, 0, dtype), joined=True, lead=11))
+    rows.append(Row([1] * 2, np.arange(2), (), kv(layers, 2, 0, dtype), joined=True, lead=20))
     return Problem(rows, layers, [rotary], heads)
 
 
@@ -96,7 +100,7 @@ def attention_of(step: CudaStep, fixed: bool = False) -> Attention:
     if not fixed:
         return step.on_device(torch.empty(step.length, dtype=torch.int64, pin_memory=DEVICE.type == "cuda"))[1]
     size = 1 << (step.size - 1).bit_length()
-    tables = Tables(DEVICE, fixed_sizes(size, size), step.windows, step.flags.groups)
+    tables = Tables(DEVICE, fixed_sizes(size, size), step.windows, step.flags.groups, step.scratch(size))
     assert tables.sizes.holds(step.sizes)
     staging = torch.full((tables.layout.end,), -1, dtype=torch.int64)  # what isn't filled must not be read
     tables.fill(step, staging)

@@ -317,7 +317,7 @@ def test_ctrl_c_keeps_what_is_there(tulu, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
-    assert "what is prepared is kept, run the same command again to go on" in err
+    assert "prepared records are kept; run the same command again to continue" in err
     state = prepared("tulu", big, out)
     assert state["finished"] and state["counts"]["read"] == 9000
     prepared("tulu", big, tmp_path / "whole")

@@ -316,7 +316,7 @@ class Misbehaving:
             return Response("{}", self.status, {"x-should-retry": "false"})
         if what == "busy" and times == 1:
             return Response("{}", 429, {"retry-after": "1"})
-        if what == "broken" and times <= 2 or what == "down":
+        if (what == "broken" and times <= 2) or what == "down":
             return Response("oops", 500)
         if what == "slow" and times == 1:
             await asyncio.sleep(0.8)

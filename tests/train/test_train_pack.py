@@ -290,7 +290,7 @@ def test_documents_are_learned_once_in_their_first_version():
         (lambda: Example(GRAPH, []), "at least one question"),
         (lambda: Example(GRAPH, [([1], [2]), ([1], [])]), "nothing of question 1's answer is learned"),
         (lambda: pack([(Example(GRAPH, [([], [2])]), Block())], LONG), "the query is empty"),
-        (lambda: pack([(Example(GRAPH, QUESTIONS), CacheBlend())], LONG), "an engine plans it"),
+        (lambda: pack([(Example(GRAPH, QUESTIONS), CacheBlend())], LONG), "plan with an engine"),
     ],
 )
 def test_refused(make, message):
@@ -450,7 +450,7 @@ def test_rows_of_a_method():
 
 
 def test_the_examples_in_the_documentation_run():
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "training.md").read_text(encoding="utf-8")
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
     about_models = [block for block in blocks if "hf" in block]  # not those that start a run
     assert len(about_models) == 2

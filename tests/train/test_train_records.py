@@ -194,7 +194,7 @@ def test_what_a_template_strips_is_stripped():
 
 def test_a_template_that_changes_what_is_said_is_refused():
     for template, says in (
-        (LINES.replace("m.content", "m.content | upper"), "doesn't render what the assistant says as it is"),
+        (LINES.replace("m.content", "m.content | upper"), "leaves message 0 out of the prompt"),
         (
             LINES.replace("assistant\n{% endif", "assistant\nHm{% endif"),
             "renders a question otherwise once it is answered",

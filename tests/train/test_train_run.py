@@ -428,7 +428,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(llama, workers, tmp_path):
             workers.wait(pid)
         assert workers.wait(workers.start(long, out)) == 0
         assert rows_without_time(out) == rows_without_time(tmp_path / "unbroken")
-        assert len(checkpoint.found(out)) == long.keep and not list(out.glob(".*"))
+        assert len(checkpoint.found(out)) == long.keep and not list(out.glob(".step*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -443,7 +443,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(number, llama, workers, tmp_p
     (saved,) = checkpoint.found(out)
     step = int(saved.name.removeprefix("step-"))
     said = out.with_suffix(".err").read_text().splitlines()
-    assert f"stopped by {number.name} after step {step}; go on with: kvgraph train --resume {out}" in said
+    assert f"stopped by {number.name} after step {step}; resume with: kvgraph train --resume {out}" in said
     assert 10 <= step < 30
     train(long, out)
     assert steps(out) == steps(tmp_path / "unbroken")
@@ -691,7 +691,7 @@ def test_the_command_trains_goes_on_and_exports(run, llama, tmp_path):
         (["--recipe", "nothing", "--out", "x"], "there is no recipe 'nothing'; there are kvlink-0"),
         (["--recipe", "world-1hop"], "give the run's folder"),
         (["--out", "x"], "give one of --recipe, --config and --resume"),
-        (["--resume", "/nowhere"], "/nowhere holds no run"),
+        (["--resume", "/nowhere"], "/nowhere isn't the folder of a run"),
         (["--recipe", "world-1hop", "--optimizer", "sgd", "--out", "x"], "optimizer is 'sgd'; there are adamw, muon"),
         (["--recipe", "world-1hop", "--weights", "1-hop=many", "--out", "x"], "'1-hop=many' isn't NAME=WEIGHT"),
         (["--recipe", "world-1hop", "--weights", "qa=1", "--out", "x"], "there is no component 'qa'; there are 1-hop"),

@@ -18,9 +18,9 @@ from kvgraph.train import start
 from kvgraph.train.example import Example, Question
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks aren't installed
-from benchmarks import summary  # noqa: E402
-from benchmarks import world as table  # noqa: E402
-from benchmarks.world import AFTER, BEFORE, Case  # noqa: E402
+from benchmarks import summary
+from benchmarks import world as table
+from benchmarks.world import AFTER, BEFORE, Case
 
 CASES = list(table.cases())
 BY_ROW = {case.row: case for case in CASES}

@@ -1,6 +1,6 @@
 """Attention backends: one function for each kind of device. See `kvgraph.attention.backends.base.Backend`.
 
-On NVIDIA GPUs whole steps run by the kernels in `triton` instead, see `kvgraph.attention.cuda`.
+On NVIDIA GPUs, whole steps run in the kernels of `triton` instead; see `kvgraph.attention.cuda`.
 """
 
 from __future__ import annotations

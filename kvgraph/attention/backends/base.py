@@ -1,4 +1,4 @@
-"""What an attention backend is: one function over parts, giving out and log-sum-exp of every query column."""
+"""The type of attention backends: a function over parts that gives out and log-sum-exp of every query column."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Part(NamedTuple):
     """Query columns `columns` attend to keys [G, N, D] and values [G, N, Dv].
 
-    mask: bool [n, N], True where visible, at least one a row; None: everything is visible, or, with `causal`, column i
-    of n sees the first i + 1 of N = n keys.
+    mask: bool [n, N], True where visible, at least one True per row; None if everything is visible.
+    causal: without a mask, column i of n sees the first i + 1 of N = n keys.
     """
 
     columns: slice

@@ -1,7 +1,7 @@
 """Attention over parts on the CPU: PyTorch's fused kernel, which tiles the scores and returns the log-sum-exp.
 
-Masked parts, softcap and head sizes that differ between keys and values go the reference way. KV in bf16 or fp16 is
-converted to float32 tile by tile, so that scores and sums are float32 and memory stays bounded.
+Masked parts, softcap, and head sizes that differ between keys and values use the reference backend. KV in bf16 or fp16
+is converted to float32 tile by tile, so that scores and sums are float32 and memory stays bounded.
 Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D head size.
 """
 
@@ -60,7 +60,7 @@ def _open(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor
 
 
 def _masked(q: Tensor, part: Part, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Column i sees the keys of mask[i]. The kernel wants the mask as a number to add to every score: tiles of it."""
+    """Column i sees the keys of mask[i]. The kernel takes the mask as numbers to add to the scores, by tiles."""
     (heads, n, dim), groups = q.shape, part.keys.shape[0]
     repeat = heads // groups
     k, v = part.keys.float()[None], part.values.float()[None]
@@ -77,7 +77,7 @@ def _masked(q: Tensor, part: Part, mask: Tensor, scale: float) -> tuple[Tensor, 
 
 
 def _causal(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Column i sees keys 0..i. The kernel skips the upper triangle; the R heads of a group become its batch."""
+    """Column i sees keys 0..i. The kernel skips the upper triangle. The R heads of a group become its batch."""
     (heads, n, dim), groups = q.shape, keys.shape[0]
     repeat = heads // groups
     rows = q.reshape(groups, repeat, n, dim).transpose(0, 1)

@@ -1,6 +1,6 @@
-"""Attention over parts in plain torch: runs on every device, and is what faster backends are checked against.
+"""Attention over parts in plain torch. It runs on every device, and faster backends are checked against it.
 
-Scores, log-sum-exp and sums are float32 whatever the KV's dtype. Scores are tiled, so memory is bounded.
+Scores, log-sum-exp and sums are float32 for every dtype of KV. Scores are tiled, so memory is bounded.
 Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D head size.
 """
 

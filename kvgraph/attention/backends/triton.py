@@ -1,13 +1,13 @@
-"""Attention of a step on NVIDIA GPUs: Triton kernels that read stored keys and values where they lie.
+"""Attention of a step on NVIDIA GPUs: Triton kernels that read stored keys and values in place.
 
 A step's bookkeeping is a few tables of integers (see `kvgraph.attention.cuda`), uploaded once and shared by all layers.
-Three kernels run a layer:
+A layer runs in three kernels:
 
-- `write` puts the new keys and values into their rows' own KV;
+- `write` puts the new keys and values into their rows' own KV.
 - `attend` runs tiles of (token, head) rows over runs of keys. It rotates each query to the position at which the token
   sees the span, in float32. Products run in the dtype of the keys, on tensor cores for 16 bits, and are summed in
-  float32. A tile gives its result, or one of several partial results that are
-- merged by log-sum-exp in `merge`, where groups of places get their joint weight.
+  float32. A tile gives its final result or one of several partial results.
+- `merge` merges partial results by log-sum-exp and applies the joint weight of groups of places.
 
 Without a GPU the same code runs in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), on CPU tensors.
 
@@ -24,21 +24,51 @@ import triton.language as tl
 LOG2E = 1.4426950408889634  # log2(e)
 
 
-@triton.jit(do_not_specialize=["prefix"])
+@triton.jit
+def _turn(x, partner, cos, sin, row, inside, D: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Rotate x [BLOCK_D] of one head by a row of the tables; partner: x with the two numbers of each pair exchanged."""
+    HALF: tl.constexpr = ROTATED // 2
+    d = tl.arange(0, x.shape[0])
+    angle = d // 2 if INTERLEAVED else d % HALF
+    first = (d % 2 == 0) if INTERLEAVED else (d < HALF)
+    turned = inside & (d < ROTATED)
+    c, s = (
+        tl.load(cos + row * HALF + angle, mask=turned, other=1.0),
+        tl.load(sin + row * HALF + angle, mask=turned, other=0.0),
+    )
+    return x * c + partner * s * tl.where(first, -1.0, 1.0)
+
+
+@triton.jit(do_not_specialize=["prefix", "tokens"])
 def write(
-    k, v, rows, prefix, k_head, k_token, v_head, v_token,
+    k, v, rows, leads, scratch, cos, sin, prefix, tokens, k_head, k_token, v_head, v_token,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, KV: tl.constexpr,
+    ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Copy one token's keys and values of one head to where its row keeps them. rows [T, 3]: address, capacity, index."""
+    """Copy one token's keys and values of one head to where its row keeps them. rows [T, 3]: address, capacity, index.
+
+    CHAINED: also into scratch (keys [G, T, D], then values [G, T, Dv]), keys rotated into the frame of the chain's first
+    row, by row leads[t] of the tables.
+    """
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     base, capacity, index = tl.load(rows + token * 3), tl.load(rows + token * 3 + 1), tl.load(rows + token * 3 + 2)
-    if base != 0:  # tokens that only fill a fixed size have no row
+    if base != 0:  # padding tokens of a fixed size have no row
         to = base.to(tl.pointer_type(KV)) + capacity * prefix
         d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
         new_k = tl.load(k + group * k_head + token * k_token + d, mask=d < D)
         tl.store(to + (group * capacity + index) * D + d, new_k, mask=d < D)
         new_v = tl.load(v + group * v_head + token * v_token + dv, mask=dv < DV)
         tl.store(to + capacity * G * D + (group * capacity + index) * DV + dv, new_v, mask=dv < DV)
+        if CHAINED:
+            if ROTATED > 0:
+                other = d ^ 1 if INTERLEAVED else tl.where(d < ROTATED // 2, d + ROTATED // 2, d - ROTATED // 2)
+                partner = tl.load(k + group * k_head + token * k_token + other, mask=d < ROTATED, other=0.0).to(
+                    tl.float32
+                )
+                row = tl.load(leads + token)
+                new_k = _turn(new_k.to(tl.float32), partner, cos, sin, row, d >= 0, D, ROTATED, INTERLEAVED).to(KV)
+            tl.store(scratch + (group * tokens + token) * D + d, new_k, mask=d < D)
+            tl.store(scratch + G * D * tokens + (group * tokens + token) * DV + dv, new_v, mask=dv < DV)
 
 
 @triton.jit
@@ -75,7 +105,7 @@ def _over_keys(
                 visible &= tl.load(m_at, mask=visible & has[:, None], other=1) != 0
             scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that saw nothing yet
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
         else:
             higher = tl.maximum(top, tl.max(scores, 1))
             base = higher
@@ -94,10 +124,11 @@ def attend(
     ROWS: tl.constexpr, KEYS: tl.constexpr, KV: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     MASKED: tl.constexpr, SHARP: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one height, each by one program a key/value head. Programs stride over them: their number is on the device.
+    """Tiles of one height, one program per tile and key/value head. Programs loop over tiles counted on the device.
 
     tiles [n, 8]: block, first pair, pairs of the block, first row, key lo, key hi, first slot (-1: into out), causal.
-    blocks [n, 5]: address and capacity of the KV, first key, address of a mask (0: none) and its row length.
+    blocks [n, 6]: address and capacity of the KV, first key, address of a mask (0: none) and its row length, and the
+    capacity once more if the KV is of all layers (0: of this one, see `write`).
     pairs [P, 3]: token, row of the cos and sin tables, bits of a float32 that multiplies the query.
     """
     R: tl.constexpr = H // G
@@ -106,12 +137,12 @@ def attend(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile, group = tiles + (item // G) * 8, item % G
-        block = blocks + tl.load(tile) * 5
+        block = blocks + tl.load(tile) * 6
         first, n, row = tl.load(tile + 1), tl.load(tile + 2).to(tl.int32), tl.load(tile + 3).to(tl.int32)
         lo, hi = tl.load(tile + 4).to(tl.int32), tl.load(tile + 5).to(tl.int32)
         slot, causal = tl.load(tile + 6), tl.load(tile + 7)
         capacity, mask, mask_length = tl.load(block + 1), tl.load(block + 3), tl.load(block + 4)
-        kv = tl.load(block).to(tl.pointer_type(KV)) + capacity * prefix
+        kv = tl.load(block).to(tl.pointer_type(KV)) + tl.load(block + 5) * prefix
         k_ptr = kv + (group * capacity + tl.load(block + 2)) * D
         v_ptr = kv + capacity * G * D + (group * capacity + tl.load(block + 2)) * DV
         k_ptr, v_ptr = tl.multiple_of(k_ptr, 16), tl.multiple_of(v_ptr, 16)
@@ -182,7 +213,7 @@ def merge(
     """One head of one token with several partial results: each weighs 2 ** (its lse - the joint lse).
 
     tokens [n, 3]: token, first entry, end of its entries. entries [m, 2]: slot, group (0: none). more [n, GROUPS]: bits
-    of the float32 scale - 1 of each group: that times the group's joint lse is added to the lse of each of its entries.
+    of the float32 scale - 1 of each group; scale - 1 times the group's joint lse is added to the lse of its entries.
     """
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if index < tl.load(counts + 2):

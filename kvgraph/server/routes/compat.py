@@ -65,7 +65,7 @@ class BlocksRequest(BaseModel):
 
 
 class LocalBlocksRequest(BlocksRequest):
-    """num_local_attention_blocks: so many blocks, the prefix being the first, are encoded alone; the rest is query."""
+    """num_local_attention_blocks: the number of blocks, prefix included, that are encoded alone; the rest is query."""
 
     num_local_attention_blocks: Annotated[int, Field(ge=0)] = 10_000
 

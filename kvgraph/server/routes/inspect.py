@@ -21,11 +21,11 @@ router = APIRouter(prefix="/v1", responses=errors.DECLARED)
 def _kind(body: Any) -> str:
     """Which request a body is: one with a prompt is a completion's, any other is checked as a chat's."""
     is_completion = "prompt" in body if isinstance(body, dict) else isinstance(body, CompletionRequest)
-    return "completion" if is_completion else "chat"
+    return "CompletionRequest" if is_completion else "ChatRequest"
 
 
 PlanRequest = Annotated[
-    Annotated[ChatRequest, Tag("chat")] | Annotated[CompletionRequest, Tag("completion")],
+    Annotated[ChatRequest, Tag("ChatRequest")] | Annotated[CompletionRequest, Tag("CompletionRequest")],
     Discriminator(_kind),
     Body(),
 ]

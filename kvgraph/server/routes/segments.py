@@ -303,7 +303,7 @@ async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Dele
 
     def removed() -> list[str]:
         plan = graph.method.plan(server.library.part(graph).graph(QUERY))
-        keys = plan.keys(server.engine.model.fingerprint, caller.salt)
+        keys = server.engine.keys(plan, caller.salt)
         server.library.remove_graph(graph)
         return [key for key, span in zip(keys, plan.spans, strict=True) if key is not None and span.sees]
 

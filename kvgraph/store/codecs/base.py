@@ -2,41 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-from kvgraph.store.record import Record
+from kvgraph.store.record import BadRecord, Record
 
 KV = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # keys and values, a tensor [G, N, D] a layer each
 
-
-class TensorInfo(NamedTuple):
-    """A tensor as a header describes it: dtype code (see `kvgraph.store.format.DTYPES`), shape, first byte of its data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
+# The dtypes that packed tensors may have, by their code in a header (safetensors').
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Codec(Protocol):
-    """A frozen dataclass whose fields are its whole configuration. It holds no state: any thread may use it.
+    """A frozen dataclass whose fields, whole numbers, are its configuration. It holds no state: any thread may use it.
 
-    name: in the registry. lossless: whether `unpack` gives back every bit that `pack` was given.
+    name: in the registry. lossless: whether `unpack` gives back every bit that `pack` was given. What a lossy codec
+    changes is part of a model's fingerprint, and its numbers must never change under one name and configuration.
     """
 
     name: ClassVar[str]
-    lossless: ClassVar[bool]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether unpacked KV are the packed ones, bit by bit."""
+        ...
 
     def pack(self, record: Record) -> dict[str, Tensor]:
-        """The KV of a record as named tensors on the CPU, in the order in which they are written."""
+        """The KV of a record as named tensors of DTYPES, none empty, in the order in which they are written."""
         ...
 
-    def check(self, tensors: Mapping[str, TensorInfo], tokens: int) -> None:
-        """Raise BadRecord unless `unpack` can read these tensors as the KV of so many tokens. They may be anybody's."""
+    def unpack(self, tensors: Mapping[str, Tensor], tokens: int, dtype: torch.dtype | None) -> KV:
+        """The KV in packed tensors, contiguous. They may be anybody's: raises BadRecord unless `pack` could have made them.
+
+        tokens: how many the record has. dtype: of the KV that were packed; None if the record doesn't say.
+        """
         ...
 
-    def unpack(self, tensors: Mapping[str, Tensor], tokens: int) -> KV:
-        """The KV in tensors that passed `check`."""
-        ...
+
+def sides(record: Record) -> Iterator[tuple[str, Tensor]]:
+    """("keys.0", keys of layer 0), ("values.0", ...), ("keys.1", ...), ..."""
+    for layer, (keys, values) in enumerate(zip(record.keys, record.values, strict=True)):
+        yield f"keys.{layer}", keys
+        yield f"values.{layer}", values
+
+
+def layered(found: Mapping[str, Tensor]) -> KV:
+    """KV from the names that `sides` gives, which must be all, contiguous as attention wants them. Raises BadRecord."""
+    layers = range(len(found) // 2)
+    if not found or found.keys() != {f"{side}.{layer}" for layer in layers for side in ("keys", "values")}:
+        raise BadRecord("doesn't hold keys and values of every layer")
+    keys = tuple(found[f"keys.{layer}"].contiguous() for layer in layers)
+    return keys, tuple(found[f"values.{layer}"].contiguous() for layer in layers)
+
+
+def grouped(tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """("keys.0", its parts), ...: of tensors named "keys.0.<part>", where every side of every layer has all parts.
+
+    Raises BadRecord.
+    """
+    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    if tensors.keys() != {f"{name}.{part}" for name in names for part in parts}:
+        raise BadRecord(f"doesn't hold the parts {', '.join(parts)} of keys and values")
+    for name in names:
+        yield name, tuple(tensors[f"{name}.{part}"] for part in parts)
+
+
+def require(good: bool, name: str, *tensors: Tensor) -> None:
+    """Raise BadRecord, showing the tensors, unless they can be what their name says."""
+    if not good:
+        found = ", ".join(f"{CODES[t.dtype]} {list(t.shape)}" for t in tensors)
+        raise BadRecord(f"has for {name!r} {found}, which can't be")
+
+
+def known(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype to decode to. Raises BadRecord where the record doesn't say."""
+    if dtype is None:
+        raise BadRecord("doesn't say of which dtype its KV are")
+    return dtype

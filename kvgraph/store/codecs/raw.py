@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from kvgraph.store.codecs.base import KV, TensorInfo
-from kvgraph.store.record import BadRecord, Record
-
-FLOATS = ("F32", "F16", "BF16")
+from kvgraph.store.codecs.base import KV, layered, sides
+from kvgraph.store.record import Record
 
 
 @dataclass(frozen=True)
@@ -22,31 +21,9 @@ class Raw:
     lossless: ClassVar[bool] = True
 
     def pack(self, record: Record) -> dict[str, Tensor]:
-        """Keys and values of every layer; contiguous ones aren't copied."""
-        packed = {}
-        for layer, (keys, values) in enumerate(zip(record.keys, record.values, strict=True)):
-            packed[f"keys.{layer}"], packed[f"values.{layer}"] = keys, values
-        return packed
-
-    def check(self, tensors: Mapping[str, TensorInfo], tokens: int) -> None:
-        """Layers 0, 1, ...: keys and values [G, N, D] of one float dtype; nothing else."""
-        layers = len(tensors) // 2
-        names = {f"{side}.{layer}" for layer in range(layers) for side in ("keys", "values")}
-        if not layers or tensors.keys() != names:
-            raise BadRecord("doesn't hold keys and values of every layer and positions")
-        dtype = tensors["keys.0"].dtype
-        for name, info in tensors.items():
-            if len(info.shape) != 3 or info.shape[1] != tokens or info.dtype != dtype or dtype not in FLOATS:
-                raise bad_shape(name, info)
-
-    def unpack(self, tensors: Mapping[str, Tensor], tokens: int) -> KV:
         """The tensors themselves."""
-        layers = range(len(tensors) // 2)
-        return tuple(tensors[f"keys.{layer}"] for layer in layers), tuple(
-            tensors[f"values.{layer}"] for layer in layers
-        )
+        return dict(sides(record))
 
-
-def bad_shape(name: str, info: TensorInfo) -> BadRecord:
-    """The complaint about one tensor."""
-    return BadRecord(f"has a tensor {name!r} of dtype {info.dtype} and shape {list(info.shape)}, which can't be")
+    def unpack(self, tensors: Mapping[str, Tensor], tokens: int, dtype: torch.dtype | None) -> KV:
+        """The tensors themselves."""
+        return layered(tensors)

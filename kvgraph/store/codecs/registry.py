@@ -1,42 +1,102 @@
-"""The codecs there are, one line each, and their names: "raw", or "name:field=value,..." for one with fields."""
+"""The codecs there are, one line each, and their texts: "raw", "kivi:bits=2,group=32", "kivi+zstd:level=9"."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+import hashlib
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 from kvgraph.errors import StoreError
+from kvgraph.registry import Registry
 from kvgraph.store.codecs.base import Codec
+from kvgraph.store.codecs.fp8 import FP8
+from kvgraph.store.codecs.gear import GEAR
+from kvgraph.store.codecs.int8 import Int8
+from kvgraph.store.codecs.kivi import KIVI
 from kvgraph.store.codecs.raw import Raw
+from kvgraph.store.codecs.zstd import Zstd
+from kvgraph.store.record import PackedKV, Record
 
-CODECS: dict[str, type[Codec]] = {
-    codec.name: codec
-    for codec in (Raw,)
-}  # fmt: skip
+
+def _wrong(name: str, codec: Any) -> str:
+    """What is wrong with a codec of another package, or nothing."""
+    if not (isinstance(codec, type) and is_dataclass(codec) and hasattr(codec, "pack") and hasattr(codec, "unpack")):
+        return "it is no dataclass with pack and unpack"
+    return "" if codec.name == name else f"the codec's name is {codec.name!r}"  # type: ignore[attr-defined]  # or it raises
+
+
+CODECS: Registry[type[Codec]] = Registry(
+    {codec.name: codec for codec in (Raw, FP8, Int8, KIVI, GEAR, Zstd)}, "kvgraph.codecs", _wrong
+)
+"""Codecs by name. Other packages add some in the group "kvgraph.codecs"; see `kvgraph.registry`."""
 
 
 def parse(text: str) -> Codec:
-    """The codec that a text names. Raises StoreError, naming what there is, for one that doesn't exist."""
-    name, _, given = text.strip().partition(":")
-    if name not in CODECS:
-        raise StoreError(f"there is no codec {name[:40]!r}; there are {', '.join(CODECS)}")
-    values: dict[str, int] = {}
-    known = [field.name for field in fields(CODECS[name])]  # type: ignore[arg-type]  # codecs are dataclasses
-    for item in filter(None, given.split(",")):
-        field, _, value = item.partition("=")
-        if field.strip() not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise StoreError(f"codec {name} has no field {field.strip()[:40]!r}; {has}")
-        if not value.strip().isdecimal() or len(value) > 9:
-            raise StoreError(f"field {field.strip()} of codec {name} is a whole number, not {value.strip()[:40]!r}")
-        values[field.strip()] = int(value)
-    return CODECS[name](**values)
+    """The codec that a text names: a name, its fields after a colon, and "+zstd" for zstd over it.
+
+    Raises StoreError, naming what there is, for one that doesn't exist.
+    """
+    below, plus, last = text.rpartition("+")
+    if not plus:
+        return _one(text)
+    codec = _one(last)
+    if not isinstance(codec, Zstd):
+        raise StoreError(f"only zstd goes over another codec, not {last[:40]!r}")
+    inner = _one(below)
+    if isinstance(inner, Zstd):
+        raise StoreError("zstd over zstd gains nothing; leave one out")
+    return replace(codec, over=inner)
 
 
 def spec_of(codec: Codec) -> str:
     """The text that `parse` reads as this codec: its name, and the fields that aren't the default."""
+    if isinstance(codec, Zstd) and codec.over != Raw():
+        return f"{spec_of(codec.over)}+{spec_of(replace(codec, over=Raw()))}"
     changed = [
         f"{field.name}={getattr(codec, field.name)}"
         for field in fields(codec)  # type: ignore[arg-type]  # codecs are dataclasses
-        if field.default is MISSING or getattr(codec, field.name) != field.default
+        if field.name != "over" and getattr(codec, field.name) != field.default
     ]
     return codec.name + (":" if changed else "") + ",".join(changed)
+
+
+def packed(record: Record, codec: Codec) -> Record:
+    """The record with its KV packed by a codec, and as they come out of it: what every reader of it will see."""
+    # Laid out as a reader finds them: a product of matrices can depend on strides in its last bit.
+    tensors = {name: tensor.contiguous().view(-1).view(tensor.shape) for name, tensor in codec.pack(record).items()}
+    keys, values = record.keys, record.values
+    if not codec.lossless:
+        keys, values = codec.unpack(tensors, len(record), keys[0].dtype)
+    return replace(record, keys=keys, values=values, packed=PackedKV(spec_of(codec), tensors))
+
+
+def fingerprint_with(fingerprint: str, codec: Codec) -> str:
+    """The fingerprint of a model whose spans a codec has been at: the model's own, unless the codec is lossy."""
+    if codec.lossless:
+        return fingerprint
+    return hashlib.sha256(f"{fingerprint} {_lossy(codec)}".encode()).hexdigest()
+
+
+def _lossy(codec: Codec) -> str:
+    """The part of a codec's text that changes numbers, with all its fields: a default may change some day."""
+    if isinstance(codec, Zstd):
+        return _lossy(codec.over)
+    values = [f"{f.name}={getattr(codec, f.name)}" for f in fields(codec)]  # type: ignore[arg-type]  # dataclasses
+    return f"{codec.name}:{','.join(values)}"
+
+
+def _one(text: str) -> Codec:
+    name, _, given = text.strip().partition(":")
+    if name not in CODECS:
+        raise StoreError(f"there is no codec {name[:40]!r}; there are {', '.join(CODECS)}")
+    values: dict[str, int] = {}
+    known = [f.name for f in fields(CODECS[name]) if f.name != "over"]  # type: ignore[arg-type]  # dataclasses
+    for item in filter(None, given.split(",")):
+        key, _, value = (part.strip() for part in item.partition("="))
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise StoreError(f"codec {name} has no field {key[:40]!r}; {has}")
+        if not (value.isascii() and value.isdecimal() and len(value) < 10):
+            raise StoreError(f"field {key} of codec {name} is a whole number, not {value[:40]!r}")
+        values[key] = int(value)
+    return CODECS[name](**values)

@@ -31,10 +31,8 @@ from typing import TypeVar
 from kvgraph.errors import StoreError
 from kvgraph.store import format
 from kvgraph.store.base import EVENTS, Found, Store, is_key
-from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.registry import spec_of
 from kvgraph.store.disk.index import Entry, Index
-from kvgraph.store.format import RAW
 from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
 
 T = TypeVar("T")
@@ -97,8 +95,7 @@ class DiskStore:
 
     folder: made if missing. capacity_bytes: record files of all processes together, None for no limit; the least
     recently used leave first. verify: compare a record's checksum the first time this process loads it. fingerprint: the
-    model's; it is written into records, and a record that states another one is never served. codec: how
-    new records are kept; those of any codec are read.
+    model's; it is written into records, and a record that states another one is never served.
 
     Raises StoreError when the folder can't be used or holds another store format.
     """
@@ -111,14 +108,13 @@ class DiskStore:
         capacity_bytes: int | None = None,
         verify: bool = True,
         fingerprint: str | None = None,
-        codec: Codec = RAW,
     ):
         if not str(folder):
             raise StoreError("the store's folder has no name; give a path")
         if capacity_bytes is not None and capacity_bytes < 1:
             raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
         self.folder = Path(folder)
-        self.capacity, self.checks, self.fingerprint, self.codec = capacity_bytes, verify, fingerprint or "", codec
+        self.capacity, self.checks, self.fingerprint = capacity_bytes, verify, fingerprint or ""
         self._records = self.folder / "records"
         self._counts: Counter[str] = Counter()
         self._checked: dict[str, tuple[int, int, int]] = {}  # key → the file whose checksum was right
@@ -155,7 +151,7 @@ class DiskStore:
         if self.contains(record.key):
             self._remember(record.key)
             return
-        buffers = format.encode(record, self.fingerprint, self.codec)
+        buffers = format.encode(record, self.fingerprint)
         size = sum(len(b) for b in buffers)
         self._make_room(size)
         try:
@@ -163,7 +159,7 @@ class DiskStore:
         except OSError as error:
             raise self._cant("keep a record", error) from error
         now = time.time()
-        codec = spec_of(self.codec)
+        codec = record.packed.codec if record.packed else "raw"
         entry = Entry(record.key, size, info.st_mtime, now, False, len(record), self.fingerprint, codec)
         self._with_index(lambda index: index.add(entry))
 

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Protocol
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+from kvgraph.errors import StoreError
+
+TIMEOUT = 5.0  # seconds that a read may take before the span is computed instead
 
 
 class RemoteError(Exception):
     """The place couldn't be asked, or gave no answer in time. Nothing is known about what it holds."""
 
 
+class RemoteFull(RemoteError):
+    """The place answers, but keeps no more."""
+
+
 class Remote(Protocol):
-    """Bytes by name. Safe to use from several threads. Every call may raise RemoteError, and none waits longer than the
-    deadline that the place was opened with.
+    """Bytes by name. Safe to use from several threads. Every call may raise RemoteError.
 
     Names are relative: whoever opened the place chose the namespace that they are in, and no call leaves it.
     """
 
-    def get(self, name: str) -> bytearray | None:
+    def get(self, name: str) -> bytearray | bytes | None:
         """The bytes kept under a name, whole, or None."""
         ...
 
     def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
-        """Keep the parts, one after the other, under a name. Others see all of it or nothing."""
+        """Keep the parts, one after the other, under a name, in place of what is there. Others see all or nothing."""
         ...
 
     def contains(self, name: str) -> bool:
@@ -30,7 +40,7 @@ class Remote(Protocol):
         ...
 
     def delete(self, name: str) -> bool:
-        """Remove what is kept under a name; whether there was something."""
+        """Remove what is kept under a name; whether there was something, as far as the place tells."""
         ...
 
     def names(self) -> Iterator[tuple[str, int]]:
@@ -40,3 +50,39 @@ class Remote(Protocol):
     def close(self) -> None:
         """Let go of connections. Idempotent."""
         ...
+
+
+@dataclass(frozen=True)
+class Address:
+    """A URL taken apart. url: for the client, without our own options. shown: for people, without credentials.
+
+    timeout: seconds of a read, from `?timeout=`.
+    """
+
+    url: str
+    scheme: str
+    shown: str
+    timeout: float
+
+    @classmethod
+    def of(cls, url: str) -> Address:
+        """Raises StoreError for an option that isn't there."""
+        parts = urlsplit(url)
+        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        timeout, rest = TIMEOUT, []
+        for name, value in parse_qsl(parts.query, keep_blank_values=True):
+            if name != "timeout":
+                rest.append(f"{name}={value}")
+                continue
+            try:
+                timeout = float(value)
+            except ValueError:
+                timeout = 0.0
+            if not 0 < timeout <= 3600:
+                raise StoreError(f"the timeout of {shown} must be seconds, such as ?timeout=2, not {value[:20]!r}")
+        return cls(urlunsplit(parts._replace(query="&".join(rest))), parts.scheme, shown, timeout)
+
+
+def namespace(fingerprint: str, tenant: str) -> tuple[str, str]:
+    """What a model's and a tenant's records are kept under: no other namespace is ever read, listed or deleted."""
+    return fingerprint or "any", sha256(tenant.encode()).hexdigest()[:16] if tenant else "all"

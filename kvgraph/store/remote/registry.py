@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 from kvgraph.errors import StoreError
+from kvgraph.registry import Registry
 from kvgraph.store.base import Store
 
-# scheme -> "module:function"; the function makes the store of (url, fingerprint). Imported only when a URL asks for it.
-SCHEMES: dict[str, str] = {}
+Opener = Callable[[str, str, str], Store]
+"""What makes the store of (URL, model's fingerprint, tenant). It imports the client of its service when it is called."""
 
 
-def open_remote(url: str, fingerprint: str) -> Store:
-    """The store that a URL names, for the records of one model. Raises StoreError for a scheme that doesn't exist."""
+def _redis(url: str, fingerprint: str, tenant: str) -> Store:
+    from kvgraph.store.remote.redis import open_redis
+
+    return open_redis(url, fingerprint, tenant)
+
+
+def _objects(url: str, fingerprint: str, tenant: str) -> Store:
+    from kvgraph.store.remote.objects import open_objects
+
+    return open_objects(url, fingerprint, tenant)
+
+
+SCHEMES: Registry[Opener] = Registry(
+    {
+        **dict.fromkeys(("redis", "rediss", "valkey"), _redis),
+        **dict.fromkeys(("s3", "s3a", "gs", "az", "azure", "abfs"), _objects),
+    },
+    "kvgraph.stores",
+    lambda scheme, opener: "" if callable(opener) else "it is no function",
+)
+"""Openers by URL scheme. Other packages add some in the group "kvgraph.stores"; see `kvgraph.registry`."""
+
+
+def open_remote(url: str, fingerprint: str, tenant: str = "") -> Store:
+    """The store that a URL names, for the records of one model and tenant. Raises StoreError for an unknown scheme."""
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
-        there = f"; there are {', '.join(SCHEMES)}" if SCHEMES else ""
-        raise StoreError(f"there is no kind of store {scheme[:40]!r}; give a folder{there}")
-    module, _, name = SCHEMES[scheme].partition(":")
-    make: Callable[[str, str], Store] = getattr(import_module(module), name)
-    return make(url, fingerprint)
+        raise StoreError(f"there is no kind of store {scheme[:40]!r}; give a folder, or a URL of {', '.join(SCHEMES)}")
+    return SCHEMES[scheme](url, fingerprint, tenant)

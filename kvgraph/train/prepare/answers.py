@@ -142,7 +142,7 @@ class Answers:
     def __post_init__(self) -> None:
         self.spent = Spent(self.endpoint.prices)
         self._replies: dict[str, Reply] = {}
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by __exit__
+        self._file = open(self.path, "a+b", buffering=0)  # closed by __exit__
         self._read()
 
     def __enter__(self) -> Answers:

@@ -15,7 +15,7 @@ from kvgraph.data.task import Hub, Item, Task, TaskError
 from kvgraph.errors import KVGraphError
 
 Made = dict[str, Any]
-"""A training record without its id: `docs/data.md` says what the three kinds hold."""
+"""A training record without its id: `docs/reference/data.md` says what the three kinds hold."""
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

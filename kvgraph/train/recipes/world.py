@@ -25,7 +25,7 @@ ALL = "types=1-hop+2-hop+3-hop+comparison"
 def world_1hop() -> Config:
     """A new model of three layers, on questions that take one document, in one ordinary prompt."""
     one = Component("1-hop", f"{HOPS},entities=2-3,types=1-hop", ("full",))
-    return _config("world-1hop", Stage((one,), steps=400))
+    return _config("world-1hop", Stage((one,), steps=400), model=START)
 
 
 def world_2hop() -> Config:
@@ -74,7 +74,7 @@ def world_mixed() -> Config:
 
 def _config(name: str, *stages: Stage, **more: Any) -> Config:
     settings: dict[str, Any] = {
-        "model": START,
+        "model": "",  # that of the recipe before
         "batch": 8,
         "length": 8192,
         "document_weight": 0.1,

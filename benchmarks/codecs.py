@@ -1,0 +1,101 @@
+"""What every codec saves and costs: bytes, time, logits, and answers of the shipped model about an invented world.
+
+Sizes and times are of a random 124 M model's documents in bfloat16, in files on this machine's disk; a figure of load
+covers reading, checking and unpacking a record whose file is in the page cache. Logits and answers are of the world model
+in float32, by `block` on worlds it wasn't trained on; the likelihood is of the right answer's tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.common import SMALL, LlamaConfig, LlamaForCausalLM, arguments, ids, median, report
+from kvgraph import ContextGraph, Engine, SamplingParams, demo, models
+from kvgraph.store.codecs.registry import packed, parse
+from kvgraph.store.disk import DiskStore
+from kvgraph.train.mixture import WorldSource
+
+SPECS = ("raw", "zstd", "fp8", "int8", "kivi", "kivi+zstd", "gear", "kivi:bits=2", "gear:bits=2")
+SEED = 20_261
+
+
+def sizes(spec: str, model: models.Model, records: list[Any], tokens: int, folder: str) -> dict[str, float]:
+    """Bytes of 1,000 tokens on disk and seconds of packing, writing and loading them."""
+    codec, store = parse(spec), DiskStore(folder, fingerprint=spec)
+    pack, load = [], []
+    for record in records:
+        started = time.perf_counter()
+        kept = record if spec == "raw" else packed(record, codec)
+        pack.append(time.perf_counter() - started)
+        store.put(kept)
+    size = sum(entry.size for entry in store.ls())
+    for record in records:
+        started = time.perf_counter()
+        found = DiskStore(folder, fingerprint=spec).get(record.key)
+        assert found is not None
+        load.append(time.perf_counter() - started)
+    return {
+        "MB / 1,000 tokens": size / tokens / 1e3,
+        "smaller": model.kv_bytes_per_token * tokens / size,
+        "pack ms / 1,000": median(pack) * 1e6 / (tokens / len(records)),
+        "load ms / 1,000": median(load) * 1e6 / (tokens / len(records)),
+    }
+
+
+def answers(spec: str, world: models.Model, source: WorldSource, corpora: int) -> tuple[float, float, torch.Tensor]:
+    """Mean negative log-likelihood of an answer's token, accuracy, and the logits after every query."""
+    with Engine(world, kv_budget=1 << 30, codec=spec) as engine:
+        requests, queries = [], []
+        for number in range(corpora):
+            example = source[number]
+            for question in example.questions:
+                graph = ContextGraph(example.graph.segments, question.query, example.graph.prefix)
+                requests.append((graph, question.answer))
+                queries.append(graph)
+        found = dict(engine.run(engine.prepare_score(graph, answer, "block") for graph, answer in requests))
+        results = [found[i] for i in range(len(requests))]
+        assert all(hasattr(r, "scores") for r in results), results
+        nll = -sum(float(r.scores.sum()) for r in results) / sum(len(r.scores) for r in results)
+        right = sum(r.greedy for r in results) / len(results)
+        first = engine.generate(queries, "block", SamplingParams(max_tokens=1), first_logits=True)
+    return nll, right, torch.stack([r.first_logits for r in first])
+
+
+def main() -> None:
+    args = arguments(__doc__, documents=6, length=500, corpora=24)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    model = models.wrap(LlamaForCausalLM(LlamaConfig(**SMALL)).eval())
+    torch.set_default_dtype(default)
+    world = models.load(str(demo.model()), dtype="float32")
+    source = WorldSource("hops", world.tokenizer, SEED, held_out=True)
+    with Engine(model, kv_budget=1 << 31) as engine:
+        graph = ContextGraph([ids(args.length, i) for i in range(args.documents)], query=[5])
+        engine.encode(graph, "block", progress=False)
+        keys = [key for key in engine.keys(engine.plan(graph, "block")) if key is not None]
+        records = [engine.scheduler.memory.pooled(key) for key in keys]
+    rows, exact = [], None
+    for spec in SPECS:
+        with tempfile.TemporaryDirectory() as folder:
+            row: dict[str, Any] = {"codec": spec, **sizes(spec, model, records, args.documents * args.length, folder)}
+        nll, right, logits = answers(spec, world, source, args.corpora)
+        exact = logits if exact is None else exact
+        row["logit error"] = float(((logits - exact).abs().amax(1) / exact.std(1)).median())
+        rows.append(row | {"answer NLL": nll, "accuracy %": 100 * right})
+    by = {row["codec"]: row for row in rows}
+    goals = {
+        "kivi is smaller than bf16": (by["kivi"]["smaller"], "3.5 or more"),
+        "points kivi costs": (by["raw"]["accuracy %"] - by["kivi"]["accuracy %"], "1 at most"),
+        "kivi:bits=2 is smaller than bf16": (by["kivi:bits=2"]["smaller"], "6 or more"),
+        "gear's logit error, of kivi's": (by["gear"]["logit error"] / by["kivi"]["logit error"], "below 1"),
+    }
+    report(f"Codecs; {len(logits)} questions", rows, args, goals)
+
+
+if __name__ == "__main__":
+    main()

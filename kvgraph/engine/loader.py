@@ -1,0 +1,95 @@
+"""Reading records beside the model: threads that fetch from the store while steps run.
+
+A step never waits for a disk or a network. What it misses is asked for here; what has come is collected before the next
+step; what comes too late is computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from kvgraph.store.base import Found
+
+log = logging.getLogger("kvgraph.engine")
+
+THREADS = 4  # records read at once; unpacking and checking them takes processor time from the model
+DEADLINE = 10.0  # seconds after which a span is computed instead; remote tiers give up sooner
+PAGE = 4096
+
+
+class Loader:
+    """Fetches records in threads. `start` and `cancel` are called under the engine's lock, `wait` without it.
+
+    fetch(key): the record and its tier's name, or None. It may take long, and an exception counts as a miss. threads: 0
+    fetches at once, in the thread that starts it.
+    """
+
+    def __init__(self, fetch: Callable[[str], Found | None], threads: int = THREADS):
+        self.fetch = fetch
+        self.counts: Counter[str] = Counter()  # loads by how they ended: "found", "missing", "failed", "late"
+        self._finished: deque[tuple[str, Found | None]] = deque()
+        self._news = threading.Event()
+        self._pool = ThreadPoolExecutor(threads, "kvgraph-loader") if threads else None
+        self._futures: dict[str, Future[None]] = {}
+
+    def start(self, key: str) -> None:
+        """Begin to fetch a record; `finished` has it when it has come."""
+        try:
+            if self._pool is not None:
+                self._futures[key] = self._pool.submit(self._load, key)
+                return
+        except RuntimeError:  # closed
+            pass
+        self._load(key)
+
+    def cancel(self, key: str) -> None:
+        """Nobody waits for it any more. A read that has begun ends by itself; what it brings is dropped."""
+        future = self._futures.pop(key, None)
+        if future is not None:
+            future.cancel()
+
+    def finished(self) -> list[tuple[str, Found | None]]:
+        """What has come since the last time, each once."""
+        self._news.clear()
+        found = []
+        while self._finished:
+            found.append(self._finished.popleft())
+            self._futures.pop(found[-1][0], None)
+        return found
+
+    def wait(self, timeout: float) -> None:
+        """Wait until something has come, or for so many seconds."""
+        self._news.wait(timeout)
+
+    def close(self) -> None:
+        """End the threads once they are done with what was started. Later reads are done where they are started."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
+    def _load(self, key: str) -> None:
+        found = None
+        try:
+            found = self.fetch(key)
+            self.counts["missing" if found is None else "found"] += 1
+            if found is not None:
+                _touch(found)
+        except BaseException as error:  # it is a cache: what can't be read is computed
+            found = None
+            self.counts["failed"] += 1
+            if self.counts["failed"] == 1:
+                log.warning("the store can't be read, computing instead: %r", error)
+        self._finished.append((key, found))
+        self._news.set()
+
+
+def _touch(found: Found) -> None:
+    """Read a byte of every page, so that a record mapped from a file is in memory before a step looks at it."""
+    for tensor in (*found[0].keys, *found[0].values):
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            tensor.detach().view(torch.uint8).reshape(-1)[::PAGE].max()

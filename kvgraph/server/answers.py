@@ -1,0 +1,251 @@
+"""How answers are written: as chat completions or as plain ones, complete or in chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from kvgraph.engine.request import Request
+from kvgraph.engine.result import Result
+from kvgraph.engine.sampling import Sampled
+from kvgraph.server import schema
+from kvgraph.server.prompts import PreparedPrompt, max_tokens, prompt_list
+from kvgraph.server.runner import Update
+from kvgraph.server.state import Server
+from kvgraph.server.tokens import Offsets
+
+
+@dataclass
+class Choice:
+    """One choice as it grows. begun: whether a chunk of it was written."""
+
+    request: Request
+    text: list[str] = field(default_factory=list)
+    sampled: list[Sampled] = field(default_factory=list)
+    tokens: int = 0  # generated so far
+    begun: bool = False
+    result: Result | None = None
+
+
+class AnswerForm:
+    """What the answers to chat and plain completions share. silent: the request wants no new token."""
+
+    prefix: str
+    response: Callable[..., BaseModel]
+    part: Callable[..., BaseModel]
+
+    def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt], ignored: list[str]):
+        self.server, self.body, self.laid, self.ignored = server, body, laid, ignored
+        self.silent = max_tokens(body) == 0
+        self.choices = [Choice(request) for prompt in laid for request in prompt.requests]
+        self.head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": server.settings.name,
+            "system_fingerprint": f"fp_{server.engine.model.fingerprint[:12]}",
+        }
+
+    async def whole(self, updates: AsyncIterator[tuple[int, Update]]) -> BaseModel:
+        """The complete answer."""
+        async for index, update in updates:
+            choice = self.choices[index]
+            choice.text.append(update.text)
+            choice.sampled += update.sampled
+            choice.result = update.result or choice.result
+        choices = [self.choice(i, choice) for i, choice in enumerate(self.choices)]
+        return self.response(choices=choices, usage=self.usage(), **self.head)
+
+    async def chunks(self, updates: AsyncGenerator[tuple[int, Update]]) -> AsyncGenerator[BaseModel]:
+        """The answer piece by piece, and the usage at the end if it was asked for."""
+        options = self.body.stream_options or schema.StreamOptions()
+        always = options.include_usage and options.continuous_usage_stats
+        async with aclosing(updates):
+            async for index, update in updates:
+                choice = self.choices[index]
+                choice.tokens += len(update.sampled)
+                choice.result = update.result or choice.result
+                if chunk := self.chunk(index, choice, update):
+                    choice.begun = True
+                    yield self.part(choices=[chunk], usage=self.usage_so_far() if always else None, **self.head)
+        if options.include_usage:
+            yield self.part(choices=[], usage=self.usage(), **self.head)
+
+    def usage_so_far(self) -> schema.UsageOut:
+        """Tokens of all choices while they grow."""
+        prompt = sum(choice.request.usage.prompt_tokens for choice in self.choices[:: self.body.n])
+        completion = 0 if self.silent else sum(choice.tokens for choice in self.choices)
+        return schema.UsageOut(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+    def usage(self) -> schema.UsageOut:
+        """Tokens of all choices; a prompt counts once, as OpenAI counts it."""
+        results = [choice.result for choice in self.choices if choice.result is not None]
+        firsts = [r.usage for r in results[:: self.body.n]]
+        prompt = sum(u.prompt_tokens for u in firsts)
+        completion = 0 if self.silent else sum(r.usage.completion_tokens for r in results)
+        reused: dict[str, int] = {}
+        for result in results:
+            for tier, n in result.usage.reused_tokens.items():
+                reused[tier] = reused.get(tier, 0) + n
+        cached = sum(max(0, min(u.prompt_tokens - u.live_tokens, sum(u.reused_tokens.values()))) for u in firsts)
+        u, with_documents = firsts[0], any(prompt.graph.segments for prompt in self.laid)
+        details = schema.Details(
+            method=self.laid[0].method.name,
+            computed_tokens=sum(r.usage.computed_tokens for r in results),
+            document_tokens_computed=sum(r.usage.document_tokens_computed for r in results) if with_documents else 0,
+            reused_tokens=reused,
+            kv_bytes=u.kv_bytes,
+            queued=u.queued,
+            encoded=u.encoded,
+            ttft=u.ttft,
+            decode=u.decode,
+            dropped=[name for prompt in self.laid for name in prompt.dropped],
+            ignored=self.ignored,
+        )
+        return schema.UsageOut(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=schema.PromptDetails(cached_tokens=cached),
+            kvgraph=details,
+        )
+
+    def choice(self, index: int, choice: Choice) -> BaseModel:
+        """A complete choice."""
+        raise NotImplementedError
+
+    def chunk(self, index: int, choice: Choice, update: Update) -> BaseModel | None:
+        """What is new of a choice, if that is worth a chunk."""
+        raise NotImplementedError
+
+
+class ChatAnswer(AnswerForm):
+    """The answer to a chat."""
+
+    prefix = "chatcmpl"
+    response, part = schema.ChatResponse, schema.ChatChunk
+
+    def choice(self, index: int, choice: Choice) -> schema.ChatChoice:
+        """A message."""
+        assert choice.result is not None
+        return schema.ChatChoice(
+            index=index,
+            message=schema.AnswerMessage(content="".join(choice.text)),
+            logprobs=self._logprobs(choice.sampled),
+            finish_reason=finish_reason(choice.result),
+        )
+
+    def chunk(self, index: int, choice: Choice, update: Update) -> schema.ChatChunkChoice | None:
+        """What is new in a message; the first chunk tells the role."""
+        first = not choice.begun
+        ended = None if update.result is None else finish_reason(update.result)
+        logprobs = self._logprobs(update.sampled) if update.sampled else None
+        if not (update.text or logprobs or ended or first):
+            return None
+        delta = schema.Delta(role="assistant" if first else None, content=update.text or ("" if first else None))
+        return schema.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=ended)
+
+    def _logprobs(self, sampled: Sequence[Sampled]) -> schema.ChatLogprobs | None:
+        if not self.body.logprobs:
+            return None
+        return schema.ChatLogprobs(content=[self._entry(s) for s in sampled])
+
+    def _entry(self, sampled: Sampled) -> schema.TokenLogprob:
+        tokens = self.server.tokens
+        names = tokens.names([token for token, _ in sampled.top])
+        top = [
+            schema.TopLogprob(token=name, logprob=finite(logprob), bytes=list(tokens.bytes(token)))
+            for name, (token, logprob) in zip(names, sampled.top, strict=True)
+        ]
+        return schema.TokenLogprob(
+            token=tokens.name(sampled.token),
+            logprob=finite(sampled.logprob or 0.0),
+            bytes=list(tokens.bytes(sampled.token)),
+            top_logprobs=top,
+        )
+
+
+class TextAnswer(AnswerForm):
+    """The continuation of a prompt, maybe after the prompt itself."""
+
+    prefix = "cmpl"
+    response, part = schema.CompletionResponse, schema.CompletionResponse
+
+    def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt], ignored: list[str]):
+        super().__init__(server, body, laid, ignored)
+        given = prompt_list(body.prompt)
+        self.prompts = [given[i // body.n] for i in range(len(self.choices))]
+        self.offsets = [Offsets(server.tokens) for _ in self.choices]
+
+    def choice(self, index: int, choice: Choice) -> schema.TextChoice:
+        """A text."""
+        assert choice.result is not None
+        return self._written(index, choice, "".join(choice.text), choice.sampled)
+
+    def chunk(self, index: int, choice: Choice, update: Update) -> schema.TextChoice | None:
+        """What is new in a text."""
+        if not (update.text or update.sampled or update.result):
+            return None
+        written = self._written(index, choice, update.text, update.sampled)
+        return written if written.text or written.logprobs or written.finish_reason else None
+
+    def _written(self, index: int, choice: Choice, text: str, sampled: Sequence[Sampled]) -> schema.TextChoice:
+        """New text and tokens, after the prompt if nothing was written and it is to be shown."""
+        if self.silent:
+            text, sampled = "", ()
+        echoed, tokens = self._prompt(index, choice) if self.body.echo and not choice.begun else ("", [])
+        offsets = [offset for _, offset in tokens] + [self.offsets[index](s.token) for s in sampled]
+        scored = [*(s for s, _ in tokens), *sampled]
+        return schema.TextChoice(
+            index=index,
+            text=echoed + text,
+            logprobs=self._logprobs(scored, offsets) if scored else None,
+            finish_reason=None if choice.result is None else finish_reason(choice.result),
+        )
+
+    def _prompt(self, index: int, choice: Choice) -> tuple[str, list[tuple[Sampled, int]]]:
+        """The prompt's text, and its tokens with their offsets in it; nothing comes before the first to score it by."""
+        given, offset, server = self.prompts[index], self.offsets[index], self.server
+        ids = choice.request.plan.prompt.tokens
+        text = given if isinstance(given, str) else server.engine.detokenize(list(ids))
+        if isinstance(given, str):  # which holds every token but those that were put before it
+            added = len(ids) - len(server.engine.tokenize(given))
+            shown = [i >= added for i in range(len(ids))]
+        else:
+            shown = [not server.tokens.is_special(token) for token in ids]
+        data = b"".join(server.tokens.bytes(token) for token, there in zip(ids, shown, strict=True) if there)
+        if data == b" " + text.encode():
+            offset.skip(1)  # the space before the first word, which the text doesn't have
+        offsets = [offset(token, there) for token, there in zip(ids, shown, strict=True)]
+        scored = [Sampled(ids[0]), *choice.request.scored] if self.body.logprobs is not None else []
+        return text, list(zip(scored, offsets, strict=False))
+
+    def _logprobs(self, scored: Sequence[Sampled], offsets: list[int]) -> schema.TextLogprobs | None:
+        if self.body.logprobs is None:
+            return None
+        return schema.TextLogprobs(
+            tokens=[self.server.tokens.name(s.token) for s in scored],
+            token_logprobs=[None if s.logprob is None else finite(s.logprob) for s in scored],
+            top_logprobs=[None if s.logprob is None else self._top(s, s.logprob) for s in scored],
+            text_offset=offsets,
+        )
+
+    def _top(self, sampled: Sampled, logprob: float) -> dict[str, float]:
+        """The likeliest tokens by name, and the chosen one."""
+        top = dict(sampled.top) | ({sampled.token: logprob} if sampled.top else {})
+        return dict(zip(self.server.tokens.names(list(top)), map(finite, top.values()), strict=True))
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold: an impossible token has -9999, as OpenAI's API has it."""
+    return max(-9999.0, logprob)
+
+
+def finish_reason(result: Result) -> schema.FinishReason:
+    """Why an answer ended, in OpenAI's words."""
+    return "stop" if result.finish_reason == "stop" else "length"

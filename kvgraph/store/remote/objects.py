@@ -1,0 +1,121 @@
+"""Object stores through obstore: S3 and what speaks like it, Google Cloud Storage, Azure.
+
+One object a record: `<prefix>/<fingerprint>/<tenant>/<key>`. Large ones are read in ranges, several at once.
+
+Credentials, region and endpoint come from the environment, by the names the clouds' own tools use: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, ...
+Buckets are addressed by path unless AWS_VIRTUAL_HOSTED_STYLE_REQUEST says otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import ParamSpec, TypeVar
+
+from kvgraph.errors import StoreError
+from kvgraph.store.remote.base import Address, RemoteError, namespace
+from kvgraph.store.remote.store import RemoteStore
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+RANGE = 8 << 20  # bytes read at once
+ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+NAMES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "az": "azure", "azure": "azure", "abfs": "azure"}
+
+
+def open_objects(url: str, fingerprint: str, tenant: str) -> RemoteStore:
+    """The store at `s3://bucket/prefix[?timeout=seconds]`, also `gs://`, `az://`, ..."""
+    address = Address.of(url)
+    remote = Objects(address, "/".join(namespace(fingerprint, tenant)))
+    return RemoteStore(remote, NAMES[address.scheme], address.shown, fingerprint, address.timeout)
+
+
+class Objects:
+    """A `kvgraph.store.remote.base.Remote`. folder: below the URL's prefix, of all objects that are touched."""
+
+    def __init__(self, address: Address, folder: str):
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ImportError:
+            raise StoreError(f"{address.scheme}:// needs the package obstore: pip install 'kvgraph[store]'") from None
+        self._obstore, self._folder = obstore, folder
+        seconds = f"{max(1, round(address.timeout))}s"
+        plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
+        try:
+            self._store = from_url(
+                address.url,
+                client_options={"timeout": seconds, "connect_timeout": seconds, "allow_http": plain},
+                retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=address.timeout)},
+            )
+        except (obstore.exceptions.BaseError, ValueError) as error:
+            raise StoreError(f"{address.shown} is no object store that can be opened: {_why(error)}") from None
+
+    def get(self, name: str) -> bytearray | None:
+        """The first range says how large the object is; the others are fetched together."""
+        return self._asked(self._get, name)
+
+    def _get(self, name: str) -> bytearray | None:
+        path = self._path(name)
+        try:
+            first = self._obstore.get(self._store, path, options={"range": (0, RANGE)})
+            size = first.meta["size"]
+            data = bytearray(memoryview(first.bytes()))
+            starts = range(len(data), size, RANGE)
+            if starts:
+                ends = [min(start + RANGE, size) for start in starts]
+                for part in self._obstore.get_ranges(self._store, path, starts=list(starts), ends=ends):
+                    data += memoryview(part)
+        except FileNotFoundError:
+            return None
+        return data
+
+    def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
+        """In one request or, if it is large, in an upload of several parts that shows when it is complete."""
+        self._asked(self._obstore.put, self._store, self._path(name), b"".join(parts))
+
+    def contains(self, name: str) -> bool:
+        """Asks for the object's head."""
+        try:
+            self._asked(self._obstore.head, self._store, self._path(name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def delete(self, name: str) -> bool:
+        """Object stores don't tell whether there was something: this asks first."""
+        found = self.contains(name)
+        if found:
+            self._asked(self._obstore.delete, self._store, self._path(name))
+        return found
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        """By listing the folder."""
+        try:
+            for page in self._obstore.list(self._store, f"{self._folder}/"):
+                for found in page:
+                    yield found["path"].rpartition("/")[2], found["size"]
+        except (self._obstore.exceptions.BaseError, OSError) as error:
+            raise RemoteError(_why(error)) from error
+
+    def close(self) -> None:
+        """Nothing: obstore closes idle connections itself."""
+
+    def _asked(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except FileNotFoundError:
+            raise
+        except (self._obstore.exceptions.BaseError, OSError) as error:
+            raise RemoteError(_why(error)) from error
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}"
+
+
+def _why(error: Exception) -> str:
+    """One line, without the details that follow it."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0][:300]}"

@@ -1,0 +1,172 @@
+"""Redis and Valkey: values in parts of a few MiB, written and read in pipelines.
+
+    kvgraph:<fingerprint>:<tenant>:r:<key>               "<bytes> <id>": there is a record, and these are its parts
+    kvgraph:<fingerprint>:<tenant>:p:<key>:<id>:<i>      the i-th part
+
+Parts are written first and expire unless their record is written too, so a writer that dies leaves nothing for long. A
+record with a part that was evicted is a miss.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from kvgraph.errors import StoreError
+from kvgraph.store.remote.base import Address, RemoteError, RemoteFull, namespace
+from kvgraph.store.remote.store import RemoteStore
+
+if TYPE_CHECKING:
+    import redis
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PART = 8 << 20  # bytes; Redis copies a value as one piece
+AT_ONCE = 4  # parts in a pipeline
+EXPIRES = 600_000  # milliseconds until a part without a record goes
+
+
+def open_redis(url: str, fingerprint: str, tenant: str) -> RemoteStore:
+    """The store at `redis://[user:password@]host:port/db[?timeout=seconds]`, also `rediss://` and `valkey://`."""
+    address = Address.of(url.replace("valkey://", "redis://", 1))
+    prefix = ":".join(("kvgraph", *namespace(fingerprint, tenant)))
+    return RemoteStore(Redis(address, prefix), "redis", address.shown, fingerprint, address.timeout)
+
+
+class Redis:
+    """A `kvgraph.store.remote.base.Remote`. prefix: of all keys that are read, written or deleted."""
+
+    def __init__(self, address: Address, prefix: str):
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError:
+            raise StoreError("redis:// needs the package redis: pip install 'kvgraph[store]'") from None
+        self._redis, self._prefix = redis, prefix
+        try:
+            self._client: redis.Redis = redis.Redis.from_url(
+                address.url,
+                socket_timeout=address.timeout,
+                socket_connect_timeout=address.timeout,
+                retry=Retry(NoBackoff(), 0),  # trying again is the circuit breaker's business
+            )
+        except ValueError as error:
+            raise StoreError(f"{address.shown} is no address of a Redis server: {error}") from None
+
+    def get(self, name: str) -> bytearray | None:
+        """Its parts joined; None, and the record removed, if one is gone."""
+        return self._asked(self._get, name)
+
+    def _get(self, name: str) -> bytearray | None:
+        found = self._record(name)
+        if found is None:
+            return None
+        size, parts = found
+        data = bytearray()
+        for at in range(0, len(parts), AT_ONCE):
+            pipeline = self._client.pipeline(transaction=False)
+            for part in parts[at : at + AT_ONCE]:
+                pipeline.get(part)
+            for found_part in pipeline.execute():
+                data += found_part or b""
+        if len(data) == size:
+            return data
+        self._client.unlink(self._head(name), *parts)
+        return None
+
+    def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
+        """Parts first, then, in one transaction, the record and an end to their expiry."""
+        self._asked(self._put, name, parts)
+
+    def _put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
+        before = self._record(name)
+        identity, size = os.urandom(8).hex(), sum(len(part) for part in parts)
+        names = self._parts(name, identity, size)
+        pieces = cut(parts, PART)
+        for at in range(0, len(names), AT_ONCE):
+            pipeline = self._client.pipeline(transaction=False)
+            for part in names[at : at + AT_ONCE]:
+                pipeline.set(part, next(pieces), px=EXPIRES)
+            pipeline.execute()
+        with self._client.pipeline(transaction=True) as pipeline:
+            pipeline.set(self._head(name), f"{size} {identity}")
+            for part in names:
+                pipeline.persist(part)
+            pipeline.execute()
+        if before is not None:
+            self._client.unlink(*before[1])
+
+    def contains(self, name: str) -> bool:
+        """Whether there is a record; its parts aren't looked at."""
+        return bool(self._asked(self._client.exists, self._head(name)))
+
+    def delete(self, name: str) -> bool:
+        """The record and its parts."""
+        return self._asked(self._delete, name)
+
+    def _delete(self, name: str) -> bool:
+        found = self._record(name)
+        return found is not None and self._client.unlink(self._head(name), *found[1]) > 0
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        """By scanning the server's keys."""
+        head = self._head("")
+        try:
+            for key in self._client.scan_iter(match=f"{head}*", count=1000):
+                name = bytes(key).decode()[len(head) :]
+                found = self._record(name)
+                if found is not None:
+                    yield name, found[0]
+        except self._redis.RedisError as error:
+            raise RemoteError(_why(error)) from error
+
+    def close(self) -> None:
+        """Close all connections; a later call opens new ones."""
+        self._client.close()
+        self._client.connection_pool.disconnect()
+
+    def _asked(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except self._redis.exceptions.OutOfMemoryError as error:
+            raise RemoteFull("it is full (maxmemory)") from error
+        except (self._redis.RedisError, OSError) as error:
+            raise RemoteError(_why(error)) from error
+
+    def _record(self, name: str) -> tuple[int, list[str]] | None:
+        """(bytes, names of the parts) of a record."""
+        found = self._client.get(self._head(name))
+        size, _, identity = (found if isinstance(found, bytes) else b"").decode("ascii", "replace").partition(" ")
+        if not (size.isdigit() and len(size) < 15 and identity):
+            return None
+        return int(size), self._parts(name, identity, int(size))
+
+    def _head(self, name: str) -> str:
+        return f"{self._prefix}:r:{name}"
+
+    def _parts(self, name: str, identity: str, size: int) -> list[str]:
+        return [f"{self._prefix}:p:{name}:{identity}:{i}" for i in range(-(-size // PART))]
+
+
+def cut(parts: Sequence[bytes | memoryview], size: int) -> Iterator[bytes]:
+    """The parts, one after the other, as pieces of `size` bytes; the last may be shorter."""
+    piece = bytearray()
+    for part in parts:
+        view = memoryview(part)
+        while len(view):
+            taken = view[: size - len(piece)]
+            piece += taken
+            view = view[len(taken) :]
+            if len(piece) == size:
+                yield bytes(piece)
+                piece = bytearray()
+    if piece:
+        yield bytes(piece)
+
+
+def _why(error: Exception) -> str:
+    """One line. What redis-py says names host and port, never a password."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"

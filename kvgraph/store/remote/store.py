@@ -1,0 +1,198 @@
+"""A remote place as a store: records checked like those of a file, with a deadline for every call.
+
+A place that is slow or dead costs at most a deadline a few times, then nothing until it answers again: the spans are
+computed. What it holds is trusted as little as anybody's file.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from kvgraph.errors import StoreError
+from kvgraph.store import format
+from kvgraph.store.base import EVENTS, Found, Store, is_key
+from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
+from kvgraph.store.remote.base import TIMEOUT, Remote, RemoteError, RemoteFull
+from kvgraph.store.remote.breaker import Absent, Breaker
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+READERS, WRITERS = 8, 2  # threads: writes take no turn of a read's
+WRITE_TIMEOUT = 60.0  # seconds that a write may take; nobody waits for it but the next write
+MEASURED_EVERY = 60.0  # seconds for which a size is good
+
+
+class RemoteStore:
+    """Records in a remote place. Safe to use from several threads.
+
+    name: the tier's. shown: the place, as errors call it. fingerprint: the model's; a record that states another one is
+    never served. timeout: seconds of a read.
+    """
+
+    capacity: int | None = None  # the place has a limit of its own, or none
+
+    def __init__(self, remote: Remote, name: str, shown: str, fingerprint: str = "", timeout: float = TIMEOUT):
+        self.name, self.shown, self.fingerprint, self.timeout = name, shown, fingerprint, timeout
+        self.breaker = Breaker()
+        self._remote = remote
+        self._absent = Absent()
+        self._bad: set[str] = set()  # keys whose record there is bad: a put replaces it
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._readers: ThreadPoolExecutor | None = None
+        self._writers: ThreadPoolExecutor | None = None
+        self._measured: tuple[float, int | None] = (float("-inf"), None)
+
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        """Itself."""
+        return (self,)
+
+    def get(self, key: str) -> Found | None:
+        """The record, or None if there is none, if it is bad, or if the place doesn't answer in time."""
+        record = self._load(key) if is_key(key) else None
+        self._count("misses" if record is None else "hits")
+        return None if record is None else (record, self.name)
+
+    def put(self, record: Record) -> None:
+        """Keep a record. Idempotent: one that is there stays, unless it was found to be bad.
+
+        Raises StoreError if the place doesn't answer or is full.
+        """
+        parts = format.encode(record, self.fingerprint)
+        key = record.key
+        try:
+            if key not in self._bad and self._write(self._remote.contains, key):
+                return
+            self._write(self._remote.put, key, parts)
+        except RemoteError as error:
+            raise StoreError(f"can't keep a record in {self.shown}: {error}") from error
+        with self._lock:
+            self._bad.discard(key)
+        self._absent.discard(key)
+
+    def contains(self, key: str) -> bool:
+        """Whether there is a record; False too if the place doesn't answer in time."""
+        if not is_key(key) or key in self._absent or key in self._bad:
+            return False
+        try:
+            return self._read(self._remote.contains, key)
+        except RemoteError:
+            return False
+
+    def delete(self, key: str) -> bool:
+        """Remove a record. Idempotent. Raises StoreError if the place doesn't answer."""
+        if not is_key(key):
+            return False
+        try:
+            return self._write(self._remote.delete, key)
+        except RemoteError as error:
+            raise StoreError(f"can't remove a record from {self.shown}: {error}") from error
+
+    def records(self) -> Iterator[tuple[str, int]]:
+        """(key, bytes) of every record. Raises StoreError if the place doesn't answer."""
+        try:
+            for name, size in self._remote.names():
+                if is_key(name):
+                    yield name, size
+        except RemoteError as error:
+            raise StoreError(f"can't list the records in {self.shown}: {error}") from error
+
+    def counts(self) -> dict[str, int]:
+        """What this process saw, by event. Waits for nothing."""
+        with self._lock:
+            return {event: self._counts[event] for event in EVENTS}
+
+    def size(self) -> int | None:
+        """Bytes of all records, as they were at most a minute ago; None if the place doesn't answer."""
+        when, size = self._measured
+        if time.monotonic() - when > MEASURED_EVERY and self.breaker.allows():
+            try:
+                size = sum(size for _, size in self.records())
+            except StoreError:
+                size = None
+            self._measured = time.monotonic(), size
+        return size
+
+    def close(self) -> None:
+        """Let go of threads and connections. Idempotent; the store can still be used and takes new ones."""
+        with self._lock:
+            pools, self._readers, self._writers = (self._readers, self._writers), None, None
+        for pool in filter(None, pools):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._remote.close()
+
+    def _load(self, key: str) -> Record | None:
+        if key in self._absent or key in self._bad:
+            return None
+        try:
+            data = self._read(self._remote.get, key)
+        except RemoteError:
+            return None
+        if data is None:
+            self._absent.add(key)
+            return None
+        try:
+            if not data:
+                raise BadRecord("is empty")
+            found = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+            return format.decode(found, key, self.fingerprint)
+        except BadRecord:
+            self._count("bad")
+            with self._lock:
+                self._bad.add(key)
+        except UnsupportedRecord:
+            self._count("unreadable")
+            self._absent.add(key)
+        return None
+
+    def _read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            pool = self._readers = self._readers or ThreadPoolExecutor(READERS, f"kvgraph-{self.name}-read")
+        return self._call(pool, self.timeout, call, *args, **kwargs)
+
+    def _write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            pool = self._writers = self._writers or ThreadPoolExecutor(WRITERS, f"kvgraph-{self.name}-write")
+        return self._call(pool, WRITE_TIMEOUT, call, *args, **kwargs)
+
+    def _call(
+        self, pool: ThreadPoolExecutor, timeout: float, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What a call returns, if it does in time. Raises RemoteError."""
+        if not self.breaker.allows():
+            self._count("skipped")
+            raise RemoteError("it doesn't answer; it is asked again in a while")
+        try:
+            future = pool.submit(call, *args, **kwargs)
+        except RuntimeError:  # closed by another thread
+            raise RemoteError("it was closed") from None
+        try:
+            result = future.result(timeout)
+        except TimeoutError:
+            future.cancel()
+            self._count("timeouts")
+            self.breaker.failed()
+            raise RemoteError(f"no answer within {timeout:g} seconds") from None
+        except RemoteFull:
+            self._count("errors")
+            self.breaker.succeeded()
+            raise
+        except RemoteError:
+            self._count("errors")
+            self.breaker.failed()
+            raise
+        self.breaker.succeeded()
+        return result
+
+    def _count(self, event: str) -> None:
+        with self._lock:
+            self._counts[event] += 1

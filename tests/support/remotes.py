@@ -1,0 +1,158 @@
+"""Real servers for remote tiers, on free ports of this machine, and a place in memory that can be made to fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+from kvgraph.store.remote.base import RemoteError, RemoteFull
+
+
+class RedisServer:
+    """A redis-server of one's own. Nothing is saved to disk."""
+
+    def __init__(self, folder: Path, *options: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.options = folder, options
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        words = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        with open(self.folder / "redis.log", "ab") as log:
+            self.process = subprocess.Popen([*words, "--dir", str(self.folder), *self.options], stdout=log, stderr=log)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 0.2).close()
+                return
+            except OSError:
+                assert self.process.poll() is None and time.monotonic() < deadline, "redis-server doesn't start"
+                time.sleep(0.02)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def client(self):
+        import redis
+
+        return redis.Redis(port=self.port)
+
+
+class S3Server:
+    """moto's server with one bucket, in a process of its own. `environment` is what clients need."""
+
+    def __init__(self):
+        import sys
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "a-secret-that-nobody-may-see",
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.address,
+        }
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urlopen(f"{self.address}/moto-api/", timeout=1).close()
+                break
+            except OSError:
+                assert self.process.poll() is None and time.monotonic() < deadline, "moto's server doesn't start"
+                time.sleep(0.1)
+        self.client().create_bucket(Bucket="bucket")
+
+    def client(self):
+        import boto3
+
+        keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "a-secret-that-nobody-may-see"}
+        return boto3.client("s3", endpoint_url=self.address, region_name="us-east-1", **keys)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def has_redis() -> bool:
+    return shutil.which("redis-server") is not None
+
+
+class MemoryPlace:
+    """A `Remote` in this process. `fault` is what happens to the next calls: None, "dead", "full", "slow", or a function
+    of the bytes that are read."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+        self.fault = None
+        self.calls = 0
+
+    def _call(self) -> None:
+        self.calls += 1
+        if self.fault == "dead":
+            raise RemoteError("dead")
+        if self.fault == "slow":
+            time.sleep(0.3)
+
+    def get(self, name):
+        self._call()
+        data = self.kept.get(name)
+        return self.fault(data) if callable(self.fault) and data is not None else data
+
+    def put(self, name, parts):
+        self._call()
+        if self.fault == "full":
+            raise RemoteFull("full")
+        self.kept[name] = b"".join(parts)
+
+    def contains(self, name):
+        self._call()
+        return name in self.kept
+
+    def delete(self, name):
+        self._call()
+        return self.kept.pop(name, None) is not None
+
+    def names(self):
+        self._call()
+        yield from [(name, len(data)) for name, data in self.kept.items()]
+
+    def close(self) -> None:
+        pass
+
+
+def environment(**values: str) -> dict[str, str]:
+    return {**os.environ, **values}
