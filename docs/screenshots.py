@@ -15,6 +15,7 @@ import httpx
 from playwright.sync_api import Page, sync_playwright
 
 from kvgraph import demo
+from kvgraph.data.tasks import qa
 
 IMAGES = Path(__file__).parent / "images"
 PORT = 8799
@@ -54,6 +55,7 @@ def main() -> None:
                 page.set_default_timeout(300_000)
                 page.click("#demo")
                 page.fill("#max-tokens", "24")
+                page.fill("#system", qa.INSTRUCTION)  # what the adapter was trained with
                 page.select_option("#order", "turn")
                 ask(page)
                 page.select_option("#examples", index=1)
