@@ -215,7 +215,7 @@ def _show(found: Answers) -> None:
             made.add_row(
                 f"{i + 1}" if name == METHODS[0] else "",
                 name,
-                cold.text[:28] or "nothing",
+                _on_one_line(cold.text) or "nothing",
                 "✓" if is_right(cold.text, right) else "✗",
                 *(f"{one.computed:,}" for one in (cold, warm, restart)),
                 f"{restart.reused:,}",
@@ -227,6 +227,10 @@ def _show(found: Answers) -> None:
     typer.echo(
         "\nNext: `kvgraph demo --world` shows what edges can carry; `kvgraph check MODEL` what a method costs your model."
     )
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:28]
 
 
 def told(found: Answers, right: Sequence[str]) -> str:
