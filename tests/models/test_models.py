@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import families
-from kvgraph import ModelError, models
+from kvgraph import ContextGraph, Engine, ModelError, models
 from kvgraph.models import Layer, Model, fingerprint, loading
 from kvgraph.models.fingerprint import file_hash
 from kvgraph.models.loading import weight_files
@@ -169,6 +169,45 @@ def test_layer_facts(family, rotary, window):
 def test_rotary_layout(family, interleaved, dims):
     (rotary,) = models.wrap(families.FAMILIES[family]()).rotaries
     assert (rotary.interleaved, rotary.dims) == (interleaved, dims)
+
+
+def worded(*words: str, **special: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of whole words; special: its special tokens."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "?"))
+    split.add_special_tokens([word for word in words if word.startswith("<")])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=split, **special)
+
+
+def test_an_answer_ends_at_whatever_anything_names_as_the_end():
+    """Generation config, config, tokenizer and chat template may all name another one."""
+    tokenizer = worded("?", "a", "<text>", "<end>", "<turn>", "<pad>", eos_token="<end>", pad_token="<pad>")
+    hf = families.build("Llama", num_hidden_layers=1, eos_token_id=2)
+    hf.generation_config.eos_token_id = [9]
+    model = models.wrap(hf, tokenizer)
+    assert set(model.eos_ids) == {9, 2, 3}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}<pad>"
+    assert set(model.eos_ids) == {9, 2, 3, 4}  # also a template that is given later
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert set(model.eos_ids) == {9, 2, 3}  # a turn that ends without a special token
+    hf.generation_config.eos_token_id = hf.config.eos_token_id = None
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert model.eos_ids == (3,)
+
+
+@pytest.mark.parametrize("end", [9, 2, 3, 4])
+def test_every_end_token_ends_an_answer(end):
+    tokenizer = worded("?", "a", "<text>", "<end>", "<turn>", eos_token="<end>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    hf = families.build("Llama", num_hidden_layers=1, eos_token_id=2)
+    hf.generation_config.eos_token_id = 9
+    engine = Engine(models.wrap(hf, tokenizer), kv_budget=1 << 24)
+    graph = ContextGraph((), (1, 5, 7))
+    always = {"max_tokens": 6, "logit_bias": {end: 100.0}}
+    result = engine.generate(graph, "full", **always)
+    assert (result.finish_reason, result.token_ids, result.text) == ("stop", [end], "")
+    assert engine.generate(graph, "full", min_tokens=4, **always).token_ids.index(end) == 4
+    assert engine.generate(graph, "full", ignore_eos=True, **always).finish_reason == "length"
 
 
 def test_model_facts():
