@@ -20,6 +20,8 @@ from kvgraph.models.fingerprint import file_hash, fingerprint_of, state_hash
 from kvgraph.models.observe import plain_logits, probe, require_equal
 from kvgraph.models.support import TESTED, refuse
 
+# Given wherever anything is loaded: else transformers asks on the terminal whether it may run the Python of a folder.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,7 +49,7 @@ def load(
         raise ModelError(f"there is no folder {name}")
     source = str(Path(name).expanduser()) if local else name
     with _one_line(f"can't read the config of {name}" + ("" if local else " (no such folder; tried as a hub name)")):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **NO_CODE)
     refuse(config, allow_untested)
     if not local:
         from huggingface_hub import snapshot_download
@@ -58,7 +60,7 @@ def load(
     files = weight_files(Path(source), name)
     with _one_line(f"can't load {name}"), _shapes_explained():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
+            source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True, **NO_CODE
         )
     hf, info = loaded
     if info["missing_keys"]:
@@ -108,7 +110,7 @@ def tuned_for(path_or_name: str | Path) -> tuple[str, ...]:
     """
     folder = Path(path_or_name).expanduser()
     try:
-        config = AutoConfig.from_pretrained(str(folder if folder.is_dir() else path_or_name)).to_dict()
+        config = AutoConfig.from_pretrained(str(folder if folder.is_dir() else path_or_name), **NO_CODE).to_dict()
     except (OSError, ValueError):
         config = {}
     found = declared(config, f"{path_or_name}'s config")
@@ -121,7 +123,7 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         with _one_line(f"can't get the tokenizer of {name} (no such folder; tried as a hub name)"):
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, **NO_CODE)
     tokenizer = _tokenizer(folder, name)
     if tokenizer is None:
         raise ModelError(f"{name} has no tokenizer")
@@ -172,7 +174,7 @@ def _tokenizer(folder: Path, name: str) -> Any:
     ):
         return None
     with _one_line(f"can't load the tokenizer of {name}"):
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), **NO_CODE)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -204,5 +206,10 @@ def _one_line(what: str) -> Iterator[None]:
     except ModelError as error:
         raise ModelError(f"{what}: {error}") from None
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{what}: it needs Python code that it brings along (auto_map), and kvgraph never runs a model's code; "
+                "use a model of a type that transformers has itself"
+            ) from None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{what}: {lines[0]}") from None

@@ -385,6 +385,32 @@ def test_a_model_card_declares_tuning_too(saved):
         assert models.load(saved).tuned_for == ()
 
 
+@pytest.mark.parametrize("part", ["config", "model", "tokenizer"])
+def test_code_that_a_folder_brings_is_never_run(part, saved, tmp_path, monkeypatch):
+    """And nobody is asked whether it may be. A folder that brings some for a known type is loaded without it."""
+    worded("?", "a").save_pretrained(saved)
+    (saved / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Any: pass\n")
+    brought = {"AutoConfig": "code.Any", "AutoModelForCausalLM": "code.Any", "AutoTokenizer": ["code.Any", "code.Any"]}
+    rewrite_config(saved, auto_map=brought)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    assert models.load(saved).eos_ids == (2,) and models.load_tokenizer(saved) is not None
+    refused = pytest.raises(ModelError, match=r"brings along \(auto_map\), and kvgraph never runs")
+    if part == "tokenizer":
+        config = json.loads((saved / "tokenizer_config.json").read_text())
+        brings = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["code.Any", None]}}
+        (saved / "tokenizer_config.json").write_text(json.dumps(config | brings))
+        with refused:
+            models.load_tokenizer(saved)
+    elif part == "config":
+        rewrite_config(saved, model_type="odd")
+        assert models.tuned_for(saved) == ()
+    else:  # transformers knows the config, but no causal LM for it
+        rewrite_config(saved, model_type="vit")
+    with refused if part != "model" else pytest.raises(ModelError):
+        models.load(saved, allow_untested=True)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_weights_of_other_shapes_are_named(saved):
     rewrite_config(saved, intermediate_size=24)
     with pytest.raises(ModelError, match="weights don't have the shapes that its config.json says"):
