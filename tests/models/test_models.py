@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 import transformers
+import xxhash
 from safetensors.torch import load_file, save_file
 
 import families
@@ -481,22 +483,66 @@ def test_a_hub_name_in_another_process_is_the_same_model(saved, tmp_path):
     assert run.stdout.split()[-2:] == ["org/tiny", models.load(saved).fingerprint]
 
 
-def test_weight_hashes_are_remembered_until_the_file_changes(saved, cache, monkeypatch):
-    file = saved / "model.safetensors"
-    first = file_hash(file)
-    assert not cache.exists()  # too fresh to be trusted
-    os.utime(file, ns=(10**18, 10**18))
-    assert file_hash(file) == first and list(json.loads(cache.read_text())) == [str(file.resolve())]
-    entry = json.loads(cache.read_text())[str(file.resolve())]
-    assert entry == [file.stat().st_size, 10**18, first]
-    cache.write_text(json.dumps({str(file.resolve()): [*entry[:2], "remembered"]}))
-    assert file_hash(file) == "remembered"
-    os.utime(file, ns=(2 * 10**18 // 2 + 10**9, 10**18 + 10**9))
-    assert file_hash(file) == first
+@pytest.fixture
+def large(saved, monkeypatch) -> Path:
+    """A file of weights of which only samples are read where its hash is remembered; its times are long past."""
+    monkeypatch.setattr(fingerprint, "WHOLE", 0)
+    monkeypatch.setattr(fingerprint, "EVERY", 4096)
+    monkeypatch.setattr(fingerprint, "SAMPLE", 64)
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)
+    return saved / "model.safetensors"
+
+
+def unchanged(path: Path, monkeypatch) -> None:
+    """From now on whatever is at this path has the same size, times and inode as now."""
+    status, stat = path.stat(), Path.stat
+    monkeypatch.setattr(Path, "stat", lambda p, **options: status if p == path else stat(p, **options))
+
+
+def test_weight_hashes_are_remembered_until_the_file_changes(large, cache, monkeypatch):
+    key, first = str(large.resolve()), file_hash(large)
+    assert first == xxhash.xxh3_128_hexdigest(large.read_bytes())
+    assert list(memory := json.loads(cache.read_text())) == [key]
+    cache.write_text(json.dumps({key: [*memory[key][:-1], "remembered"]}))
+    assert file_hash(large) == "remembered"
+    for field in range(5):  # size, times, inode, samples
+        cache.write_text(json.dumps({key: [*memory[key][:field], 0, *memory[key][field + 1 : -1], "remembered"]}))
+        assert file_hash(large) == first
     cache.write_text("not json")
-    assert file_hash(file) == first
+    assert file_hash(large) == first
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
-    assert file_hash(file) == first
+    assert file_hash(large) == first
+
+
+def test_a_weight_file_that_is_a_moment_old_is_not_remembered(large, cache, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(fingerprint, "WHOLE", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
+    os.utime(large, ns=(10**18, 10**18))  # says that it is old, but the time of its last change can't lie
+    file_hash(large)
+    assert not cache.exists()
+
+
+def test_other_weights_with_the_same_size_times_and_inode_are_found_out(large, cache, monkeypatch):
+    """As on layers of images and mounted object stores. Any tensor of EVERY bytes or more that differs is noticed."""
+    unchanged(large, monkeypatch)
+    first, content = file_hash(large), bytearray(large.read_bytes())
+    assert cache.exists()
+    for at in (0, 4096, 5 * 4096 + 63, len(content) - 1):
+        large.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert file_hash(large) != first
+        large.write_bytes(content)
+        assert file_hash(large) == first
+
+
+def test_small_weight_files_are_read_whole_at_every_load(saved, cache, monkeypatch):
+    file = saved / "model.safetensors"
+    unchanged(file, monkeypatch)
+    first, content = file_hash(file), bytearray(file.read_bytes())
+    content[len(content) // 2 + 1] ^= 1
+    file.write_bytes(content)
+    assert file_hash(file) != first and not cache.exists()
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3_text", "granite", "qwen2"])
