@@ -22,6 +22,7 @@ from kvgraph.models.support import TESTED, refuse
 
 # Given wherever anything is loaded: else transformers asks on the terminal whether it may run the Python of a folder.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+LFS = b"version https://git-lfs.github.com/spec/"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -146,6 +147,7 @@ def _build(hf: PreTrainedModel, tokenizer: Any, name: str, weights: list[str], a
 
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files that transformers will load from a folder."""
+    _refuse_pointers(folder, name)
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{name} holds an adapter, which isn't supported yet; merge it into the model and save that")
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -168,7 +170,17 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     raise ModelError(f"{name} has no model.safetensors")
 
 
+def _refuse_pointers(folder: Path, name: str) -> None:
+    """Raise ModelError for a folder cloned without Git LFS, which leaves a note of three lines in place of a file."""
+    for file in sorted(folder.glob("*")):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
+            raise ModelError(
+                f"{name} holds only a Git LFS pointer in place of {file.name}; run `git lfs pull` there, or download it again"
+            )
+
+
 def _tokenizer(folder: Path, name: str) -> Any:
+    _refuse_pointers(folder, name)
     if not any(
         (folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):

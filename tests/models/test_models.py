@@ -413,6 +413,17 @@ def test_code_that_a_folder_brings_is_never_run(part, saved, tmp_path, monkeypat
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "model-00001-of-00002.safetensors"])
+def test_a_folder_cloned_without_git_lfs_says_so(file, saved):
+    worded("?", "a").save_pretrained(saved)
+    (saved / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n")
+    says = rf"only a Git LFS pointer in place of {file}; run `git lfs pull`"
+    with pytest.raises(ModelError, match=says):
+        models.load(saved)
+    with pytest.raises(ModelError, match=says):
+        models.load_tokenizer(saved)
+
+
 def test_weights_of_other_shapes_are_named(saved):
     rewrite_config(saved, intermediate_size=24)
     with pytest.raises(ModelError, match="weights don't have the shapes that its config.json says"):
