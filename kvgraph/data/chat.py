@@ -11,6 +11,7 @@ import os
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from kvgraph.errors import GraphError
@@ -131,6 +132,37 @@ def plain(
     """The prompt for a model without a chat template: instruction, documents, question, with BOS where it belongs."""
     bos = tokenizer.bos_token if opening(tokenizer) else ""
     return Prompt((bos + instruction,), tuple(d.filled(check_template(template)) for d in documents), question)
+
+
+def first_special(tokenizer: Any, text: str) -> tuple[int, str] | None:
+    """Where the first special token of a text begins, and the token; None where it has none."""
+    specials = _specials(tokenizer, len(tokenizer))
+    at, _, token = min(((at, -len(s), s) for s in specials if (at := text.find(s)) >= 0), default=(-1, 0, ""))
+    return None if at < 0 else (at, token)
+
+
+@lru_cache(maxsize=8)
+def _specials(tokenizer: Any, size: int) -> tuple[str, ...]:
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(dict.fromkeys((*added, *tokenizer.all_special_tokens)))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token with which the chat template ends an answer: the first special one after it. None where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return _end_of_turn(tokenizer, str(template)) if template else None
+
+
+@lru_cache(maxsize=8)
+def _end_of_turn(tokenizer: Any, template: str) -> int | None:
+    mark = MARK.format("answer")
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    try:
+        after = _Renderer(tokenizer, {}, False, False)(messages, answer=False).partition(mark)[2]
+    except ChatError:
+        return None
+    found = first_special(tokenizer, after)
+    return None if found is None else int(tokenizer.convert_tokens_to_ids(found[1]))
 
 
 class _Renderer:

@@ -332,11 +332,13 @@ class Engine:
         own = 0 if encode_only else len(live)
         usage = Usage(sum((p.hi or 0) - p.lo for p in live.sees) + own, computed_tokens=own, live_tokens=own)
         usage.probe_tokens, usage.probe = cost(plan)
+        ends = frozenset((*params.stop_token_ids, *self.model.eos_ids))
         request = Request(
             plan=plan,
             keys=pool_keys,
             params=params,
-            sampler=Sampler(params, prompt_tokens(plan), {*params.stop_token_ids, *self.model.eos_ids}),
+            ends=frozenset(params.stop_token_ids) if params.ignore_eos else ends,
+            sampler=Sampler(params, prompt_tokens(plan), ends),
             stream=TextStream(
                 self.detokenize, params.stop, params.min_tokens, live.tokens[-BEFORE:] if proceed else ()
             ),

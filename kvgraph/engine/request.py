@@ -130,6 +130,7 @@ class Request:
     plan: Plan
     keys: list[str]
     params: SamplingParams
+    ends: frozenset[int]  # the tokens that end the answer
     sampler: Sampler
     stream: TextStream
     sequence: Sequence  # the prompt span, and the answer as it grows

@@ -277,9 +277,7 @@ class Scheduler:
         choice = request.sampler(logits[-1], best)
         request.sampled.append(choice)
         request.token_ids.append(choice.token)
-        ends = choice.token in request.params.stop_token_ids or (
-            not request.params.ignore_eos and choice.token in self.model.eos_ids
-        )
+        ends = choice.token in request.ends
         request.fresh.append(("" if ends else request.stream.push(choice.token), choice.token))
         if ends or request.stream.stopped:
             return self._finish(request, "stop")

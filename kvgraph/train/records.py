@@ -256,15 +256,8 @@ def _rendered(tokenizer: Any, messages: Sequence[Record]) -> str:
 
 def _end(tokenizer: Any, text: str) -> str:
     """The beginning of a text up to and with its first special token; empty where it has none."""
-    specials = _specials(tokenizer, len(tokenizer))
-    found = min(((at, -len(s), s) for s in specials if (at := text.find(s)) >= 0), default=None)
-    return "" if found is None else text[: found[0] + len(found[2])]
-
-
-@lru_cache(maxsize=8)
-def _specials(tokenizer: Any, size: int) -> tuple[str, ...]:
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(dict.fromkeys((*added, *tokenizer.all_special_tokens)))
+    found = chat.first_special(tokenizer, text)
+    return "" if found is None else text[: found[0] + len(found[1])]
 
 
 # -- prepared folders -------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body]) -> Req
     eos = server.tokenizer.eos_token_id
     method, graph = lay(body, eos)
     check_edges(server, graph.edges)
-    params = SamplingParams(max_tokens=body.max_new_tokens, stop_token_ids=() if eos is None else (eos,))
+    params = SamplingParams(max_tokens=body.max_new_tokens)
     return server.engine.prepare(server.engine.plan(graph, method), params, salt=caller.salt)
 
 
