@@ -54,7 +54,9 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bflo
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 KVBudget = Annotated[
     int | None,
-    typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of the free memory]."),
+    typer.Option(
+        parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of the free memory]."
+    ),
 ]
 AllowUntested = Annotated[
     bool, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")

@@ -428,7 +428,7 @@ def test_a_full_disk_is_one_line_and_then_it_goes_on(cli, tulu, tmp_path, full_d
     monkeypatch.setattr(run, "SAVED_BYTES", 2000)
     with full_disk():
         code, _, err = cli("tulu", "--source", tulu, "--out", tmp_path / "out")
-    assert code == 1 and err.count("\n") == 1 and "put that right and run the same again to go on" in err
+    assert code == 1 and err.count("\n") == 1 and "fix that and run the same command again to continue" in err
     state = json.loads((tmp_path / "out" / "prepared.json").read_text())
     assert 5000 < os.path.getsize(tmp_path / "out" / "train.jsonl") == state["bytes"]["train"] < 9000
     monkeypatch.undo()
