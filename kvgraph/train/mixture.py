@@ -152,7 +152,7 @@ class Mixture:
                         f"component {component.name} trains by {spec}, which no attention mask can express"
                     )
                 if component.through_links and not method.link_tokens:
-                    raise TrainError(f"component {component.name} asks through link tokens, but {spec} has none")
+                    raise TrainError(f"component {component.name} has through_links, but {spec} has no link tokens")
 
     def draw(self) -> list[Drawn]:
         """The next example, by one of its component's methods or by every one. Never empty.
