@@ -16,7 +16,7 @@ from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
 
 
-class Run(NamedTuple):
+class KeyRun(NamedTuple):
     """Some tokens of a block that see it in the same way: its token 0 at position `at` of their frame.
 
     weights: (group, temperature, scale) of the group it belongs to, see `View`; None without a group.
@@ -36,7 +36,7 @@ FRESH = Fresh()
 
 
 @dataclass
-class Block:
+class KeyBlock:
     """Packed tokens `tokens` [n] attend to keys lo..hi of `source`.
 
     runs: how they see it, n tokens in total.
@@ -48,21 +48,21 @@ class Block:
     source: Record | RowKV | Fresh
     lo: int
     hi: int
-    runs: list[Run]
+    runs: list[KeyRun]
     mask: np.ndarray | None = None
     causal: bool = False
 
 
-def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) -> tuple[list[Block], list[Block]]:
+def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) -> tuple[list[KeyBlock], list[KeyBlock]]:
     """The blocks of a step whose row i has its packed tokens from starts[i] on. window: of the layers, see `Layer`.
 
     The first list has a block for the new tokens of each chain (a row that isn't joined, and those that continue it), in
     order; together they cover each token once. The second has what is seen besides. Rows that see the same tokens of the
     same source share one block, wherever each places it.
     """
-    own: list[Block] = []
-    masked: list[Block] = []
-    shared: dict[tuple[int, int, int], Block] = {}
+    own: list[KeyBlock] = []
+    masked: list[KeyBlock] = []
+    shared: dict[tuple[int, int, int], KeyBlock] = {}
     parts: dict[tuple[int, int, int], list[np.ndarray]] = {}
     firsts = [i for i, row in enumerate(rows) if not row.joined]
     for i, j in zip(firsts, [*firsts[1:], len(rows)], strict=True):
@@ -73,12 +73,12 @@ def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) ->
         if len(p) == 1 and (window is None or p[0] - row.kv.positions[0] < window):
             past = 0  # one token that sees all of its row needs one block instead of two
         for a, b, lo, hi, mask in _slices(p, row.kv.positions[:past], window):
-            masked.append(Block(index[a:b], row.kv, lo, hi, _runs(chain, 0, a, b), mask))
+            masked.append(KeyBlock(index[a:b], row.kv, lo, hi, _runs(chain, 0, a, b), mask))
         fits = window is None or p[-1] - p[0] < window
         mask = None if fits else np.tri(len(p), dtype=bool) & (p[:, None] - p[None] < window)
         source, lo = (row.kv, past) if len(chain) == 1 else (FRESH, starts[i])
         hi = lo + len(p) if len(chain) > 1 else row.kv.length + len(row.tokens)
-        own.append(Block(index, source, lo, hi, _runs(chain, 0, 0, len(p)), mask, fits and len(p) > 1))
+        own.append(KeyBlock(index, source, lo, hi, _runs(chain, 0, 0, len(p)), mask, fits and len(p) > 1))
         for view in row.views:
             if p[0] > view.last and (window is None or p[-1] - view.first < window):
                 slices: list[_Slice] = [(0, len(p), 0, view.hi - view.lo, None)]  # the common case, without numpy
@@ -90,12 +90,12 @@ def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) ->
                 key = (id(view.source), view.lo + lo, view.lo + hi)
                 runs = _runs(chain, view.at, a, b, view.weights)
                 if mask is not None:
-                    masked.append(Block(index[a:b], view.source, *key[1:], runs, mask))
+                    masked.append(KeyBlock(index[a:b], view.source, *key[1:], runs, mask))
                 elif key in shared:
                     shared[key].runs.extend(runs)
                     parts[key].append(index[a:b])
                 else:
-                    shared[key] = Block(index[a:b], view.source, *key[1:], runs)
+                    shared[key] = KeyBlock(index[a:b], view.source, *key[1:], runs)
                     parts[key] = [index[a:b]]
     for key, block in shared.items():
         if len(parts[key]) > 1:
@@ -103,15 +103,17 @@ def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) ->
     return own, [*masked, *shared.values()]
 
 
-def _runs(chain: Sequence[Row], at: int, a: int, b: int, weights: tuple[int, float, float] | None = None) -> list[Run]:
+def _runs(
+    chain: Sequence[Row], at: int, a: int, b: int, weights: tuple[int, float, float] | None = None
+) -> list[KeyRun]:
     """How tokens a..b of a chain see what stands at position `at` of its first row's frame."""
     if len(chain) == 1:
-        return [Run(at, b - a, weights)]
+        return [KeyRun(at, b - a, weights)]
     runs, start = [], 0
     for row in chain:
         n = min(b, start + len(row.tokens)) - max(a, start)
         if n > 0:
-            runs.append(Run(at - row.lead, n, weights))
+            runs.append(KeyRun(at - row.lead, n, weights))
         start += len(row.tokens)
     return runs
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvgraph.attention.backends import triton as kernels
-from kvgraph.attention.blocks import Block, Fresh, blocks_of
+from kvgraph.attention.blocks import Fresh, KeyBlock, blocks_of
 from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
@@ -123,7 +123,9 @@ def address(source: Record | RowKV, numbers: int) -> tuple[int, int]:
     return begin, capacity
 
 
-def tables(blocks: Sequence[Block], leads: np.ndarray, repeat: int, groups: int, numbers: int, tune: Tuning) -> Window:
+def tables(
+    blocks: Sequence[KeyBlock], leads: np.ndarray, repeat: int, groups: int, numbers: int, tune: Tuning
+) -> Window:
     """The tables of the blocks of a step. leads [T]: of each token's row. numbers: keys and values of a token, of all layers."""
     tokens = len(leads)
     work = groups * sum((b.hi - b.lo) * -(-len(b.tokens) * repeat // tune.rows) for b in blocks if not b.causal)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvgraph.attention.backends import backend_for
 from kvgraph.attention.backends.base import Backend, Part
-from kvgraph.attention.blocks import Block, Fresh, blocks_of
+from kvgraph.attention.blocks import Fresh, KeyBlock, blocks_of
 from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
@@ -168,7 +168,7 @@ class Step:
         parts.buckets = list(self._buckets(tokens, groups))
         return parts
 
-    def _part(self, block: Block, columns: slice) -> _Seen:
+    def _part(self, block: KeyBlock, columns: slice) -> _Seen:
         mask = None if block.mask is None else self._tensor(block.mask)
         return _Seen(columns, block.source, slice(block.lo, block.hi), mask, block.causal)
 

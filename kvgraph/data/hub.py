@@ -38,7 +38,7 @@ def pinned(hub: Hub, revision: str | None, error: io.Error) -> Hub:
         return hub._replace(revision=revision or HfApi().dataset_info(hub.name, revision=hub.revision).sha)
 
 
-class Stream:
+class HubStream:
     """The records of a data set as they arrive; `state` and `resume` are those of `datasets`."""
 
     def __init__(self, hub: Hub, error: io.Error, resume: Any = None):

@@ -49,7 +49,7 @@ class DataError(KVGraphError, ValueError):
 # -- records ----------------------------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
+class UnparsedRecord(NamedTuple):
     """A record that isn't parsed yet.
 
     where: file and line, for messages.
@@ -68,7 +68,7 @@ def records(path: Path, error: Error = DataError) -> Iterator[tuple[str, dict[st
         yield found.where, found.parse()
 
 
-def scan(path: Path, error: Error = DataError) -> Iterator[Found]:
+def scan(path: Path, error: Error = DataError) -> Iterator[UnparsedRecord]:
     """As `records`, but a record is parsed only on request, so that earlier ones can be skipped quickly."""
     if not path.is_dir():
         yield from _scanned(path, error)
@@ -161,7 +161,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} isn't a JSON number")
 
 
-def _scanned(path: Path, error: Error) -> Iterator[Found]:
+def _scanned(path: Path, error: Error) -> Iterator[UnparsedRecord]:
     kind = suffix(path)
     if kind not in SUFFIXES:
         raise error(f"{path}: {kind} isn't supported; use {', '.join(filter(None, SUFFIXES))}, each also with .gz")
@@ -170,11 +170,11 @@ def _scanned(path: Path, error: Error) -> Iterator[Found]:
             for number, line in enumerate(file, 1):  # binary files split on b"\n" alone
                 if line.strip():
                     where = f"{path}:{number}"
-                    yield Found(where, line, partial(_parsed, line, where, error))
+                    yield UnparsedRecord(where, line, partial(_parsed, line, where, error))
         elif kind in WHOLE:
             for number, value in enumerate(listed(parse(file.read(), path, error), path, error), 1):
                 where = f"{path}, record {number}"
-                yield Found(where, json.dumps(value).encode(), partial(_object, value, where, error))
+                yield UnparsedRecord(where, json.dumps(value).encode(), partial(_object, value, where, error))
         elif kind in TABLE:
             yield from _table(file, path, error)
         else:
@@ -191,7 +191,7 @@ def _object(value: Any, where: str, error: Error) -> dict[str, Any]:
     return value
 
 
-def _table(file: IO[bytes], path: Path, error: Error) -> Iterator[Found]:
+def _table(file: IO[bytes], path: Path, error: Error) -> Iterator[UnparsedRecord]:
     """The rows of a CSV table. Quoted cells may contain line ends."""
     try:
         rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
@@ -201,12 +201,12 @@ def _table(file: IO[bytes], path: Path, error: Error) -> Iterator[Found]:
             if len(cells) != len(header):
                 raise error(f"{where} has {len(cells)} cells, but the header names {len(header)} columns")
             record = dict(zip(header, cells, strict=True))
-            yield Found(where, json.dumps(cells).encode(), partial(_object, record, where, error))
+            yield UnparsedRecord(where, json.dumps(cells).encode(), partial(_object, record, where, error))
     except (csv.Error, UnicodeDecodeError) as wrong:
         raise error(f"{path} isn't a table in UTF-8: {wrong}") from None
 
 
-def _parquet(file: IO[bytes], path: Path, error: Error) -> Iterator[Found]:
+def _parquet(file: IO[bytes], path: Path, error: Error) -> Iterator[UnparsedRecord]:
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -218,7 +218,7 @@ def _parquet(file: IO[bytes], path: Path, error: Error) -> Iterator[Found]:
             for batch in table.iter_batches(ROWS):
                 for i in range(batch.num_rows):
                     number += 1
-                    yield Found(f"{path}, row {number}", raw, partial(_cells, batch, i))
+                    yield UnparsedRecord(f"{path}, row {number}", raw, partial(_cells, batch, i))
     except pyarrow.ArrowException as wrong:
         raise error(f"can't read {path}: {first_line(wrong)}") from None
 

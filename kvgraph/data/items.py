@@ -134,7 +134,7 @@ def _hub(task: Task) -> Iterator[Placed]:
     if task.hub.file is not None:
         return _local(task, hub.download(task.hub, _no_hub))
     name = task.hub.name
-    return ((f"{name}, record {i}", record) for i, record in enumerate(hub.Stream(task.hub, _no_hub), 1))
+    return ((f"{name}, record {i}", record) for i, record in enumerate(hub.HubStream(task.hub, _no_hub), 1))
 
 
 def _no_hub(text: str) -> TaskError:

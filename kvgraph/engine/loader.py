@@ -18,7 +18,7 @@ from kvgraph.store.base import Found
 
 log = logging.getLogger("kvgraph.engine")
 
-THREADS = 8  # records read at once
+THREADS = 4  # records read at once; unpacking and checking them takes processor time from the model
 DEADLINE = 10.0  # seconds after which a span is computed instead; remote tiers give up sooner
 PAGE = 4096
 

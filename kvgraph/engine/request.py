@@ -61,9 +61,13 @@ class Sequence:
 
     @cached_property
     def to_gather(self) -> int:
-        """Tokens of the short spans that it will copy side by side, see `kvgraph.attention.rows.gathered`; an upper bound."""
-        total = sum((p.hi or 0) - p.lo for p in self.span.sees)
-        return total if len(self.span.sees) >= MANY and total <= SHORT * len(self.span.sees) else 0
+        """Tokens of the short spans that it will copy side by side, see `kvgraph.attention.rows.gathered`; 0: it won't."""
+        sees = self.span.sees
+        total = sum([(p.hi or 0) - p.lo for p in sees])
+        if len(sees) < MANY or total > SHORT * len(sees) or self.span.groups:
+            return 0
+        apart = all([a.at + (a.hi or 0) <= b.at + b.lo for a, b in pairwise(sees)])
+        return total if apart and len({p.span for p in sees}) == len(sees) else 0
 
     @property
     def parts(self) -> int:

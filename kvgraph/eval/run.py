@@ -141,7 +141,7 @@ def _check(engine: Engine, task: Task, items: Sequence[Item], edges: str) -> Non
 # -- asking -----------------------------------------------------------------------------------------------------------
 
 
-class _Asked(NamedTuple):
+class _Entered(NamedTuple):
     """An item in the engine."""
 
     item: Item
@@ -157,13 +157,13 @@ def _answers(
     edges: str,
     params: SamplingParams,
     window: int,
-) -> Generator[tuple[_Asked, Result | KVGraphError]]:
+) -> Generator[tuple[_Entered, Result | KVGraphError]]:
     """Answers as they finish. A new item enters as soon as fewer than `window` are in the engine."""
-    entered: dict[int, _Asked] = {}  # by number, until their answer
+    entered: dict[int, _Entered] = {}  # by number, until their answer
 
     def requests() -> Iterator[Request | KVGraphError]:
         for i, item in enumerate(items):
-            asked = entered[i] = _Asked(item, ContextGraph([]), 0)
+            asked = entered[i] = _Entered(item, ContextGraph([]), 0)
             try:
                 graph = prompt.build(task, item, engine.model.tokenizer).graph(prompt.edges_of(item, edges))
                 asked = entered[i] = asked._replace(graph=graph)
@@ -182,7 +182,7 @@ def _tokens(plan: Plan) -> int:
     return sum(len(span) for span in plan.spans)
 
 
-def _line(task: Task, asked: _Asked, answer: Result | KVGraphError) -> dict[str, Any]:
+def _line(task: Task, asked: _Entered, answer: Result | KVGraphError) -> dict[str, Any]:
     """An item's line in results.jsonl."""
     item = asked.item
     failed = isinstance(answer, KVGraphError)

@@ -19,7 +19,7 @@ from kvgraph.models.config import limit_of, vocabulary_of
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Observed:
     """What one layer gave its attention. q [H, T, D], k [G, T, D], v [G, T, Dv], rotated."""
 
     q: Tensor
@@ -41,7 +41,7 @@ def probe(hf: PreTrainedModel, tables: list[Tensor]) -> tuple[tuple[Rotary, ...]
     moves %= limit - n
     tokens = torch.arange(n) % vocabulary_of(hf)
     positions = torch.arange(n)
-    seen: dict[int, _Seen] = {}
+    seen: dict[int, _Observed] = {}
 
     def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
         layer = layer_index(module)
@@ -51,7 +51,9 @@ def probe(hf: PreTrainedModel, tables: list[Tensor]) -> tuple[tuple[Rotary, ...]
             raise ModelError(f"layer {layer} adds a position bias to its scores")
         if kwargs.get("scaling") is None:
             raise ModelError(f"layer {layer} doesn't say how it scales its scores")
-        seen[layer] = _Seen(q[0].float().cpu(), k[0].float().cpu(), v[0].float().cpu(), kwargs.get("sliding_window"))
+        seen[layer] = _Observed(
+            q[0].float().cpu(), k[0].float().cpu(), v[0].float().cpu(), kwargs.get("sliding_window")
+        )
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2)
 
     both = torch.cat([tokens, tokens]).to(hf.device), torch.cat([positions, positions + moves]).to(hf.device)

@@ -154,6 +154,9 @@ class _Gauges(Collector):
             ("bad", "Corrupt records, moved to quarantine."),
             ("unreadable", "Records that couldn't be opened or read by this version."),
             ("index_errors", "Times the index couldn't be used."),
+            ("errors", "Calls of a remote store that failed."),
+            ("timeouts", "Calls of a remote store without an answer in time."),
+            ("skipped", "Calls of a remote store that weren't made, because those before them had failed."),
         ):
             counted = CounterMetricFamily(f"kvgraph_store_{event}", help, labels=("tier",))
             for store in stores:

@@ -24,7 +24,7 @@ from kvgraph.store.base import is_key
 from kvgraph.store.codecs.base import CODES, DTYPES, Codec
 from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.codecs.registry import parse, spec_of
-from kvgraph.store.record import BadRecord, Packed, Record, UnsupportedRecord
+from kvgraph.store.record import BadRecord, PackedKV, Record, UnsupportedRecord
 
 VERSION = "1"
 ALIGN = 64  # bytes; a cache line
@@ -67,7 +67,7 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
     fingerprint: the model's, empty if not stated. Raises StoreError for what the format can't hold.
     """
     _check_encodable(record)
-    packed = record.packed or Packed("raw", Raw().pack(record))
+    packed = record.packed or PackedKV("raw", Raw().pack(record))
     tensors = {name: t.detach().contiguous() for name, t in packed.tensors.items()}
     buffers = [t.view(torch.uint8).numpy().reshape(-1).data for t in tensors.values()]
     table = [
@@ -151,7 +151,7 @@ def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = T
     _check_kv(keys, values, header.tokens)
     if verify and not all(map(_is_finite, (*keys, *values))):
         raise BadRecord("holds numbers that aren't finite")
-    packed = None if isinstance(header.codec, Raw) else Packed(spec_of(header.codec), kv)
+    packed = None if isinstance(header.codec, Raw) else PackedKV(spec_of(header.codec), kv)
     return Record(key, keys, values, _positions(data, header), packed)
 
 

@@ -17,7 +17,7 @@ class UnsupportedRecord(Exception):
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedKV:
     """A record's KV as a codec keeps them. codec: its text (see `kvgraph.store.codecs.registry`). tensors: by name, in
     the order in which they are written.
     """
@@ -42,7 +42,7 @@ class Record:
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     positions: torch.Tensor
-    packed: Packed | None = field(default=None, compare=False, repr=False)
+    packed: PackedKV | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.positions.shape[0]

@@ -144,14 +144,15 @@ def test_a_codec_makes_a_store_small_and_is_found_by_its_own_commands(run, model
     path.write_text("".join(json.dumps({"text": f"{i} " + "some words " * 20}) + "\n" for i in range(3)))
     store, sizes = tmp_path / "kv", {}
     for codec in ("raw", "kivi:bits=2"):
-        words = ["encode", model, path, "--store", store, "--template", "{text}", "--codec", codec]
+        options = ["--store", store, "--template", "{text}", "--codec", codec, "--method", "block"]
+        words = ["encode", model, path, *options]
         _, said, _ = run(*words, "--dry-run")
         assert figures(run(*words)[1])["reused"] == 0 and figures(run(*words)[1])["computed"] == 0
         sizes[codec] = sum(f.stat().st_size for f in store.glob(RECORDS)) - sum(sizes.values())
         unit = {"KiB": 1 << 10, "MiB": 1 << 20}
         amount, name = re.search(r"KV on disk +([\d.]+) (\w+)", said).groups()
         assert sizes[codec] == pytest.approx(float(amount) * unit[name], rel=0.1)
-        usage = ask(run, model, path, "--store", store, "--template", "{text}", "--codec", codec)["usage"]
+        usage = ask(run, model, path, *options)["usage"]
         assert usage["document_tokens_computed"] == 0
     assert sizes["raw"] > 8 * sizes["kivi:bits=2"]
     assert run("store", "ls", "--store", store)[1].count("kivi:bits=2") == 3

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvgraph import demo
+from kvgraph.store.codecs.registry import packed
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -102,7 +104,14 @@ def test_extending(model, tmp_path, monkeypatch):
     assert [(span.tokens, span.start) for span in plan.spans] == [((7,), 0), ((5, 6), 1), ((8,), 3)]
     assert names["window"](3, 2) == ((0, 1), (0, 2), (1, 2))
     assert len([r for r in results if r]) and all(r.finish_reason in ("stop", "length") for r in results if r)
+    record = next(iter(names["store"].records.values()))
+    halved = packed(record, names["Half"]())
+    assert all(torch.equal(a, b.half().float()) for a, b in zip(halved.keys, record.keys, strict=True))
     assert len(names["store"].records) == 2  # one of each document
+    assert [len(shelf) for shelf in names["SHELVES"].values()] == [2]
+    codec, record = names["Half"](), next(iter(names["store"].records.values()))
+    (keys, *_), _ = codec.unpack(codec.pack(record), len(record), record.keys[0].dtype)
+    assert keys.dtype == record.keys[0].dtype and 0 < (keys - record.keys[0]).abs().max() < 1e-2
     assert names["summary"]["scores"]["substring_em"]["n"] == 1
     assert (tmp_path / "runs/colours/block/results.jsonl").read_text().count("\n") == 1
     engine.close()

@@ -10,6 +10,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import installed
 from kvgraph.errors import StoreError
 from kvgraph.store import DiskStore, MemoryStore, Record, TieredStore, format
 from kvgraph.store.codecs.raw import Raw
@@ -242,17 +243,27 @@ class Negated:
         return Raw().unpack({n: -t for n, t in tensors.items() if n != "mark"}, tokens, dtype)
 
 
-def test_a_toy_codec_joins_by_one_line(monkeypatch, tmp_path):
+@pytest.fixture
+def toy(monkeypatch, tmp_path_factory):
+    """The toy as another package's codec."""
+    folder = tmp_path_factory.mktemp("package")
+    installed.declare(folder, "toy", f"[{CODECS.group}]\nnegated = {__name__}:Negated\n")
+    monkeypatch.syspath_prepend(str(folder))
+    with installed.looked_up_again([CODECS]):
+        yield
+
+
+def test_a_toy_codec_joins_by_one_line(toy, monkeypatch, tmp_path):
     record = normal()
-    monkeypatch.setitem(CODECS, "negated", Negated)
     store = DiskStore(tmp_path)
     store.put(packed(record, parse("negated:mark=7")))
     assert same(got(DiskStore(tmp_path), record.key), record)
     assert [e.codec for e in store.ls()] == ["negated:mark=7"] and store.verify().clean
-    monkeypatch.delitem(CODECS, "negated")
-    fresh = DiskStore(tmp_path)
-    assert fresh.get(record.key) is None and fresh.counts()["unreadable"] == 1
-    assert fresh.verify().unsupported and fresh.contains(record.key)  # left alone
+    monkeypatch.undo()
+    with installed.looked_up_again([CODECS]):
+        fresh = DiskStore(tmp_path)
+        assert fresh.get(record.key) is None and fresh.counts()["unreadable"] == 1
+        assert fresh.verify().unsupported and fresh.contains(record.key)  # left alone
 
 
 @pytest.mark.parametrize(
@@ -271,8 +282,7 @@ def test_a_toy_codec_joins_by_one_line(monkeypatch, tmp_path):
         ("negated:mark=1e3", "is a whole number"),
     ],
 )
-def test_what_is_no_codec_is_refused(text, says, monkeypatch):
-    monkeypatch.setitem(CODECS, "negated", Negated)
+def test_what_is_no_codec_is_refused(text, says, toy):
     with pytest.raises(StoreError, match=says):
         parse(text)
 

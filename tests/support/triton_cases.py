@@ -45,7 +45,7 @@ def kv(layers: list[Layer], capacity: int, filled: int, dtype: torch.dtype, posi
 
 def problem(seed=0, dtype=torch.float32, heads=4, groups=2, dim=16, value_dim=None, rotated=None, interleaved=False,
             window=None, grouped=False, gaps=False, long=50) -> Problem:  # fmt: skip
-    """Rows of every kind: encoding with and without a past, decoding on shared records, a live span with gaps."""
+    """Rows of every kind: encoding with and without a past, decoding on shared records, a prompt span with gaps."""
     torch.manual_seed(seed)
     layers = [Layer(0, None, groups, dim, value_dim or dim), Layer(0, window, groups, dim, value_dim or dim)]
     if window is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 from kvgraph.errors import StoreError
+from kvgraph.registry import Registry
 from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.fp8 import FP8
 from kvgraph.store.codecs.gear import GEAR
@@ -13,16 +15,20 @@ from kvgraph.store.codecs.int8 import Int8
 from kvgraph.store.codecs.kivi import KIVI
 from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.codecs.zstd import Zstd
-from kvgraph.store.record import Packed, Record
+from kvgraph.store.record import PackedKV, Record
 
-CODECS: dict[str, type[Codec]] = {
-    "raw": Raw,
-    "fp8": FP8,
-    "int8": Int8,
-    "kivi": KIVI,
-    "gear": GEAR,
-    "zstd": Zstd,
-}
+
+def _wrong(name: str, codec: Any) -> str:
+    """What is wrong with a codec of another package, or nothing."""
+    if not (isinstance(codec, type) and is_dataclass(codec) and hasattr(codec, "pack") and hasattr(codec, "unpack")):
+        return "it is no dataclass with pack and unpack"
+    return "" if codec.name == name else f"the codec's name is {codec.name!r}"  # type: ignore[attr-defined]  # or it raises
+
+
+CODECS: Registry[type[Codec]] = Registry(
+    {codec.name: codec for codec in (Raw, FP8, Int8, KIVI, GEAR, Zstd)}, "kvgraph.codecs", _wrong
+)
+"""Codecs by name. Other packages add some in the group "kvgraph.codecs"; see `kvgraph.registry`."""
 
 
 def parse(text: str) -> Codec:
@@ -60,7 +66,7 @@ def packed(record: Record, codec: Codec) -> Record:
     keys, values = record.keys, record.values
     if not codec.lossless:
         keys, values = codec.unpack(tensors, len(record), keys[0].dtype)
-    return replace(record, keys=keys, values=values, packed=Packed(spec_of(codec), tensors))
+    return replace(record, keys=keys, values=values, packed=PackedKV(spec_of(codec), tensors))
 
 
 def fingerprint_with(fingerprint: str, codec: Codec) -> str:

@@ -56,24 +56,24 @@ class Redis:
         except ValueError as error:
             raise StoreError(f"{address.shown} is no address of a Redis server: {error}") from None
 
-    def get(self, name: str) -> bytes | None:
+    def get(self, name: str) -> bytearray | None:
         """Its parts joined; None, and the record removed, if one is gone."""
         return self._asked(self._get, name)
 
-    def _get(self, name: str) -> bytes | None:
+    def _get(self, name: str) -> bytearray | None:
         found = self._record(name)
         if found is None:
             return None
         size, parts = found
-        data: list[bytes | None] = []
+        data = bytearray()
         for at in range(0, len(parts), AT_ONCE):
             pipeline = self._client.pipeline(transaction=False)
             for part in parts[at : at + AT_ONCE]:
                 pipeline.get(part)
-            data += pipeline.execute()
-        whole = [part for part in data if part is not None]
-        if len(whole) == len(parts) and sum(map(len, whole)) == size:
-            return b"".join(whole)
+            for found_part in pipeline.execute():
+                data += found_part or b""
+        if len(data) == size:
+            return data
         self._client.unlink(self._head(name), *parts)
         return None
 

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 from kvgraph.errors import StoreError
+from kvgraph.registry import Registry
 from kvgraph.store.base import Store
 
-# scheme -> "module:function"; the function makes the store of (url, fingerprint, tenant). Imported when a URL asks for it.
-SCHEMES: dict[str, str] = {
-    "redis": "kvgraph.store.remote.redis:open_redis",
-    "rediss": "kvgraph.store.remote.redis:open_redis",
-    "valkey": "kvgraph.store.remote.redis:open_redis",
-    "s3": "kvgraph.store.remote.objects:open_objects",
-    "s3a": "kvgraph.store.remote.objects:open_objects",
-    "gs": "kvgraph.store.remote.objects:open_objects",
-    "az": "kvgraph.store.remote.objects:open_objects",
-    "azure": "kvgraph.store.remote.objects:open_objects",
-    "abfs": "kvgraph.store.remote.objects:open_objects",
-}
+Opener = Callable[[str, str, str], Store]
+"""What makes the store of (URL, model's fingerprint, tenant). It imports the client of its service when it is called."""
+
+
+def _redis(url: str, fingerprint: str, tenant: str) -> Store:
+    from kvgraph.store.remote.redis import open_redis
+
+    return open_redis(url, fingerprint, tenant)
+
+
+def _objects(url: str, fingerprint: str, tenant: str) -> Store:
+    from kvgraph.store.remote.objects import open_objects
+
+    return open_objects(url, fingerprint, tenant)
+
+
+SCHEMES: Registry[Opener] = Registry(
+    {
+        **dict.fromkeys(("redis", "rediss", "valkey"), _redis),
+        **dict.fromkeys(("s3", "s3a", "gs", "az", "azure", "abfs"), _objects),
+    },
+    "kvgraph.stores",
+    lambda scheme, opener: "" if callable(opener) else "it is no function",
+)
+"""Openers by URL scheme. Other packages add some in the group "kvgraph.stores"; see `kvgraph.registry`."""
 
 
 def open_remote(url: str, fingerprint: str, tenant: str = "") -> Store:
@@ -27,6 +40,4 @@ def open_remote(url: str, fingerprint: str, tenant: str = "") -> Store:
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
         raise StoreError(f"there is no kind of store {scheme[:40]!r}; give a folder, or a URL of {', '.join(SCHEMES)}")
-    module, _, name = SCHEMES[scheme].partition(":")
-    make: Callable[[str, str, str], Store] = getattr(import_module(module), name)
-    return make(url, fingerprint, tenant)
+    return SCHEMES[scheme](url, fingerprint, tenant)

@@ -63,11 +63,11 @@ class Files:
                 "restore them, or give another folder"
             )
 
-    def _found(self) -> Iterator[io.Found]:
+    def _found(self) -> Iterator[io.UnparsedRecord]:
         if self.read is not None and self.path.suffix.lower() not in (".jsonl", ".ndjson", *io.PARQUET):
             for number, record in enumerate(self.read(self.path), 1):
                 raw = json.dumps(record, default=str).encode()
-                yield io.Found(f"{self.path}, record {number}", raw, partial(dict, record))
+                yield io.UnparsedRecord(f"{self.path}, record {number}", raw, partial(dict, record))
             return
         yield from io.scan(self.path, _again)
 
@@ -86,7 +86,7 @@ class Stream:
     def rows(self, after: Position | None = None) -> Iterator[RawRow]:
         known = after or {"rows": 0, "stream": None, "more": 0}
         name, count, state, more = self.hub.name, known["rows"], known["stream"], 0
-        data = hub.Stream(self.hub, _unreachable, state)
+        data = hub.HubStream(self.hub, _unreachable, state)
         for record in data:
             more += 1
             if more > known["more"]:
