@@ -1,4 +1,4 @@
-"""From a request's JSON to prepared engine requests: documents, edges, method, chat template, what fits.
+"""From a request's JSON to prepared engine requests: documents, edges, method, chat template, and limits.
 
 Everything here may take long (tokenizing, planning, hashing) and runs on worker threads, never on the event loop.
 """
@@ -74,7 +74,7 @@ def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionReques
     context = _documents(server, caller, body) if body.kvgraph.graph is None else _stored_graph(server, caller, body)
     if isinstance(body, ChatRequest):
         if body.kvgraph.prefix is not None:
-            raise APIError(400, "chat has system messages for what stands before documents", param="kvgraph.prefix")
+            raise APIError(400, "kvgraph.prefix isn't for chats; send a system message", param="kvgraph.prefix")
         graphs = [chat_graph(server, body.messages, body, context.documents, context.names)]
     else:
         graphs = [_plain_graph(server, body, prompt, context) for prompt in prompt_list(body.prompt)]
@@ -142,7 +142,7 @@ def ignored(server: Server, body: Generation) -> list[str]:
 
 
 def max_tokens(body: Generation) -> int | None:
-    """The most tokens the answer may have, if the request says so."""
+    """The maximum number of tokens of the answer, if the request gives one."""
     if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
         return body.max_completion_tokens
     return body.max_tokens
@@ -191,7 +191,7 @@ def _stored_graph(server: Server, caller: Caller, body: Generation) -> _Context:
     for param, value in given.items():
         if value:
             raise APIError(
-                400, f"a stored graph brings its own documents, edges and method; leave out {param}", param=param
+                400, f"a stored graph has its own documents, edges and method; leave out {param}", param=param
             )
     chosen = options.segments
     if chosen is not None and len(chosen) > server.settings.max_documents:
@@ -251,7 +251,7 @@ def _plain_graph(server: Server, body: CompletionRequest, prompt: str | list[int
             raise APIError(400, "prompt is empty", param="prompt", code="invalid_value")
         return ContextGraph([], query)
     if body.echo:
-        raise APIError(400, "echo shows a plain prompt, without documents and prefix", param="echo")
+        raise APIError(400, "echo needs a plain prompt, without documents and prefix", param="echo")
     template = server.settings.document_template or DOCUMENT
     segments = [d.filled(template) for d in context.documents]
     start = with_bos(server, engine.tokenize(prefix or ""))

@@ -1,8 +1,8 @@
 """The JSON of requests and responses: OpenAI's shapes, `documents`, and the `kvgraph` object.
 
-What a client sends falls into three: what is understood; what asks for something that kvgraph doesn't do, which is refused;
-and what changes no answer, which is taken and, if kvgraph doesn't know it, named in the usage (setting `unknown_fields`).
-null stands for a field that wasn't sent, at every depth.
+There are three kinds of fields: those that kvgraph understands, those that ask for something it doesn't do, which are
+refused, and those that change no answer. The latter are accepted; unknown ones are named in the usage (setting
+`unknown_fields`). null counts as a field that wasn't sent, at every depth.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class GraphOptions(BaseModel):
 
 
 class StreamOptions(Sent):
-    """include_usage: a last chunk with the usage; continuous_usage_stats: and in every chunk, how it stands."""
+    """include_usage: a last chunk has the usage. continuous_usage_stats: every chunk has the usage so far."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -196,7 +196,7 @@ def _with_neutral(document: dict[str, Any]) -> None:
 
 
 class Generation(Sent):
-    """What chat and plain completions share."""
+    """Fields shared by chat and plain completions."""
 
     model_config = ConfigDict(json_schema_extra=_with_neutral)
 
@@ -342,7 +342,7 @@ class CompletionRequest(Generation):
 
 
 class Details(BaseModel):
-    """What this request cost, beyond what OpenAI's usage tells. Times are seconds since the request was queued.
+    """The cost of this request, beyond OpenAI's usage. Times are seconds since the request was queued.
 
     computed_tokens ran through the model before the first token of the answer; of them document_tokens_computed are the
     documents'. reused_tokens: by where they came from: memory, disk, or shared with a request that runs now. dropped:
@@ -464,14 +464,14 @@ class CompletionResponse(BaseModel):
 
 
 class Delta(BaseModel):
-    """What is new in a streamed message."""
+    """The new part of a streamed message."""
 
     role: Annotated[Literal["assistant"] | None, Unless] = None
     content: Annotated[str | None, Unless] = None
 
 
 class ChatChunkChoice(BaseModel):
-    """What is new in one answer."""
+    """The new part of one answer."""
 
     index: int
     delta: Delta
@@ -492,7 +492,7 @@ class ChatChunk(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The served model, and what a client can ask it."""
+    """The served model, and what a client can ask for."""
 
     id: str
     object: Literal["model"] = "model"

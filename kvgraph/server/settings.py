@@ -45,7 +45,7 @@ class Settings(BaseSettings):
 
     model: str
     adapter: str | None = None  # a LoRA adapter to merge into the model
-    served_name: str | None = None  # what clients call it; default: the folder's or hub's last name
+    served_name: str | None = None  # the model's name for clients; default: the last part of its name
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8771
     dtype: str = "auto"
@@ -172,7 +172,7 @@ def _check_names(settings: type[BaseSettings]) -> None:
     for name in map(str.upper, os.environ):
         ours = name.startswith("KVGRAPH_") and name.partition("__")[0] not in known
         if ours and (meant := get_close_matches(name, known, 1, cutoff=0.9)):
-            raise SettingsError(f"{name} is no setting; did you mean {meant[0]}?")
+            raise SettingsError(f"{name} isn't a setting; did you mean {meant[0]}?")
 
 
 def _explained(error: ValidationError, flags: dict[str, Any], config: Path | None) -> str:

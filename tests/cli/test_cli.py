@@ -563,7 +563,7 @@ def test_an_id_of_several_documents_cannot_be_picked_but_others_can(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps({"id": name, "text": "x"}) + "\n" for name in ("a", "b", "a")))
     documents = corpus.load(path, "{text}")
-    with pytest.raises(corpus.CorpusError, match=r"'a' is both .*c.jsonl:1's and .*c.jsonl:3's"):
+    with pytest.raises(corpus.CorpusError, match=r"c.jsonl:1 and .*c.jsonl:3 both have the id 'a'"):
         corpus.pick(documents, ["a"])
     assert [d.where for d in corpus.pick(documents, ["b", "2"])] == [f"{path}:2", f"{path}:3"]
 

@@ -246,7 +246,7 @@ def test_nq_positions_derives_what_the_other_files_hold(given):
 
 
 def test_nq_positions_of_two_files_is_an_error():
-    with pytest.raises(TaskError, match="stands at 4 here and at 0 before; give one gold_at_K file"):
+    with pytest.raises(TaskError, match="is at 4 here and at 0 before; give only one gold_at_K file"):
         items_of("nq-positions", sample("nq"))
 
 

@@ -151,7 +151,7 @@ def test_segments_are_listed_in_pages(live):
     ("body", "message"),
     [
         ({"segments": []}, "at least 1"),
-        ({"text": ""}, "holds no tokens"),
+        ({"text": ""}, "has no tokens"),
         ({"id": "../../etc/passwd", "text": "x"}, "pattern"),
         ({"id": "a/b", "text": "x"}, "pattern"),
         ({"id": "..", "text": "x"}, "pattern"),
@@ -452,7 +452,7 @@ def test_a_damaged_library_is_said_so(tmp_path):
 def test_without_a_file_memory_serves(tmp_path, caplog):
     (tmp_path / "library.sqlite").mkdir()
     library = Library(tmp_path / "library.sqlite", "model")
-    assert "they go when the server stops" in caplog.text
+    assert "they are lost when the server stops" in caplog.text
     library.add("t", [StoredSegment("a", (1, 2))], most=1)
     assert library.segment("t", "a").tokens == (1, 2)
 

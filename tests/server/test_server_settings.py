@@ -91,7 +91,7 @@ def test_what_is_wrong_in_a_file_is_said_in_one_line(file, text, said):
         (
             "KVGRAPH_API_KEY",
             f'[{{"key": "{SECRET}"}}]',
-            "KVGRAPH_API_KEY is no setting; did you mean KVGRAPH_API_KEYS?",
+            "KVGRAPH_API_KEY isn't a setting; did you mean KVGRAPH_API_KEYS?",
         ),
     ],
 )

@@ -282,7 +282,7 @@ def test_a_record_of_another_format_version_stays(tmp_path):
 def test_a_store_of_another_format_version_is_refused(tmp_path, version):
     filled(tmp_path, 1).close()
     (tmp_path / "VERSION").write_bytes(version.encode("latin-1"))
-    with pytest.raises(StoreError, match="this version of kvgraph reads 'kvgraph-store 1'"):
+    with pytest.raises(StoreError, match="but this version reads 'kvgraph-store 1'"):
         DiskStore(tmp_path)
 
 

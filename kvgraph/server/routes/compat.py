@@ -40,7 +40,7 @@ router = APIRouter(responses=errors.DECLARED)
 class BlocksRequest(BaseModel):
     """`blocks` are texts: prefix, middle, any number of contexts, query. Fields that aren't known are ignored.
 
-    max_new_tokens: the answer's length at most. The original has no such field and always allows 1024.
+    max_new_tokens: maximum length of the answer. The original doesn't have this field and always allows 1024.
     """
 
     model_config = ConfigDict(strict=True)
