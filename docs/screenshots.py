@@ -1,5 +1,5 @@
-"""The pictures of the playground: `python docs/screenshots.py` (needs playwright and a chromium) serves the demo's model,
-asks a question twice, and writes docs/images/playground-{light,dark}.png."""
+"""The pictures of the playground: `python docs/screenshots.py` (needs playwright and a chromium) serves SmolLM2-135M-Instruct
+with the adapter that ships with kvgraph, asks two questions, and writes docs/images/playground-{light,dark}.png."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import httpx
 from playwright.sync_api import Page, sync_playwright
 
 from kvgraph import demo
+from kvgraph.data.tasks import qa
 
 IMAGES = Path(__file__).parent / "images"
 PORT = 8799
@@ -27,7 +28,7 @@ def ask(page: Page) -> None:
     """Ask, and wait for both answers."""
     page.click("#send")
     page.wait_for_selector("#stop:not([disabled])")
-    page.wait_for_selector("#send:not([disabled])", timeout=120_000)
+    page.wait_for_selector("#send:not([disabled])", timeout=600_000)
     page.wait_for_load_state("networkidle")
 
 
@@ -41,10 +42,7 @@ def shoot(page: Page, name: str) -> None:
 def main() -> None:
     """Both pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "demo"
-        model.mkdir()
-        demo.write_model(model)
-        flags = ["--model", model, "--store", f"{folder}/kv", "--port", PORT]
+        flags = ["--model", demo.adapter(), "--store", f"{folder}/kv", "--port", PORT]
         server = subprocess.Popen([sys.executable, "-m", "kvgraph.cli", "serve", *map(str, flags)])
         try:
             while not _ready():
@@ -54,7 +52,10 @@ def main() -> None:
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
                 page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")
                 page.goto(URL)
+                page.set_default_timeout(300_000)
                 page.click("#demo")
+                page.fill("#max-tokens", "24")
+                page.fill("#system", qa.INSTRUCTION)  # what the adapter was trained with
                 page.select_option("#order", "turn")
                 ask(page)
                 page.select_option("#examples", index=1)

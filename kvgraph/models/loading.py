@@ -54,14 +54,17 @@ def load(
         adapter, name = name, adapters.base_of(adapters.folder_of(name))
     merging = None if adapter is None else adapters.folder_of(adapter)
     file = gguf.gguf_in(Path(name).expanduser())
-    hf, folder, files = _from_gguf(file, wanted, allow_untested) if file else _from_folder(name, wanted, allow_untested)
+    with gguf.read_once() if file else nullcontext():
+        hf, folder, files = (
+            _from_gguf(file, wanted, allow_untested) if file else _from_folder(name, wanted, allow_untested)
+        )
+        tokenizer = _tokenizer(file or folder, name)
     facts = None
     if merging is not None:
         facts = adapters.facts_of(merging)
         hf = adapters.merged(hf, merging)
     with one_line(f"can't put {name} on {target}"):
         hf.to(target)  # type: ignore[arg-type]
-    tokenizer = _tokenizer(file or folder, name)
     model = _build(hf, tokenizer, shown, [file_hash(f) for f in files], allow_untested, facts)
     for carded in filter(None, (folder, merging)):
         try:

@@ -23,7 +23,7 @@ import typer
 
 from kvgraph import Engine, __version__, demo, methods, models
 from kvgraph.cli import app, common, main
-from kvgraph.cli import demo as demo_command
+from kvgraph.cli import world_demo as demo_command
 from kvgraph.data import corpus, prompt
 from kvgraph.data.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.data.world import tokenizer
@@ -346,11 +346,11 @@ CORE_ONLY = """
 import sys
 from dataclasses import replace
 sys.modules |= dict.fromkeys(("datasets", "fastapi", "matplotlib", "peft", "pyarrow", "rouge_score", "scipy"))
-from kvgraph.cli import demo, main
+from kvgraph.cli import main, world_demo as demo
 demo.EACH = 3
 demo.DOCUMENTS, demo.SHUFFLED_CHUNKS = (replace(w, count=3) for w in (demo.DOCUMENTS, demo.SHUFFLED_CHUNKS))
 try:
-    main(["demo"])
+    main(["demo", "--world"])
 finally:
     assert "kvgraph.eval" not in sys.modules
 """
@@ -400,7 +400,7 @@ def test_the_demo_asks_as_an_evaluation_does(tmp_path):
 
 def test_a_demo_without_its_model_is_one_clear_line(run, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "FOLDER", tmp_path)
-    code, out, err = run("demo")
+    code, out, err = run("demo", "--world")
     assert code == 1 and out == "" and err.count("\n") == 1
     assert f"lacks config.json in {tmp_path}" in err and "install kvgraph again" in err
 
@@ -411,7 +411,7 @@ def test_a_difference_ends_the_demo_with_an_error(run, monkeypatch, shipped):
     monkeypatch.setattr(demo_command, "DOCUMENTS", small[0])
     monkeypatch.setattr(demo_command, "SHUFFLED_CHUNKS", small[1])
     monkeypatch.setattr(demo_command, "TOLERANCE", -1.0)
-    code, out, err = run("demo")
+    code, out, err = run("demo", "--world")
     assert code == 1 and "found a difference" in err
     assert len(re.findall(r"✗ +\S+ +logits differ", out)) == 4
 

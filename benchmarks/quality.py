@@ -1,0 +1,245 @@
+"""What methods cost a real model on real questions, as it comes and with the adapter that ships with kvgraph.
+
+    python -m benchmarks.quality SHARED_DATA --items 24 --rows quality.rows.jsonl --json benchmarks/results/quality.json
+
+Each item is asked by every method: the answer's negative log-likelihood (nats a token), whether the generated answer contains
+a right one (substring EM), the tokens that were computed and the time to the first token. Nothing is stored between items.
+Nothing that the adapter was trained on is asked: of the multi-hop training samples only the twelfth that its data held out.
+A run that was stopped goes on where it was (--rows).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.common import report
+from kvgraph import Engine, demo, methods, models
+from kvgraph.data import prompt
+from kvgraph.data.chat import Document
+from kvgraph.data.items import read
+from kvgraph.data.task import Item, Task
+from kvgraph.data.tasks import get
+from kvgraph.errors import GraphError, PlanError
+from kvgraph.eval.metrics import substring_em
+from kvgraph.eval.stats import mean_interval, p_text, paired
+from kvgraph.graph import Edge
+from kvgraph.models import adapters
+from kvgraph.progress import Progress
+from runs.smollm2_data import asked, is_held_out, names, over_stories
+
+NQ = "nq/nq-open-10_total_documents_gold_at_{}.jsonl.gz"
+WAYS = {  # what a row is called: (method, edges)
+    "full": ("full", ""),
+    "block": ("block", ""),
+    "kvlink": (demo.KVLINK, ""),
+    "graph-kv all": ("graph-kv", "all"),
+    "graph-kv top-3": ("graph-kv", "top-k:3"),
+    "graph-kv links": ("graph-kv", "links"),
+    "graph-kv random": ("graph-kv", "random"),
+    "pcw": ("pcw", ""),
+    "ape": ("ape", ""),
+    "epic": ("epic", ""),
+    "cacheblend": ("cacheblend", ""),
+    "prompt-cache": ("prompt-cache", ""),
+}
+STATES = ("base", "tuned")
+ANSWER_TOKENS = 24
+
+
+class Asked(NamedTuple):
+    """An item of a set, and the task that says how it is asked."""
+
+    task: Task
+    item: Item
+
+
+def sets(data: Path, count: int) -> dict[str, list[Asked]]:
+    """Up to `count` items of every set, at random but always the same."""
+    multi_hop = {"hotpotqa": "hotpot_train_100", "2wikimultihopqa": "2wiki_train_500", "musique": "musique_train_100"}
+    found = {
+        f"nq, gold {place}": _items("nq", data / NQ.format(position))
+        for place, position in (("first", 0), ("middle", 4), ("last", 9))
+    }
+    for name, file in multi_hop.items():
+        task = {"2wikimultihopqa": "2wiki"}.get(name, name)
+        there = _items(task, data / name / f"{file}.jsonl.gz")
+        found[name] = [one for one in there if is_held_out(asked(one.item.question, "")["question"])]
+    found["morehopqa"] = _items("morehopqa", data / "morehopqa" / "morehopqa_final_150samples.jsonl.gz")
+    found["stories"] = list(_stories(data))
+    chosen = {}
+    for name, items in found.items():
+        order = "nq" if name.startswith("nq") else name  # the same questions with the gold passage elsewhere
+        chosen[name] = random.Random(order).sample(items, min(count, len(items)))
+    return chosen
+
+
+def _items(task: str, path: Path) -> list[Asked]:
+    chosen = get(task)
+    return [Asked(chosen, item) for item in read(chosen, path).items]
+
+
+def _stories(data: Path) -> Iterator[Asked]:
+    """Questions about the sections of held-out stories, shuffled; a section reads the one before it."""
+    task = get("hotpotqa")
+    for number, record in enumerate(over_stories(data, [], True, random.Random(0))):
+        documents = tuple(Document(d["text"], d["title"]) for d in record["documents"])
+        links = tuple((source, reader) for source, reader in record["links"])
+        one = random.Random(number).choice(record["questions"])
+        cluster = documents[0].title
+        yield Asked(
+            task, Item(f"story-{number}", one["question"], (one["answer"],), documents, links=links, cluster=cluster)
+        )
+
+
+def edges_of(spec: str, one: Asked) -> tuple[Edge, ...] | None:
+    """The edges that a row names. None where the documents have no links and the row asks for them."""
+    item = one.item
+    if spec not in ("links", "random"):
+        return prompt.edges_of(item, spec) if spec else ()
+    links = item.links or (() if one.task.name == "nq" else _named(item))  # retrieved passages have none
+    if not links or spec == "links":
+        return links or None
+    count = len(item.documents)
+    others = [(s, r) for s in range(count) for r in range(count) if s != r and (s, r) not in links]
+    return tuple(random.Random(item.id).sample(others, min(len(links), len(others))))
+
+
+def _named(item: Item) -> tuple[Edge, ...]:
+    """Links between paragraphs: one names the other's title."""
+    documents = [{"title": d.title, "text": d.text} for d in item.documents]
+    return tuple(
+        (s, r) for r, reader in enumerate(documents) for s, source in enumerate(documents) if names(reader, source)
+    )
+
+
+def measured(engine: Engine, one: Asked, way: str) -> dict[str, Any] | None:
+    """One item by one method, from an empty store."""
+    spec, named = WAYS[way]
+    edges = edges_of(named, one)
+    if edges is None:
+        return None
+    method = methods.parse(spec)
+    graph = prompt.build(one.task, one.item, engine.model.tokenizer).graph(edges)
+    try:
+        engine.plan(graph, method)
+    except (GraphError, PlanError):  # more documents than link tokens
+        return None
+    result = engine.generate(graph, method, max_tokens=ANSWER_TOKENS, stop=(*one.task.stop, "\n"))
+    scores = engine.scores(graph, one.item.references[0], method)
+    return {
+        "nats": -float(scores.mean()),
+        "right": substring_em(result.text, one.item.references),
+        "prompt": result.usage.prompt_tokens,
+        "computed": result.usage.computed_tokens,
+        "ttft": result.usage.ttft,
+        "answer": result.text,
+    }
+
+
+def run(engines: dict[str, models.Model], found: dict[str, list[Asked]], rows: Path) -> list[dict[str, Any]]:
+    """Ask what isn't in `rows` yet. Items of all sets take turns, so that a run that is stopped has some of each."""
+    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    known = {(row["set"], row["id"], row["state"], row["way"]) for row in done}
+    longest = max(map(len, found.values()))
+    turns = [(name, items[i]) for i in range(longest) for name, items in found.items() if i < len(items)]
+    todo = [(n, one, s, w) for n, one in turns for s in engines for w in WAYS if (n, one.item.id, s, w) not in known]
+    with rows.open("a") as file, Progress("asking", len(todo)) as bar:
+        for name, one, state, way in todo:
+            with Engine(engines[state], store=None) as engine:
+                told = measured(engine, one, way)
+            if told is not None:
+                key = {"set": name, "id": one.item.id, "cluster": one.item.cluster, "state": state, "way": way}
+                done.append(key | told)
+                file.write(json.dumps(done[-1]) + "\n")
+                file.flush()
+            bar.advance(1)
+    return done
+
+
+def table(done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each set, state and method, over the items that every method of that set and state answered."""
+    lines = []
+    for name in dict.fromkeys(row["set"] for row in done):
+        for state in STATES:
+            mine = [row for row in done if (row["set"], row["state"]) == (name, state)]
+            ways = [way for way in WAYS if any(row["way"] == way for row in mine)]
+            by = {way: {row["id"]: row for row in mine if row["way"] == way} for way in ways}
+            ids = sorted(set.intersection(*map(set, by.values()))) if by else []
+            lines += [_line(name, state, way, by, ids) for way in ways if ids]
+    return lines
+
+
+def _line(name: str, state: str, way: str, by: dict[str, dict[str, Any]], ids: list[str]) -> dict[str, Any]:
+    rows, full = [by[way][i] for i in ids], [by["full"][i] for i in ids]
+    clusters = [row["cluster"] or row["id"] for row in rows]
+    right = mean_interval([row["right"] for row in rows], clusters)
+    against = paired([row["right"] for row in full], [row["right"] for row in rows], clusters)
+    more = [row["nats"] - other["nats"] for row, other in zip(rows, full, strict=True)]
+    return {
+        "set": name,
+        "model": state,
+        "method": way,
+        "items": len(ids),
+        "answer nats": mean(row["nats"] for row in rows),
+        "above full": "" if way == "full" else f"{mean(more):+.2f} ± {_spread(more):.2f}",
+        "right": f"{right.mean:.1%} [{right.low:.0%}, {right.high:.0%}]",
+        "p against full": "" if way == "full" else p_text(against.p),
+        "tokens": round(mean(row["prompt"] for row in rows)),
+        "computed": round(mean(row["computed"] for row in rows)),
+        "first token s": median(row["ttft"] for row in rows),
+    }
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean, by the normal distribution."""
+    return 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="the folder of public sets, in their own schemas")
+    parser.add_argument("--items", type=int, default=24, help="of each set, at most")
+    parser.add_argument("--sets", nargs="*", help="names, or beginnings of them [default: all]")
+    parser.add_argument(
+        "--rows", type=Path, default=Path("quality.rows.jsonl"), help="what was measured, one line each"
+    )
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--table-only", action="store_true", help="make the table of what there is")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = sets(args.data, args.items)
+    if args.sets:
+        found = {name: items for name, items in found.items() if name.startswith(tuple(args.sets))}
+    if args.table_only:
+        done = [json.loads(line) for line in args.rows.read_text().splitlines()]
+    else:
+        folder = demo.adapter()
+        base = adapters.base_of(folder)
+        engines = {
+            "base": models.load(base, device=args.device),
+            "tuned": models.load(base, adapter=folder, device=args.device),
+        }
+        done = run(engines, found, args.rows)
+    lines = table(done)
+    if not lines:
+        sys.exit("no item was asked by every method yet")
+    missing = [name for name in sets(args.data, 1) if name not in {line["set"] for line in lines}]
+    title = "Answers of SmolLM2-135M-Instruct by every method, as it comes and with the shipped adapter"
+    if missing:
+        title += f" (not measured yet: {', '.join([*missing, 'triviaqa'])})"
+    report(title, lines, args)
+
+
+if __name__ == "__main__":
+    main()
