@@ -1,6 +1,6 @@
 """Small facts remembered between runs (file hashes, passed gates), as JSON files in the user's cache folder.
 
-Losing one only costs working it out again, so nothing here ever fails: a folder that can't be written is no memory.
+Losing one only costs working it out again, so nothing here ever fails: a folder that can't be written, or isn't there, is no memory.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from kvgraph.data import io
 
 def recall(name: str, key: str) -> Any:
     """What was remembered under (name, key), or None."""
-    return _read(_folder() / f"{name}.json").get(key)
+    return _read(name).get(key)
 
 
 def remember(name: str, key: str, value: Any) -> None:
     """Remember a JSON value under (name, key); replaces the file atomically."""
-    path = _folder() / f"{name}.json"
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
+        path = _path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        io.write_json(path, {**_read(path), key: value}, indent=None)
+        io.write_json(path, {**_read(name), key: value}, indent=None)
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvgraph"
+def _path(name: str) -> Path:
+    """Raises RuntimeError where there is no home folder, as in a container with an unknown user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvgraph" / f"{name}.json"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(name: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(_path(name).read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
