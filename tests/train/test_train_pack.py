@@ -290,7 +290,7 @@ def test_documents_are_learned_once_in_their_first_version():
         (lambda: Example(GRAPH, []), "at least one question"),
         (lambda: Example(GRAPH, [([1], [2]), ([1], [])]), "nothing of question 1's answer is learned"),
         (lambda: pack([(Example(GRAPH, [([], [2])]), Block())], LONG), "the query is empty"),
-        (lambda: pack([(Example(GRAPH, QUESTIONS), CacheBlend())], LONG), "an engine plans it"),
+        (lambda: pack([(Example(GRAPH, QUESTIONS), CacheBlend())], LONG), "plan with an engine"),
     ],
 )
 def test_refused(make, message):
