@@ -322,7 +322,7 @@ class Engine:
         last of them end the plan's prompt span. salt: another tenant's than the engine's. proceed: the text follows the
         prompt's without a break (see `TextStream`). echo: score the prompt span too; Request.scored has its tokens from the
         second on, with log-probabilities if they are asked for. Raises PlanError or CapacityError if the request could
-        never run.
+        never run, and GrammarError.
         """
         params = params or SamplingParams()
         keys = self.keys(plan, salt)
@@ -349,6 +349,7 @@ class Engine:
             keep_logits=first_logits,
             submitted=time.perf_counter() - usage.probe,
             usage=usage,
+            guide=None if params.grammar is None else self.scheduler.guides.guide(params.grammar),
             link=link_of(plan, pool_keys, len(plan.spans) - 1),
         )
         self.scheduler.check(request)
