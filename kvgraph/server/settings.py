@@ -10,16 +10,26 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from kvgraph import methods
 from kvgraph.data.chat import check_template
 from kvgraph.errors import KVGraphError
+from kvgraph.units import parse_size
 
 log = logging.getLogger("kvgraph.server")
 
-Size = Annotated[ByteSize, Field(gt=0)]
+Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -71,8 +81,8 @@ class Settings(BaseSettings):
     max_edges: PositiveInt = 4096  # of a request, also when a name stands for them
     max_segments: PositiveInt = 100_000  # stored by a tenant
     max_graph_edges: PositiveInt = 200_000  # of a stored graph
-    max_request_bytes: Size = ByteSize(8 << 20)
-    max_body_bytes: Size = ByteSize(256 << 20)  # bodies of all requests being read or answered; beyond it 429
+    max_request_bytes: Size = 8 << 20
+    max_body_bytes: Size = 256 << 20  # bodies of all requests being read or answered; beyond it 429
     body_timeout: Seconds = 60.0  # how long a client may take to send a request's body
     max_pending: PositiveInt = 256  # requests in work or waiting; more get 429
     timeout: Seconds = 600.0  # a request may take

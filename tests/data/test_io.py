@@ -223,3 +223,13 @@ def test_what_is_remembered_is_never_half_a_file(tmp_path, monkeypatch):
     (tmp_path / "kvgraph").chmod(0o500)
     memo.remember("facts", "k", 1)  # a folder that can't be written is no memory, and no error
     (tmp_path / "kvgraph").chmod(0o700)
+
+
+def test_without_a_home_nothing_is_remembered(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    memo.remember("facts", "k", 1)
+    assert memo.recall("facts", "k") is None

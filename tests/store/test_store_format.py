@@ -208,7 +208,7 @@ def test_deep_and_foreign_files_are_refused():
 def test_what_the_format_cannot_hold_is_an_error():
     good = record()
     for bad, message in [
-        (replace(good, key="../../etc/passwd"), "isn't one"),
+        (replace(good, key="../../etc/passwd"), "isn't a record's key"),
         (record(torch.float64), "float64"),
         (replace(good, values=record(torch.float16).values), "float16"),
         (replace(good, positions=torch.arange(4)), "4 tokens"),
