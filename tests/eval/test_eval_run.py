@@ -31,8 +31,8 @@ from kvgraph.eval import stats
 from kvgraph.eval.metrics import METRICS
 from kvgraph.eval.run import evaluate, slug
 from kvgraph.eval.runs import RunError
+from soak import SOAK
 
-SOAK = os.environ.get("KVGRAPH_SOAK", "0") not in ("", "0")
 KILLS = 30 if SOAK else 3
 MAY_DIFFER = ("timing", "environment")
 

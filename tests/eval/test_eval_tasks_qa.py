@@ -26,9 +26,9 @@ from kvgraph.demo import write_model
 from kvgraph.engine.engine import Engine
 from kvgraph.eval.metrics import EXTRACT, METRICS
 from kvgraph.eval.run import evaluate
+from soak import SOAK
 
 DATA = Path(os.environ.get("KVGRAPH_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).resolve()
-SOAK = os.environ.get("KVGRAPH_SOAK") == "1"
 QA = (
     ["nq", "nq-positions", "triviaqa", "hotpotqa", "2wiki", "musique", "multihop-rag", "morehopqa"]
     + ["block-nq", "block-triviaqa", "block-hotpotqa", "block-2wiki"]

@@ -20,6 +20,7 @@ from kvgraph.plan import Group, Place, Plan, Span
 from kvgraph.store import Record
 from kvgraph.store import format as codec
 from kvgraph.store.format import BadRecord, UnsupportedRecord
+from soak import draws
 from store_worker import key_of, same
 
 DOC = Path(__file__).parents[2] / "docs" / "reference" / "format.md"
@@ -165,7 +166,7 @@ WEIRD = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=draws(300), deadline=None)
 @given(st.data())
 def test_hostile_headers_are_refused(data):
     """Any change of the header, with a right checksum: refused, or it still says what it said."""

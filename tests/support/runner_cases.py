@@ -4,7 +4,6 @@ answers equal those of the plain runner."""
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -14,6 +13,7 @@ import families
 from kvgraph import ContextGraph, Engine, models
 from kvgraph.edges import all_pairs, chain
 from kvgraph.engine import runner as runners
+from soak import SOAK
 
 replays = 0
 
@@ -89,7 +89,7 @@ def test_answers_are_those_of_the_plain_runner(monkeypatch, most):
         (ContextGraph([[5, 6, 7, 9, 10], [9, 8]], [3, 4, 5], [2, 1]), "epic"),
         (ContextGraph([[5, 6, 7], [9, 8]], [3, 4, 5], [2, 1]), "full"),
     ]
-    if not os.environ.get("KVGRAPH_SOAK"):
+    if not SOAK:
         graphs = graphs[1:3]
     for graph, method in graphs:
         for _ in range(2):  # cold, then warm

@@ -3,7 +3,6 @@ its own: compiled on a CUDA machine, in Triton's interpreter elsewhere."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from kvgraph.attention.cuda import Attention, CudaStep, Tables, Tuning, fixed_si
 from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV, View
 from kvgraph.attention.step import Step
+from soak import SOAK
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Largest difference relative to the largest value: in 16 bits, weights and queries are rounded before the products.
@@ -140,7 +140,7 @@ def check(p: Problem, scale=0.3, softcap=None, sinks=False, fixed=False) -> None
 FULL, HALF = torch.float32, torch.float16
 DTYPES = [FULL, HALF] + [torch.bfloat16] * (DEVICE.type == "cuda")
 # The interpreter needs seconds a case, so each kind runs once there, with one dtype or the other.
-ALL = DEVICE.type == "cuda" or os.environ.get("KVGRAPH_SOAK") == "1"
+ALL = DEVICE.type == "cuda" or SOAK
 SIZES = [(64, 64), (80, 48), (24, 128)] + [(96, 96), (128, 128), (256, 256)] * (DEVICE.type == "cuda")
 
 

@@ -31,7 +31,6 @@ from kvgraph.train.prepare.source import PrepareError, Skip
 from kvgraph.train.prepare.tokens import Tokens
 from kvgraph.train.records import Records, texts
 
-SOAK = os.environ.get("KVGRAPH_SOAK") == "1"
 DATA = Path(os.environ.get("KVGRAPH_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).resolve()
 OWN = [name for name in prepare.SOURCES if not name.startswith("qa-")]  # those have tests of their own
 FILES = ("train.jsonl", "validation.jsonl", "prepared.json")
@@ -283,7 +282,7 @@ def test_killed_at_any_moment_the_files_end_up_the_same(tulu, tmp_path):
     assert os.stat(out / "train.jsonl").st_mtime_ns == before
 
 
-@pytest.mark.skipif(not SOAK, reason="kills the command at random moments for a minute; set KVGRAPH_SOAK=1")
+@pytest.mark.slow  # kills the command at random moments for a minute
 def test_the_command_killed_at_random_moments(tulu, tmp_path):
     big = tmp_path / "big.jsonl"
     big.write_bytes(tulu.read_bytes() * 400)

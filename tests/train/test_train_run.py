@@ -32,9 +32,9 @@ from kvgraph.train.export import export
 from kvgraph.train.mixture import Drawn
 from kvgraph.train.pack import lay
 from kvgraph.train.trainer import Trainer, _Signals, train
+from soak import SOAK
 from train_runs import CHUNKS, HOPS, LINKED, config, evaluations, rows, steps, write_model
 
-SOAK = os.environ.get("KVGRAPH_SOAK") == "1"
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
