@@ -144,6 +144,15 @@ def _piece(value: Any, who: str) -> Piece:
     return ids
 
 
+def check_text(text: str) -> str:
+    """The text itself, if a tokenizer can read it. JSON can hold half of a surrogate pair: GraphError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GraphError(f"character {error.start} of a text is half of a surrogate pair; send whole ones") from None
+    return text
+
+
 def is_int(value: Any) -> bool:
     """Whether value is an integer of any library (numpy, torch), but not a bool."""
     try:

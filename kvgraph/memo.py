@@ -15,25 +15,26 @@ from kvgraph.data import io
 
 
 def recall(name: str, key: str) -> Any:
-    """The value remembered under (name, key), or None."""
-    return _read(_folder() / f"{name}.json").get(key)
+    """What was remembered under (name, key), or None."""
+    return _read(name).get(key)
 
 
 def remember(name: str, key: str, value: Any) -> None:
-    """Remember a JSON value under (name, key). The file is replaced atomically."""
-    path = _folder() / f"{name}.json"
-    with suppress(OSError):
+    """Remember a JSON value under (name, key); replaces the file atomically."""
+    with suppress(OSError, RuntimeError):
+        path = _path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        io.write_json(path, {**_read(path), key: value}, indent=None)
+        io.write_json(path, {**_read(name), key: value}, indent=None)
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvgraph"
+def _path(name: str) -> Path:
+    """Raises RuntimeError where there is no home folder, as in a container with an unknown user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvgraph" / f"{name}.json"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(name: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(_path(name).read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

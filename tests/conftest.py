@@ -15,11 +15,20 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from soak import SOAK, draws  # noqa: E402
+
 torch.set_num_threads(1)
 
-settings.register_profile("default", deadline=None, max_examples=30)
-settings.register_profile("soak", deadline=None, max_examples=500)
-settings.load_profile("soak" if os.environ.get("KVGRAPH_SOAK") == "1" else "default")
+settings.register_profile("ci", deadline=None, max_examples=draws(30))
+settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not SOAK and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: make soak"))
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture

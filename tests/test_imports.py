@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "kvgraph"
 # Modules and packages directly under kvgraph/. Each may import what is in a line above its own, and itself.
 ORDER = (
     ("errors",),
-    ("progress", "registry"),
+    ("progress", "registry", "units"),
     ("graph",),
     ("edges",),
     ("plan",),
@@ -35,7 +35,20 @@ ORDER = (
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Libraries that only these may import; whatever else imports them would drag a model library into text-only work.
-PURE = {"errors", "memo", "progress", "registry", "graph", "edges", "plan", "explain", "methods", "data", "__init__"}
+PURE = {
+    "errors",
+    "memo",
+    "progress",
+    "registry",
+    "units",
+    "graph",
+    "edges",
+    "plan",
+    "explain",
+    "methods",
+    "data",
+    "__init__",
+}
 ONLY_IN = {"transformers": {"models"}, "torch": set(LEVEL) - PURE}
 
 Sources = dict[str, str]  # dotted name of a module -> its source

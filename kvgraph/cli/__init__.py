@@ -5,6 +5,7 @@ torch and transformers are imported only when a command needs them, so that `--h
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import os
@@ -68,6 +69,7 @@ def kvgraph(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `kvgraph` command: run it and exit. 0: success; 1: an error or failed check; 2: wrong usage; 130: Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _open_streams()
     _keep_libraries_quiet()
     _warn_in_one_line()
     try:
@@ -114,6 +116,21 @@ def _debugging(words: list[str]) -> bool:
 
 def _say(message: str) -> None:
     print(f"kvgraph: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _open_streams() -> None:
+    """Streams that were closed lead nowhere, and characters that the output's encoding lacks are replaced.
+
+    No file may get the descriptor of a closed stream: what a library prints would be written into it.
+    """
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(free)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _keep_libraries_quiet() -> None:

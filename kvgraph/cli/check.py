@@ -36,7 +36,7 @@ def check(
         Path | None,
         typer.Option(
             metavar="CORPUS",
-            help="Your documents: measure quotations of those that `kvgraph tune` holds out, with and without --adapter.",
+            help="Your documents: measure on those that `kvgraph tune` holds out, with and without --adapter.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --data: use only the first items.")] = None,

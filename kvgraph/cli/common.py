@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvgraph import units
 from kvgraph.data import corpus
 from kvgraph.edges import named_edges
 from kvgraph.graph import ContextGraph, Text
@@ -21,18 +22,15 @@ if TYPE_CHECKING:
 
 DIGITS = re.compile(r"[0-9]{1,18}")  # a number; the limit is ample, and Python refuses thousands of digits
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-SIZES = {"": 1, "B": 1} | {f"{p}{s}": 1024**i for i, p in enumerate("KMGT", 1) for s in ("", "iB")}
-SIZES |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
 DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "4GiB" (= "4G", 1024³ each), "500MB" (1000² each) or "1000"."""
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
-    unit = next((size for name, size in SIZES.items() if match and name.lower() == match[2].lower()), None)
-    if match is None or unit is None or not 0 < (size := int(float(match[1]) * unit)) < 1 << 63:
-        raise typer.BadParameter(f"{text[:40]!r} isn't a size; write for example 4GiB or 500MB")
-    return size
+    """Bytes of a size, see `kvgraph.units`."""
+    try:
+        return units.parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def parse_duration(text: str) -> float:

@@ -14,6 +14,7 @@ from kvgraph.cli import common
 from kvgraph.cli.common import Documents, Edges, MethodName, Pick, Prefix, Template
 from kvgraph.errors import GraphError, ModelError
 from kvgraph.explain import explain as as_text
+from kvgraph.graph import check_text
 
 
 def explain(
@@ -74,4 +75,4 @@ def _source(source: str) -> tuple[Callable[[str], list[int]], tuple[str, ...]]:
     if looks_local and not Path(source).expanduser().is_dir():
         raise ModelError(f"there is no folder {source}")
     tokenizer = models.load_tokenizer(source)
-    return lambda text: tokenizer.encode(text, add_special_tokens=False), models.tuned_for(source)
+    return lambda text: tokenizer.encode(check_text(text), add_special_tokens=False), models.tuned_for(source)

@@ -1,4 +1,4 @@
-"""`kvgraph tune`: tune a model for composed caches on one's own documents, without labels."""
+"""`kvgraph tune`: tune a model for composed caches on your own documents, without labels."""
 
 from __future__ import annotations
 
@@ -23,30 +23,29 @@ def tune(
     documents: Annotated[Path, typer.Argument(metavar="DOCUMENTS", help="JSON Lines, text file or folder.")],
     out: Annotated[Path, typer.Option(metavar="ADAPTER", help="A new folder for the adapter; its run is beside it.")],
     method: Annotated[
-        list[str] | None, typer.Option(help="To tune for; may be repeated, to mix methods [default: block].")
+        list[str] | None, typer.Option(help="Method to tune for; repeat it to mix methods [default: block].")
     ] = None,
     edges: Annotated[
-        list[str] | None, typer.Option(help="For methods that read them, as in `ask`; may be repeated [default: all].")
+        list[str] | None, typer.Option(help="For methods that read edges, as in `ask`; may be repeated [default: all].")
     ] = None,
     questions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help='Questions about the documents: one a line, or {"question"} each.'),
+        typer.Option(metavar="FILE", help='Questions about the documents: one per line, or {"question"} each.'),
     ] = None,
     write: Annotated[int, typer.Option(min=0, help="Questions that the model writes itself.")] = 24,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps, of two records each.")] = 80,
-    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA adapter.")] = 16,
-    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of records, their order and the adapter.")] = 0,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapter.")] = 16,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Seed of records, their order and the adapter.")] = 0,
     template: common.Template = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done and the time.")] = False,
 ) -> None:
-    """Tune a model to do by a method what it does by full, on your documents and without labels.
+    """Tune a model to answer by a method as it does by full, on your documents and without labels.
 
-    The teacher is the model itself under full, the student the model with a LoRA adapter under the methods. Both read
-    the same passages of your documents and are asked to quote them, and questions that the model writes about them.
-    A part of the documents is held out; at the end a table says how much of the gap to full is closed on these. The
-    adapter is an ordinary PEFT folder: give it to any command with --adapter. Stop it whenever you like: the same
-    command goes on.
+    The teacher is the model itself under full. The student is the model with a LoRA adapter under the methods. Both
+    read passages of your documents, quote them, and answer questions that the model writes about them. Some documents
+    are held out; at the end, a table shows how much of the gap to full is closed on them. The adapter is an ordinary
+    PEFT folder; give it to any command with --adapter. You can stop at any time: the same command resumes.
 
     \b
       kvgraph tune ./llama docs --out docs-adapter --dry-run

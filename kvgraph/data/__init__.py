@@ -1,1 +1,1 @@
-"""Everything that is text before it is tokens: corpora, chat templates, prompts, the records and items of tasks."""
+"""Everything about text before tokenization: corpora, chat templates, prompts, and the records and items of tasks."""

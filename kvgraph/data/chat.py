@@ -1,8 +1,8 @@
-"""Chat messages and documents as the pieces of a context graph, cut out of what the model's own template renders.
+"""Chat messages and documents as the pieces of a context graph, cut out of the text that the model's template renders.
 
-Whatever is cut, the pieces joined are the template's text, so a plain prefill of them is what the model was tuned on.
-Pieces are cut where nothing later can change them: turn k of a conversation is the same piece in turn k + 1, and its KV
-is found again. Pure Python: a tokenizer is only asked for `chat_template`, `apply_chat_template`, its ids and their offsets.
+The joined pieces are always the template's text, so a plain prefill of them is what the model was tuned on. Pieces are
+cut where nothing later can change them: turn k of a conversation is the same piece in turn k + 1, so its KV is found
+again. Pure Python: of a tokenizer, only `chat_template`, `apply_chat_template`, ids and offsets are used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from kvgraph.errors import GraphError
@@ -18,18 +19,18 @@ from kvgraph.graph import ContextGraph, Edge, Text
 
 DOCUMENT = "{title}\n{text}\n\n"
 Messages = Sequence[Mapping[str, Any]]
-MARK = "\u2063kvgraph-{}\u2063"  # stands for a text while a template renders; invisible separators keep it unique
+MARK = "\u2063kvgraph-{}\u2063"  # replaces a text while a template renders; invisible separators keep it unique
 
 
 class ChatError(GraphError):
-    """Messages can't be laid out: no chat template, or one that refuses or drops them; no user message for documents."""
+    """Messages can't be rendered: no chat template, one that refuses or drops them, no user message for documents."""
 
 
 @dataclass(frozen=True)
 class Document:
     """A document to read: its text, and its title if it has one. `tokens` replaces both by token ids.
 
-    id: for people and records; it is not read.
+    id: for people and records; the model doesn't read it.
     """
 
     text: str = ""
@@ -38,7 +39,7 @@ class Document:
     tokens: tuple[int, ...] | None = None
 
     def filled(self, template: str) -> Text:
-        """The segment: the template with {title} and {text} filled in; lines that only hold a missing title vanish."""
+        """The segment: the template with {title} and {text} filled in. Lines with only a missing title are removed."""
         if self.tokens is not None:
             return self.tokens
         if not (self.text or self.title):
@@ -62,14 +63,14 @@ class Prompt:
 
 
 def check_template(template: str) -> str:
-    """The document template itself, if it says where the text goes; else ChatError."""
+    """The document template itself. Raises ChatError unless it says where the text goes."""
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError:
         fields = []
     if "text" not in fields or set(fields) - {"text", "title"}:
         raise ChatError(
-            f"the document template {template[:60]!r} must hold {{text}}, may hold {{title}}, and no other field"
+            f"the document template {template[:60]!r} must contain {{text}}, and no other field than {{title}}"
         )
     return template
 
@@ -90,15 +91,19 @@ def chat(
     proceed: bool = False,
     **variables: Any,
 ) -> Prompt:
-    """Messages ({"role", "content"}), and the documents the last user message is about, as a prompt.
+    """Messages ({"role", "content"}), and the documents that the last user message is about, as a prompt.
 
-    The prompt contains every message: a `developer` message is a `system` message to a template that doesn't know the
-    role, and a message that the template would leave out is an error. answer: end with the header of the answer.
+    The prompt contains every message. A `developer` message becomes a `system` message if the template doesn't know the
+    role, and a message that the template would leave out is an error.
+
+    answer: end with the header of the answer.
     proceed: the last message is the beginning of the answer, which is left open.
+    template: how to write a document, see `DOCUMENT`.
+    variables: further variables of the chat template.
 
-    Documents stand where the model's template has a place for them, as it writes them. Where it has none, and whenever
-    `template` (see `DOCUMENT`) is given, they stand filled into that template at the start of the last user message, so
-    that earlier turns stay a prefix. variables: further variables of the template. Raises ChatError.
+    Documents stand where the model's template has a place for them, in its form. If it has none, or if `template` is
+    given, they are written with that template at the start of the last user message, so that earlier turns stay a
+    prefix. Raises ChatError.
     """
     render = _Renderer(tokenizer, variables, answer, proceed)
     messages = render.known(messages)
@@ -110,7 +115,7 @@ def chat(
         return prompt
     last = next((i for i in reversed(range(len(messages))) if messages[i].get("role") == "user"), None)
     if last is None:
-        raise ChatError("documents need a user message to stand in; add one")
+        raise ChatError("documents need a user message that asks about them; add one")
     mark = MARK.format(f"documents-{os.urandom(8).hex()}")
     marked = [
         *messages[:last],
@@ -133,6 +138,37 @@ def plain(
     return Prompt((bos + instruction,), tuple(d.filled(check_template(template)) for d in documents), question)
 
 
+def first_special(tokenizer: Any, text: str) -> tuple[int, str] | None:
+    """Where the first special token of a text begins, and the token; None where it has none."""
+    specials = _specials(tokenizer, len(tokenizer))
+    at, _, token = min(((at, -len(s), s) for s in specials if (at := text.find(s)) >= 0), default=(-1, 0, ""))
+    return None if at < 0 else (at, token)
+
+
+@lru_cache(maxsize=8)
+def _specials(tokenizer: Any, size: int) -> tuple[str, ...]:
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(dict.fromkeys((*added, *tokenizer.all_special_tokens)))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token with which the chat template ends an answer: the first special one after it. None where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return _end_of_turn(tokenizer, str(template)) if template else None
+
+
+@lru_cache(maxsize=8)
+def _end_of_turn(tokenizer: Any, template: str) -> int | None:
+    mark = MARK.format("answer")
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    try:
+        after = _Renderer(tokenizer, {}, False, False)(messages, answer=False).partition(mark)[2]
+    except ChatError:
+        return None
+    found = first_special(tokenizer, after)
+    return None if found is None else int(tokenizer.convert_tokens_to_ids(found[1]))
+
+
 class _Renderer:
     def __init__(self, tokenizer: Any, variables: Mapping[str, Any], answer: bool, proceed: bool):
         if not getattr(tokenizer, "chat_template", None):
@@ -140,7 +176,7 @@ class _Renderer:
         self.tokenizer, self.variables, self.answer, self.proceed = tokenizer, variables, answer, proceed
 
     def whole(self, messages: Messages, **more: Any) -> str:
-        """The prompt of messages, up to where the model goes on."""
+        """The prompt of messages, up to where the model continues."""
         if self.proceed:
             return self(messages, answer=False, continue_final_message=True, **more)
         return self(messages, answer=self.answer, **more)
@@ -150,7 +186,7 @@ class _Renderer:
         developers = {i for i, message in enumerate(messages) if message.get("role") == "developer"}
         try:
             lost = self._lost(messages)
-        except ChatError:  # many templates raise an error for a role that they don't know
+        except ChatError:  # many templates raise an error for an unknown role
             if not developers:
                 raise
             lost = sorted(developers)
@@ -166,7 +202,7 @@ class _Renderer:
         return messages
 
     def _lost(self, messages: Messages) -> list[int]:
-        """The messages with a content that isn't rendered, by number. The content itself may also stand elsewhere."""
+        """The indices of messages whose content isn't rendered. The content itself may also occur elsewhere."""
         marks = [f"kvgraph{os.urandom(8).hex()}" if message.get("content") else "" for message in messages]
         marked = [{**m, "content": mark} if mark else m for m, mark in zip(messages, marks, strict=True)]
         text = self(marked, answer=self.answer)
@@ -177,14 +213,14 @@ class _Renderer:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=answer, **self.variables, **more
             )
-        except Exception as error:  # a template is a program, and raises what it likes
+        except Exception as error:  # a template is a program and can raise anything
             raise ChatError(f"the model's chat template refuses these messages: {error}") from None
 
     def cuts(self, whole: str, messages: Messages) -> list[int]:
         """Where the first 1, 2, ... messages (see `_ends`) end in `whole`.
 
-        That is where the text of these messages alone and any text with further messages part: a template may end a
-        conversation in a way that it ends no turn within one.
+        There the text of these messages alone and any text with further messages diverge: a template may end a
+        conversation differently from a turn within one.
         """
         ends: list[int] = []
         closing = ""  # what the template was seen to end a conversation with
@@ -202,7 +238,7 @@ class _Renderer:
         return ends
 
     def _later(self, messages: Messages) -> str:
-        """What the messages may look like in the next turn; without a next message if the template allows none."""
+        """The messages as they may look in the next turn; without a next message if the template allows none."""
         role = "user" if messages[-1].get("role") == "assistant" else "assistant"
         try:
             return self([*messages, {"role": role, "content": MARK.format("later")}], answer=False)
@@ -210,14 +246,14 @@ class _Renderer:
             return self(messages, answer=False)
 
     def _shared(self, part: str, whole: str) -> int:
-        """How many characters two texts begin with in common, up to the start of a token of both if they part in one."""
+        """The length of the common beginning of two texts, up to a token start of both if they differ in a token."""
         if whole.startswith(part):
             return len(part)
         same = len(os.path.commonprefix([part, whole]))
         return max((at for at in self._starts(part) & self._starts(whole) if at <= same), default=0)
 
     def _starts(self, text: str) -> set[int]:
-        """Where the tokens of a text begin; nowhere, as far as a tokenizer without offsets can tell."""
+        """Where the tokens of a text begin; empty for a tokenizer without offsets."""
         if not getattr(self.tokenizer, "is_fast", False):
             return set()
         text = text.encode("utf-8", "replace").decode()  # tokenizers can't read half a surrogate pair
@@ -225,7 +261,7 @@ class _Renderer:
         return {start for start, _ in encoded["offset_mapping"]}
 
     def native(self, messages: Messages, documents: Sequence[Document]) -> Prompt | None:
-        """The prompt as a template with a place for documents renders it; None when this one has no such place."""
+        """The prompt as a template with a place for documents renders it; None if this template has none."""
         if "documents" not in str(self.tokenizer.chat_template) or any(d.tokens is not None for d in documents):
             return None
         key = os.urandom(8).hex()
@@ -236,7 +272,7 @@ class _Renderer:
         whole = self.whole(messages, documents=listed)
         if len(parts) != 3 or any(whole.count(mark) != 1 for mark in marks):
             return None
-        footer = os.path.commonprefix(parts[1:])  # what follows a document, whether or not another comes
+        footer = os.path.commonprefix(parts[1:])  # what follows every document, also the last
         between: list[str] = []
         for mark in marks:
             head, whole = whole.split(mark)
@@ -254,7 +290,7 @@ class _Renderer:
 def _ends(count: int) -> Iterator[int]:
     """After which of `count` messages to cut: each of the first 64, each 8th up to 512, each 64th up to 4,096, and so on.
 
-    A cut costs a rendering of all before it, so one a message would take minutes for thousands of them.
+    A cut costs a rendering of all messages before it, so one cut per message would take minutes for thousands of them.
     """
     end, step = 0, 1
     while end + step <= count:

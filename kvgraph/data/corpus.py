@@ -24,14 +24,15 @@ RECORDS = tuple(filter(None, io.SUFFIXES))
 
 
 class CorpusError(io.DataError):
-    """A corpus can't be read: no such file, a bad line, a missing field. The message names the file and line."""
+    """A corpus can't be read: a missing file, a bad line, a missing field. The message names the file and line."""
 
 
 @dataclass(frozen=True)
 class CorpusDocument:
-    """One document. name: its id (records: field "id" or "_id"; text files: the path in the folder), or "" without one.
+    """One document.
 
-    where: the file and line it comes from, for messages.
+    name: its id: the field "id" or "_id" of a record, or a text file's path in its folder; "" without one.
+    where: its file and line, for messages.
     """
 
     text: str
@@ -42,7 +43,7 @@ class CorpusDocument:
 def load(
     path: str | Path, template: str | None = None, limit: int | None = None, token_ids: bool = False
 ) -> list[CorpusDocument]:
-    """All documents of a corpus (or the first `limit`) in order; see `read`. Raises CorpusError when there are none."""
+    """All documents of a corpus (or the first `limit`) in order; see `read`. Raises CorpusError if there are none."""
     documents = list(islice(read(path, template, token_ids), limit))
     if not documents:
         raise CorpusError(f"{path} holds no documents")
@@ -52,12 +53,13 @@ def load(
 def read(path: str | Path, template: str | None = None, token_ids: bool = False) -> Iterator[CorpusDocument]:
     """Documents of a file of records, a text file, or a folder of such files, as they are read.
 
-    template: fields in braces, "{{" for a brace. Unless given, records use "{title}\\n{text}\\n" (CSV without a column
-    `title`: "{text}\\n") and text files their text. Text files have the fields `title` (the file's name without its
-    ending) and `text`.
-    token_ids: a field may also be a list of integers, for documents that are token ids written out.
-    Raises CorpusError, naming file and line: nothing there, no UTF-8, bad JSON, fields that the template needs missing
-    or neither texts nor numbers; and for a template without any field.
+    template: text with fields in braces, and "{{" for a brace. The default is "{title}\\n{text}\\n" for records
+        ("{text}\\n" for CSV without a column `title`) and the text for text files. The fields of a text file are
+        `title` (its name without its ending) and `text`.
+    token_ids: a field may also be a list of integers, for documents given as token ids.
+
+    Raises CorpusError, naming file and line, for missing or empty files, text that isn't UTF-8, bad JSON, missing
+    fields, fields that are neither texts nor numbers, and a template without a field.
     """
     root = Path(path)
     if not root.exists():
@@ -70,9 +72,9 @@ def read(path: str | Path, template: str | None = None, token_ids: bool = False)
 
 
 def pick(documents: Sequence[CorpusDocument], wanted: Iterable[str]) -> list[CorpusDocument]:
-    """The wanted documents in the order asked for. Each is a document's id, or else its number counted from 0.
+    """The picked documents, in the order given. Each is given by its id, or by its number from 0.
 
-    Raises CorpusError for one that is neither, or asked for twice, or for an id that several documents have.
+    Raises CorpusError for an unknown document, one picked twice, or an id that several documents have.
     """
     by_name: dict[str, list[int]] = {}
     for i, document in enumerate(documents):
@@ -83,9 +85,7 @@ def pick(documents: Sequence[CorpusDocument], wanted: Iterable[str]) -> list[Cor
         index, *others = by_name.get(ref) or [_number(ref)]
         if others:
             first, second = documents[index].where, documents[others[0]].where
-            raise CorpusError(
-                f"the id {ref!r} is both {first}'s and {second}'s; give one of them another, or pick by number"
-            )
+            raise CorpusError(f"{first} and {second} both have the id {ref!r}; change one of them, or pick by number")
         if not 0 <= index < len(documents):
             known = f"numbers 0 to {len(documents) - 1}" + (" or their ids" if by_name else "")
             raise CorpusError(f"there is no document {ref[:40]!r} to pick; documents have {known}")
@@ -96,7 +96,7 @@ def pick(documents: Sequence[CorpusDocument], wanted: Iterable[str]) -> list[Cor
 
 
 def _number(ref: str) -> int:
-    """The number that a text is, or -1: no corpus needs more than 18 digits, and Python refuses thousands of them."""
+    """The number in a text, or -1. At most 18 digits are ample, and Python refuses thousands of them."""
     return int(ref) if ref.isascii() and ref.isdigit() and len(ref) <= 18 else -1
 
 

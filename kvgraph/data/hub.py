@@ -31,7 +31,7 @@ def download(hub: Hub, error: io.Error) -> Path:
 
 
 def pinned(hub: Hub, revision: str | None, error: io.Error) -> Hub:
-    """The data set at a commit: the given one, or the one that it has now."""
+    """The data set at a commit: the given one, or the current one."""
     with _reached(hub, error):
         from huggingface_hub import HfApi
 
@@ -51,7 +51,7 @@ class HubStream:
                 self._data.load_state_dict(resume)
 
     def state(self) -> Any:
-        """Where the stream is, to resume from there."""
+        """The position of the stream, to resume from."""
         return self._data.state_dict()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

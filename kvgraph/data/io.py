@@ -2,13 +2,13 @@
 
 Records come from these files, each also with .gz, whatever the case of the suffix:
 
-- .jsonl, .ndjson or no suffix: one JSON object a line, lines ending at "\\n" only.
+- .jsonl, .ndjson or no suffix: one JSON object per line; only "\\n" ends a line.
 - .json: a list of objects, or an object with a list under "data".
 - .csv: a table with a header line.
 - .parquet: a table; needs pyarrow.
 
-A folder stands for all files in it, recursively, in sorted order; hidden ones are left out and links are followed.
-JSON is UTF-8, with or without a byte order mark, and NaN is no JSON. Pure Python.
+A folder stands for all files in it, recursively, in sorted order. Hidden files are left out, and links are followed.
+JSON is UTF-8, with or without a byte order mark; NaN isn't allowed. Pure Python.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ SUFFIXES = (*LINES, *WHOLE, *TABLE, *PARQUET)
 ROWS = 1000  # of a Parquet file in memory at once
 SCANNED = 1 << 24  # bytes of a file in memory at once while its lines are looked for
 
-csv.field_size_limit(1 << 30)  # the usual limit of 128 KiB is less than a long paper
+csv.field_size_limit(1 << 30)  # the default limit of 128 KiB is too small for a long paper
 
-Error = Callable[[str], KVGraphError]  # makes an error of a line of text; mostly its class
+Error = Callable[[str], KVGraphError]  # makes an error from a message; usually its class
 
 
 class DataError(KVGraphError, ValueError):
-    """A file can't be read. The message names the file, and the line if it is one."""
+    """A file can't be read. The message names the file, and the line if there is one."""
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -52,8 +52,9 @@ class DataError(KVGraphError, ValueError):
 class UnparsedRecord(NamedTuple):
     """A record that isn't parsed yet.
 
-    where: file and line, for messages. raw: bytes that change whenever the record does (of Parquet: the file's size).
-    parse: gives the record; raises the reader's error.
+    where: file and line, for messages.
+    raw: bytes that change whenever the record does (for Parquet, the file's size).
+    parse: returns the record; raises the reader's error.
     """
 
     where: str
@@ -62,13 +63,13 @@ class UnparsedRecord(NamedTuple):
 
 
 def records(path: Path, error: Error = DataError) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, record) of all records of a file or folder. Raises `error` naming file and line."""
+    """(file and line, record) of all records of a file or folder. Raises `error` naming file and line."""
     for found in scan(path, error):
         yield found.where, found.parse()
 
 
 def scan(path: Path, error: Error = DataError) -> Iterator[UnparsedRecord]:
-    """The same, but a record is parsed only when it is asked for: what was read before can be passed over."""
+    """As `records`, but a record is parsed only on request, so that earlier ones can be skipped quickly."""
     if not path.is_dir():
         yield from _scanned(path, error)
         return
@@ -80,7 +81,7 @@ def scan(path: Path, error: Error = DataError) -> Iterator[UnparsedRecord]:
 
 
 def suffix(path: Path) -> str:
-    """The suffix that says what is in a file, in lower case: that before .gz if there is one."""
+    """The suffix that gives a file's format, in lower case, without .gz."""
     return (path.with_suffix("") if is_gz(path) else path).suffix.lower()
 
 
@@ -110,7 +111,7 @@ def files(folder: Path, error: Error = DataError) -> list[Path]:
 
 @contextmanager
 def opened(path: Path, error: Error = DataError) -> Iterator[IO[bytes]]:
-    """A file to read, decompressed if its name says so. What goes wrong inside raises `error` naming the file."""
+    """A file to read, decompressed if its name says so. Failures inside raise `error` naming the file."""
     try:
         file: Any = gzip.open(path) if is_gz(path) else open(path, "rb")
         with file:
@@ -139,11 +140,11 @@ def parse(raw: bytes, where: Path | str, error: Error = DataError) -> Any:
     try:
         return json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
     except (ValueError, RecursionError) as wrong:  # UnicodeDecodeError is a ValueError
-        raise error(f"{where} is not JSON in UTF-8: {wrong}; mend or remove it") from None
+        raise error(f"{where} is not JSON in UTF-8: {wrong}; fix or remove it") from None
 
 
 def read_json(path: Path, error: Error = DataError) -> Any:
-    """The JSON value that a whole file is."""
+    """The JSON value of a whole file."""
     with opened(path, error) as file:
         return parse(file.read(), path, error)
 
@@ -157,13 +158,13 @@ def listed(value: Any, where: Path | str, error: Error = DataError) -> list[Any]
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} isn't a JSON number")
 
 
 def _scanned(path: Path, error: Error) -> Iterator[UnparsedRecord]:
     kind = suffix(path)
     if kind not in SUFFIXES:
-        raise error(f"{path}: {kind} is none of {', '.join(filter(None, SUFFIXES))}, each also with .gz")
+        raise error(f"{path}: {kind} isn't supported; use {', '.join(filter(None, SUFFIXES))}, each also with .gz")
     with opened(path, error) as file:
         if kind in LINES:
             for number, line in enumerate(file, 1):  # binary files split on b"\n" alone
@@ -191,7 +192,7 @@ def _object(value: Any, where: str, error: Error) -> dict[str, Any]:
 
 
 def _table(file: IO[bytes], path: Path, error: Error) -> Iterator[UnparsedRecord]:
-    """The rows of a CSV table. Line ends may stand inside quotes."""
+    """The rows of a CSV table. Quoted cells may contain line ends."""
     try:
         rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
         header = next(rows, [])
@@ -202,7 +203,7 @@ def _table(file: IO[bytes], path: Path, error: Error) -> Iterator[UnparsedRecord
             record = dict(zip(header, cells, strict=True))
             yield UnparsedRecord(where, json.dumps(cells).encode(), partial(_object, record, where, error))
     except (csv.Error, UnicodeDecodeError) as wrong:
-        raise error(f"{path} is no table in UTF-8: {wrong}") from None
+        raise error(f"{path} isn't a table in UTF-8: {wrong}") from None
 
 
 def _parquet(file: IO[bytes], path: Path, error: Error) -> Iterator[UnparsedRecord]:
@@ -227,7 +228,7 @@ def _cells(batch: Any, i: int) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for one in a line of ours."""
+    """The first line of an error's message, to quote it in a message of one line."""
     return (str(error).strip() or repr(error)).split("\n")[0][:200]
 
 
@@ -270,9 +271,9 @@ def line_starts(path: Path, seen: Callable[[bytes], object] = len) -> np.ndarray
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that replaces `path` when the block ends. If the block fails, `path` stays as it was.
+    """A new file that replaces `path` when the block ends. If the block fails, `path` stays unchanged.
 
-    What isn't an ordinary file (a pipe, /dev/stdout) is written to directly.
+    A path that isn't an ordinary file (a pipe, /dev/stdout) is written to directly.
     """
     if path.exists() and not path.is_file():
         with open(path, "wb") as file:
@@ -289,7 +290,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is not None:
-            error.filename = str(path)  # people know nothing of the part
+            error.filename = str(path)  # the name that users know
         raise
 
 
@@ -310,7 +311,7 @@ def line(value: Any) -> bytes:
 
 
 def append(file: IO[bytes], content: bytes | bytearray) -> None:
-    """Add to the end of an unbuffered file, all or nothing: after an OSError (a full disk) the file is as it was."""
+    """Append to an unbuffered file, all or nothing: after an OSError (a full disk) the file is as before."""
     end, left = os.fstat(file.fileno()).st_size, memoryview(content)
     try:
         while left:
@@ -324,33 +325,33 @@ def append(file: IO[bytes], content: bytes | bytearray) -> None:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that is appended to. A last line without its end is left by a crash; it is cut off."""
+    """The lines of a file that is appended to. A last line without its end, left by a crash, is cut off."""
     content, end, torn = path.read_bytes().rpartition(b"\n")
     if torn:
         os.truncate(path, len(content) + len(end))
     return content.split(b"\n") if end else []
 
 
-# -- folders that one process at a time writes ------------------------------------------------------------------------
+# -- folders written by one process at a time -------------------------------------------------------------------------
 
 
 @contextmanager
 def errors_named(folder: Path, error: Error) -> Iterator[None]:
-    """What the file system refuses, as one line that says where."""
+    """Turn errors of the file system into one line that says where."""
     try:
         yield
     except OSError as refused:
         where = refused.filename or folder
         raise error(
-            f"{where}: {refused.strerror or refused}; put that right and run the same again to go on"
+            f"{where}: {refused.strerror or refused}; fix that and run the same command again to continue"
         ) from refused
 
 
 @contextmanager
 def locked(folder: Path, error: Error, name: str = "") -> Iterator[None]:
-    """Holds a folder, or with `name` one file of it, so that two processes can't both write it. Makes the folder.
+    """Locks a folder, or with `name` one of its files, so that two processes can't both write it. Makes the folder.
 
-    The lock file (.lock, .NAME.lock) stays there; a process that ends, however it ends, lets go of it.
+    The lock file (.lock, .NAME.lock) stays there. The lock is released when the process ends, however it ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / f".{name}.lock" if name else folder / ".lock", blocking=False)

@@ -1,7 +1,7 @@
-"""The items that a task makes of raw records, from a local path or the hub.
+"""The items that a task makes from raw records of a local path or the hub.
 
-Local files are read by `kvgraph.data.io`. A task that knows its own layout (`Task.read`) reads the path itself. Some
-tasks make their records (`Task.generate`): "generated", or "generated:SETTINGS".
+Local files are read by `kvgraph.data.io`. A task with its own layout (`Task.read`) reads the path itself. Some tasks
+generate their records (`Task.generate`), for "generated" or "generated:SETTINGS".
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kvgraph.data import hub, io
 from kvgraph.data.task import Item, Task, TaskError
 
 HUB, GENERATED = "hub", "generated"
-Placed = tuple[str, Mapping[str, Any]]  # (where a record stands, the record)
+Placed = tuple[str, Mapping[str, Any]]  # (a record's file and line, the record)
 
 
 class Data(NamedTuple):
-    """Items to evaluate, and where they come from. sha256: of the raw records that were read to make them."""
+    """Items to evaluate, and where they come from. sha256: of the raw records that they were made from."""
 
     items: tuple[Item, ...]
     source: str = ""
@@ -33,12 +33,16 @@ class Data(NamedTuple):
 
 
 def read(task: Task, source: str | Path, limit: int | None = None, *, shuffle: bool = False, seed: int = 0) -> Data:
-    """The items of a task from a local path or, for source "hub", from where the task says the full set is.
+    """The items of a task from a local path or, for source "hub", from the task's full data set.
 
-    A task that makes its records does so for "generated" and "generated:SETTINGS", and for "hub" if it has no set there.
-    limit: the first so many items, of which no more records are read than they need; with `shuffle`, so many drawn
-    without replacement by `seed`. Raises TaskError, naming file and line where there is one: nothing there, offline, no
-    valid JSON (NaN isn't), a record that lacks a field, items with the same id, no item at all.
+    A task that generates its records does so for "generated" and "generated:SETTINGS", and for "hub" if it has no data
+    set there.
+
+    limit: maximum number of items. Without `shuffle` they are the first, and no further records are read.
+    shuffle: draw the items without replacement, by `seed`.
+
+    Raises TaskError, naming file and line if possible, for missing data, no network, invalid JSON (including NaN), a
+    record without a needed field, items with the same id, and no items.
     """
     if source == HUB and task.hub is None and task.generate is not None:
         source = GENERATED
@@ -50,7 +54,7 @@ def read(task: Task, source: str | Path, limit: int | None = None, *, shuffle: b
         raise
     except TaskError as error:
         raise TaskError(f"{rows.where}: {error}" if rows.where else str(error)) from None
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a task stumbles over
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # errors in a task's own code
         raise TaskError(f"{rows.where}: {task.name} can't use this record: {error!r}") from None
     if not items:
         raise TaskError(f"{source} holds no items of {task.name}")
@@ -60,11 +64,11 @@ def read(task: Task, source: str | Path, limit: int | None = None, *, shuffle: b
 
 
 class _Unreadable(TaskError):
-    """Says by itself where it went wrong, which isn't where the record before stands."""
+    """An error whose message has its own file and line; the record read last isn't the cause."""
 
 
 class _Rows:
-    """Records on their way to a task: hashed, and with their place at hand."""
+    """Records passed to a task: it hashes them and remembers the file and line of the last."""
 
     def __init__(self, records: Iterator[Placed]):
         self.records = records
@@ -78,18 +82,18 @@ class _Rows:
             try:
                 self.sha256.update(text.encode() + b"\n")
             except UnicodeEncodeError:
-                raise TaskError("the record holds half of a surrogate pair, which is no text") from None
+                raise TaskError("the record contains half of a surrogate pair, which isn't valid text") from None
             yield record
         self.where = ""
 
 
 def _items(task: Task, rows: _Rows) -> Iterator[Item]:
-    """Yields from task.items, so that nothing is read before the first item is asked for."""
+    """Yields from task.items, so that nothing is read before the first item is requested."""
     yield from task.items(rows)
 
 
 def _unique(items: Iterable[Item], rows: _Rows) -> Iterator[Item]:
-    """The items themselves; TaskError for one that can't be scored, or whose id came before."""
+    """The items themselves. Raises TaskError for one that can't be scored, or whose id occurred before."""
     seen: dict[str, str] = {}
     for item in items:
         if not item.id or item.id in seen:

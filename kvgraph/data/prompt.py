@@ -1,4 +1,4 @@
-"""The one prompt policy: what a model is asked depends on the item, the task and the model, never on the method."""
+"""The one prompt policy: a prompt depends on the item, the task and the model, never on the method."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from kvgraph.data.task import Item, Task
 from kvgraph.edges import named_edges
 from kvgraph.graph import Edge
 
-LINKS = "links"  # the edges that an item's data has
+LINKS = "links"  # the edges of an item's own data
 
 
 def build(task: Task, item: Item, tokenizer: Any) -> Prompt:
     """Instruction, documents, question: in the model's chat template if it has one, else one after the other.
 
-    In a chat the instruction is the system message, and documents and question are the user's. For a template that
-    refuses or drops system messages it stands before the question. Documents are written as the task says, also where a
-    template has a form of its own for them: such forms number the documents, which would make a document another one at
-    every rank.
+    In a chat, the instruction is the system message, and documents and question are the user's message. If the template
+    refuses or drops system messages, the instruction stands before the question. Documents are written as the task
+    says, even if the template has its own form for them: these forms number the documents, which would change a
+    document's text, and its KV, with its rank.
     """
     instruction, question = task.instruction.strip(), task.question.format(question=item.question)
     if not getattr(tokenizer, "chat_template", None):
@@ -41,5 +41,5 @@ def _chat(tokenizer: Any, messages: list[dict[str, str]], task: Task, item: Item
 
 
 def edges_of(item: Item, spec: str) -> tuple[Edge, ...]:
-    """The item's own edges for "links", else those that `kvgraph.edges.named_edges` makes of its documents' numbers."""
+    """The item's own edges for "links", else those that `kvgraph.edges.named_edges` makes for its documents."""
     return item.links if spec == LINKS else named_edges(spec, [""] * len(item.documents))

@@ -1,6 +1,6 @@
-"""Checking raw records against a schema, and the field types that several data sets share.
+"""Checking raw records against a schema, and field types that several data sets share.
 
-A schema is a pydantic model with the public data set's own field names; fields it doesn't name are ignored.
+A schema is a pydantic model with the public data set's own field names. Fields that it doesn't name are ignored.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def checked(schema: type[Schema], records: Iterable[Mapping[str, Any]]) -> Itera
 
 
 def first_error(error: ValidationError) -> str:
-    """What pydantic found, in one line: the first field that is wrong, and how many more are."""
+    """Pydantic's errors in one line: the first wrong field, and the number of others."""
     first, *others = error.errors(include_url=False, include_context=False)
     field = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
     return f"{field}{first['msg'].removeprefix('Value error, ')}" + (f" (and {len(others)} more)" if others else "")
 
 
 def _name(record: Any) -> str:
-    """The record's name in messages: its id, or how its question begins."""
+    """The record's name in messages: its id, or the beginning of its question."""
     keys = ("_id", "id", "question_id", "question", "query")
     return next((repr(record[key])[:60] for key in keys if record.get(key)), "") if isinstance(record, Mapping) else ""
 
@@ -62,9 +62,9 @@ SupportingFacts = Annotated[list[tuple[str, int]], rows("title", "sent_id")]
 
 
 def references(answers: Any) -> tuple[str, ...]:
-    """Every answer of a text, a number or nested lists of them, as text, each once, in order; blank ones are left out.
+    """The answers in a text, a number, or nested lists of them, as texts, without duplicates and blank ones, in order.
 
-    Raises ValueError for anything else, and when no answer is left.
+    Raises ValueError for anything else, and if no answer is left.
     """
     found = tuple(dict.fromkeys(_flat(answers)))
     if not found:

@@ -1,7 +1,7 @@
-"""What a task is: where its records come from, how one becomes an item, and the one prompt every method gets.
+"""Tasks: where their records come from, how a record becomes an item, and the one prompt that every method gets.
 
-A task says nothing about methods and a method nothing about tasks: an item's documents and links become the segments
-and edges of a context graph, and any method plans that graph.
+Tasks and methods don't know each other. An item's documents and links become the segments and edges of a context graph,
+and any method plans that graph.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ __all__ = ["Document", "Hub", "Item", "Task", "TaskError"]
 
 
 class TaskError(KVGraphError, ValueError):
-    """A task's data can't be used: no such file, a record of another schema. The message names the file and record."""
+    """A task's data can't be used: a missing file, a record of another schema. The message names file and record."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. Its documents are in the order of the record: best first where a retriever ranked them.
+    """One question.
 
-    id: unique in the task and stable between runs. references: every acceptable answer (for a summary: the reference).
-    kind: the question's type, for breakdowns ("bridge", "comparison", ...). facts: further things to break down by
-    (gold_position, hops, distractors, ...), plain numbers or texts. links: edges (source, reader) that the data itself
-    has, by index. cluster: what the item shares with others, so that they tell less than as many unrelated ones (several
-    questions over one corpus, one question in several arrangements); unless given, items that read the same documents
-    share. `question` holds the choices too, where there are any.
+    id: unique in the task and stable between runs.
+    question: the question, with its choices if it has some.
+    documents: in the order of the record; best first if a retriever ranked them.
+    references: every acceptable answer (for a summary: the reference).
+    kind: the question's type, for breakdowns ("bridge", "comparison", ...).
+    facts: further properties for breakdowns (gold_position, hops, distractors, ...), plain numbers or texts.
+    links: edges (source, reader) of the data itself, by index.
+    cluster: equal for items that aren't independent (several questions over one corpus, one question in several
+        arrangements). Unless given, items that read the same documents form a cluster.
     """
 
     id: str
@@ -47,17 +50,23 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """One task. `items` turns raw records (dicts, in the original schema) into items; it is pure and skips nothing
-    silently: a record it can't use raises TaskError naming the field.
+    """One task.
 
-    instruction: what the model is told first. question: how an item's question is put, with {question}. document: how a
-    document is written, with {title} and {text}; never its rank. max_tokens: of the answer. stop: strings that end it.
-    metrics: names in `kvgraph.eval.metrics.METRICS`, the first being the headline. extract: what of the answer is scored
-    ("" = all of it, else a name in `metrics.EXTRACT`). edges: the default for methods that read edges: a name that
-    `kvgraph.edges.named_edges` knows, or "links" for the items' own. breakdowns: "kind" and names of facts.
-    source: paper and where the schema comes from.
-    read: the records of a local path, for layouts that aren't one record a line or list element; raises TaskError.
-    generate: makes records from a text of settings; raises a KVGraphError, at once, for settings that don't exist.
+    items: turns raw records (dicts, in the original schema) into items. It is pure and skips nothing silently: a record
+        that it can't use raises TaskError naming the field.
+    instruction: the beginning of the prompt.
+    question: a template for an item's question, with {question}.
+    document: a template for a document, with {title} and {text}, without its rank.
+    max_tokens: maximum per answer.
+    stop: strings that end the answer.
+    metrics: names in `kvgraph.eval.metrics.METRICS`; the first is the headline.
+    extract: the part of the answer that is scored: "" for all of it, else a name in `metrics.EXTRACT`.
+    edges: the default for methods that read edges: a text for `kvgraph.edges.named_edges`, or "links" for the items'
+        own.
+    breakdowns: "kind" and names of facts.
+    source: the paper, and where the schema comes from.
+    read: reads the records of a local path, for layouts without one record per line or list element; raises TaskError.
+    generate: makes records from a text of settings; raises a KVGraphError at once for unknown settings.
     """
 
     name: str

@@ -36,7 +36,7 @@ from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
 from kvgraph.engine.scheduler import Scheduler
 from kvgraph.errors import CapacityError, GraphError, KVGraphError, StoreError
-from kvgraph.graph import ContextGraph
+from kvgraph.graph import ContextGraph, check_text
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
@@ -322,7 +322,7 @@ class Engine:
         last of them end the plan's prompt span. salt: another tenant's than the engine's. proceed: the text follows the
         prompt's without a break (see `TextStream`). echo: score the prompt span too; Request.scored has its tokens from the
         second on, with log-probabilities if they are asked for. Raises PlanError or CapacityError if the request could
-        never run.
+        never run, and GrammarError.
         """
         params = params or SamplingParams()
         keys = self.keys(plan, salt)
@@ -332,11 +332,13 @@ class Engine:
         own = 0 if encode_only else len(live)
         usage = Usage(sum((p.hi or 0) - p.lo for p in live.sees) + own, computed_tokens=own, live_tokens=own)
         usage.probe_tokens, usage.probe = cost(plan)
+        ends = frozenset((*params.stop_token_ids, *self.model.eos_ids))
         request = Request(
             plan=plan,
             keys=pool_keys,
             params=params,
-            sampler=Sampler(params, prompt_tokens(plan), {*params.stop_token_ids, *self.model.eos_ids}),
+            ends=frozenset(params.stop_token_ids) if params.ignore_eos else ends,
+            sampler=Sampler(params, prompt_tokens(plan), ends),
             stream=TextStream(
                 self.detokenize, params.stop, params.min_tokens, live.tokens[-BEFORE:] if proceed else ()
             ),
@@ -347,6 +349,7 @@ class Engine:
             keep_logits=first_logits,
             submitted=time.perf_counter() - usage.probe,
             usage=usage,
+            guide=None if params.grammar is None else self.scheduler.guides.guide(params.grammar),
             link=link_of(plan, pool_keys, len(plan.spans) - 1),
         )
         self.scheduler.check(request)
@@ -414,13 +417,7 @@ class Engine:
         """Token ids of one piece of text, no special tokens added."""
         if self.model.tokenizer is None:
             raise GraphError("this model has no tokenizer; give token ids instead of text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can contain such text, but tokenizers refuse it
-            raise GraphError(
-                f"character {error.start} of a text is half of a surrogate pair; send whole characters"
-            ) from None
-        return list(self.model.tokenizer.encode(text, add_special_tokens=False))
+        return list(self.model.tokenizer.encode(check_text(text), add_special_tokens=False))
 
     def detokenize(self, tokens: list[int]) -> str:
         """Text of token ids, without special tokens; empty for a model without a tokenizer."""

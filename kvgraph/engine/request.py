@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvgraph.attention.rows import MANY, SHORT, RowKV, View
 from kvgraph.engine.detokenize import TextStream
+from kvgraph.engine.guide import Guide
 from kvgraph.engine.result import Result, Usage
 from kvgraph.engine.sampling import Sampled, Sampler, SamplingParams
 from kvgraph.plan import Group, Place, Plan, Span
@@ -130,6 +131,7 @@ class Request:
     plan: Plan
     keys: list[str]
     params: SamplingParams
+    ends: frozenset[int]  # the tokens that end the answer
     sampler: Sampler
     stream: TextStream
     sequence: Sequence  # the prompt span, and the answer as it grows
@@ -139,6 +141,7 @@ class Request:
     echo: bool  # decode on after the answer, which is all of the prompt span but its first token
     submitted: float
     usage: Usage
+    guide: Guide | None = None  # if the answer has a grammar
     number: int = 0  # of its submission
     link: str = ""  # see Encoding
     missing: set[str] = field(default_factory=set)  # encodings and records it waits for

@@ -3,7 +3,7 @@
 `SamplingParams` says what is wanted, `Sampler` picks tokens from logits. `kvgraph.engine.detokenize` makes them text.
 
 A token is chosen in this order, that of Hugging Face's `GenerationMixin._get_logits_processor`:
-logit bias -> repetition penalty -> frequency and presence penalty -> no end before min_tokens -> temperature -> top-k ->
+grammar -> logit bias -> repetition penalty -> frequency and presence penalty -> no end before min_tokens -> temperature -> top-k ->
 top-p -> min-p -> one draw from what is left, renormalised. (Hugging Face has no frequency and presence penalties; vLLM has
 them at this place, and min-p before top-k and top-p.)
 """
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvgraph.engine.guide import Grammar, GrammarError
 from kvgraph.errors import KVGraphError, ModelError
 
 
@@ -49,8 +50,10 @@ class SamplingParams:
     stop: strings that end the answer; they are not part of it. A single string is allowed.
     stop_token_ids: token ids that end the answer.
     ignore_eos: don't end at the model's own end tokens.
+    grammar: what the answer must be. It ends where the grammar ends, and, unless stop or max_tokens end it before, is a
+        text of the grammar, whatever ignore_eos and min_tokens say.
     logprobs: n gives the natural log-probabilities of the chosen token and of the n most likely ones, as the model
-        gives them, before penalty, temperature and filters; None gives none.
+        gives them, before grammar, penalty, temperature and filters; None gives none.
     """
 
     max_tokens: int = 256
@@ -68,6 +71,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
@@ -106,6 +110,9 @@ class SamplingParams:
             self.logprobs,
             "None or an integer >= 0",
         )
+        _require(
+            self.grammar is None or isinstance(self.grammar, Grammar), "grammar", self.grammar, "None or a Grammar"
+        )
         _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
         object.__setattr__(self, "stop", stop_strings(self.stop))
         ids = self.stop_token_ids
@@ -125,7 +132,8 @@ class SamplingParams:
     def takes_best(self) -> bool:
         """Whether the choice is simply the most likely token, which can be found for many rows at once."""
         changes = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty or self.logit_bias
-        return self.temperature == 0 and not changes and not self.min_tokens and self.logprobs is None
+        more = self.min_tokens or self.logprobs is not None or self.grammar is not None
+        return self.temperature == 0 and not changes and not more
 
 
 class Sampled(NamedTuple):
@@ -153,10 +161,11 @@ class Sampler:
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else int(params.seed)
         self._generator.manual_seed(seed)
 
-    def __call__(self, logits: Tensor, best: tuple[int, float] | None = None) -> Sampled:
+    def __call__(self, logits: Tensor, best: tuple[int, float] | None = None, allowed: Tensor | None = None) -> Sampled:
         """Choose from logits [V]; -inf excludes a token. Raises ModelError for NaN, +inf, or nothing but -inf.
 
         best: the most likely token (the first of several) and its logit, if known and the parameters' `takes_best`.
+        allowed: the tokens that the grammar lets come next [V] bool. Raises GrammarError if there is none.
         """
         if best is not None and math.isfinite(best[1]):
             return Sampled(best[0])
@@ -164,7 +173,10 @@ class Sampler:
         if not math.isfinite(logits.max()):  # NaN wins every maximum
             what = "NaN" if logits.isnan().any() else "infinite"
             raise ModelError(f"the model gave {what} logits: damaged weights, or too narrow a dtype; try float32")
-        scores = self._allowed(self._discouraged(self._penalised(self._biased(logits))))
+        guided = logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
+        if allowed is not None and not guided.max() > -math.inf:
+            raise GrammarError("no token of this model continues the answer as its grammar asks")
+        scores = self._long_enough(self._discouraged(self._penalised(self._biased(guided))))
         if self.params.temperature == 0:
             token = int(scores.argmax())  # the first of several maxima
         else:
@@ -197,7 +209,7 @@ class Sampler:
             return logits
         return _added(logits, {token: -presence - frequency * n for token, n in self._counts.items()})
 
-    def _allowed(self, logits: Tensor) -> Tensor:
+    def _long_enough(self, logits: Tensor) -> Tensor:
         """Without the end tokens while the answer is too short; a bias or penalty can leave no other token: then with."""
         ends = [token for token in self._ends if token < len(logits)]
         if not ends or self._counts.total() >= self.params.min_tokens:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvgraph.attention.rows import Row, RowKV, View, gathered
 from kvgraph.engine.admission import Memory
+from kvgraph.engine.guide import Guides
 from kvgraph.engine.loader import DEADLINE, Loader
 from kvgraph.engine.request import Encoding, Loading, Request, Sequence, link_of
 from kvgraph.engine.result import Result
@@ -56,6 +57,7 @@ class Scheduler:
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
         self.loader, self.save, self.settle = loader, save, settle
         self.runner = runner_for(model)
+        self.guides = Guides(model)
         self._numbers = counter()
         self.shapes = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in model.layers]
         self.waiting: deque[Request] = deque()
@@ -117,13 +119,17 @@ class Scheduler:
         try:
             rows = self._rows(work)
             want, counts = self._wanted(work)
+            guided = [o for o, n in work if isinstance(o, Request) and o.guide and n == o.sequence.left]
+            finding = self.guides.begin([request.guide for request in guided if request.guide]) if guided else None
             logits = self.runner.run(rows, want)
+            masks = () if finding is None else finding.result().to(logits.device)
         except Exception as error:  # such as out of memory: the rows of this step fail, all others continue
             for owner, _ in work:
                 self._fail(owner, error)
             return True
         self.peak_bytes = max(self.peak_bytes, self.memory.kv_bytes)
         best = self._best(work, logits, counts)
+        allowed = dict(zip(guided, masks, strict=True))
         at = 0
         for (owner, _), row, n in zip(work, rows, counts, strict=True):
             with self._blaming(owner):
@@ -131,7 +137,7 @@ class Scheduler:
                 if isinstance(owner, Encoding):
                     self._encoded(owner)
                 else:
-                    self._decoded(owner, logits[at : at + n], best.get(owner))
+                    self._decoded(owner, logits[at : at + n], best.get(owner), allowed.get(owner))
             at += n
         return True
 
@@ -264,7 +270,9 @@ class Scheduler:
         found = torch.stack([rows.argmax(-1).double(), rows.amax(-1).double()]).tolist()
         return {r: (int(token), logit) for r, token, logit in zip(last, *found, strict=True)}
 
-    def _decoded(self, request: Request, logits: Tensor, best: tuple[int, float] | None) -> None:
+    def _decoded(
+        self, request: Request, logits: Tensor, best: tuple[int, float] | None, allowed: Tensor | None
+    ) -> None:
         sequence = request.sequence
         if request.answer:
             self._score(request, logits)
@@ -274,14 +282,13 @@ class Scheduler:
             return self._finish(request, "length")
         if not request.token_ids:
             self._first(request, logits)
-        choice = request.sampler(logits[-1], best)
+        choice = request.sampler(logits[-1], best, allowed)
         request.sampled.append(choice)
         request.token_ids.append(choice.token)
-        ends = choice.token in request.params.stop_token_ids or (
-            not request.params.ignore_eos and choice.token in self.model.eos_ids
-        )
+        ends = choice.token in request.ends
         request.fresh.append(("" if ends else request.stream.push(choice.token), choice.token))
-        if ends or request.stream.stopped:
+        complete = request.guide is not None and request.guide.take(choice.token)
+        if ends or complete or request.stream.stopped:
             return self._finish(request, "stop")
         if sequence.done >= sequence.capacity:  # its last token needs no KV of its own
             return self._finish(request, "length")

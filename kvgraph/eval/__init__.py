@@ -1,1 +1,1 @@
-"""Evaluation: any task, by any method, on any model, through the real engine. See `kvgraph.eval.run`."""
+"""Evaluation of any task, method and model, through the real engine. See `kvgraph.eval.run`."""

@@ -1,10 +1,10 @@
 """Ablations: the same run with one thing changed, and what that does to the score.
 
-An ablation is a function from a base variant to others that differ from it in one named thing. Each variant is then an
+An ablation is a function from a base variant to others that differ from it in one named thing. Each variant is an
 ordinary run in a folder of its own, compared with the base item by item.
 
-Documents and edges: a named shape ("top-k:2", "chain") is about ranks, so after documents change places it applies to
-the new order; an item's own links are about documents, so they follow them.
+A named shape of edges ("top-k:2", "chain") refers to ranks. When documents are reordered, it applies to the new order.
+An item's own links refer to documents and follow them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DISTRACTORS = (0, 1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Variant:
-    """What one run of an ablation takes. edges: a shape for `named_edges`, or "links" for the items' own."""
+    """The arguments of one run of an ablation. edges: a shape for `named_edges`, or "links" for the items' own."""
 
     name: str
     about: str
@@ -52,9 +52,9 @@ def mask_and_positions(base: Variant, seed: int) -> Iterator[Variant]:
 
 
 def random_edges(base: Variant, seed: int) -> Iterator[Variant]:
-    """The same graph with the documents at random nodes: as many edges, readers and rounds, other neighbours.
+    """The same graph with the documents at random nodes: as many edges, readers and rounds, but other neighbours.
 
-    Drawn for every item by itself, by the seed and the item's id, and never the graph it had if there is another.
+    Drawn for every item from the seed and the item's id; it differs from the item's own graph if it can.
     """
     if base.method.reads_edges:
         items = [replace(item, links=_relabelled(item, base.edges, seed)) for item in base.items]
@@ -63,10 +63,10 @@ def random_edges(base: Variant, seed: int) -> Iterator[Variant]:
 
 
 def reversed_edges(base: Variant, seed: int) -> Iterator[Variant]:
-    """Every edge turned round: sources read their readers."""
+    """Every edge reversed: sources read their readers."""
     if base.method.reads_edges:
         items = [replace(item, links=tuple((r, s) for s, r in indexed_edges(item, base.edges))) for item in base.items]
-        yield replace(base, name="reversed-edges", about="every edge turned round", items=items, edges=LINKS)
+        yield replace(base, name="reversed-edges", about="every edge reversed", items=items, edges=LINKS)
 
 
 def rounds(base: Variant, seed: int) -> Iterator[Variant]:
@@ -80,13 +80,13 @@ def keep(base: Variant, seed: int) -> Iterator[Variant]:
 
 
 def _of_method(base: Variant, ablation: str) -> Iterator[Variant]:
-    """What the method itself has to be compared with."""
+    """The variations that the method itself declares."""
     for name, about, method, edges in base.method.variations().get(ablation, ()):
         yield replace(base, name=name, about=about, method=method, edges=base.edges if edges else "none")
 
 
 def order(base: Variant, seed: int) -> Iterator[Variant]:
-    """The documents in reverse order, and in a random one (by the seed and the item's id)."""
+    """The documents in reverse order, and in random order (by the seed and the item's id)."""
     backwards = [_taking(item, range(len(item.documents) - 1, -1, -1)) for item in base.items]
     yield replace(base, name="order-reversed", about="documents in reverse order", items=backwards)
     shuffled = [_taking(item, _shuffled(len(item.documents), _rng(seed, item, "order"))) for item in base.items]
@@ -94,11 +94,11 @@ def order(base: Variant, seed: int) -> Iterator[Variant]:
 
 
 def distractors(base: Variant, seed: int) -> Iterator[Variant]:
-    """At most so many documents besides those that hold the answer.
+    """Fewer distractors: a maximum number of documents besides the gold ones.
 
-    Distractors leave from the end. An item that doesn't say which documents are gold keeps its first: 1 + so many.
+    Distractors are dropped from the end. If an item doesn't say which documents are gold, the first one counts as gold.
     """
-    rest = "" if all(map(_knows_gold, base.items)) else ", or the first documents where gold isn't known"
+    rest = "" if all(map(_knows_gold, base.items)) else ", or the first documents if gold isn't known"
     most = max((len(item.documents) - len(_gold(item)) for item in base.items), default=0)
     for n in DISTRACTORS:
         if n < most:
@@ -118,11 +118,11 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         "distractors": distractors,
     }
 )
-"""Ablations by name; the docstrings say what they change."""
+"""Ablations by name. The docstrings say what they change."""
 
 
 def parse(names: str) -> list[str]:
-    """Names of ablations from "all" or "rounds,order". Raises GraphError listing what there is."""
+    """Names of ablations from "all" or "rounds,order". Raises GraphError, listing the known ones, for others."""
     if names.strip() == "all":
         return list(ABLATIONS)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -133,13 +133,13 @@ def parse(names: str) -> list[str]:
 
 
 def variants(base: Variant, names: Iterable[str], seed: int = 0) -> tuple[list[Variant], list[str]]:
-    """(the variants of these ablations, a sentence for everything that was left out because it would change nothing)."""
+    """(the variants of these ablations, a sentence for each one left out because it would change nothing)."""
     made: list[Variant] = []
     left_out: list[str] = []
     for name in names:
         found = list(ABLATIONS[name](base, seed))
         if not found:
-            left_out.append(f"{name}: has nothing to change in {base.method.name} on these items")
+            left_out.append(f"{name}: would change nothing for {base.method.name} on these items")
         for variant in found:
             twin = next((other for other in [base, *made] if _is_same(other, variant)), None)
             if twin is None:
@@ -161,7 +161,7 @@ class AblationRow:
 
 @dataclass(frozen=True)
 class Table:
-    """An ablation's result, base first. `left_out` says what was not run, and why."""
+    """An ablation's result, base first. left_out: what was not run, and why."""
 
     rows: tuple[AblationRow, ...]
     left_out: tuple[str, ...] = ()
@@ -186,7 +186,7 @@ class Table:
             *("| " + " | ".join(cells) + " |" for cells in self.cells()),
             "",
             f"Scores and differences in points with 95 % intervals, {self.rows[0].run.score.n:,} items; "
-            "paired tests on the same items, p after Holm's correction for all lines.",
+            "paired tests on the same items; p is after Holm's correction for all lines.",
             *(f"Left out: {sentence}." for sentence in self.left_out),
         ]
         return "\n".join(lines) + "\n"
@@ -217,8 +217,10 @@ def run(
 ) -> Table:
     """Evaluate the base and every variant of the named ablations, each in out/<variant>; write out/table.md and .json.
 
-    open_engine: makes an engine for each run, so that none finds in memory what another left. options: what else
-    `kvgraph.eval.run.evaluate` takes, the same for all. Like that, it goes on where it was interrupted.
+    open_engine: makes an engine for each run, so that no run reuses what another left in memory.
+    options: further arguments of `kvgraph.eval.run.evaluate`, the same for all runs.
+
+    An interrupted ablation resumes.
     """
     from kvgraph.eval.run import evaluate
 
@@ -238,7 +240,7 @@ def run(
 
 
 def compare(ran: Sequence[Variant], out: Path, left_out: Iterable[str] = (), seed: int = 0) -> Table:
-    """The table of finished runs in out/<variant>, the base being the first."""
+    """The table of finished runs in out/<variant>, with the base first."""
     base, *others = [runs.Run.load(out / variant.name) for variant in ran]
     found = [runs.compared(base, other, seed=seed) for other in others]
     corrected = stats.holm([difference.p for difference in found if difference])
@@ -248,7 +250,7 @@ def compare(ran: Sequence[Variant], out: Path, left_out: Iterable[str] = (), see
 
 
 def indexed_edges(item: Item, spec: str) -> tuple[tuple[int, int], ...]:
-    """The item's edges under this spec (see `Variant.edges`), by index. Raises GraphError for edges that aren't there."""
+    """The item's edges under this spec (see `Variant.edges`), by index. Raises GraphError for unknown edges."""
     return ContextGraph([""] * len(item.documents), edges=edges_of(item, spec)).edges
 
 
@@ -261,7 +263,7 @@ def _shuffled(count: int, rng: random.Random) -> list[int]:
 
 
 def _relabelled(item: Item, spec: str, seed: int) -> tuple[tuple[int, int], ...]:
-    """The item's edges after a random renaming of its documents. A graph that every renaming tried keeps is returned."""
+    """The item's edges after a random renaming of its documents; unchanged if no renaming tried changes them."""
     edges, rng = indexed_edges(item, spec), _rng(seed, item, "edges")
     for _ in range(20):
         name = _shuffled(len(item.documents), rng)
@@ -276,7 +278,7 @@ def _knows_gold(item: Item) -> bool:
 
 
 def _gold(item: Item) -> list[int]:
-    """Which documents hold the answer, by index; the first where the item doesn't say."""
+    """The documents that hold the answer, by index; the first one if the item doesn't say."""
     stated = item.facts.get("gold_positions", item.facts.get("gold_position", 0))
     positions = [int(position) for position in str(stated).split(",") if position]
     return [i for i in positions if i < len(item.documents)]
@@ -290,7 +292,7 @@ def _without_distractors(item: Item, most: int) -> list[int]:
 
 
 def _taking(item: Item, order: Iterable[int]) -> Item:
-    """The item with these of its documents, in this order. Its links and the facts about gold documents follow them."""
+    """The item with only these documents, in this order. Its links and the facts about gold documents follow them."""
     kept = list(order)
     new = {old: i for i, old in enumerate(kept)}
     links = tuple((new[s], new[r]) for s, r in indexed_edges(item, LINKS) if s in new and r in new)
@@ -300,7 +302,7 @@ def _taking(item: Item, order: Iterable[int]) -> Item:
     now: dict[str, int | str] = {"gold_position": here, "gold_positions": ",".join(map(str, gold))}
     if facts.get("distractors") == len(item.documents) - len(gold):
         now["distractors"] = len(kept) - len(gold)
-    elif len(kept) < len(item.documents):  # it counts something else, groups of documents, which isn't so any more
+    elif len(kept) < len(item.documents):  # it counts groups of documents, which no longer holds
         facts.pop("distractors", None)
     facts = {name: now.get(name, value) for name, value in facts.items()}
     return replace(item, documents=tuple(item.documents[i] for i in kept), links=links, facts=facts)
@@ -315,6 +317,6 @@ def _is_same(one: Variant, other: Variant) -> bool:
 
 
 def _shape(variant: Variant, item: Item) -> Any:
-    """What decides the plan of an item's documents, whatever their lengths."""
+    """A value that determines the plan of an item's documents, whatever their lengths."""
     documents = ContextGraph([""] * len(item.documents), edges=indexed_edges(item, variant.edges))
     return variant.method.outline(documents)

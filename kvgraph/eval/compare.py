@@ -1,4 +1,4 @@
-"""Two runs side by side: which settings differ, what that did to the scores, and whether it is more than noise."""
+"""Two runs side by side: which settings and scores differ, and whether by more than noise."""
 
 from __future__ import annotations
 
@@ -42,8 +42,13 @@ class Flip(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between runs a and b. settings: (path, a's, b's). rows: headline first, then other metrics and
-    breakdowns. flips: items with another headline score, in item order. costs: (name, a's, b's)."""
+    """What differs between runs a and b.
+
+    settings: (path, a's, b's).
+    rows: the headline first, then other metrics and breakdowns.
+    flips: items whose headline score differs, in item order.
+    costs: (name, a's, b's).
+    """
 
     a: Run
     b: Run
@@ -55,13 +60,13 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Whether the headline's difference is more than noise, in a sentence."""
+        """A sentence that says whether the headline's difference is more than noise."""
         row = self.rows[0]
         d, p = row.difference, stats.p_text(row.difference.p)
         where = f"on {d.n:,} items"
         if d.is_real:
             word = "better" if d.difference > 0 else "worse"
-            return f"B is {word} than A in {row.name} {where}: {d} points, p = {p}; more than noise."
+            return f"B is {word} than A in {row.name} {where}: {d} points, p = {p}; this is more than noise."
         return f"No difference beyond noise in {row.name} {where}: {d} points, p = {p}."
 
     def as_json(self) -> dict[str, Any]:
@@ -80,13 +85,13 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """Compare the runs in folders a and b. Raises RunError when one is not finished, or they share no item or metric."""
+    """Compare the runs in folders a and b. Raises RunError if one isn't finished, or they share no item or metric."""
     left, right = Run.load(a), Run.load(b)
     rows = tuple(_rows(left, right))
     if left.task != right.task or not rows or rows[0].name != left.headline:
         raise RunError(
-            f"{a} (task {left.task}, {left.headline}) and {b} (task {right.task}, {right.headline}) have no items and "
-            f"metric in common"
+            f"{a} (task {left.task}, {left.headline}) and {b} (task {right.task}, {right.headline}) have no items or "
+            f"no metric in common; compare runs of the same task"
         )
     settings = tuple(
         change
@@ -112,7 +117,7 @@ def _rows(a: Run, b: Run) -> Iterator[ComparisonRow]:
 
 
 def _row(name: str, a: Run, b: Run, metric: str, only: tuple[str, str] | None = None) -> Iterator[ComparisonRow]:
-    """The row of a metric over the shared items, or over those whose kind or fact has this value; none without items."""
+    """The row of a metric over the shared items, or those whose kind or fact has this value; None without items."""
     scores = [
         (result["scores"][metric], b.by_id[result["id"]]["scores"][metric], result)
         for result in a.results
@@ -136,6 +141,6 @@ def _costs(a: Run, b: Run) -> Iterator[tuple[str, str, str]]:
     for name, key in (("tokens computed", "computed"), ("tokens of documents computed", "documents_computed")):
         yield name, f"{before['tokens'][key]:,}", f"{after['tokens'][key]:,}"
     if any(probes):
-        yield "tokens probed, in one layer each", f"{probes[0]:,}", f"{probes[1]:,}"
+        yield "tokens probed, through one layer", f"{probes[0]:,}", f"{probes[1]:,}"
     if None not in (before["ttft"], after["ttft"]):
         yield "median time to first token", f"{1000 * before['ttft']:,.1f} ms", f"{1000 * after['ttft']:,.1f} ms"

@@ -2,9 +2,9 @@
 
     python -m kvgraph.eval.harness run --model kvgraph --model_args pretrained=./llama,method=block --tasks ...
 
-takes everything that `lm_eval` takes. A context is cut into segments at blank lines, which is where the harness puts
-few-shot examples; what follows the last one is the query. Tokens are those of the whole text, so `full` gives the scores
-of the harness's own `hf` model, and repeated examples are computed once.
+takes the same arguments as `lm_eval`. A context is cut into segments at blank lines, where the harness separates
+few-shot examples; the text after the last one is the query. Tokens are those of the whole text, so `full` gives the
+scores of the harness's own `hf` model, and repeated examples are computed once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class KVGraphLM(TemplateLM):
         store: str | None = None,
         adapter: str | None = None,
         dtype: str = "auto",
-        device: str | None = None,  # the harness asks for cuda:0 by itself, and means it where there is one
+        device: str | None = None,  # the harness itself asks for cuda:0, which counts only if there is one
         max_gen_toks: int = 256,
         batch_size: Any = None,  # the harness passes it; the scheduler batches by itself
         max_batch_size: Any = None,
@@ -61,7 +61,7 @@ class KVGraphLM(TemplateLM):
         device = str(device) if device and torch.cuda.is_available() else "cpu"
         self.engine = Engine.load(pretrained, adapter=adapter, dtype=str(dtype), device=device, store=store)
         if self.engine.model.tokenizer is None:
-            raise KVGraphError(f"{pretrained} has no tokenizer; the harness works on text")
+            raise KVGraphError(f"{pretrained} has no tokenizer, but the harness works on text; give a model with one")
         self.method = methods.resolve(method, self.engine.model.tuned_for)
         self.edges, self.max_gen_toks = edges, max_gen_toks
         self.tokenizer = self.engine.model.tokenizer
@@ -73,7 +73,7 @@ class KVGraphLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text without context."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
@@ -83,7 +83,7 @@ class KVGraphLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of prompts."""
+        """The name under which the harness caches prompts."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -117,7 +117,7 @@ class KVGraphLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers; sampling arguments that mean nothing here are an error, not silence."""
+        """Answers. Unsupported sampling arguments are an error."""
 
         def prepared(instance: Instance) -> Request:
             context, wanted = instance.args
@@ -164,7 +164,7 @@ class KVGraphLM(TemplateLM):
     def _run(
         self, what: str, items: Sequence[Any], prepared: Callable[[Any], Request], quiet: bool
     ) -> Iterator[tuple[int, Result]]:
-        """(number of the item, its result) as they end, a window of requests at once in the engine."""
+        """(index of the item, its result) as they end, with a window of requests in the engine at once."""
         with (
             Progress(what, len(items), enabled=False if quiet else None) as bar,
             closing(self.engine.run(map(prepared, items), in_flight=WINDOW)) as outcomes,
@@ -182,7 +182,7 @@ class KVGraphLM(TemplateLM):
         return self.tokenizer(text, return_offsets_mapping=True, **more)
 
     def _cuts(self, text: str, encoded: Any) -> list[int]:
-        """Token indices at which segments begin: the first tokens that lie wholly behind blank lines."""
+        """Token indices at which segments begin: the first tokens that lie completely after blank lines."""
         starts = [a for a, _ in encoded["offset_mapping"]]
         cuts = []
         for blank in BLANK_LINES.finditer(text.rstrip()):

@@ -1,8 +1,7 @@
-"""Plots of reports, as SVG text to put into a page: no script, no font, no network.
+"""Plots of reports, as SVG text for a page: no scripts, fonts or network.
 
-Text is drawn as shapes, so it can't come out wider on another machine than it was laid out. Text and axes take the
-page's own colour (`currentColor`), so one picture serves light and dark pages. Methods differ in marker and line as well
-as in colour.
+Text is drawn as shapes, so its width is the same on every machine. Text and axes take the page's own colour
+(`currentColor`), so one plot works on light and dark pages. Methods differ in marker and line as well as in colour.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from kvgraph.eval.stats import Interval
 
 NARROW, WIDE = 5.2, 9.8  # inches
 CHARACTERS = 58  # of tick labels side by side in a narrow figure
-INK, FAINT = "#010203", "#040506"  # stand for the page's text colour, and for the same at FAINT_OPACITY
+INK, FAINT = "#010203", "#040506"  # placeholders for the page's text colour, and for the same at FAINT_OPACITY
 FAINT_OPACITY = 0.25
-# Okabe and Ito's colours for colour-blind readers, less those that vanish on white or on black, and three more. There
+# Okabe and Ito's colours for colour-blind readers, without those that vanish on white or black, and three more. There
 # are more colours than markers, so that methods of one colour differ in their marker.
 COLORS = ("#1b81c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c8c8c", "#a6611a", "#8f6fd6")
 MARKERS = "osD^vPX*"
@@ -56,7 +55,7 @@ class Panel(NamedTuple):
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A look for each label, by its place in the list; no two alike among the first 32."""
+    """A look for each label, by its place in the list; the first 32 all differ."""
     return {
         label: Style(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
         for i, label in enumerate(labels)
@@ -64,7 +63,7 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
 
 
 def svg(panels: Sequence[Panel], ylabel: str, looks: Mapping[str, Style], title: str) -> str:
-    """Panels side by side over one score axis, in points, with 95 % intervals and one legend; `title` is read aloud."""
+    """Panels side by side over one score axis, with 95 % intervals and one legend. title: for screen readers."""
     file = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
         metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
@@ -92,7 +91,7 @@ def draw(panels: Sequence[Panel], ylabel: str, looks: Mapping[str, Style]) -> Fi
 
 
 def is_wide(panels: Sequence[Panel]) -> bool:
-    """Whether a figure takes the page's width: two panels, or more intervals than can stand apart in half of it."""
+    """Whether a figure takes the page's whole width: for two panels, or for more intervals than fit in half of it."""
     return len(panels) > 1 or sum(map(len, panels[0].series.values())) > 40
 
 
@@ -107,7 +106,7 @@ def _draw(axis: Any, panel: Panel, looks: Mapping[str, Style], labels: Sequence[
     drawn = [label for label in labels if panel.series.get(label)]
     for i, label in enumerate(drawn):
         color, marker, dashes = looks[label]
-        # Series over the same few values are set apart sideways, or their intervals would hide each other.
+        # Series over the same few values are shifted sideways, or their intervals would hide each other.
         aside = 0.0 if not panel.lines else 0.3 * step * ((i + 0.5) / len(drawn) - 0.5)
         points = sorted(panel.series[label], key=lambda point: point[0])
         means = [100 * score.mean for _, score in points]

@@ -1,4 +1,4 @@
-"""Reports: finished runs as one page for people (HTML without network, Markdown) and as JSON for programs."""
+"""Reports: finished runs as one page for people (self-contained HTML, Markdown) and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from kvgraph.eval.runs import Run
 from kvgraph.eval.stats import Difference, Interval
 
 REFERENCE = "full"  # the method that others are compared with, if it was run
-EXAMPLES = 4  # items shown a task
-BINS = 10  # of a fact with too many values to draw them all
+EXAMPLES = 4  # items shown per task
+BINS = 10  # of a fact with too many values to draw each
 MOST_VALUES = 12
 CONFIGURATION = (
     "task", "method", "model", "metrics", "limit", "seed", "data", "prompt", "decode", "extract", "edges", "ablation",
@@ -29,10 +29,10 @@ CONFIGURATION = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What an item of a run cost: means of tokens, and the median time to first token in seconds since admission.
+    """The cost of an item in a run: mean tokens, and the median time to first token in seconds since admission.
 
-    A probe (cacheblend's) is part of both: its time, and its tokens, of which one that ran through one of L layers
-    counts 1/L. Items that couldn't be run don't count; ttft is None when none could.
+    Both include a probe (cacheblend): its time, and its tokens. A token probed through one of L layers counts as 1/L of
+    a computed token. Items that couldn't be run don't count; ttft is None if none could.
     """
 
     computed: float
@@ -42,9 +42,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Line:
-    """A run in a table. difference: to the table's reference, None for that itself, or without a common item.
+    """A run in a table.
 
-    p: of the difference, after Holm's correction for all of the table's lines.
+    difference: to the table's reference; None for the reference itself, or without a common item.
+    p: the p-value of the difference, after Holm's correction for all lines of the table.
     """
 
     label: str
@@ -56,7 +57,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The variants of one base run, which is the first line."""
+    """The variants of one base run, which is in the first line."""
 
     title: str
     lines: tuple[Line, ...]
@@ -64,7 +65,7 @@ class Ablation:
 
 @dataclass(frozen=True)
 class ShownItem:
-    """One item with what every method answered: (label, prediction, score)."""
+    """One item with every method's answer: (label, prediction, score)."""
 
     item: Mapping[str, Any]
     answers: tuple[tuple[str, str, float], ...]
@@ -72,7 +73,7 @@ class ShownItem:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture as SVG text, and whether it takes the page's whole width."""
+    """A plot as SVG text, and whether it takes the page's whole width."""
 
     caption: str
     svg: str
@@ -81,7 +82,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Section:
-    """One task on one model: ordinary runs in `lines`, the reference first, and ablations. best: a label, or none."""
+    """One task on one model: ordinary runs in `lines`, the reference first, and ablations. best: a label, or None."""
 
     task: str
     model: str
@@ -102,18 +103,18 @@ class Section:
 
     @property
     def caption(self) -> str:
-        """What the table of methods shows."""
+        """The caption of the table of methods."""
         compared = (
-            f"Differences in {self.metric} are to {self.lines[0].label}; p after Holm's correction for all lines. "
+            f"Differences in {self.metric} are to {self.lines[0].label}; p is after Holm's correction for all lines. "
         )
         probes = any(line.run.summary["tokens"]["probe"] for line in self.lines)
-        counted = "Of L layers, a token that a probe ran through one counts 1/L as computed. "
-        first = "Time to first token is a median since the request was admitted, while others ran beside it."
+        counted = "A token probed through one of L layers counts as 1/L of a computed token. "
+        first = "Time to first token is the median since admission, while other requests ran."
         return (compared if len(self.lines) > 1 else "") + (counted if probes else "") + first
 
     @cached_property
     def breakdowns(self) -> dict[str, dict[str, list[Interval | None]]]:
-        """breakdown -> value -> the headline's interval for every line, None where a run has no such item."""
+        """breakdown -> value -> the headline's interval for every line; None if a run has no such item."""
         found: dict[str, dict[str, list[Interval | None]]] = {}
         for i, line in enumerate(self.lines):
             for name, values in line.run.summary["by"].items():
@@ -124,7 +125,7 @@ class Section:
 
     @cached_property
     def sets(self) -> dict[str, list[float | None]]:
-        """Scores of whole sets, for every line."""
+        """Scores of the whole set, for every line."""
         found: dict[str, list[float | None]] = {}
         for i, line in enumerate(self.lines):
             for name, value in _numbers(line.run.summary.get("sets", {})):
@@ -133,7 +134,7 @@ class Section:
 
     @cached_property
     def plots(self) -> list[Plot]:
-        """The headline by every numeric fact, and against what an item cost."""
+        """The headline by every numeric fact, and against the cost of an item."""
         made = []
         for fact in _numeric_facts(line.run for line in self._all_lines()):
             series = {line.label: _by_fact(fact, [line.run, *self._sharing(line, fact)]) for line in self.lines}
@@ -141,7 +142,7 @@ class Section:
             if len({x for points in series.values() for x, _ in points}) > 1:
                 made.append(self._plot(f"by {name}", [Panel(name, series)]))
         panels = [
-            self._against("tokens computed an item", "computed"),
+            self._against("tokens computed per item", "computed"),
             self._against("time to first token (ms)", "ttft"),
         ]
         return [*made, self._plot("against cost", panels)] if panels[0].series else made
@@ -153,7 +154,7 @@ class Section:
 
     @cached_property
     def examples(self) -> list[ShownItem]:
-        """Items that the methods answered with the most different scores, in item order."""
+        """The items on which the methods' scores differ most, in item order."""
         shared = set.intersection(*(set(line.run.by_id) for line in self.lines))
         first = [item for item in self.lines[0].run.results if item["id"] in shared]
 
@@ -177,7 +178,7 @@ class Section:
         return _common(settings for _, settings in self.settings)
 
     def own(self, known: Mapping[str, str]) -> dict[str, str]:
-        """What its runs have in common besides what is known already."""
+        """Further settings that its runs have in common."""
         return {name: value for name, value in self.same.items() if name not in known}
 
     @cached_property
@@ -223,12 +224,12 @@ class Report:
 
     @property
     def lines(self) -> list[Line]:
-        """Every run that is no variant of an ablation."""
+        """Every run that isn't a variant of an ablation."""
         return [line for section in self.sections for line in section.lines]
 
     @property
     def warnings(self) -> list[str]:
-        """Why some numbers may not be compared."""
+        """Why some numbers can't be compared."""
         return [f"{section.task}: {warning}" for section in self.sections for warning in section.warnings]
 
     @property
@@ -247,7 +248,7 @@ class Report:
         return _common(settings for section in self.sections for _, settings in section.settings)
 
     def html(self) -> str:
-        """The page: self-contained, readable in light, dark and on paper."""
+        """The page: self-contained, readable in light and dark mode and on paper."""
         return _template("report.html").render(report=self, css=_text("report.css"))
 
     def markdown(self) -> str:
@@ -278,7 +279,7 @@ class Report:
 
 
 def build(folders: Iterable[Path]) -> Report:
-    """The report of every finished run in these folders and below. Raises RunError when there is none."""
+    """The report of every finished run in these folders and below. Raises RunError if there is none."""
     found = list(runs.find(folders))
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in found:
@@ -290,8 +291,8 @@ def _section(task: str, model: str, members: Sequence[Run]) -> Section:
     variants = sorted((run for run in members if run.ablation is not None), key=_by_name)
     plain = [run for run in members if run.ablation is None]
     bases = {run.folder.parent: run for run in plain if run.folder.name == BASE}
-    # A base is the run that its variants are compared with. It is one of the task's methods too, unless that was also
-    # run by itself.
+    # A base is the run that its variants are compared with. It also counts as one of the task's methods, unless that
+    # method was run on its own too.
     alone = {run.method for run in plain if run not in bases.values()}
     ordinary = [run for run in plain if run.folder.parent not in bases or run.method not in alone]
     ordinary += [run for run in variants if run.folder.parent not in bases]
@@ -307,12 +308,12 @@ def _section(task: str, model: str, members: Sequence[Run]) -> Section:
 
 
 def _by_name(run: Run) -> tuple[Path, list[Any]]:
-    """Sorts variants of a base next to each other, and numbers in their names by value."""
+    """A sort key that puts variants of a base next to each other and orders numbers in their names by value."""
     return run.folder.parent, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", run.folder.name)]
 
 
 def _lines(members: Sequence[Run], labels: Sequence[str]) -> tuple[Line, ...]:
-    """Lines of runs that are compared with the first."""
+    """Lines of runs, each compared with the first."""
     reference = members[0]
     differences = [None, *(runs.compared(reference, run) for run in members[1:])]
     corrected = iter(stats.holm([d.p for d in differences if d is not None]))
@@ -323,7 +324,7 @@ def _lines(members: Sequence[Run], labels: Sequence[str]) -> tuple[Line, ...]:
 
 
 def _labels(members: Sequence[Run]) -> list[str]:
-    """A name for each run of a task on a model: its method; where that isn't enough, its folder too."""
+    """A name for each run of a task on a model: its method, with its folder if that isn't unique."""
     methods = [run.method + (f", {run.ablation}" if run.ablation else "") for run in members]
     return [
         method if methods.count(method) == 1 else f"{method} in {'/'.join(run.folder.parts[-3:])}"
@@ -332,7 +333,7 @@ def _labels(members: Sequence[Run]) -> list[str]:
 
 
 def _best(lines: Sequence[Line]) -> str | None:
-    """The run that is better than each of the others beyond noise, if there is one."""
+    """The run that is better than every other by more than noise, if there is one."""
     if len(lines) < 2:
         return None
     best = max(lines, key=lambda line: line.run.score.mean)
@@ -351,7 +352,7 @@ def _warnings(lines: Sequence[Line]) -> Iterator[str]:
             yield f"{line.label} can't be compared with {first.label} ({'; '.join(found)})"
     for line in lines:
         if line.run.errors:
-            yield f"{line.label}: {line.run.errors:,} items couldn't be run and count as 0"
+            yield f"{line.label}: {line.run.errors:,} items couldn't be run and score 0"
     machines = {line.run.summary["environment"].get("machine") for line in lines}
     if len(machines) > 1:
         yield f"times were measured on {len(machines)} different machines"
@@ -360,7 +361,7 @@ def _warnings(lines: Sequence[Line]) -> Iterator[str]:
 def _failed_variants(ablation: Ablation) -> Iterator[str]:
     failed = [line.label for line in ablation.lines if line.run.errors]
     if failed:
-        yield f"ablations of {ablation.title}: items couldn't be run and count as 0 in {', '.join(failed)}"
+        yield f"ablations of {ablation.title}: items couldn't be run and score 0 in {', '.join(failed)}"
 
 
 def _cost(run: Run) -> Cost:
@@ -376,7 +377,7 @@ def _cost(run: Run) -> Cost:
 
 
 def _numeric_facts(members: Iterable[Run]) -> list[str]:
-    """Facts that are numbers in every item that has them, and not always the same."""
+    """Facts that are numbers in every item that has them, with more than one value."""
     values: dict[str, set[Any]] = {}
     for run in members:
         for result in run.results:
@@ -390,7 +391,7 @@ def _numeric_facts(members: Iterable[Run]) -> list[str]:
 
 
 def _by_fact(fact: str, members: Sequence[Run]) -> list[plots.Point]:
-    """(value, interval of the headline) for the items of runs by a fact, in bins where it has many values."""
+    """(value, interval of the headline) for the items of runs by a fact, in bins if it has many values."""
     results = [(r["facts"][fact], r) for run in members for r in run.results if fact in r.get("facts", {})]
     if not results:
         return []
@@ -427,7 +428,7 @@ def _settings(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _common(several: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The entries that all mappings have alike."""
+    """The entries that all mappings share."""
     first, *others = several
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
@@ -469,7 +470,7 @@ def _template(name: str) -> Any:
 
 
 def markdown_cell(text: Any) -> str:
-    """Text that a Markdown table shows as it is: what would be markup is escaped, and it stays on one line."""
+    """Text for a Markdown table cell: markup is escaped, and it stays on one line."""
     return re.sub(r"([\\`*_\[\]<>|#~!&])", r"\\\1", " ".join(str(text).split()))
 
 

@@ -1,4 +1,4 @@
-"""One run: a task's items, by one method, on one model, through the real engine; resumable at any moment.
+"""One run: a task's items, by one method, on one model, through the real engine. It can be resumed at any moment.
 
 A run is a folder: `config.json` (written first), `results.jsonl` (a line an item, as they finish) and, once every item
 has its line, `summary.json`. docs/reference/evaluation.md says what is in them.
@@ -45,7 +45,7 @@ from kvgraph.progress import Progress
 
 CONFIG = "config.json"
 WINDOW = 32  # requests in the engine at once
-MAY_CHANGE = ("data.from", "model.name")  # where things lie; what they are is hashed
+MAY_CHANGE = ("data.from", "model.name")  # locations; the contents are hashed
 
 Summary = dict[str, Any]
 """What summary.json holds."""
@@ -66,17 +66,21 @@ def evaluate(
     window: int = WINDOW,
     progress: bool | None = None,
 ) -> Summary:
-    """Answer and score every item, leaving the run in folder `out`; what is there already is kept, not done again.
+    """Answer and score every item, and write the run to folder `out`. Items that are there already aren't run again.
 
-    method: a spec as `kvgraph.methods.parse` reads it, or an instance. data: where the items come from, for the summary.
-    edges: for methods that read them; the task's unless given. max_tokens: of an answer; the task's unless given. seed:
-    of the intervals. ablation: names what was changed, if this is a variant. window: requests in the engine at once.
-    progress: a bar (default: on a terminal).
+    method: a spec as `kvgraph.methods.parse` reads it, or an instance.
+    data: where the items come from, for the summary.
+    edges: for methods that read them (default: the task's).
+    max_tokens: maximum per answer (default: the task's).
+    seed: of the intervals.
+    ablation: what was changed, if this is a variant.
+    window: requests in the engine at once.
+    progress: show a bar (default: on a terminal).
 
-    An item that can't be run (longer than the model's limit, larger than the KV budget, refused by the method) gets a line
-    with an "error", scores 0, and is counted in the summary; the run goes on. Raises RunError when `out` holds another
-    run or can't be written, and GraphError for a method or edges that don't exist. Interrupted, even killed, the same
-    call goes on where it was.
+    An item that can't be run (longer than the model's limit, larger than the KV budget, refused by the method) gets a
+    line with an "error", scores 0, and is counted in the summary; the run continues. After an interruption or a kill,
+    the same call resumes. Raises RunError if `out` holds another run or can't be written, and GraphError for an unknown
+    method or unknown edges.
     """
     params = SamplingParams(max_tokens=task.max_tokens if max_tokens is None else max_tokens, stop=task.stop)
     spec = method if isinstance(method, str) else methods.format(method)
@@ -111,16 +115,16 @@ def evaluate(
 
 
 def slug(spec: str) -> str:
-    """A folder's name for a method's spec: "graph-kv:rounds=2" -> "graph-kv_rounds=2"; other specs, other names."""
+    """A folder name for a method's spec: "graph-kv:rounds=2" -> "graph-kv_rounds=2". Other specs get other names."""
     name = re.sub(r"[^A-Za-z0-9._=,+-]", "-", re.sub(r"\s", "", spec).replace(":", "_", 1))[:100]
     plain = re.fullmatch(r"[A-Za-z0-9.,=+-]+(:[A-Za-z0-9._=,+-]*)?", spec)
     return name if plain and len(spec) <= 100 else f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
 
 
 def _check(engine: Engine, task: Task, items: Sequence[Item], edges: str) -> None:
-    """Raise what would otherwise go wrong for every item."""
+    """Raise the errors that would otherwise occur for every item."""
     if engine.model.tokenizer is None:
-        raise RunError(f"{engine.model.name} has no tokenizer; tasks are text, so they need one")
+        raise RunError(f"{engine.model.name} has no tokenizer, but tasks are text; give a model with one")
     unknown = [name for name in task.metrics if name not in METRICS] + [task.extract] * (task.extract not in EXTRACT)
     if unknown:
         raise TaskError(f"task {task.name} names {unknown[0]!r}, which isn't in kvgraph.eval.metrics")
@@ -138,7 +142,7 @@ def _check(engine: Engine, task: Task, items: Sequence[Item], edges: str) -> Non
 
 
 class _Entered(NamedTuple):
-    """An item on its way through the engine."""
+    """An item in the engine."""
 
     item: Item
     graph: ContextGraph
@@ -154,7 +158,7 @@ def _answers(
     params: SamplingParams,
     window: int,
 ) -> Generator[tuple[_Entered, Result | KVGraphError]]:
-    """Answers as they finish; a new item enters as soon as fewer than `window` are in the engine."""
+    """Answers as they finish. A new item enters as soon as fewer than `window` are in the engine."""
     entered: dict[int, _Entered] = {}  # by number, until their answer
 
     def requests() -> Iterator[Request | KVGraphError]:
@@ -218,7 +222,7 @@ def _line(task: Task, asked: _Entered, answer: Result | KVGraphError) -> dict[st
 
 
 def _cluster(item: Item) -> str:
-    """What the task says or, without, the texts that the item reads, in any order: their names may be mere numbers."""
+    """The item's cluster as the task gives it; otherwise the texts that the item reads, in any order."""
     if item.cluster or not item.documents:
         return item.cluster or item.id
     texts = sorted((document.title, document.text) for document in item.documents)
@@ -229,7 +233,7 @@ def _cluster(item: Item) -> str:
 
 
 class _Results:
-    """results.jsonl: read, appended to, and put in order at the end. A torn last line is what a kill leaves; it goes."""
+    """results.jsonl: read, appended to, and sorted at the end. An incomplete last line, left by a kill, is removed."""
 
     def __init__(self, path: Path, items: Sequence[Item]):
         self.path, self.items = path, items
@@ -249,7 +253,7 @@ class _Results:
             hash(line["id"]), line["scores"].keys(), line["timing"].keys()
             return line
         except (ValueError, TypeError, LookupError, AttributeError):
-            raise RunError(f"{self.path}:{number} is damaged; delete that line, and its item is done again") from None
+            raise RunError(f"{self.path}:{number} is damaged; delete that line to run its item again") from None
 
     @property
     def complete(self) -> bool:
@@ -257,12 +261,12 @@ class _Results:
         return len(self.lines) == len(self.items)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a finished item's line; after an error (a full disk) the file is as it was."""
+        """Add a finished item's line. After an error (a full disk) the file is as before."""
         io.append(self.file, io.line(line))
         self.lines[line["id"]] = line
 
     def finish(self) -> list[dict[str, Any]]:
-        """All lines in the items' order, in the file too."""
+        """All lines in the items' order; the file is sorted as well."""
         ordered = [self.lines[item.id] for item in self.items]
         os.fsync(self.file.fileno())
         if list(self.lines) != [item.id for item in self.items]:
@@ -275,18 +279,18 @@ class _Results:
 
 
 def _begin(folder: Path, config: dict[str, Any]) -> None:
-    """Write the configuration of a new run, or check that it is the one that began here."""
+    """Write the configuration of a new run, or check that the run that began here has the same."""
     path = folder / CONFIG
     if not path.is_file():
         if any((folder / name).exists() for name in (RESULTS, SUMMARY)):
-            raise RunError(f"{folder} has results but no {CONFIG} to say of what; give another folder")
+            raise RunError(f"{folder} has results but no {CONFIG} that says what they are; give another folder")
         io.write_json(path, config)
         return
     for field, before, now in changes(_loaded(path), config):
         if field not in MAY_CHANGE:
             before, now = (json.dumps(value, ensure_ascii=False)[:80] for value in (before, now))
             raise RunError(
-                f"{folder} holds a run with {field} = {before}, now it is {now}; give another folder, or delete it"
+                f"{folder} holds a run with {field} = {before}, not {now}; give another folder, or delete it"
             )
 
 
@@ -294,7 +298,7 @@ def _loaded(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
-        raise RunError(f"{path} is damaged; delete it if it is a {SUMMARY}, else give another folder") from None
+        raise RunError(f"{path} is damaged; delete it if it is a {SUMMARY}, otherwise give another folder") from None
 
 
 # -- the summary ------------------------------------------------------------------------------------------------------
@@ -312,7 +316,7 @@ def _config(
     seed: int,
     ablation: str | None,
 ) -> dict[str, Any]:
-    """What makes the run what it is: the part of the summary that is known before it."""
+    """What identifies the run: the part of the summary that is known before it starts."""
     digest = _digest(items)
     data = data or Data(tuple(items), sha256=digest)
     model = engine.model
@@ -343,7 +347,7 @@ def _config(
         "edges": edges if edges != "none" else None,
         "ablation": ablation,
     }
-    return json.loads(json.dumps(config))  # as it will be read back: lists, no tuples
+    return json.loads(json.dumps(config))  # as it is read back: lists instead of tuples
 
 
 def _digest(items: Sequence[Item]) -> str:
@@ -353,7 +357,7 @@ def _digest(items: Sequence[Item]) -> str:
 
 
 def _scores(task: Task, lines: Sequence[Mapping[str, Any]], seed: int) -> Summary:
-    """Every metric over all items and by every breakdown; scores of whole sets; counts. The same for the same answers."""
+    """Every metric over all items and by every breakdown, scores of the whole set, and counts: all from the answers."""
     groups = {name: _groups(lines, name) for name in task.breakdowns}
     return {
         "scores": _means(task, lines, seed),
@@ -391,7 +395,7 @@ def _means(task: Task, lines: Sequence[Mapping[str, Any]], seed: int) -> dict[st
 
 
 def _groups(lines: Sequence[Mapping[str, Any]], name: str) -> dict[Any, list[Mapping[str, Any]]]:
-    """Lines by their kind or a fact, in order of its values; lines that lack it are in none."""
+    """Lines by their kind or a fact, in order of its values. Lines without it are left out."""
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for line in lines:
         value = line["kind"] or None if name == "kind" else line["facts"].get(name)
@@ -409,7 +413,7 @@ class _Session(NamedTuple):
 
 
 def _costs(engine: Engine, lines: Sequence[Mapping[str, Any]], session: _Session) -> Summary:
-    """What may differ from run to run: times, what had to be computed, and where all this took place."""
+    """What may differ from run to run: times, what had to be computed, and the environment."""
     timings = [line["timing"] for line in lines if "error" not in line]
     reused: Counter[str] = Counter()
     for timing in timings:

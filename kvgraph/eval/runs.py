@@ -1,4 +1,4 @@
-"""Finished runs on disk, as `kvgraph.eval.run` leaves them: read, told apart, and compared item by item."""
+"""Finished runs on disk, as `kvgraph.eval.run` writes them: reading them and comparing them item by item."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvgraph.eval.stats import Difference, Interval
 FORMAT = 1
 SUMMARY, RESULTS = "summary.json", "results.jsonl"
 NEEDED = ("task", "headline", "method", "model", "scores", "by", "tokens", "timing", "environment")
-# What must be equal for a difference between two runs to be one between their methods.
+# Settings that must be equal for a difference between two runs to be a difference between their methods.
 MUST_MATCH = ("prompt", "decode", "extract", "data.sha256", "model.fingerprint", "model.dtype")
 
 
@@ -34,7 +34,7 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Run:
-        """The run in `folder`. Raises RunError when it isn't finished, is damaged, or has a format this can't read."""
+        """The run in `folder`. Raises RunError if it isn't finished, is damaged, or has an unknown format."""
         if not (folder / SUMMARY).is_file():
             raise RunError(f"{folder}: there is no finished run here ({SUMMARY} is missing)")
         summary = _json(folder / SUMMARY, (folder / SUMMARY).read_text(encoding="utf-8"))
@@ -48,9 +48,9 @@ class Run:
         if missing:
             raise RunError(f"{folder / SUMMARY} has no {missing[0]!r}; run the evaluation again")
         if not results:
-            raise RunError(f"{folder / RESULTS} holds no item")
+            raise RunError(f"{folder / RESULTS} holds no items; run the evaluation again")
         if any(not isinstance(r, dict) or "id" not in r or "scores" not in r for r in results):
-            raise RunError(f"{folder / RESULTS} holds lines that aren't results of an evaluation")
+            raise RunError(f"{folder / RESULTS} has lines that aren't results of an evaluation; run it again")
         return cls(folder, summary, results)
 
     @property
@@ -60,22 +60,22 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method as it was asked for: a spec such as "graph-kv:rounds=2"."""
+        """The method as it was given: a spec such as "graph-kv:rounds=2"."""
         return self.summary["method"]["spec"]
 
     @property
     def model(self) -> str:
-        """The model's name, without the folders it lies in."""
+        """The model's name, without its folders."""
         return Path(str(self.summary["model"]["name"])).name
 
     @property
     def ablation(self) -> str | None:
-        """Which variant of an ablation this is, None for an ordinary run."""
+        """Which variant of an ablation this is; None for an ordinary run."""
         return self.summary.get("ablation")
 
     @property
     def headline(self) -> str:
-        """The metric that counts first."""
+        """The headline metric's name."""
         return self.summary["headline"]
 
     @property
@@ -99,7 +99,7 @@ class Run:
 
 
 def find(folders: Iterable[Path]) -> Iterator[Run]:
-    """Every finished run in these folders and below, by path. Raises RunError when a folder holds none."""
+    """Every finished run in these folders and below, by path. Raises RunError if a folder holds none."""
     seen: set[Path] = set()
     for folder in folders:
         found = sorted(path.parent for path in folder.rglob(SUMMARY)) if folder.is_dir() else []
@@ -117,7 +117,7 @@ def interval(stored: Mapping[str, Any]) -> Interval:
 
 
 def compared(a: Run, b: Run, metric: str | None = None, seed: int = 0) -> Difference | None:
-    """How b's scores differ from a's on the items both have; None when they share no item or not the metric."""
+    """How b's scores differ from a's on the items that both have; None if they share no item or lack the metric."""
     metric = metric or a.headline
     shared = [r for r in a.results if r["id"] in b.by_id]
     pairs = [(r["scores"].get(metric), b.by_id[r["id"]]["scores"].get(metric)) for r in shared]
@@ -129,7 +129,7 @@ def compared(a: Run, b: Run, metric: str | None = None, seed: int = 0) -> Differ
 
 
 def mismatches(a: Run, b: Run) -> list[str]:
-    """What keeps a difference between two runs from being one between their methods: a phrase each, empty if nothing."""
+    """Why a difference between two runs may not be one between their methods: a phrase for each reason."""
     found = [
         f"{path}: {shown(before)} against {shown(after)}"
         for path, before, after in changes(a.summary, b.summary)
@@ -142,7 +142,7 @@ def mismatches(a: Run, b: Run) -> list[str]:
 
 
 def changes(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, a's value, b's value) of every leaf that differs between two JSON values; a missing one is None."""
+    """(dotted path, a's value, b's value) of every leaf that differs between two JSON values; None if missing."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in dict.fromkeys([*a, *b]):
             yield from changes(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
@@ -151,7 +151,7 @@ def changes(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """A JSON value on one short line, as texts for people show it."""
+    """A JSON value on one short line, for people."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= most else text[:most] + "…"
 

@@ -1,9 +1,8 @@
-"""How sure a mean score is, and whether two methods really differ: bootstrap intervals and paired tests.
+"""How certain a mean score is, and whether two methods really differ: bootstrap intervals and paired tests.
 
-Scores are numbers in [0, 1], one an item; as text they are points, in hundredths. Items that share something are a
-*cluster*, and it is clusters that are drawn again or flipped, never single items: ten questions over the same documents
-tell less than ten over different ones.
-Everything is deterministic: the same scores and seed give the same numbers.
+Scores are numbers in [0, 1], one per item; as text they are points from 0 to 100. Items that share something form a
+*cluster*. Clusters are resampled or flipped as a whole, because ten questions over the same documents tell less than
+ten over different ones. Everything is deterministic: the same scores and seed give the same numbers.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-ALPHA = 0.05  # a difference is called more than noise when p is below
+ALPHA = 0.05  # a difference counts as more than noise if p is below this
 RESAMPLES = 9999
-BATCH = 256  # resamples in memory at once: 10,000 items need 20 MB each for draws and scores
+BATCH = 256  # resamples in memory at once; for 10,000 items draws and scores need 20 MB each
 Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 
 
@@ -34,7 +33,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How much higher b's mean is than a's on the same n items: 95 % interval, p-value, and items that b won and lost."""
+    """How much b's mean is above a's on the same n items: 95 % interval, p-value, and items that b won and lost."""
 
     difference: float
     low: float
@@ -59,13 +58,13 @@ def p_text(p: float) -> str:
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0) -> Interval:
-    """The mean of scores in [0, 1] with a bootstrap interval (BCa: Efron, 1987); `clusters` has one key a value.
+    """The mean of scores in [0, 1] with a bootstrap interval (BCa: Efron, 1987). clusters: one key per value.
 
-    Without spread (one cluster, or all clusters alike) a bootstrap would give a width of 0, as if 5 right answers out of
-    5 proved that there is no wrong one. There the interval is what a share of z² / (n + z²) unseen cases (Wilson's
-    bound for what never happened in n cases) can do to the mean; for scores that are all 0 or all 1 it is Wilson's.
+    Without spread (one cluster, or all clusters equal) a bootstrap interval would have width 0, as if 5 right answers
+    out of 5 proved that wrong ones can't occur. In that case the interval covers a share of z² / (n + z²) unseen cases
+    (Wilson's bound for an event that never occurred in n cases). For scores that are all 0 or all 1 it is Wilson's.
 
-    Raises ValueError for no values, values outside [0, 1] (NaN too), or another number of clusters than of values.
+    Raises ValueError for no values, values outside [0, 1] (including NaN), or a wrong number of clusters.
     """
     scores = _scores(values)
     low, high = _interval(scores, clusters, (0.0, 1.0), seed)
@@ -77,15 +76,15 @@ def paired(
 ) -> Difference:
     """Compare two methods' scores on the same items, in the same order: mean(b) - mean(a), its interval and p-value.
 
-    The test flips the signs of the items' (or clusters') differences: if the methods were alike, either sign would be as
-    likely. It is exact where that can be computed: for few items, and for differences of one size, as right-or-wrong
-    scores have (then it is McNemar's exact test); else over 9,999 random flips. p is two-sided.
+    The test flips the signs of the items' (or clusters') differences: if the methods were equal, both signs would be
+    equally likely. It is exact if that can be computed, which is for few items, and for differences of one size, as of
+    right-or-wrong scores (McNemar's exact test). Otherwise it uses 9,999 random flips. p is two-sided.
 
-    Raises ValueError as `mean_interval` does, and when a and b have different lengths.
+    Raises ValueError as `mean_interval` does, and if a and b have different lengths.
     """
     first, second = _scores(a), _scores(b)
     if len(first) != len(second):
-        raise ValueError(f"paired scores belong to the same items, but there are {len(first)} and {len(second)}")
+        raise ValueError(f"paired scores must be of the same items, but there are {len(first)} and {len(second)}")
     change = second - first
     low, high = _interval(change, clusters, (-1.0, 1.0), seed)
     p = _sign_flip_p(_sums(change, clusters)[0], seed)
@@ -94,7 +93,7 @@ def paired(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for testing all of them at once (Holm, 1979): the chance of even one false find stays below."""
+    """p-values corrected for multiple tests (Holm, 1979), which bounds the probability of any false positive."""
     order = np.argsort(p_values, kind="stable")
     corrected = np.empty(len(p_values))
     corrected[order] = np.maximum.accumulate([p_values[j] * (len(order) - i) for i, j in enumerate(order)])
@@ -102,7 +101,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def clusters_of(results: Sequence[Mapping[str, Any]]) -> list[Hashable]:
-    """A cluster key for each line of a results file, as the run wrote it; an item without one is alone."""
+    """A cluster key for each line of a results file, as the run wrote it; an item without one is its own cluster."""
     return [("cluster", r["cluster"]) if r.get("cluster") else ("item", r["id"]) for r in results]
 
 
@@ -116,7 +115,7 @@ def _scores(values: Sequence[float]) -> np.ndarray:
 
 
 def _sums(values: np.ndarray, clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
-    """(sum, size) of every cluster, in order of first appearance; without clusters every value is one."""
+    """(sum, size) of every cluster, in order of first appearance; without clusters every value is its own."""
     if clusters is None:
         return values, np.ones_like(values)
     if len(clusters) != len(values):
@@ -151,7 +150,7 @@ def _interval(
 
 
 def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
-    """Two-sided p-value of the sum of differences, over all flips of their signs. Zeros can't flip and are left out."""
+    """Two-sided p-value of the sum of differences, over all flips of their signs. Zeros are left out."""
     sizes = np.abs(differences)
     kept = differences[sizes > 1e-12]
     if not len(kept):
@@ -163,7 +162,7 @@ def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
 
 
 def _signs(count: int, seed: int) -> Iterator[np.ndarray]:
-    """Batches [patterns, count] of +1 and -1: every pattern where these are few, else none flipped and random ones."""
+    """Batches [patterns, count] of +1 and -1: every pattern if they are few, else the unflipped one and random ones."""
     if 2**count <= RESAMPLES + 1:
         yield 1.0 - 2.0 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
         return

@@ -1,5 +1,14 @@
 """Causal LMs as the engine and training see them. Only this package imports transformers."""
 
+import sys
+
+from kvgraph.errors import ModelError
+
+if sys.flags.optimize > 1:
+    raise ModelError(
+        "transformers needs its docstrings, which PYTHONOPTIMIZE=2 (python -OO) leaves out; unset it or set it to 1"
+    )
+
 from kvgraph.models.adapter import Attend, Layer, Model, Trainable
 from kvgraph.models.checkpoint import save, stack
 from kvgraph.models.fingerprint import ATTENTION_NUMERICS

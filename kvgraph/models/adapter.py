@@ -25,7 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvgraph.attention.rope import Rotary
 from kvgraph.errors import ModelError
-from kvgraph.models.config import declared, eos_ids_of, limit_of, vocabulary_of
+from kvgraph.models.config import declared, end_ids, limit_of, vocabulary_of
 
 # (layer, q [H, T, D], k [G, T, D], v [G, T, Dv], scale, softcap or None, sinks [H] or None) -> [H, T, Dv]
 Attend = Callable[[int, Tensor, Tensor, Tensor, float, float | None, Tensor | None], Tensor]
@@ -80,10 +80,14 @@ class Model:
         self.limit = limit_of(hf.config)
         self.heads: int = hf.config.num_attention_heads
         self.vocab_size = vocabulary_of(hf)
-        self.eos_ids = eos_ids_of(hf)
         self.tuned_for = declared(hf.config.to_dict(), f"{name}'s config")
         numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
         self.kv_bytes_per_token = numbers * self.dtype.itemsize
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer; a server may give the tokenizer another chat template, and so another one."""
+        return end_ids(self.hf, self.tokenizer)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, want: Tensor) -> Tensor:
         """Run the model once on `tokens` [T] at `positions` [T], both int64; `attend` is each layer's attention.

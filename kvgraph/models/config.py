@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvgraph.data.chat import end_of_turn
 from kvgraph.errors import ModelError
 
 
@@ -34,14 +35,12 @@ def vocabulary_of(hf: PreTrainedModel) -> int:
     return cast(nn.Embedding, hf.get_input_embeddings()).weight.shape[0]
 
 
-def eos_ids_of(hf: PreTrainedModel) -> tuple[int, ...]:
-    generation = getattr(hf, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(hf.config, "eos_token_id", None)
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+def end_ids(hf: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer, by whatever names one: generation config, config, tokenizer and chat template."""
+    configs = (getattr(hf, "generation_config", None), hf.config, tokenizer)
+    named = [getattr(config, "eos_token_id", None) for config in configs]
+    each = [ids if isinstance(ids, list | tuple) else [ids] for ids in (*named, end_of_turn(tokenizer))]
+    return tuple(dict.fromkeys(i for ids in each for i in ids if i is not None))
 
 
 def declared(data: dict[str, Any], where: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,10 @@ from kvgraph.models.adapter import Layer
 # GPU have one of their own, because their products run in 16 bits there.
 ATTENTION_NUMERICS = 1
 GPU_16_BIT_NUMERICS = 2
+
+# Weight files up to WHOLE bytes are hashed at every load. Of larger ones SAMPLE bytes of every EVERY bytes are, so of each
+# tensor of at least EVERY bytes; that is 1/64 of what loading the weights reads anyway.
+WHOLE, EVERY, SAMPLE = 64 << 20, 4 << 20, 64 << 10
 
 # Config fields that can't change KV: names, library versions, storage, special tokens, training and output settings.
 _NOT_KV = frozenset(
@@ -62,17 +67,37 @@ def state_hash(hf: PreTrainedModel) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 of a file's content, remembered under its path, size and modification time."""
+    """xxh3-128 of a file's content. A large file's is remembered by its path, size, times and inode, and by samples."""
     status = path.stat()
-    key, now = str(path.resolve()), [status.st_size, status.st_mtime_ns]
+    if status.st_size <= WHOLE:
+        return _whole(path)
+    key = str(path.resolve())
+    # Sizes and times alone don't tell files apart: layers of images, archives and object stores give them all the same.
+    now = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, _sampled(path)]
     known = memo.recall("weights", key)
-    if isinstance(known, list) and known[:2] == now:
-        return str(known[2])
+    if isinstance(known, list) and known[:-1] == now:
+        return str(known[-1])
+    found = _whole(path)
+    # A file written this instant could change again under the same time stamps, so it isn't remembered yet.
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:
+        memo.remember("weights", key, [*now, found])
+    return found
+
+
+def _whole(path: Path) -> str:
     h = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             h.update(block)
-    # A file written just now could change again under the same time stamp, so it isn't remembered yet.
-    if time.time_ns() - status.st_mtime_ns > 2_000_000_000:
-        memo.remember("weights", key, [*now, h.hexdigest()])
+    return h.hexdigest()
+
+
+def _sampled(path: Path) -> str:
+    """Of the first SAMPLE bytes of every EVERY bytes, and of the last SAMPLE bytes."""
+    h = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for at in (*range(0, size, EVERY), max(0, size - SAMPLE)):
+            file.seek(at)
+            h.update(file.read(SAMPLE))
     return h.hexdigest()

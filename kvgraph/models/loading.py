@@ -21,6 +21,9 @@ from kvgraph.models.fingerprint import file_hash, fingerprint_of, state_hash
 from kvgraph.models.observe import plain_logits, probe, require_equal
 from kvgraph.models.support import TESTED, refuse
 
+# Given wherever anything is loaded: else transformers asks on the terminal whether it may run the Python of a folder.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+LFS = b"version https://git-lfs.github.com/spec/"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -91,7 +94,7 @@ def _from_folder(name: str, wanted: Any, allow_untested: bool) -> _Loaded:
         raise ModelError(f"there is no folder {name}")
     source = str(Path(name).expanduser()) if local else name
     with one_line(f"can't read the config of {name}" + ("" if local else " (no such folder; tried as a hub name)")):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **NO_CODE)
     refuse(config, allow_untested)
     if not local:
         from huggingface_hub import snapshot_download
@@ -102,7 +105,7 @@ def _from_folder(name: str, wanted: Any, allow_untested: bool) -> _Loaded:
     files = weight_files(Path(source), name)
     with one_line(f"can't load {name}"), _shapes_explained():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
+            source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True, **NO_CODE
         )
     hf, info = loaded
     if info["missing_keys"]:
@@ -144,7 +147,7 @@ def tuned_for(path_or_name: str | Path) -> tuple[str, ...]:
     """
     folder = Path(path_or_name).expanduser()
     try:
-        config = AutoConfig.from_pretrained(str(folder if folder.is_dir() else path_or_name)).to_dict()
+        config = AutoConfig.from_pretrained(str(folder if folder.is_dir() else path_or_name), **NO_CODE).to_dict()
     except (OSError, ValueError):
         config = {}
     found = declared(config, f"{path_or_name}'s config")
@@ -160,7 +163,7 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
     file = gguf.gguf_in(folder)
     if not file and not folder.is_dir():
         with one_line(f"can't get the tokenizer of {name} (no such folder; tried as a hub name)"):
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, **NO_CODE)
     tokenizer = _tokenizer(file or folder, name)
     if tokenizer is None:
         raise ModelError(f"{name} has no tokenizer")
@@ -185,6 +188,7 @@ def _build(
 
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files that transformers will load from a folder."""
+    _refuse_pointers(folder, name)
     if (folder / adapters.CONFIG).exists():
         raise ModelError(
             f"{name} holds a model and an adapter; give the adapter a folder of its own, or merge it into the model"
@@ -209,13 +213,23 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     raise ModelError(f"{name} has no model.safetensors")
 
 
+def _refuse_pointers(folder: Path, name: str) -> None:
+    """Raise ModelError for a folder cloned without Git LFS, which leaves a note of three lines in place of a file."""
+    for file in sorted(folder.glob("*")):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
+            raise ModelError(
+                f"{name} holds only a Git LFS pointer in place of {file.name}; run `git lfs pull` there, or download it again"
+            )
+
+
 def _tokenizer(folder: Path, name: str) -> Any:
+    _refuse_pointers(folder, name)
     if folder.is_dir() and not any(
         (folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
         return None
     with one_line(f"can't load the tokenizer of {name}"):
-        return AutoTokenizer.from_pretrained(**gguf.source(folder))
+        return AutoTokenizer.from_pretrained(**gguf.source(folder), **NO_CODE)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -247,5 +261,10 @@ def one_line(what: str) -> Iterator[None]:
     except ModelError as error:
         raise ModelError(f"{what}: {error}") from None
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{what}: it needs Python code that it brings along (auto_map), and kvgraph never runs a model's code; "
+                "use a model of a type that transformers has itself"
+            ) from None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{what}: {lines[0]}") from None

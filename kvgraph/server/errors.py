@@ -50,16 +50,16 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 DECLARED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
-        400: "The request is wrong; the message says where.",
-        401: "No such API key.",
-        404: "No such thing.",
-        405: "Not that method.",
-        408: "The body took too long to come.",
-        409: "It is there with other content, or in use.",
+        400: "The request is invalid; the message says where.",
+        401: "The API key is missing or unknown.",
+        404: "Not found.",
+        405: "The method isn't allowed.",
+        408: "The body took too long to arrive.",
+        409: "It exists with other content, or is in use.",
         413: "The request is too large.",
-        415: "The body isn't JSON, or compressed.",
+        415: "The body isn't JSON, or is compressed.",
         429: "Too many requests; try again after Retry-After seconds.",
-        500: "A fault of the server.",
+        500: "An error of the server.",
         503: "Not ready, or shutting down.",
         504: "The deadline has passed.",
     }.items()
@@ -68,7 +68,7 @@ DECLARED: dict[int | str, dict[str, Any]] = {
 
 
 def report(error: BaseException) -> APIError:
-    """The error that the caller gets. It is noted for the access line, and logged if it is the server's fault."""
+    """The error that the client gets. It is noted for the access line, and logged if the server caused it."""
     told = as_api_error(error)
     exchange = logs.current.get()
     if exchange is not None:
@@ -79,7 +79,7 @@ def report(error: BaseException) -> APIError:
 
 
 def as_api_error(error: BaseException) -> APIError:
-    """Any error as one with a status. What a caller can mend is a 4xx; everything unexpected is a 500 without details."""
+    """Any error as one with a status. Errors that a client can fix are 4xx; unexpected ones are 500 without details."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, CapacityError | PlanError):

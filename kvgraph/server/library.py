@@ -119,12 +119,12 @@ class Library:
             self._db = _opened(file)
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
-                log.warning("can't keep segments and graphs in %s, they go when the server stops: %s", file, error)
+                log.warning(
+                    "can't keep segments and graphs in %s, they are lost when the server stops: %s", file, error
+                )
                 self._db = _opened(None)
             else:
-                raise StoreError(
-                    f"{file} can't be used ({error}); move it away, and store its segments again"
-                ) from None
+                raise StoreError(f"{file} can't be used ({error}); move it away and store its segments again") from None
 
     def close(self) -> None:
         """Close the file. Idempotent."""
@@ -142,7 +142,7 @@ class Library:
             kept = [self._add(tenant, segment) for segment in segments]
             (count,) = self._one("SELECT count(*) FROM segments WHERE model = ? AND tenant = ?", self._model, tenant)
             if count > most:
-                raise APIError(400, f"that would make {count} segments, but at most {most} are kept; delete some first")
+                raise APIError(400, f"there would be {count} segments, but at most {most} are kept; delete some first")
             return kept
 
     def _add(self, tenant: str, segment: StoredSegment) -> StoredSegment:
@@ -150,7 +150,7 @@ class Library:
         if there is not None:
             if there.tokens != segment.tokens:
                 raise APIError(
-                    409, f"segment {segment.id!r} is there with another text; DELETE it first", code="conflict"
+                    409, f"segment {segment.id!r} exists with another text; DELETE it first", code="conflict"
                 )
             return there
         created = time.time()
@@ -235,7 +235,7 @@ class Library:
             )
             if there is not None:
                 if there[1] != digest:
-                    raise APIError(409, f"graph {id!r} is there with another content; DELETE it first", code="conflict")
+                    raise APIError(409, f"graph {id!r} exists with other content; DELETE it first", code="conflict")
                 self._db.execute(
                     "UPDATE graphs SET state = 'pending', error = NULL WHERE row = ? AND state = 'failed'", there[:1]
                 )
@@ -359,7 +359,7 @@ class Library:
             try:
                 yield
             except UnicodeEncodeError:
-                raise APIError(400, "an id is no valid Unicode: it holds half of a surrogate pair") from None
+                raise APIError(400, "an id isn't valid Unicode: it contains half of a surrogate pair") from None
             except sqlite3.Error as error:
                 raise StoreError(f"the library of segments can't be used now: {error}") from None
 

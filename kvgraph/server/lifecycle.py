@@ -1,7 +1,7 @@
-"""One request's life. Every route that asks something of the engine leads its requests through the same steps:
+"""The life of a request. Every route that uses the engine takes its requests through the same steps:
 
-    authenticate   who asks                              `state.authenticated`, before the route's own code
-    parse          the body, as the route's model        FastAPI; `errors` words what is wrong
+    authenticate   the caller's key and tenant           `state.authenticated`, before the route's own code
+    parse          the body, as the route's model        FastAPI; `invalid` words the errors
     admit          room, and the limits of the key       `Call.admitted`
     plan           from text to tokens, plans and keys   `Call.prepared`, on a worker thread
     run            queue, encode, prefill, decode        `Call.updates`, on the engine's thread
@@ -9,7 +9,7 @@
     account        metrics, access line, trace           `middleware.Observed`, from what `Call.submit` notes
     fail           an error of OpenAI's shape            `errors`; in a stream, an event
 
-Whatever ends a request early (its client leaves, its deadline passes, something fails) gives back what it held.
+However a request ends (its client leaves, its deadline passes, something fails), it gives back everything it held.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ async def in_time(deadline: float, updates: AsyncGenerator[T]) -> AsyncGenerator
 
 
 def _late() -> APIError:
-    return APIError(504, "the request took longer than its deadline; the work was ended", code="timeout")
+    return APIError(504, "the request took longer than its deadline and was cancelled", code="timeout")
 
 
 # -- server-sent events -----------------------------------------------------------------------------------------------

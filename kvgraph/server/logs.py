@@ -1,4 +1,4 @@
-"""Logs: one line an event, as text or JSON, each with the id of the request it belongs to. Never a prompt, never a key."""
+"""Logs: one line per event, as text or JSON, with the id of its request. They never contain prompts or keys."""
 
 from __future__ import annotations
 

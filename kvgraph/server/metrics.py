@@ -1,7 +1,8 @@
-"""`GET /metrics`: what Prometheus scrapes. No label has a value that callers choose, and no metric tells tenants apart.
+"""`GET /metrics`, for Prometheus. No label has a value that callers choose, and no metric distinguishes tenants.
 
-Counters and histograms are filled as things happen, on the event loop; gauges are read when somebody asks, from what
-the engine thread left after its last step. So a scrape waits for no step, and for a store at most `PATIENCE` seconds.
+Counters and histograms are updated as things happen, on the event loop. Gauges are sampled at scrape time, from the
+state that the engine thread left after its last step. A scrape never waits for a step, and at most `PATIENCE` seconds
+for a store.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from kvgraph.engine.engine import Engine
 from kvgraph.server.runner import EngineJob, EngineThread, Update
 from kvgraph.store.base import Store
 
-PATIENCE = 0.5  # seconds a scrape waits for the size of a store, which is else the one of the scrape before
+PATIENCE = 0.5  # seconds a scrape waits for the size of a store; then it shows the previous size
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
 QUICK = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
@@ -49,11 +50,11 @@ class Metrics:
         )  # fmt: skip
         self.in_flight = Gauge("kvgraph_http_requests_in_flight", "HTTP requests being answered.", registry=registry)
         self._answers = Counter(
-            "kvgraph_answers", "Answers, one a choice, by how they ended.", ("outcome",), registry=registry
+            "kvgraph_answers", "Answers, one per choice, by how they ended.", ("outcome",), registry=registry
         )
         self._computed = Counter("kvgraph_tokens_computed", "Prompt tokens run through the model.", registry=registry)
         self._reused = Counter(
-            "kvgraph_tokens_reused", "Prompt tokens whose KV was there, by where.", ("tier",), registry=registry
+            "kvgraph_tokens_reused", "Prompt tokens whose KV was reused, by tier.", ("tier",), registry=registry
         )
         self._generated = Counter("kvgraph_tokens_generated", "Tokens of answers.", registry=registry)
         self._queued = Histogram(
@@ -110,7 +111,7 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    """What is read at scrape time, not counted."""
+    """Gauges, sampled at scrape time."""
 
     def __init__(self, model: str, ready: Callable[[], bool]):
         self.runner: EngineThread | None = None
@@ -141,9 +142,9 @@ class _Gauges(Collector):
         yield SummaryMetricFamily("kvgraph_step_seconds", "Forward passes.", runner.steps, runner.step_seconds)
         yield GaugeMetricFamily("kvgraph_kv_bytes", "KV held in memory.", value=load.kv_bytes)
         yield GaugeMetricFamily(
-            "kvgraph_kv_pinned_bytes", "Of it, spans that requests in work read.", value=load.pinned
+            "kvgraph_kv_pinned_bytes", "KV in memory that running requests read.", value=load.pinned
         )
-        yield GaugeMetricFamily("kvgraph_kv_budget_bytes", "The most KV that is held in memory.", value=budget)
+        yield GaugeMetricFamily("kvgraph_kv_budget_bytes", "The limit of KV held in memory.", value=budget)
         yield from self._of_stores(runner.engine)
 
     def _of_stores(self, engine: Engine) -> Iterator[Metric]:

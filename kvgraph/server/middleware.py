@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its access line, its metrics and its trace; and limits on its body."""
+"""Middleware of every request: its id, access line, metrics and trace, and limits on its body."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _check_type(headers: Headers) -> None:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise _Refused(
-            415, f"Content-Encoding is {encoding[:50]!r}; send the body as it is", code="unsupported_encoding"
+            415, f"Content-Encoding is {encoding[:50]!r}; send the body uncompressed", code="unsupported_encoding"
         )
     given = headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()

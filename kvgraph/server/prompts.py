@@ -1,4 +1,4 @@
-"""From a request's JSON to prepared engine requests: documents, edges, method, chat template, what fits.
+"""From a request's JSON to prepared engine requests: documents, edges, method, chat template, and limits.
 
 Everything here may take long (tokenizing, planning, hashing) and runs on worker threads, never on the event loop.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from kvgraph import methods
 from kvgraph.data.chat import DOCUMENT, ChatError, Document, chat, opening
 from kvgraph.edges import named_edges
 from kvgraph.engine.engine import Engine
+from kvgraph.engine.guide import Grammar, GrammarError
 from kvgraph.engine.request import Request
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import CapacityError, GraphError, PlanError
@@ -31,6 +33,7 @@ from kvgraph.server.schema import (
     GraphOptions,
     Message,
     StoredDocument,
+    StructuredOutputs,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionReques
     context = _documents(server, caller, body) if body.kvgraph.graph is None else _stored_graph(server, caller, body)
     if isinstance(body, ChatRequest):
         if body.kvgraph.prefix is not None:
-            raise APIError(400, "chat has system messages for what stands before documents", param="kvgraph.prefix")
+            raise APIError(400, "kvgraph.prefix isn't for chats; send a system message", param="kvgraph.prefix")
         graphs = [chat_graph(server, body.messages, body, context.documents, context.names)]
     else:
         graphs = [_plain_graph(server, body, prompt, context) for prompt in prompt_list(body.prompt)]
@@ -125,7 +128,57 @@ def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
+        grammar=grammar(server, body),
     )
+
+
+def grammar(server: Server, body: Generation) -> Grammar | None:
+    """What the answer must be, if the request says so; it can be compiled. Raises APIError 400."""
+    wanted = list(_grammars(body))
+    if not wanted:
+        return None
+    param, make = wanted[0]
+    if len(wanted) > 1:
+        both = f"{param} and {wanted[1][0]} both say what the answer must be; give one"
+        raise APIError(400, both, param=wanted[1][0], code="invalid_value")
+    try:
+        made = make()
+        server.engine.scheduler.guides.guide(made)
+    except GrammarError as error:
+        inside = "/".join(map(str, error.path))
+        where = f"at {inside!r} of its schema: " if inside else ""
+        raise APIError(400, f"{param} can't be used: {where}{error}", param=param, code="invalid_value") from None
+    return made
+
+
+def _grammars(body: Generation) -> Iterator[tuple[str, Callable[[], Grammar]]]:
+    """The fields of a request that say what the answer must be, and how each is made a grammar."""
+    form = body.response_format
+    if form is not None and form.type != "text":
+        schema = (
+            {"type": "object"} if form.json_schema is None or form.type == "json_object" else form.json_schema.schema_
+        )
+        yield "response_format", partial(Grammar.json_schema, schema)
+    given = body.structured_outputs or StructuredOutputs()
+    fields: tuple[tuple[str, Any, Callable[[Any], Grammar]], ...] = (
+        ("structured_outputs.json", given.json_, _schema),
+        ("structured_outputs.regex", given.regex, partial(Grammar, "regex")),
+        ("structured_outputs.choice", given.choice, Grammar.choice),
+        ("structured_outputs.grammar", given.grammar, partial(Grammar, "lark")),
+        ("structured_outputs.json_object", given.json_object, lambda _: Grammar.json_object()),
+        ("guided_json", body.guided_json, _schema),
+        ("guided_regex", body.guided_regex, partial(Grammar, "regex")),
+        ("guided_choice", body.guided_choice, Grammar.choice),
+        ("guided_grammar", body.guided_grammar, partial(Grammar, "lark")),
+    )
+    for name, value, make in fields:
+        if value is not None:
+            yield name, partial(make, value)
+
+
+def _schema(given: dict[str, Any] | str) -> Grammar:
+    """The grammar of a schema that is sent as JSON or as text."""
+    return Grammar("json_schema", given) if isinstance(given, str) else Grammar.json_schema(given)
 
 
 def ignored(server: Server, body: Generation) -> list[str]:
@@ -142,7 +195,7 @@ def ignored(server: Server, body: Generation) -> list[str]:
 
 
 def max_tokens(body: Generation) -> int | None:
-    """The most tokens the answer may have, if the request says so."""
+    """The maximum number of tokens of the answer, if the request gives one."""
     if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
         return body.max_completion_tokens
     return body.max_tokens
@@ -191,7 +244,7 @@ def _stored_graph(server: Server, caller: Caller, body: Generation) -> _Context:
     for param, value in given.items():
         if value:
             raise APIError(
-                400, f"a stored graph brings its own documents, edges and method; leave out {param}", param=param
+                400, f"a stored graph has its own documents, edges and method; leave out {param}", param=param
             )
     chosen = options.segments
     if chosen is not None and len(chosen) > server.settings.max_documents:
@@ -251,7 +304,7 @@ def _plain_graph(server: Server, body: CompletionRequest, prompt: str | list[int
             raise APIError(400, "prompt is empty", param="prompt", code="invalid_value")
         return ContextGraph([], query)
     if body.echo:
-        raise APIError(400, "echo shows a plain prompt, without documents and prefix", param="echo")
+        raise APIError(400, "echo needs a plain prompt, without documents and prefix", param="echo")
     template = server.settings.document_template or DOCUMENT
     segments = [d.filled(template) for d in context.documents]
     start = with_bos(server, engine.tokenize(prefix or ""))

@@ -1,6 +1,6 @@
-"""One thread that owns the engine's steps, fed by one queue of commands; one wake-up a step goes out to the event loop.
+"""One thread that owns the engine's steps, fed by one queue of commands. Each step wakes up the event loop once.
 
-Everything that takes long and needs no engine state (tokenizing, planning, hashing) happens before, on other threads.
+All long work without engine state (tokenizing, planning, hashing) happens before, on other threads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The JSON of requests and responses: OpenAI's shapes, `documents`, and the `kvgraph` object.
 
-What a client sends falls into three: what is understood; what asks for something that kvgraph doesn't do, which is refused;
-and what changes no answer, which is taken and, if kvgraph doesn't know it, named in the usage (setting `unknown_fields`).
-null stands for a field that wasn't sent, at every depth.
+There are three kinds of fields: those that kvgraph understands, those that ask for something it doesn't do, which are
+refused, and those that change no answer. The latter are accepted; unknown ones are named in the usage (setting
+`unknown_fields`). null counts as a field that wasn't sent, at every depth.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from pydantic_core import PydanticCustomError
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+Pattern = Annotated[str, Field(min_length=1)]  # also a text to choose; `LONGEST` of `kvgraph.engine.guide` is the most
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 BiasedId = Annotated[int, Field(ge=0, lt=1 << 31, strict=False)]  # JSON has strings as keys
 Ref = Annotated[int, Field(ge=0, lt=1 << 31)] | Name  # a document by index or by id
@@ -29,7 +30,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, wit
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -40,10 +40,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, wit
     "bad_words": ([],),
     "chat_template": (),
     "early_stopping": (False,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -52,7 +48,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, wit
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (-1,),
     "typical_p": (1,),
     "use_beam_search": (False,),
@@ -179,7 +174,7 @@ class GraphOptions(BaseModel):
 
 
 class StreamOptions(Sent):
-    """include_usage: a last chunk with the usage; continuous_usage_stats: and in every chunk, how it stands."""
+    """include_usage: a last chunk has the usage. continuous_usage_stats: every chunk has the usage so far."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -195,8 +190,44 @@ def _with_neutral(document: dict[str, Any]) -> None:
     fields.update({name: {} for name in (*IGNORED, "tools")})  # tools: none are used if tool_choice says so
 
 
+class JSONSchema(Sent):
+    """A schema that the answer is valid under, whatever `strict` says. The model isn't told of it."""
+
+    name: Name
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool = False
+
+
+class ResponseFormat(Sent):
+    """What the answer must be: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _with_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("missing", "{param} is missing", {"param": "json_schema"})
+        return self
+
+
+class StructuredOutputs(Sent):
+    """What the answer must be, in the words of vLLM's server; one of them."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: Pattern | None = None
+    choice: Annotated[list[Pattern], Field(min_length=1, max_length=1000)] | None = None
+    grammar: Pattern | None = None
+    json_object: Literal[True] | None = None
+
+
 class Generation(Sent):
-    """What chat and plain completions share."""
+    """Fields shared by chat and plain completions.
+
+    One of response_format, structured_outputs and the fields guided_* (as older servers of vLLM name them) may say what
+    the answer must be.
+    """
 
     model_config = ConfigDict(json_schema_extra=_with_neutral)
 
@@ -220,6 +251,12 @@ class Generation(Sent):
     min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] = []
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Annotated[list[Pattern], Field(min_length=1, max_length=1000)] | None = None
+    guided_grammar: Pattern | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -342,7 +379,7 @@ class CompletionRequest(Generation):
 
 
 class Details(BaseModel):
-    """What this request cost, beyond what OpenAI's usage tells. Times are seconds since the request was queued.
+    """The cost of this request, beyond OpenAI's usage. Times are seconds since the request was queued.
 
     computed_tokens ran through the model before the first token of the answer; of them document_tokens_computed are the
     documents'. reused_tokens: by where they came from: memory, disk, or shared with a request that runs now. dropped:
@@ -464,14 +501,14 @@ class CompletionResponse(BaseModel):
 
 
 class Delta(BaseModel):
-    """What is new in a streamed message."""
+    """The new part of a streamed message."""
 
     role: Annotated[Literal["assistant"] | None, Unless] = None
     content: Annotated[str | None, Unless] = None
 
 
 class ChatChunkChoice(BaseModel):
-    """What is new in one answer."""
+    """The new part of one answer."""
 
     index: int
     delta: Delta
@@ -492,7 +529,7 @@ class ChatChunk(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The served model, and what a client can ask it."""
+    """The served model, and what a client can ask for."""
 
     id: str
     object: Literal["model"] = "model"

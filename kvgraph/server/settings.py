@@ -10,16 +10,26 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from kvgraph import methods
 from kvgraph.data.chat import check_template
 from kvgraph.errors import KVGraphError
+from kvgraph.units import parse_size
 
 log = logging.getLogger("kvgraph.server")
 
-Size = Annotated[ByteSize, Field(gt=0)]
+Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -45,7 +55,7 @@ class Settings(BaseSettings):
 
     model: str
     adapter: str | None = None  # a LoRA adapter to merge into the model
-    served_name: str | None = None  # what clients call it; default: the folder's or hub's last name
+    served_name: str | None = None  # the model's name for clients; default: the last part of its name
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8771
     dtype: str = "auto"
@@ -71,8 +81,8 @@ class Settings(BaseSettings):
     max_edges: PositiveInt = 4096  # of a request, also when a name stands for them
     max_segments: PositiveInt = 100_000  # stored by a tenant
     max_graph_edges: PositiveInt = 200_000  # of a stored graph
-    max_request_bytes: Size = ByteSize(8 << 20)
-    max_body_bytes: Size = ByteSize(256 << 20)  # bodies of all requests being read or answered; beyond it 429
+    max_request_bytes: Size = 8 << 20
+    max_body_bytes: Size = 256 << 20  # bodies of all requests being read or answered; beyond it 429
     body_timeout: Seconds = 60.0  # how long a client may take to send a request's body
     max_pending: PositiveInt = 256  # requests in work or waiting; more get 429
     timeout: Seconds = 600.0  # a request may take
@@ -172,7 +182,7 @@ def _check_names(settings: type[BaseSettings]) -> None:
     for name in map(str.upper, os.environ):
         ours = name.startswith("KVGRAPH_") and name.partition("__")[0] not in known
         if ours and (meant := get_close_matches(name, known, 1, cutoff=0.9)):
-            raise SettingsError(f"{name} is no setting; did you mean {meant[0]}?")
+            raise SettingsError(f"{name} isn't a setting; did you mean {meant[0]}?")
 
 
 def _explained(error: ValidationError, flags: dict[str, Any], config: Path | None) -> str:

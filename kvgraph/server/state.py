@@ -1,4 +1,4 @@
-"""The server's state, and the few things every route needs: who asks, whether there is room, what is being served."""
+"""The server's state, and what every route needs: the caller, the limits, and the served model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_engine(settings: Settings) -> Engine:
         allow_untested=settings.allow_untested,
     )
     if model.tokenizer is None:
-        raise SettingsError(f"{settings.model} has no tokenizer; a server needs one")
+        raise SettingsError(f"{settings.model} has no tokenizer, but a server needs one; give a model with one")
     if settings.chat_template is not None:
         try:
             model.tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
@@ -186,7 +186,7 @@ class Server:
         if name != self.settings.name:
             raise APIError(
                 404,
-                f"there is no model {name!r} here; this is {self.settings.name!r}",
+                f"there is no model {name!r} here; this server has {self.settings.name!r}",
                 param="model",
                 code="model_not_found",
             )

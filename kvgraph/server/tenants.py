@@ -1,4 +1,4 @@
-"""Who asks: API keys, the tenants behind them, and how much each may ask at once."""
+"""Callers: API keys, the tenants behind them, and their limits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Caller:
         if self._tokens < 1:
             raise APIError(
                 429,
-                f"this key may send {self.requests_per_minute} requests a minute; wait for the next",
+                f"this key may send {self.requests_per_minute} requests per minute; wait for the next one",
                 code="rate_limit_exceeded",
                 retry_after=(1 - self._tokens) / rate,
             )
@@ -69,7 +69,7 @@ class Caller:
 
 
 class Tenants:
-    """The configured keys. Only their hashes are kept, and looked up: how long that takes tells nothing of a key."""
+    """The configured keys. Only their hashes are kept and looked up, so that timing reveals nothing about a key."""
 
     def __init__(self, keys: Sequence[APIKey]):
         self._callers = {

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, with `kvgraph[otel]`: a span a request, and below it where each answer's time went.
+"""OpenTelemetry traces, with `kvgraph[otel]`: one span per request, and below it the phases of each answer.
 
     POST /v1/chat/completions      SERVER; continues the caller's trace if it sent a traceparent
     ├─ queued                      until the engine admitted it

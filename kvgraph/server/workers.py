@@ -1,4 +1,4 @@
-"""Threads for what takes long and needs no engine state: tokenizing, planning, hashing, the library."""
+"""Threads for long work without engine state: tokenizing, planning, hashing, the library."""
 
 from __future__ import annotations
 

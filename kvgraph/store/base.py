@@ -1,5 +1,5 @@
-"""What every store can do. It is a cache: losing a record costs a recompute, serving a wrong one is the unforgivable
-failure."""
+"""The interface of every store. A store is a cache: a lost record is only computed again, but a wrong one must never be
+served."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kvgraph.store.record import Record
 
 Found = tuple[Record, str]  # a record, and the name of the tier that had it
 
-# What stores count. bad: records that weren't what they should be, moved aside or replaced. unreadable: records that
-# couldn't be read, or that this version doesn't understand. index_errors: times an index couldn't be used. Of remote
-# tiers, errors: calls that failed; timeouts: calls without an answer in time; skipped: calls that weren't made, because
-# those before them had failed.
+# Events that stores count. bad: damaged records, moved aside or replaced. unreadable: records that couldn't be read, or
+# that this version doesn't understand. index_errors: times an index couldn't be used. For remote tiers, errors: calls
+# that failed; timeouts: calls without an answer in time; skipped: calls that weren't made, because earlier ones had
+# failed.
 EVENTS = ("hits", "misses", "bad", "unreadable", "index_errors", "errors", "timeouts", "skipped")
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -23,7 +23,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 class Store(Protocol):
     """Content-addressed KV records. Every operation is safe to call from several threads.
 
-    name: as usage and metrics call it: "memory", "disk", ... capacity: bytes it keeps at most; None: no limit.
+    name: in usage and metrics: "memory", "disk", ... capacity: maximum bytes that it keeps; None means no limit.
     """
 
     name: str
@@ -37,15 +37,15 @@ class Store(Protocol):
     def get(self, key: str) -> Found | None:
         """The record of `key` and the name of the tier that had it, or None.
 
-        Never raises on a miss or a bad record, never returns doubtful data. Changes no record that is good (a bad one may
-        be moved aside), evicts nothing; counts as a use of the record.
+        Never raises for a miss or a bad record, and never returns doubtful data. Good records don't change, bad ones
+        may be moved aside, nothing is evicted. It counts as a use of the record.
         """
         ...
 
     def put(self, record: Record) -> None:
         """Keep a record. Idempotent and atomic: others see all of it or nothing. May evict others.
 
-        Raises StoreError when it can't be kept and somebody should know (folder not writable, disk full).
+        Raises StoreError if it can't be kept for a reason that users should know (folder not writable, disk full).
         """
         ...
 
@@ -58,18 +58,18 @@ class Store(Protocol):
         ...
 
     def counts(self) -> Mapping[str, int]:
-        """How often each of EVENTS happened in this process. Waits for nothing."""
+        """How often each of EVENTS happened in this process. Returns at once."""
         ...
 
     def size(self) -> int | None:
-        """Bytes of all its records; None if that can't be told now. It may wait for a disk or a network."""
+        """Bytes of all its records; None if that can't be found out now. It may wait for a disk or a network."""
         ...
 
     def close(self) -> None:
-        """Write what is pending and let go of files. Idempotent; records handed out stay valid."""
+        """Write what is pending and close files. Idempotent; records returned earlier stay valid."""
         ...
 
 
 def is_key(text: str) -> bool:
-    """Whether it is a span's key: 64 lower-case hex digits. Anything else is in no store and never becomes a path."""
+    """Whether it is a span's key: 64 lower-case hex digits. Nothing else is in a store or becomes a path."""
     return _KEY.fullmatch(text) is not None

@@ -1,8 +1,8 @@
 """One record as the bytes of one safetensors file. docs/reference/format.md specifies them.
 
 The header is written by hand for two reasons: tensor data starts 64-byte aligned, and the checksum stands at a fixed
-offset at the front, so that it covers every byte after itself, header and padding included. Reading trusts nothing:
-the file may be anybody's.
+offset at the front, so that it covers every byte after itself, including header and padding. Files aren't trusted when
+they are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvgraph.store.record import BadRecord, PackedKV, Record, UnsupportedRecord
 
 VERSION = "1"
 ALIGN = 64  # bytes; a cache line
-OPENINGS = 5  # tries to open a file that others replace with its like at the same time
+OPENINGS = 5  # tries to open a file that others replace at the same time
 MAX_HEADER = 1 << 20  # bytes; 100 layers take 20 kB
 
 MAGIC = b'{"__metadata__":{"kvgraph":"'  # the first bytes of the JSON of every version
@@ -62,9 +62,9 @@ class Header:
 
 
 def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
-    """The record's file as buffers to be written one after the other; contiguous CPU tensors aren't copied.
+    """The record's file as buffers to write one after the other. Contiguous CPU tensors aren't copied.
 
-    fingerprint: the model's, empty if not stated. Raises StoreError for what the format can't hold.
+    fingerprint: the model's, or empty. Raises StoreError for a record that the format can't hold.
     """
     _check_encodable(record)
     packed = record.packed or PackedKV("raw", Raw().pack(record))
@@ -73,7 +73,7 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
     table = [
         (name, CODES[t.dtype], list(t.shape), b.nbytes) for (name, t), b in zip(tensors.items(), buffers, strict=True)
     ]
-    # Positions come last: KV then starts aligned, whatever the number of tokens.
+    # Positions come last, so that KV starts aligned for any number of tokens.
     positions = np.ascontiguousarray(record.positions.numpy(), dtype="<i8")
     table.append(("positions", "I64", [len(record)], positions.nbytes))
 
@@ -128,7 +128,7 @@ def map_file(path: str | Path) -> tuple[torch.Tensor, os.stat_result]:
 
 
 def identity(info: os.stat_result) -> tuple[int, int, int]:
-    """What tells one version of a file from another without reading it."""
+    """A value that distinguishes versions of a file without reading it."""
     return info.st_ino, info.st_mtime_ns, info.st_size
 
 
@@ -156,7 +156,7 @@ def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = T
 
 
 def _tensor(data: torch.Tensor, header: Header, info: TensorInfo) -> torch.Tensor:
-    """A view of a tensor's bytes; a copy where they aren't aligned."""
+    """A view of a tensor's bytes; a copy if they aren't aligned."""
     size = ITEMSIZE[info.dtype]
     begin = header.data + info.begin
     there = data[begin : begin + size * math.prod(info.shape)]
@@ -187,7 +187,7 @@ def read_header(data: torch.Tensor) -> Header:
     length = int.from_bytes(_front(raw)[:8], "little")
     begin = 8 + length
     if length > MAX_HEADER or begin > raw.nbytes or begin % ALIGN:
-        raise BadRecord(f"states a header of {length} bytes, which can't be")
+        raise BadRecord(f"states a header of {length} bytes, which is impossible")
     try:
         table = json.loads(raw[8:begin].tobytes().decode("ascii"))
     except (ValueError, RecursionError) as error:
@@ -206,7 +206,7 @@ def read_header(data: torch.Tensor) -> Header:
         raise BadRecord("has malformed metadata")
     dtype = meta.get("dtype")
     if dtype is not None and dtype not in _KV_DTYPES:
-        raise BadRecord(f"states the dtype {dtype!r}, which KV don't have")
+        raise BadRecord(f"states the dtype {dtype!r}, which KV can't have")
     dtype = None if dtype is None else DTYPES[dtype]
     header = Header(key, fingerprint, codec, dtype, int(tokens), begin, _table(table, raw.nbytes - begin))
     _check_tensors(header)
@@ -252,7 +252,7 @@ def _check_tensors(header: Header) -> None:
     if info is None:
         raise BadRecord("doesn't hold positions")
     if info.shape != (header.tokens,) or info.dtype not in INTS:
-        raise BadRecord(f"has positions of dtype {info.dtype} and shape {list(info.shape)}, which can't be")
+        raise BadRecord(f"has positions of dtype {info.dtype} and shape {list(info.shape)}, which is impossible")
 
 
 def _check_kv(keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...], tokens: int) -> None:
@@ -261,11 +261,11 @@ def _check_kv(keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...], 
         right = tensor.dim() == 3 and tensor.shape[1] == tokens and tensor.dtype == keys[0].dtype
         if not right or CODES[tensor.dtype] not in _KV_DTYPES:
             found = f"{CODES[tensor.dtype]} {list(tensor.shape)}"
-            raise BadRecord(f"has keys or values {found} for {tokens} tokens, which can't be")
+            raise BadRecord(f"has keys or values {found} for {tokens} tokens, which is impossible")
 
 
 def _positions(data: torch.Tensor, header: Header) -> torch.Tensor:
-    """[N] int64, copied: nothing aligns them in the file."""
+    """[N] int64, copied, because they may be unaligned in the file."""
     info = header.tensors["positions"]
     begin = header.data + info.begin
     raw = data.numpy()[begin : begin + ITEMSIZE[info.dtype] * header.tokens].tobytes()
@@ -276,7 +276,7 @@ def _positions(data: torch.Tensor, header: Header) -> torch.Tensor:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity. The sum says so in one pass, unless it overflows."""
+    """Whether it contains neither NaN nor infinity. The sum shows it in one pass, unless it overflows."""
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -284,7 +284,7 @@ def _check_encodable(record: Record) -> None:
     kv = (*record.keys, *record.values)
     dtypes = {t.dtype for t in kv}
     if not is_key(record.key):
-        raise StoreError(f"a record's key has 64 lower-case hex digits; this isn't one: {record.key!r}")
+        raise StoreError(f"{record.key!r} isn't a record's key, which has 64 lower-case hex digits")
     if not kv or len(record) == 0:
         raise StoreError(f"record {record.key[:12]} is empty; there is nothing to keep")
     if len(dtypes) > 1 or CODES.get(kv[0].dtype) not in _KV_DTYPES:
@@ -296,4 +296,4 @@ def _check_encodable(record: Record) -> None:
         if t.dim() != 3 or t.shape[1] != len(record) or 0 in t.shape:
             raise StoreError(f"record {record.key[:12]} has KV of shape {list(t.shape)} for {len(record)} tokens")
         if not _is_finite(t):
-            raise StoreError(f"record {record.key[:12]} holds NaN or infinite numbers, which nobody may read")
+            raise StoreError(f"record {record.key[:12]} contains NaN or infinite numbers; it isn't stored")

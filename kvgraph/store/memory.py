@@ -1,4 +1,4 @@
-"""The memory tier: least recently used records leave first, pinned ones never. It is also the engine's KV pool."""
+"""The memory tier. Least recently used records are evicted first, pinned ones never. It is also the engine's pool."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class MemoryStore:
         return key in self._pinned or key in self._idle
 
     def contains(self, key: str) -> bool:
-        """Changes nothing; not a use."""
+        """Changes nothing and doesn't count as a use."""
         return key in self
 
     @property
@@ -57,7 +57,7 @@ class MemoryStore:
             return None if entry is None else (entry.record, self.name)
 
     def put(self, record: Record) -> None:
-        """Keep a record, evicting others down to the capacity. Idempotent: the one that is there stays.
+        """Keep a record, evicting others down to the capacity. Idempotent: an existing record stays.
 
         A record that doesn't fit beside the pinned ones isn't kept, and nothing is evicted for it.
         """
@@ -120,7 +120,7 @@ class MemoryStore:
         return self.bytes
 
     def close(self) -> None:
-        """Forget all records; those handed out stay valid."""
+        """Remove all records; those returned earlier stay valid."""
         with self._lock:
             self._idle.clear()
             self._pinned.clear()

@@ -1,4 +1,4 @@
-"""Stores by what people call them: a folder, a URL, or several of them from fastest to slowest."""
+"""Opening stores by name: a folder, a URL, or several of these from fastest to slowest."""
 
 from __future__ import annotations
 

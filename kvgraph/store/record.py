@@ -1,4 +1,4 @@
-"""The KV of one span: what engines compute and stores keep."""
+"""Records: the KV of one span, as engines compute and stores keep it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class BadRecord(Exception):
-    """The bytes aren't the record they should be: damaged, mislabelled or not a record. The message says why."""
+    """The bytes aren't the expected record: damaged, mislabelled or not a record. The message says why."""
 
 
 class UnsupportedRecord(Exception):
@@ -28,14 +28,14 @@ class PackedKV:
 
 @dataclass(frozen=True)
 class Record:
-    """KV of one span, canonical: keys are rotated as if the span's first token stood at position 0.
+    """KV of one span, with keys rotated as if the span's first token stood at position 0.
 
     Shapes: G key/value heads, N tokens, D head size (may differ by layer and between keys and values).
     key: the span's Merkle key, 64 hex digits. keys[l], values[l]: [G, N, D], last dimension contiguous.
     positions: [N] int64, relative to the first token's. All tensors are read-only by agreement: many rows share them.
 
-    packed: what these KV were decoded from, if a codec was in between. Stores write it as it is: packing decoded KV again
-    could give others.
+    packed: the packed form that the KV was decoded from, if a codec was used. Stores write it unchanged, because
+    packing decoded KV again could change it.
     """
 
     key: str

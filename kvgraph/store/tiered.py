@@ -29,7 +29,7 @@ class TieredStore:
     def get(self, key: str) -> Found | None:
         """The record and the name of the first tier that has it, or None.
 
-        Puts the record into the faster tiers, where it may evict others; that failing doesn't fail the get.
+        Copies the record to the faster tiers, where it may evict others. If this fails, the get still succeeds.
         """
         for index, tier in enumerate(self._tiers):
             found = tier.get(key)
@@ -37,7 +37,7 @@ class TieredStore:
                 for faster in self._tiers[:index]:
                     try:
                         faster.put(found[0])
-                    except StoreError:  # promotion only saves time later
+                    except StoreError:  # copying only saves time later
                         pass
                 return found
         return None

@@ -1,4 +1,4 @@
-"""The configuration of a training run: one frozen value that says everything about it, and is saved beside its result."""
+"""The configuration of a training run: one frozen value that describes it completely and is saved beside its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STRICT = {"extra": "forbid"}  # pydantic refuses settings that don't exist
 
 
 class TrainError(KVGraphError, ValueError):
-    """A run can't be started or can't go on: a setting, its data, or a checkpoint. The message says what to do."""
+    """A run can't start or continue: a setting, its data, or a checkpoint is wrong. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -76,56 +76,56 @@ class Stage:
             raise TrainError("a stage has either steps or epochs, above 0")
         names = [component.name for component in self.components]
         if not names or len(set(names)) < len(names):
-            raise TrainError(f"the components of a stage need names of their own; here they are {names}")
+            raise TrainError(f"the components of a stage need different names; here they are {names}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A training run. What a field means stands in its type, from where the command line takes it too.
+    """A training run. The types of the fields describe them, for the command line too.
 
-    A step is as many sequences as its examples take, run one by one (gradient accumulation) and spread over processes.
+    A step packs its examples into sequences, which run one by one (gradient accumulation), spread over the processes.
     """
 
-    name: Annotated[str, "the name of the recipe"]
-    model: Annotated[str, 'a folder or hub name to start from, or "world": the new one of kvgraph.train.start']
+    name: Annotated[str, "name of the recipe"]
+    model: Annotated[str, 'folder or hub name to start from, or "world" for the new one of kvgraph.train.start']
     stages: tuple[Stage, ...]
-    data: Annotated[str, "the folder that the components' sources are in"] = ""
-    limit: Annotated[int, "end after so many optimizer steps of those planned; 0: after all"] = 0
-    minutes: Annotated[float, "end after so many minutes, the rate falling with the time; 0: after all steps"] = 0.0
-    batch: Annotated[int, "examples an optimizer step"] = 64
-    length: Annotated[int, "most tokens of a sequence that examples are packed into"] = 4096
-    objective: Annotated[
-        str, "answers (given ones) or distill (what the untuned model says under full; needs no labels)"
-    ] = ANSWERS
+    data: Annotated[str, "folder of the components' sources"] = ""
+    limit: Annotated[int, "stop after this many of the planned optimizer steps; 0 for all"] = 0
+    minutes: Annotated[float, "stop after this many minutes, with a schedule by time; 0 for all steps"] = 0.0
+    batch: Annotated[int, "examples per optimizer step"] = 64
+    length: Annotated[int, "maximum tokens of a sequence that examples are packed into"] = 4096
+    objective: Annotated[str, "answers (given ones) or distill (the untuned model's under full; needs no labels)"] = (
+        ANSWERS
+    )
     hold: Annotated[
-        float, "weight in a distillation of full staying as it was, for components with the method full"
+        float, "in a distillation, weight of keeping full unchanged, for components with the method full"
     ] = 0.25
-    document_weight: Annotated[float, "of the documents' tokens in the loss, beside the answers'"] = 0.0
+    document_weight: Annotated[float, "weight of the documents' tokens in the loss; the answers' is 1"] = 0.0
     optimizer: Annotated[str, "muon for matrices and adamw for the rest, or adamw for all"] = ADAMW
-    lr: Annotated[float, "the highest learning rate"] = 5e-6
-    matrix_lr: Annotated[float, "that of the matrices, where the optimizer is muon"] = 0.0
-    schedule: Annotated[str, "of the rate: cosine (to 0), trapezoid (falls to 0 at the end) or constant"] = COSINE
-    warmup: Annotated[float, "share of the steps in which the rate rises from 0"] = 0.1
+    lr: Annotated[float, "peak learning rate"] = 5e-6
+    matrix_lr: Annotated[float, "peak learning rate of the matrices, with optimizer muon"] = 0.0
+    schedule: Annotated[str, "of the learning rate: cosine (to 0), trapezoid (to 0 at the end) or constant"] = COSINE
+    warmup: Annotated[float, "share of the steps in which the learning rate rises from 0"] = 0.1
     decay: Annotated[float, "share of the steps in which a trapezoid falls to 0"] = 0.3
     betas: Annotated[tuple[float, float], "of AdamW"] = (0.9, 0.95)
     weight_decay: Annotated[float, "of matrices; norms, biases and embeddings have none"] = 0.0
-    clip: Annotated[float, "highest norm of the gradient; 0: any"] = 1.0
+    clip: Annotated[float, "maximum norm of the gradient; 0 for no limit"] = 1.0
     trained: Annotated[str, "all weights, the links' rows alone, or a lora adapter (saved merged)"] = WHOLE
     lora_rank: Annotated[int, "rank of the lora adapter"] = 16
-    adapter: Annotated[str, "a lora adapter's folder to go on training; a distillation's teacher has it too"] = ""
-    stack: Annotated[int, "copies of the last so many layers to put on top before the first step (stacking)"] = 0
-    links: Annotated[int, "new link tokens a document, for components with the method kvlink"] = 0
-    slots: Annotated[int, "documents that get new link tokens; new memory tokens come with them"] = 0
+    adapter: Annotated[str, "folder of a lora adapter to train further; a distillation's teacher uses it too"] = ""
+    stack: Annotated[int, "number of last layers to copy on top before the first step (stacking)"] = 0
+    links: Annotated[int, "new link tokens per document, for components with the method kvlink"] = 0
+    slots: Annotated[int, "documents with new link tokens; new memory tokens are added too"] = 0
     precision: Annotated[str, "of the computation, bfloat16 or float32; weights are float32"] = BFLOAT16
     attention: Annotated[str, "sdpa (a mask for each example) or flex (FlexAttention, compiled for a GPU)"] = SDPA
-    checkpointing: Annotated[str, "of activations: in none, every second (selective) or all (full) layers"] = NONE
-    threads: Annotated[int, "of the CPU; 0: torch's choice"] = 0
-    workers: Annotated[int, "processes that lay examples out ahead of the training"] = 1
+    checkpointing: Annotated[str, "of activations, in none, every second (selective) or all (full) layers"] = NONE
+    threads: Annotated[int, "CPU threads; 0 for torch's choice"] = 0
+    workers: Annotated[int, "processes that lay out examples ahead of training"] = 1
     seed: Annotated[int, "of the data's order and of new weights"] = 0
-    evaluate_every: Annotated[int, "steps between evaluations; one is at the end"] = 500
-    evaluation: Annotated[int, "examples of each component, by each of its methods; 0: don't evaluate"] = 64
-    save_every: Annotated[int, "steps between checkpoints; one is at the end"] = 500
-    keep: Annotated[int, "so many checkpoints, the latest"] = 2
+    evaluate_every: Annotated[int, "steps between evaluations; the last is at the end"] = 500
+    evaluation: Annotated[int, "validation examples per component and method; 0 to not evaluate"] = 64
+    save_every: Annotated[int, "steps between checkpoints; the last is at the end"] = 500
+    keep: Annotated[int, "number of checkpoints to keep, the latest ones"] = 2
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class Config:
             if not math.isfinite(getattr(self, name)):
                 raise TrainError(f"{name} is {getattr(self, name)}; it must be a finite number")
         if not self.lr > 0 or (self.optimizer == MUON and not self.matrix_lr > 0):
-            raise TrainError("lr must be above 0, and so must matrix_lr where the optimizer is muon")
+            raise TrainError("lr must be above 0, and with optimizer muon matrix_lr too")
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
             raise TrainError("warmup and decay are shares of the steps, between 0 and 1")
         if self.objective == DISTILL and self.trained == WHOLE:
@@ -149,7 +149,7 @@ class Config:
         if self.objective == DISTILL and self.document_weight:
             raise TrainError("a distillation learns what follows the documents; leave document_weight out")
         if self.adapter and self.trained != LORA:
-            raise TrainError("adapter is a lora adapter to go on training; set trained to lora")
+            raise TrainError("adapter is a lora adapter to train further; set trained to lora")
         if self.links and not self.slots:
             raise TrainError("links needs slots, the documents to give link tokens for")
         if not self.stages:

@@ -61,7 +61,9 @@ class Example:
         return cls(graph.with_query(()) if query else graph, [(query, answer)])
 
     def plans(self, method: Method) -> list[Plan]:
-        """A plan a question: what the engine runs to score the answer. The query and all but the answer's last token are live.
+        """One plan per question, as the engine runs it to score the answer.
+
+        The prompt span holds the query and all but the answer's last token.
 
         Raises GraphError where the method can't plan the graph.
         """

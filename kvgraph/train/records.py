@@ -214,7 +214,7 @@ def _turns(tokenizer: Any, made: Prompt, messages: Sequence[Record]) -> Iterator
     start = "".join((*made.prefix, *map(str, made.segments), made.query))
     contents, literals = _taken_apart(tokenizer, messages, "".join(map(str, made.segments)))
     if not literals[0].startswith(start):
-        raise chat.ChatError("the chat template renders a question otherwise once it is answered; it can't be trained")
+        raise chat.ChatError("the chat template renders an answered question differently; it can't be trained")
     before = literals[0].removeprefix(start)
     for i, (content, after) in enumerate(zip(contents, literals[1:], strict=True)):
         end = _end(tokenizer, after)
@@ -256,15 +256,8 @@ def _rendered(tokenizer: Any, messages: Sequence[Record]) -> str:
 
 def _end(tokenizer: Any, text: str) -> str:
     """The beginning of a text up to and with its first special token; empty where it has none."""
-    specials = _specials(tokenizer, len(tokenizer))
-    found = min(((at, -len(s), s) for s in specials if (at := text.find(s)) >= 0), default=None)
-    return "" if found is None else text[: found[0] + len(found[2])]
-
-
-@lru_cache(maxsize=8)
-def _specials(tokenizer: Any, size: int) -> tuple[str, ...]:
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(dict.fromkeys((*added, *tokenizer.all_special_tokens)))
+    found = chat.first_special(tokenizer, text)
+    return "" if found is None else text[: found[0] + len(found[1])]
 
 
 # -- prepared folders -------------------------------------------------------------------------------------------------
@@ -277,7 +270,7 @@ def prepared(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RecordError(f"{folder} holds no prepared data; `kvgraph data prepare` makes it") from None
     except (ValueError, TypeError):
-        raise RecordError(f"{folder / PREPARED} is damaged; delete the folder, and prepare it again") from None
+        raise RecordError(f"{folder / PREPARED} is damaged; delete the folder and prepare it again") from None
 
 
 class Records:
@@ -294,7 +287,7 @@ class Records:
         if split not in SPLITS:
             raise RecordError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
         if not prepared(folder).get("finished"):
-            raise RecordError(f"{folder} isn't finished; run its `kvgraph data prepare` again to go on")
+            raise RecordError(f"{folder} isn't finished; run its `kvgraph data prepare` again to complete it")
         self.path, self.tokenizer, self.max_tokens = folder / f"{split}.jsonl", tokenizer, max_tokens
         try:
             self.lines = io.Lines(self.path, _starts(self.path))
@@ -316,7 +309,7 @@ class Records:
         try:
             return example(record, self.tokenizer, max_tokens=self.max_tokens, recite=self.recite, seed=f"{index}")
         except (LookupError, TypeError, AttributeError) as error:
-            raise RecordError(f"{self._where(index)} is no training record: {error!r}") from None
+            raise RecordError(f"{self._where(index)} isn't a training record: {error!r}") from None
         except (RecordError, TaskError, GraphError) as error:
             raise RecordError(f"{self._where(index)}: {error}") from None
 

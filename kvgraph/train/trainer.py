@@ -63,7 +63,7 @@ def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool =
     Raises TrainError, ModelError, GraphError where a setting, the data, memory or the disk don't allow it.
     """
     if not config.model:
-        raise TrainError(f"{config.name} goes on from another model; give it with --model")
+        raise TrainError(f"{config.name} starts from another model; give it with --model")
     first = os.environ.get("RANK", "0") == "0"
     with (
         _explained(config, Path(out)),
@@ -141,9 +141,9 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the last step, or until the time is over or a signal comes."""
         if self.progress.step:
-            self.log.say(f"going on after step {self.progress.step:,} of {self.last:,}")
+            self.log.say(f"resuming after step {self.progress.step:,} of {self.last:,}")
         for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
-            self.log.say(f"{name} has no held-out examples, so it isn't evaluated")
+            self.log.say(f"{name} has no validation examples, so it isn't evaluated")
         self._prepare_validation()
         with _Signals() as signals:
             began = time.perf_counter()
@@ -304,7 +304,7 @@ class Trainer:
             for c in planned.stage.components:
                 for spec in c.methods:
                     if c not in planned.unseen and (c.name, spec) not in there:
-                        self.log.say(f"no held-out example of {c.name} fits {spec}, so it isn't evaluated")
+                        self.log.say(f"no validation example of {c.name} fits {spec}, so it isn't evaluated")
 
     @torch.no_grad()
     def _taken(self, validation_set: ValidationSet) -> dict[str, Any]:
@@ -372,10 +372,8 @@ def _may_go_on(config: Config, out: Path, resume: bool) -> Path | None:
             and old != new
             and not (field.name == "model" and checkpoint.has_base(found[-1]))
         ):
-            what = f"{field.name} {old} there, {new} here" if field.name != "stages" else "its stages are others"
-            raise TrainError(
-                f"{out} holds another run ({what}); give another folder, or --resume {out} to go on with it"
-            )
+            what = f"{field.name} {old} there, {new} here" if field.name != "stages" else "its stages differ"
+            raise TrainError(f"{out} holds another run ({what}); give another folder, or --resume {out} to continue it")
     return found[-1]
 
 
@@ -437,4 +435,4 @@ def _is_full(error: BaseException) -> bool:
 def _left(out: Path) -> str:
     """What there is to go on from."""
     found = checkpoint.found(out)
-    return f"{found[-1]} is complete; the same command goes on from it" if found else "No checkpoint was written yet"
+    return f"{found[-1]} is complete; the same command resumes from it" if found else "No checkpoint was written yet"

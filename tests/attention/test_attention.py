@@ -19,6 +19,7 @@ from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV, View, on_device
 from kvgraph.attention.step import Step
 from kvgraph.store.record import Record
+from soak import draws
 
 BACKENDS = [cpu.attend, reference.attend]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,7 +104,7 @@ def check(backend: Backend, case: Problem, scale: float = 0.25) -> None:
 @pytest.mark.parametrize("backend", BACKENDS, ids=["cpu", "reference"])
 @pytest.mark.parametrize("tiles", [None, 8], ids=["whole", "tiled"])
 @given(case=problems)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 def test_backend_equals_naive_softmax(backend: Backend, tiles: int | None, case: Problem):
     with pytest.MonkeyPatch.context() as patch:
         if tiles is not None:
@@ -323,7 +324,7 @@ def a_world(seed: int, places: list[tuple], past: int, new: int) -> World:
 @example(world=a_world(4, [(0, -6, 0, 6)], 4, 1))  # decoding
 @example(world=a_world(5, [(0, -6, 0, 6, 1, 0.5, 0.8), (0, -9, 0, 6, 1, 0.5, 0.8), (0, -6, 0, 6)], 2, 3))  # a group
 @example(world=a_world(6, [(0, -6, 0, 6, 1, 0.5, 0.8), (0, 50, 0, 6, 2, 2.0, 1.5)], 0, 5))  # one that nobody sees
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 def test_step_equals_dense(backend: Backend, world: World):
     results = together(world, backend)
     for layer in range(len(LAYERS)):
@@ -332,7 +333,7 @@ def test_step_equals_dense(backend: Backend, world: World):
 
 
 @given(world=worlds(), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 def test_batching_and_chunking_change_nothing(world: World, data: st.DataObject):
     packed = together(world, cpu.attend)
     for index, one in enumerate(world.requests):
@@ -348,7 +349,7 @@ def test_batching_and_chunking_change_nothing(world: World, data: st.DataObject)
 
 
 @given(world=worlds())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 def test_nothing_stored_is_copied_or_modified(world: World):
     rows = [(one, own_kv(world, one), len(one.positions) - one.past) for one in world.requests]
     stored = [t for r in world.records for t in (*r.keys, *r.values)]

@@ -97,7 +97,7 @@ def test_kernels_compile_within_a_gpus_limits(monkeypatch, architecture, most, d
     assert (products > 0) == (dtype == "bfloat16")  # tensor cores for 16 bits, IEEE products for 32
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_triton_serves_cuda():
     needs_triton()
     model = models.wrap(families.build("llama").to("cuda"))

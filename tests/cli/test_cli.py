@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import resource
 import runpy
@@ -563,7 +564,7 @@ def test_an_id_of_several_documents_cannot_be_picked_but_others_can(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps({"id": name, "text": "x"}) + "\n" for name in ("a", "b", "a")))
     documents = corpus.load(path, "{text}")
-    with pytest.raises(corpus.CorpusError, match=r"'a' is both .*c.jsonl:1's and .*c.jsonl:3's"):
+    with pytest.raises(corpus.CorpusError, match=r"c.jsonl:1 and .*c.jsonl:3 both have the id 'a'"):
         corpus.pick(documents, ["a"])
     assert [d.where for d in corpus.pick(documents, ["b", "2"])] == [f"{path}:2", f"{path}:3"]
 
@@ -612,3 +613,67 @@ print(json.dumps(shown))
     for name, text in json.loads(done.stdout).items():
         assert re.search(rf"^    kvgraph {name}", text, re.M), f"the help of {name!r} has no example"
         assert "\\b" not in text
+
+
+# -- environments -----------------------------------------------------------------------------------------------------
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess:
+    """A shell's line in which `kvgraph` is the command."""
+    here = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **environment}
+    line = 'kvgraph() { "$PYTHON" -m kvgraph.cli "$@"; }; ' + line
+    return subprocess.run(["sh", "-c", line], env=here, capture_output=True, timeout=120)
+
+
+def test_closed_streams_are_no_error(model, documents):
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        assert shell(f"kvgraph --version {closed}").returncode == 0
+    done = shell(
+        f"kvgraph store stat --store /nowhere 2>&-; echo $?; kvgraph explain {model} --documents {documents} 2>&-"
+    )
+    assert done.stdout.decode().startswith("1\n#") and not done.stderr
+
+
+def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path):
+    """What a library prints would go into it."""
+    script = "from kvgraph.cli import _open_streams; _open_streams(); import sys; f = open(sys.argv[1], 'w'); print(f.fileno(), file=f)"
+    shell(f'"$PYTHON" -c "{script}" {tmp_path}/f <&- >&- 2>&-')
+    assert int((tmp_path / "f").read_text()) > 2
+
+
+def test_characters_that_the_output_lacks_are_replaced(model, tmp_path):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "中é", "title": "T", "text": "x"}))
+    done = shell(f"kvgraph explain {model} --documents {tmp_path}/c.jsonl", PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "?é" in done.stdout.decode("latin-1")
+
+
+def test_python_without_docstrings_is_named_in_one_line(model, documents):
+    done = shell(f"kvgraph ask {model} why --documents {documents}", PYTHONOPTIMIZE="2")
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1) and b"PYTHONOPTIMIZE=2" in done.stderr
+    assert shell("kvgraph --version", PYTHONOPTIMIZE="2").returncode == 0
+
+
+def test_half_a_surrogate_pair_is_named(run, model, tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"title": "T", "text": "a \\ud83d b"}')
+    for command in (("explain", model), ("ask", model, "why")):
+        code, _, err = run(*command, "--documents", path)
+        assert code == 1 and err.count("\n") == 1 and "half of a surrogate pair" in err
+
+
+def test_tables_lists_and_loud_suffixes_are_corpora(run, model, tmp_path):
+    """Also behind a link to a folder: each row is a document, not each file."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.JSONL").write_text(
+        '{"id": "a", "title": "T", "text": "x"}\n{"id": "b", "title": "T", "text": "y"}\n'
+    )
+    (tmp_path / "there" / "b.json").write_text(
+        '[{"id": "c", "title": "T", "text": "x"}, {"id": "d", "title": "T", "text": "y"}]'
+    )
+    (tmp_path / "there" / "c.CSV").write_text("id,title,text\ne,T,x\nf,T,y\n")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "docs").symlink_to(tmp_path / "there")
+    assert [d.name for d in corpus.load(tmp_path / "linked")] == list("abcdef")
+    for file, ids in (("a.JSONL", "ab"), ("b.json", "cd"), ("c.CSV", "ef")):
+        assert [d.name for d in corpus.load(tmp_path / "there" / file)] == list(ids)

@@ -21,11 +21,11 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvgraph.cli import main
+from soak import SOAK
 
 DATA = Path(os.environ.get("KVGRAPH_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).resolve()
 PASSAGES = DATA / "nq" / "nq-open-10_total_documents_gold_at_0.jsonl.gz"
 VOCABULARY = DATA / "gpt2_tokenizer"
-SOAK = os.environ.get("KVGRAPH_SOAK") == "1"
 COUNT = 2500 if SOAK else 150
 QUESTIONS = 5 if SOAK else 2
 

@@ -94,18 +94,18 @@ def test_a_folder_is_read_in_order_through_links_and_without_hidden_files(tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.jsonl", jsonl(ROWS[:2]) + b"{oops}\n", r"x\.jsonl:3 is not JSON in UTF-8: .*; mend or remove it"),
-        ("x.jsonl", b'{"n": -Infinity}\n', r"x\.jsonl:1 is not JSON.*-Infinity is no JSON number"),
+        ("x.jsonl", jsonl(ROWS[:2]) + b"{oops}\n", r"x\.jsonl:3 is not JSON in UTF-8: .*; fix or remove it"),
+        ("x.jsonl", b'{"n": -Infinity}\n', r"x\.jsonl:1 is not JSON.*-Infinity isn't a JSON number"),
         ("x.jsonl", b"[1]\n", r"x\.jsonl:1 holds a list; every record must be a JSON object"),
         ("x.json", b'{"rows": []}', "holds neither a list of records nor one under 'data'"),
         ("x.json", b'[{"a": 1}, 2]', r"x\.json, record 2 holds a int"),
         ("x.csv", b"a,b\n1,2\n\n1,2,3\n", r"x\.csv, row 2 has 3 cells, but the header names 2 columns"),
-        ("x.csv", b"a,b\n\xff,2\n", r"x\.csv is no table in UTF-8"),
-        ("x.csv.gz", gzip.compress(b"a,b\n" * 999)[:-9], r"can't read .*x\.csv\.gz: "),
+        ("x.csv", b"a,b\n\xff,2\n", r"x\.csv isn't a table in UTF-8"),
+        ("x.csv.gz", gzip.compress(b"a,b\n" * 999, mtime=0)[:-9], r"can't read .*x\.csv\.gz: "),
         ("x.json.gz", b"{}", r"can't read .*x\.json\.gz: Not a gzipped file"),
         ("x.parquet", b"PAR1 no", r"can't read .*x\.parquet"),
-        ("x.parquet.gz", gzip.compress(b"PAR1 no"), r"can't read .*x\.parquet\.gz"),
-        ("x.txt", b"", r"\.txt is none of \.jsonl, \.ndjson, \.json, \.csv, \.parquet, each also with \.gz"),
+        ("x.parquet.gz", gzip.compress(b"PAR1 no", mtime=0), r"can't read .*x\.parquet\.gz"),
+        ("x.txt", b"", r"\.txt isn't supported; use \.jsonl, \.ndjson, \.json, \.csv, \.parquet, each also with \.gz"),
     ],
 )
 def test_what_cannot_be_read_is_one_line_that_says_where(tmp_path, name, content, says):
@@ -223,3 +223,13 @@ def test_what_is_remembered_is_never_half_a_file(tmp_path, monkeypatch):
     (tmp_path / "kvgraph").chmod(0o500)
     memo.remember("facts", "k", 1)  # a folder that can't be written is no memory, and no error
     (tmp_path / "kvgraph").chmod(0o700)
+
+
+def test_without_a_home_nothing_is_remembered(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    memo.remember("facts", "k", 1)
+    assert memo.recall("facts", "k") is None

@@ -385,9 +385,9 @@ def test_settings_as_text():
     ("kind", "settings", "says"),
     [
         ("chunk", "", "kind is 'chunk'; there are hops, chunks"),
-        ("hops", "colour=red", "'colour=red' is none of split, seed"),
-        ("hops", "seed", "'seed' is none of"),
-        ("hops", "seed=x", "seed is 'x', which is no number"),
+        ("hops", "colour=red", "'colour=red' isn't a setting; give NAME=VALUE with one of split, seed"),
+        ("hops", "seed", "'seed' isn't a setting"),
+        ("hops", "seed=x", "seed is 'x', which isn't a number"),
         ("hops", "entities=1-2", "entities is 1-2"),
         ("hops", "entities=4-2", "entities is 4-2"),
         ("hops", "entities=8", "at most 7 entities of a kind"),
@@ -437,7 +437,7 @@ def test_the_dealer_never_runs_dry_before_it_says_so(split):
     for seed in range(300):
         dealer = Dealer(split)
         assert len(set(dealer.deal(random.Random(seed), names.MOST))) == names.MOST
-        with pytest.raises(NamesError, match="syllables for 45 names"):
+        with pytest.raises(NamesError, match="syllables for only 45 names"):
             dealer.deal(random.Random(seed), 1)
 
 

@@ -30,6 +30,7 @@ from kvgraph.engine.sampling import SamplingError
 from kvgraph.plan import Plan, contiguous
 from kvgraph.store.disk import DiskStore
 from remotes import RedisServer, has_redis
+from soak import draws
 from store_worker import got
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -61,7 +62,7 @@ def test_two_executors_agree_for_every_family(family):
     agree()
 
 
-@settings(max_examples=15)
+@settings(max_examples=draws(15))
 @given(st.lists(strategies.problems(VOCAB), min_size=1, max_size=5), st.integers(1, 40))
 def test_batching_and_chunking_never_change_a_result(llama, problems, step_tokens):
     plans = [method.plan(graph) for method, graph in problems]

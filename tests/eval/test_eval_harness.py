@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -125,7 +124,7 @@ def test_examples_are_segments_and_tokens_those_of_the_whole_text(folder):
     assert lm.engine.detokenize(list(short.query)) == "Q: e\nA:"
 
 
-@pytest.mark.skipif(not os.environ.get("KVGRAPH_SOAK"), reason="the harness indexes its own tasks for 20 s: make soak")
+@pytest.mark.slow  # the harness indexes its own tasks for 20 s
 def test_the_command_is_the_harness_own(folder):
     run = subprocess.run(
         [sys.executable, "-m", "kvgraph.eval.harness", "run", "--model", "kvgraph", "--tasks", "letters_choice"]

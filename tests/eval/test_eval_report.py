@@ -249,7 +249,7 @@ def test_runs_that_cannot_be_compared_are_named_and_none_is_best(tmp_path):
     assert "block can't be compared with full (decode.max_tokens: 100 against 5; decode.stop: [] against null)" in said
     assert "pcw can't be compared with full (items: 60 in common of 120 and 60)" in said
     assert 'kvlink can\'t be compared with full (model.dtype: "bfloat16" against "float32")' in said
-    assert "kvlink: 3 items couldn't be run and count as 0" in said
+    assert "kvlink: 3 items couldn't be run and score 0" in said
     assert len(built.warnings) == 4
     assert "Before comparing" in built.html() and "Before comparing" in built.markdown()
     assert {line.label: line.difference.n for line in section(built, "nq").lines[1:]}["pcw"] == 60
@@ -402,7 +402,7 @@ def test_mistakes_are_one_line(tmp_path, run, monkeypatch):
         (["report", tmp_path / "empty"], 1, "no finished run in or below"),
         (["report", tmp_path / "nowhere"], 1, "no finished run in or below"),
         (["report", "--compare", good, tmp_path / "empty"], 1, "no finished run here"),
-        (["report", "--compare", good, other], 1, "no items and metric in common"),
+        (["report", "--compare", good, other], 1, "have no items or no metric in common"),
     ):
         found, _, err = run(*words)
         assert found == code and says in err and err.count("\n") == 1, err

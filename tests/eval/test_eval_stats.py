@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 
 import numpy as np
@@ -13,8 +12,7 @@ from scipy import stats as scipy_stats
 
 from kvgraph.eval import stats
 from kvgraph.eval.stats import Difference, Interval, clusters_of, holm, mean_interval, paired
-
-SOAK = bool(os.environ.get("KVGRAPH_SOAK"))
+from soak import SOAK
 
 
 def scores(n: int, seed: int = 0) -> np.ndarray:

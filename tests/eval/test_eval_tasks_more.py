@@ -416,7 +416,7 @@ NEEDLE = {"index": 1, "input": "I will quiz you.\nThe key is 7.\nWhat is it?", "
         (RULER, [NEEDLE], "the output '8' isn't in the haystack"),
         (RULER, [{"question": "What?", "answer": ["8"]}], "context: Field required"),
         (LONGBENCH_V2, [LONG | {"answer": "E"}], "record '66ebc0+': answer: Input should be 'A'"),
-        (TOPICS, [NODE, NODE], "node_id 0 comes twice"),
+        (TOPICS, [NODE, NODE], "node_id 0 occurs twice"),
         (TOPICS, [NODE | {"neighbor_ids": "[4]"}], "node_id 0: neighbor_ids names 4"),
         (TOPICS, [NODE | {"neighbor_ids": "4]"}], "record 1: neighbor_ids: Extra data"),
         (UNARXIVE, [{"paper_id": "1", "metadata": {}}], "metadata.title: Field required"),

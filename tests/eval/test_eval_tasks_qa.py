@@ -26,9 +26,9 @@ from kvgraph.demo import write_model
 from kvgraph.engine.engine import Engine
 from kvgraph.eval.metrics import EXTRACT, METRICS
 from kvgraph.eval.run import evaluate
+from soak import SOAK
 
 DATA = Path(os.environ.get("KVGRAPH_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).resolve()
-SOAK = os.environ.get("KVGRAPH_SOAK") == "1"
 QA = (
     ["nq", "nq-positions", "triviaqa", "hotpotqa", "2wiki", "musique", "multihop-rag", "morehopqa"]
     + ["block-nq", "block-triviaqa", "block-hotpotqa", "block-2wiki"]
@@ -246,7 +246,7 @@ def test_nq_positions_derives_what_the_other_files_hold(given):
 
 
 def test_nq_positions_of_two_files_is_an_error():
-    with pytest.raises(TaskError, match="stands at 4 here and at 0 before; give one gold_at_K file"):
+    with pytest.raises(TaskError, match="is at 4 here and at 0 before; give only one gold_at_K file"):
         items_of("nq-positions", sample("nq"))
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import strategies
 from kvgraph.errors import PlanError
 from kvgraph.plan import Group, Laid, Place, Plan, Span, contiguous, lay_out, pruned
+from soak import draws
 
 VOCAB = 16
 
@@ -263,7 +264,7 @@ def laid_out_recursively(spans: Sequence[Span], roots: Sequence[int]) -> list[La
     return laid
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=draws(200))
 @given(strategies.plans(4, max_spans=6), st.data())
 def test_laying_out_equals_the_recursive_definition(plan, data):
     spans = plan.spans
@@ -320,7 +321,7 @@ def _meaning(token: int, seen: list[tuple[int, int, str]], groups: Sequence[Grou
     return hashlib.sha256(repr((token, alone, together)).encode()).hexdigest()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=draws(200))
 @given(strategies.plans(VOCAB))
 def test_dense_means_what_the_plan_means(plan):
     assert meaning_of_dense(plan) == meaning_of_plan(plan)[-1]
@@ -329,7 +330,7 @@ def test_dense_means_what_the_plan_means(plan):
     assert dense.tokens[-dense.prompt :].tolist() == list(plan.prompt.tokens)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=draws(100))
 @given(strategies.problems(VOCAB))
 def test_dense_means_what_a_methods_plan_means(problem):
     method, graph = problem
@@ -337,7 +338,7 @@ def test_dense_means_what_a_methods_plan_means(problem):
     assert meaning_of_dense(plan) == meaning_of_plan(plan)[-1]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=draws(200))
 @given(strategies.plans(2, max_length=2), strategies.plans(2, max_length=2))
 def test_equal_keys_mean_equal_kv(one, two):
     """The unforgivable failure: two spans with one key but different KV."""

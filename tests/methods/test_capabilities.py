@@ -14,6 +14,7 @@ from kvgraph import methods
 from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import METHODS, PRESETS, CacheBlend, GraphKV, KVLink, Method
+from soak import draws
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 32
@@ -44,7 +45,7 @@ def test_reading_edges_takes_a_round():
     assert GraphKV(3).reach == 3 and GraphKV(rounds=0).reach == KVLink().reach == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=draws(200), deadline=None)
 @given(strategies.problems(VOCAB))
 def test_plans_do_what_is_declared(problem):
     method, graph = problem
@@ -57,7 +58,7 @@ def test_plans_do_what_is_declared(problem):
     assert not method.needs_probe
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=draws(200), deadline=None)
 @given(strategies.problems(VOCAB))
 def test_spans_name_their_segment_and_round(problem):
     method, graph = problem

@@ -15,6 +15,7 @@ from kvgraph.errors import GraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import METHODS, CacheBlend, Full, GraphKV, KVLink, Method, PromptCache
 from kvgraph.plan import Plan
+from soak import draws
 
 VOCAB = 32
 PREFIX, A, B, C, QUERY = [1, 2], [10, 11, 12], [20, 21], [30, 31, 32, 33], [90, 91]
@@ -86,7 +87,7 @@ def test_slots_count_chosen_segments_only():
     ]  # fmt: skip
 
 
-@settings(max_examples=100)
+@settings(max_examples=draws(100))
 @given(strategies.graphs(VOCAB, edges=False), st.sampled_from(sorted(set(METHODS) - {"graph-kv"})), st.data())
 def test_without_edges_the_other_segments_are_as_good_as_gone(g, name, data):
     method = KVLink(2, 24, 4) if name == "kvlink" else CacheBlend(1) if name == "cacheblend" else METHODS[name]()
@@ -167,7 +168,7 @@ ROUNDS = [
 ]
 
 
-@settings(max_examples=300)
+@settings(max_examples=draws(300))
 @given(strategies.graphs(VOCAB), st.sampled_from([*ROUNDS, GraphKV(layout="packed", keep="all")]), st.data())
 def test_no_choice_changes_a_key(g, method, data):
     plan = method.plan(data.draw(strategies.choices(g)))

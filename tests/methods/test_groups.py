@@ -16,6 +16,7 @@ from kvgraph import ContextGraph, Engine, SamplingParams, models
 from kvgraph.methods import APE, PCW, GraphKV
 from kvgraph.models.adapter import grouped_attention
 from kvgraph.plan import Group, Place, Plan, contiguous
+from soak import draws
 
 VOCAB = 128
 BUDGET = 1 << 26
@@ -34,7 +35,7 @@ def test_two_executors_agree_on_any_plan(family):
     model = models.wrap(families.FAMILIES[family]())
     engine = Engine(model, kv_budget=BUDGET)
 
-    @settings(max_examples=20)
+    @settings(max_examples=draws(20))
     @given(strategies.plans(VOCAB))
     def agree(plan):
         assume(any(span.groups for span in plan.spans))
@@ -45,7 +46,7 @@ def test_two_executors_agree_on_any_plan(family):
     agree()
 
 
-@settings(max_examples=15)
+@settings(max_examples=draws(15))
 @given(st.lists(strategies.plans(VOCAB), min_size=1, max_size=5), st.integers(1, 40))
 def test_batching_and_chunking_never_change_a_result(llama, plans, step_tokens):
     engine = Engine(llama, kv_budget=BUDGET, max_step_tokens=step_tokens)
@@ -119,7 +120,7 @@ def test_grouped_spans_are_stored_under_their_groups(llama, tmp_path):
     assert (cold[0] - cold[1]).abs().max() > 1e-3 and (cold[1] - cold[2]).abs().max() > 1e-3
 
 
-@settings(max_examples=25)
+@settings(max_examples=draws(25))
 @given(strategies.graphs(VOCAB, edges=False))
 def test_ape_without_weights_is_pcw_with_a_shared_prefix(llama, graph):
     engine = Engine(llama, kv_budget=BUDGET)
@@ -127,7 +128,7 @@ def test_ape_without_weights_is_pcw_with_a_shared_prefix(llama, graph):
     assert (ape - pcw).abs().max() <= 1e-4
 
 
-@settings(max_examples=25)
+@settings(max_examples=draws(25))
 @given(strategies.graphs(VOCAB, edges=False))
 def test_pcw_is_graph_kv_without_edges(llama, graph):
     assert PCW().plan(graph) == GraphKV().plan(graph)

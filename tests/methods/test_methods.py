@@ -28,6 +28,7 @@ from kvgraph.methods import (
     get,
 )
 from kvgraph.plan import Group, Place, Plan, Span, contiguous
+from soak import draws
 
 VOCAB = 32
 PREFIX, A, B, C, QUERY = [1, 2], [10, 11, 12], [20, 21], [30, 31, 32, 33], [90, 91]
@@ -68,7 +69,7 @@ def test_full_is_one_causal_chain():
     assert plan.highest_position == 12 and plan.method == "full"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=draws(50))
 @given(strategies.graphs(VOCAB, edges=False))
 def test_full_equals_a_plain_causal_prefill(g):
     dense = Full().plan(g).dense()
@@ -443,7 +444,7 @@ def test_edges_of_empty_segments_vanish():
     assert computed(plan) == {"prefix": 0, "doc 0": 2, "doc 2 · round 1": 6, "query": 10}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=draws(200))
 @given(strategies.problems(VOCAB))
 def test_plans_of_all_methods(problem):
     method, g = problem
@@ -458,7 +459,7 @@ def test_plans_of_all_methods(problem):
     assert explain(plan).count("\n") >= len(plan.spans)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=draws(100))
 @given(strategies.graphs(VOCAB, edges=False))
 def test_a_document_encoded_alone_has_one_key_in_every_method(g):
     methods = [Block(), KVLink(), KVLink(2, 24, 4), GraphKV(), GraphKV(layout="tight"), get("graph-kv-rag"), Epic(0)]
@@ -468,7 +469,7 @@ def test_a_document_encoded_alone_has_one_key_in_every_method(g):
         assert {k: v for k, v in other.items() if v} == {k: v for k, v in first.items() if v}
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=draws(100))
 @given(strategies.problems(VOCAB))
 def test_keys_depend_on_the_prefix_only_where_documents_see_it(problem):
     method, g = problem

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvgraph import methods
 from kvgraph.errors import GraphError
 from kvgraph.methods import APE, METHODS, PRESETS, CacheBlend, Epic, Full, GraphKV, PromptCache
+from soak import draws
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
@@ -30,7 +31,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     }[hint]
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=draws(30), suppress_health_check=[HealthCheck.filter_too_much])
 @pytest.mark.parametrize("name", [*METHODS, *PRESETS])
 @given(data=st.data())
 def test_text_and_method_say_the_same(name, data):

@@ -8,16 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 import transformers
+import xxhash
 from safetensors.torch import load_file, save_file
 
 import families
-from kvgraph import ModelError, models
+from kvgraph import ContextGraph, Engine, ModelError, models
 from kvgraph.models import Layer, Model, fingerprint, loading
 from kvgraph.models.fingerprint import file_hash
 from kvgraph.models.loading import weight_files
@@ -169,6 +171,45 @@ def test_layer_facts(family, rotary, window):
 def test_rotary_layout(family, interleaved, dims):
     (rotary,) = models.wrap(families.FAMILIES[family]()).rotaries
     assert (rotary.interleaved, rotary.dims) == (interleaved, dims)
+
+
+def worded(*words: str, **special: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of whole words; special: its special tokens."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "?"))
+    split.add_special_tokens([word for word in words if word.startswith("<")])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=split, **special)
+
+
+def test_an_answer_ends_at_whatever_anything_names_as_the_end():
+    """Generation config, config, tokenizer and chat template may all name another one."""
+    tokenizer = worded("?", "a", "<text>", "<end>", "<turn>", "<pad>", eos_token="<end>", pad_token="<pad>")
+    hf = families.build("Llama", num_hidden_layers=1, eos_token_id=2)
+    hf.generation_config.eos_token_id = [9]
+    model = models.wrap(hf, tokenizer)
+    assert set(model.eos_ids) == {9, 2, 3}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}<pad>"
+    assert set(model.eos_ids) == {9, 2, 3, 4}  # also a template that is given later
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert set(model.eos_ids) == {9, 2, 3}  # a turn that ends without a special token
+    hf.generation_config.eos_token_id = hf.config.eos_token_id = None
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert model.eos_ids == (3,)
+
+
+@pytest.mark.parametrize("end", [9, 2, 3, 4])
+def test_every_end_token_ends_an_answer(end):
+    tokenizer = worded("?", "a", "<text>", "<end>", "<turn>", eos_token="<end>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    hf = families.build("Llama", num_hidden_layers=1, eos_token_id=2)
+    hf.generation_config.eos_token_id = 9
+    engine = Engine(models.wrap(hf, tokenizer), kv_budget=1 << 24)
+    graph = ContextGraph((), (1, 5, 7))
+    always = {"max_tokens": 6, "logit_bias": {end: 100.0}}
+    result = engine.generate(graph, "full", **always)
+    assert (result.finish_reason, result.token_ids, result.text) == ("stop", [end], "")
+    assert engine.generate(graph, "full", min_tokens=4, **always).token_ids.index(end) == 4
+    assert engine.generate(graph, "full", ignore_eos=True, **always).finish_reason == "length"
 
 
 def test_model_facts():
@@ -346,6 +387,43 @@ def test_a_model_card_declares_tuning_too(saved):
         assert models.load(saved).tuned_for == ()
 
 
+@pytest.mark.parametrize("part", ["config", "model", "tokenizer"])
+def test_code_that_a_folder_brings_is_never_run(part, saved, tmp_path, monkeypatch):
+    """And nobody is asked whether it may be. A folder that brings some for a known type is loaded without it."""
+    worded("?", "a").save_pretrained(saved)
+    (saved / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Any: pass\n")
+    brought = {"AutoConfig": "code.Any", "AutoModelForCausalLM": "code.Any", "AutoTokenizer": ["code.Any", "code.Any"]}
+    rewrite_config(saved, auto_map=brought)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    assert models.load(saved).eos_ids == (2,) and models.load_tokenizer(saved) is not None
+    refused = pytest.raises(ModelError, match=r"brings along \(auto_map\), and kvgraph never runs")
+    if part == "tokenizer":
+        config = json.loads((saved / "tokenizer_config.json").read_text())
+        brings = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["code.Any", None]}}
+        (saved / "tokenizer_config.json").write_text(json.dumps(config | brings))
+        with refused:
+            models.load_tokenizer(saved)
+    elif part == "config":
+        rewrite_config(saved, model_type="odd")
+        assert models.tuned_for(saved) == ()
+    else:  # transformers knows the config, but no causal LM for it
+        rewrite_config(saved, model_type="vit")
+    with refused if part != "model" else pytest.raises(ModelError):
+        models.load(saved, allow_untested=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "model-00001-of-00002.safetensors"])
+def test_a_folder_cloned_without_git_lfs_says_so(file, saved):
+    worded("?", "a").save_pretrained(saved)
+    (saved / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n")
+    says = rf"only a Git LFS pointer in place of {file}; run `git lfs pull`"
+    with pytest.raises(ModelError, match=says):
+        models.load(saved)
+    with pytest.raises(ModelError, match=says):
+        models.load_tokenizer(saved)
+
+
 def test_weights_of_other_shapes_are_named(saved):
     rewrite_config(saved, intermediate_size=24)
     with pytest.raises(ModelError, match="weights don't have the shapes given by its config.json"):
@@ -416,22 +494,66 @@ def test_a_hub_name_in_another_process_is_the_same_model(saved, tmp_path):
     assert run.stdout.split()[-2:] == ["org/tiny", models.load(saved).fingerprint]
 
 
-def test_weight_hashes_are_remembered_until_the_file_changes(saved, cache, monkeypatch):
-    file = saved / "model.safetensors"
-    first = file_hash(file)
-    assert not cache.exists()  # too fresh to be trusted
-    os.utime(file, ns=(10**18, 10**18))
-    assert file_hash(file) == first and list(json.loads(cache.read_text())) == [str(file.resolve())]
-    entry = json.loads(cache.read_text())[str(file.resolve())]
-    assert entry == [file.stat().st_size, 10**18, first]
-    cache.write_text(json.dumps({str(file.resolve()): [*entry[:2], "remembered"]}))
-    assert file_hash(file) == "remembered"
-    os.utime(file, ns=(2 * 10**18 // 2 + 10**9, 10**18 + 10**9))
-    assert file_hash(file) == first
+@pytest.fixture
+def large(saved, monkeypatch) -> Path:
+    """A file of weights of which only samples are read where its hash is remembered; its times are long past."""
+    monkeypatch.setattr(fingerprint, "WHOLE", 0)
+    monkeypatch.setattr(fingerprint, "EVERY", 4096)
+    monkeypatch.setattr(fingerprint, "SAMPLE", 64)
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)
+    return saved / "model.safetensors"
+
+
+def unchanged(path: Path, monkeypatch) -> None:
+    """From now on whatever is at this path has the same size, times and inode as now."""
+    status, stat = path.stat(), Path.stat
+    monkeypatch.setattr(Path, "stat", lambda p, **options: status if p == path else stat(p, **options))
+
+
+def test_weight_hashes_are_remembered_until_the_file_changes(large, cache, monkeypatch):
+    key, first = str(large.resolve()), file_hash(large)
+    assert first == xxhash.xxh3_128_hexdigest(large.read_bytes())
+    assert list(memory := json.loads(cache.read_text())) == [key]
+    cache.write_text(json.dumps({key: [*memory[key][:-1], "remembered"]}))
+    assert file_hash(large) == "remembered"
+    for field in range(5):  # size, times, inode, samples
+        cache.write_text(json.dumps({key: [*memory[key][:field], 0, *memory[key][field + 1 : -1], "remembered"]}))
+        assert file_hash(large) == first
     cache.write_text("not json")
-    assert file_hash(file) == first
+    assert file_hash(large) == first
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
-    assert file_hash(file) == first
+    assert file_hash(large) == first
+
+
+def test_a_weight_file_that_is_a_moment_old_is_not_remembered(large, cache, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(fingerprint, "WHOLE", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
+    os.utime(large, ns=(10**18, 10**18))  # says that it is old, but the time of its last change can't lie
+    file_hash(large)
+    assert not cache.exists()
+
+
+def test_other_weights_with_the_same_size_times_and_inode_are_found_out(large, cache, monkeypatch):
+    """As on layers of images and mounted object stores. Any tensor of EVERY bytes or more that differs is noticed."""
+    unchanged(large, monkeypatch)
+    first, content = file_hash(large), bytearray(large.read_bytes())
+    assert cache.exists()
+    for at in (0, 4096, 5 * 4096 + 63, len(content) - 1):
+        large.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert file_hash(large) != first
+        large.write_bytes(content)
+        assert file_hash(large) == first
+
+
+def test_small_weight_files_are_read_whole_at_every_load(saved, cache, monkeypatch):
+    file = saved / "model.safetensors"
+    unchanged(file, monkeypatch)
+    first, content = file_hash(file), bytearray(file.read_bytes())
+    content[len(content) // 2 + 1] ^= 1
+    file.write_bytes(content)
+    assert file_hash(file) != first and not cache.exists()
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3_text", "granite", "qwen2"])

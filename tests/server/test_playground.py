@@ -30,6 +30,7 @@ FLAGS = (
 HOSTILE = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script>'
 
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium: install it, or name one in KVGRAPH_CHROMIUM"),
     pytest.mark.filterwarnings("ignore:this model doesn't declare tuning"),
 ]

@@ -163,10 +163,8 @@ def test_what_asks_for_nothing_is_taken(server, fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"guided_json": {"type": "object"}},
         {"length_penalty": 2.0},
         {"reasoning_effort": "low"},
-        {"response_format": {"type": "json_object"}},
         {"skip_special_tokens": False},
         {"skip_special_tokens": 1},  # which equals True in Python
         {"suffix": "end"},

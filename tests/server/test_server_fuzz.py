@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from kvgraph import demo
 from kvgraph.server.app import create_app
 from kvgraph.server.settings import Settings
 from serving import serve
+from soak import SOAK, draws
 
-SOAK = os.environ.get("KVGRAPH_SOAK", "0") not in ("", "0")
 LONG = 10_000_000 if SOAK else 1_000_000
 KEY = "the-key-of-ann"
 pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
@@ -49,7 +48,7 @@ if not SOAK:
 
 
 @api.parametrize()
-@settings(max_examples=300 if SOAK else 20, suppress_health_check=list(HealthCheck), deadline=None, database=None)
+@settings(max_examples=draws(20), suppress_health_check=list(HealthCheck), deadline=None, database=None)
 def test_every_route_keeps_to_its_document(case, url):
     within_reach(case.body)
     case.call_and_validate(url, excluded_checks=[positive_data_acceptance])

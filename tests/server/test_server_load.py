@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import sys
 import threading
 import time
@@ -19,11 +18,11 @@ import pytest
 
 from kvgraph import Engine, demo
 from serving import application, serving, spawn
+from soak import SOAK
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks aren't installed
 from benchmarks.serving import Ask, Served, asks, load
 
-SOAK = os.environ.get("KVGRAPH_SOAK", "0") not in ("", "0")
 CLIENTS, SECONDS = (64, 120.0) if SOAK else (16, 4.0)
 TIE = 1e-3  # two tokens with logits this close may change places when other requests share the step
 GRACE = 1.0  # seconds

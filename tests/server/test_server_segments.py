@@ -151,7 +151,7 @@ def test_segments_are_listed_in_pages(live):
     ("body", "message"),
     [
         ({"segments": []}, "at least 1"),
-        ({"text": ""}, "holds no tokens"),
+        ({"text": ""}, "has no tokens"),
         ({"id": "../../etc/passwd", "text": "x"}, "pattern"),
         ({"id": "a/b", "text": "x"}, "pattern"),
         ({"id": "..", "text": "x"}, "pattern"),
@@ -259,7 +259,7 @@ def test_a_graph_may_bring_its_texts_and_no_id(live):
     assert [g["id"] for g in live.get("/v1/graphs").json()["data"]] == [posted["id"]]
     asked = ask(live, kvgraph={"graph": posted["id"], "segments": ["b"]})
     assert asked["usage"]["kvgraph"]["document_tokens_computed"] == 0
-    assert "another content" in error(live.post("/v1/graphs", json={"id": posted["id"], "segments": ["a"]}), 409)
+    assert "other content" in error(live.post("/v1/graphs", json={"id": posted["id"], "segments": ["a"]}), 409)
     drop(live, f"graphs/{posted['id']}")
     recomputed = ask(
         live, documents=[{"segment": n} for n in TEXTS], kvgraph={"method": "graph-kv-ego", "edges": "chain"}
@@ -277,7 +277,7 @@ def test_a_graph_may_bring_its_texts_and_no_id(live):
         ({"segments": ["a", "b"], "edges": [["a", "x"]]}, 400, "no segment named 'x'"),
         ({"segments": ["a", "b"], "edges": [[0, 7]]}, 400, "no segment 7"),
         ({"segments": ["a", "b"], "edges": [[0, 1], [0, 1]]}, 400, "given twice"),
-        ({"segments": ["a", "b"], "edges": "spiral"}, 400, "none of all, chain"),
+        ({"segments": ["a", "b"], "edges": "spiral"}, 400, "aren't known; give all, chain"),
         ({"segments": ["a"], "method": "full"}, 400, "full reads no edges"),
         ({"segments": ["a"], "method": "magic"}, 400, "no method 'magic'"),
         ({"segments": ["a"], "method": "graph-kv-rag"}, 400, "depends on every segment of the graph"),
@@ -452,7 +452,7 @@ def test_a_damaged_library_is_said_so(tmp_path):
 def test_without_a_file_memory_serves(tmp_path, caplog):
     (tmp_path / "library.sqlite").mkdir()
     library = Library(tmp_path / "library.sqlite", "model")
-    assert "they go when the server stops" in caplog.text
+    assert "they are lost when the server stops" in caplog.text
     library.add("t", [StoredSegment("a", (1, 2))], most=1)
     assert library.segment("t", "a").tokens == (1, 2)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from kvgraph.cli import main
+from kvgraph.cli import common, main
 from kvgraph.server.settings import APIKey, Settings, SettingsError
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,17 @@ def test_sizes_are_written_as_people_write_them(file):
     assert (settings.kv_budget, settings.max_request_bytes, settings.store_size) == (4 << 30, 1_000_000, 5000)
 
 
+@pytest.mark.parametrize(("text", "size"), [("4G", 4 << 30), ("4GiB", 4 << 30), ("4GB", 4 * 10**9), ("4000", 4000)])
+def test_a_size_means_the_same_in_a_flag_a_variable_and_a_file(text, size, monkeypatch, file):
+    assert common.parse_size(text) == size
+    assert Settings.load(file(f'model = "m"\nkv_budget = "{text}"\n')).kv_budget == size
+    monkeypatch.setenv("KVGRAPH_KV_BUDGET", text)
+    assert Settings.load(file('model = "m"\n')).kv_budget == size
+    monkeypatch.setenv("KVGRAPH_KV_BUDGET", "4 Gs")
+    with pytest.raises(SettingsError, match="KVGRAPH_KV_BUDGET.*'4 Gs' is no size"):
+        Settings.load(file('model = "m"\n'))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -91,7 +102,7 @@ def test_what_is_wrong_in_a_file_is_said_in_one_line(file, text, said):
         (
             "KVGRAPH_API_KEY",
             f'[{{"key": "{SECRET}"}}]',
-            "KVGRAPH_API_KEY is no setting; did you mean KVGRAPH_API_KEYS?",
+            "KVGRAPH_API_KEY isn't a setting; did you mean KVGRAPH_API_KEYS?",
         ),
     ],
 )

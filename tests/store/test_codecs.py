@@ -16,6 +16,7 @@ from kvgraph.store import DiskStore, MemoryStore, Record, TieredStore, format
 from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.codecs.registry import CODECS, fingerprint_with, packed, parse, spec_of
 from kvgraph.store.record import BadRecord, UnsupportedRecord
+from soak import draws
 from store_worker import got, key_of, same
 
 MORE = ["kivi:bits=2,group=32,residual=16", "kivi:group=7,residual=400", "gear:bits=2,rank=2", "gear:outliers=300"]
@@ -56,7 +57,7 @@ def test_a_codecs_text_is_read_as_the_codec(spec):
     assert parse(f" {spec} ") == parse(spec)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(
     st.sampled_from(SPECS),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
@@ -161,7 +162,7 @@ def test_only_lossy_codecs_change_the_fingerprint():
     assert len(set(prints.values())) == 1 + len({"fp8", "int8", "kivi", "gear", *MORE[:4]})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 @given(st.sampled_from([s for s in SPECS if s != "raw"]), st.data())
 def test_hostile_records_are_refused(spec, data):
     """A header, a shape or bytes changed at will under a right checksum: refused, or finite KV of the tokens it states."""

@@ -22,9 +22,9 @@ from kvgraph.errors import StoreError
 from kvgraph.store import DiskStore
 from kvgraph.store.disk import index as index_module
 from kvgraph.store.disk import store as disk_module
+from soak import SOAK
 from store_worker import UNIVERSE, got, key_of, make, same
 
-SOAK = os.environ.get("KVGRAPH_SOAK", "0") not in ("", "0")
 KILLS = 50 if SOAK else 4
 CAPACITY = 5_000_000  # bytes; all records together take 13 MB, so writing and eviction never end
 
@@ -282,7 +282,7 @@ def test_a_record_of_another_format_version_stays(tmp_path):
 def test_a_store_of_another_format_version_is_refused(tmp_path, version):
     filled(tmp_path, 1).close()
     (tmp_path / "VERSION").write_bytes(version.encode("latin-1"))
-    with pytest.raises(StoreError, match="this version of kvgraph reads 'kvgraph-store 1'"):
+    with pytest.raises(StoreError, match="but this version reads 'kvgraph-store 1'"):
         DiskStore(tmp_path)
 
 

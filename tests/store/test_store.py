@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvgraph.errors import StoreError
 from kvgraph.store import DiskStore, MemoryStore, Record, Store, TieredStore
 from kvgraph.store.base import EVENTS
+from soak import draws
 from store_worker import got, key_of, make, same
 
 
@@ -145,7 +146,7 @@ def test_memory_store_evicts_the_least_recently_used():
     assert present(store, range(4)) == [0, 1, 3]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=draws(150))
 @given(st.lists(OPERATIONS, min_size=20, max_size=60))
 def test_memory_store_does_what_the_naive_one_does(operations):
     store, naive = MemoryStore(1100), NaiveMemory(1100)

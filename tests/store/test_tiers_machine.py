@@ -18,6 +18,7 @@ from kvgraph.store.codecs.registry import packed, parse
 from kvgraph.store.remote.breaker import Absent, Breaker
 from kvgraph.store.remote.store import RemoteStore
 from remotes import MemoryPlace, RedisServer, has_redis
+from soak import draws
 from store_worker import got, key_of, same
 
 UNIVERSE = 5
@@ -141,7 +142,7 @@ class Tiers(RuleBasedStateMachine):
 
 
 TestTiers = Tiers.TestCase
-TestTiers.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTiers.settings = settings(max_examples=draws(60), stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.skipif(not has_redis(), reason="no redis-server here: apt-get install redis-server")

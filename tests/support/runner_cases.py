@@ -1,21 +1,20 @@
 """The GPU's way to run steps, without a GPU: kernels in Triton's interpreter, and CUDA graphs replaced by calls that are
-made again. Run by test_runner.py in a process of its own. What it shows: tables of fixed sizes serve step after step, and
+made again. Run by test_triton.py in a process of its own. What it shows: tables of fixed sizes serve step after step, and
 answers equal those of the plain runner."""
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 
+import families
 from kvgraph import ContextGraph, Engine, models
 from kvgraph.edges import all_pairs, chain
 from kvgraph.engine import runner as runners
+from soak import SOAK
 
-MODEL = Path(__file__).parent.parent / "data/oracle_small/models/tiny_default"
 replays = 0
 
 
@@ -74,11 +73,12 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
 
 
-@pytest.mark.parametrize("most", [64, 0], ids=["graphs", "no graphs"])
+@pytest.mark.parametrize("most", [32, 0], ids=["graphs", "no graphs"])
 def test_answers_are_those_of_the_plain_runner(monkeypatch, most):
     global replays
     replays = 0
-    model = models.load(MODEL, dtype="float32")
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # the interpreter is slow
+    model = models.wrap(families.build("Llama", **shape))
     monkeypatch.setattr(runners, "GRAPH_TOKENS", most)
     plain, cuda = Engine(model, kv_budget=1 << 26), Engine(model, kv_budget=1 << 26)
     cuda.scheduler.runner = runners.CudaRunner(model)
@@ -89,7 +89,7 @@ def test_answers_are_those_of_the_plain_runner(monkeypatch, most):
         (ContextGraph([[5, 6, 7, 9, 10], [9, 8]], [3, 4, 5], [2, 1]), "epic"),
         (ContextGraph([[5, 6, 7], [9, 8]], [3, 4, 5], [2, 1]), "full"),
     ]
-    if not os.environ.get("KVGRAPH_SOAK"):  # the interpreter is slow
+    if not SOAK:
         graphs = graphs[1:3]
     for graph, method in graphs:
         for _ in range(2):  # cold, then warm

@@ -476,7 +476,7 @@ def test_an_outage_skips_no_question(misbehaving, tmp_path):
 
 def test_a_few_questions_to_an_endpoint_that_is_down(misbehaving, tmp_path):
     endpoint = Endpoint("m", misbehaving.url, 2, retries=0)
-    with pytest.raises(AnswersError, match="no answer to any request: HTTP 500; run the same again"):
+    with pytest.raises(AnswersError, match="no request was answered: HTTP 500; run the same command again"):
         ask(tmp_path / "answers.jsonl", endpoint, ["down 1", "down 2"])
     replies, _ = ask(tmp_path / "answers.jsonl", endpoint, ["down 1", "fine", "down 2"])
     assert [reply.reason for reply in replies] == ["HTTP 500", "", "HTTP 500"]
@@ -498,7 +498,7 @@ def test_a_torn_journal_loses_its_last_line_alone(misbehaving, tmp_path):
     ask(path, endpoint, ["fine 1", "fine 2"])
     assert misbehaving.asked == {"fine 1": 1, "fine 2": 2} and len(lines(path)) == 2
     path.write_bytes(b"{}\n" + path.read_bytes())
-    with pytest.raises(AnswersError, match="answers.jsonl:1 is no answer"):
+    with pytest.raises(AnswersError, match="answers.jsonl:1 isn't an answer"):
         ask(path, endpoint, ["fine 1"])
 
 
@@ -712,7 +712,7 @@ def test_files_of_other_questions_are_refused(encoder, tmp_path):
     prepared(out, "qa-2wiki", write(tmp_path / "a.jsonl", map(question, range(3))), **settings)
     for name in ("train.jsonl", "validation.jsonl", "prepared.json"):
         (out / name).unlink()
-    with pytest.raises(PrepareError, match="is about other questions than .*b.jsonl:1; delete it"):
+    with pytest.raises(PrepareError, match="is of other questions than .*b.jsonl:1; delete it"):
         prepared(out, "qa-2wiki", write(tmp_path / "b.jsonl", map(question, range(3, 6))), **settings)
 
 
@@ -738,9 +738,9 @@ def test_a_collection_can_serve_questions_without_passages(encoder, tmp_path):
         tmp_path / "out", "qa-trivia", source, answers="gold", retriever=str(encoder), corpus=str(corpus)
     )
     assert len(made["documents"]) == 10 and made["answer"] == "Her"
-    with pytest.raises(PrepareError, match="brings no passages; give a corpus"):
+    with pytest.raises(PrepareError, match="has no passages; give a corpus"):
         prepared(tmp_path / "none", "qa-trivia", source, **OWN)
-    with pytest.raises(PrepareError, match="without a retriever there is nothing to find"):
+    with pytest.raises(PrepareError, match="a corpus needs a retriever"):
         prepared(tmp_path / "two", "qa-trivia", source, **OWN, corpus=str(corpus))
     with pytest.raises(RetrieverError, match="can't read"):
         prepared(tmp_path / "no", "qa-trivia", source, answers="gold", retriever=str(encoder), corpus="missing.jsonl")

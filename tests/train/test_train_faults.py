@@ -68,7 +68,7 @@ def test_a_held_out_set_of_which_nothing_fits_is_left_out_and_said(llama, tmp_pa
     }
     (folder / "validation.jsonl").write_text(json.dumps(long) + "\n")
     train(on_data(llama, tmp_path), tmp_path / "run")
-    assert "no held-out example of texts fits full, so it isn't evaluated" in capfd.readouterr().err
+    assert "no validation example of texts fits full, so it isn't evaluated" in capfd.readouterr().err
     assert not evaluations(tmp_path / "run") and len(checkpoint.found(tmp_path / "run")) == 2
 
 
@@ -258,7 +258,7 @@ def test_a_truncated_progress_is_one_clear_line(llama, tmp_path):
 
 
 def test_a_recipe_that_goes_on_from_another_model_asks_for_it(tmp_path):
-    with pytest.raises(TrainError, match="world-2hop goes on from another model; give it with --model"):
+    with pytest.raises(TrainError, match="world-2hop starts from another model; give it with --model"):
         train(recipes.get("world-2hop"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

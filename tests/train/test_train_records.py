@@ -197,7 +197,7 @@ def test_a_template_that_changes_what_is_said_is_refused():
         (LINES.replace("m.content", "m.content | upper"), "leaves message 0 out of the prompt"),
         (
             LINES.replace("assistant\n{% endif", "assistant\nHm{% endif"),
-            "renders a question otherwise once it is answered",
+            "renders an answered question differently",
         ),
         (None, "no chat template"),
     ):

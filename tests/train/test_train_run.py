@@ -32,9 +32,9 @@ from kvgraph.train.export import export
 from kvgraph.train.mixture import Drawn
 from kvgraph.train.pack import lay
 from kvgraph.train.trainer import Trainer, _Signals, train
+from soak import SOAK
 from train_runs import CHUNKS, HOPS, LINKED, config, evaluations, rows, steps, write_model
 
-SOAK = os.environ.get("KVGRAPH_SOAK") == "1"
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
@@ -273,7 +273,7 @@ def test_the_new_model_keeps_what_it_starts_with(optimizer, tmp_path):
 
 def test_asking_through_links_needs_links(llama, tmp_path):
     component = replace(HOPS, methods=("kvlink:links=0",), through_links=True)
-    with pytest.raises(TrainError, match="component hops asks through link tokens, but kvlink:links=0 has none"):
+    with pytest.raises(TrainError, match="component hops has through_links, but kvlink:links=0 has no link tokens"):
         train(config(llama, stages=(Stage((component,), steps=1),)), tmp_path / "run")
 
 

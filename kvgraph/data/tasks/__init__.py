@@ -1,4 +1,4 @@
-"""Tasks, one small file each. To add one, add a file and a line in TASKS."""
+"""Tasks, one small file each. To add a task, add a file and a line in TASKS."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ TASKS: Registry[Task] = Registry(
     "kvgraph.tasks",
     named(Task),
 )
-"""Tasks by name. Other packages add some in the group "kvgraph.tasks"; see `kvgraph.registry`."""
+"""Tasks by name. Other packages can add some in the group "kvgraph.tasks"; see `kvgraph.registry`."""
 
 
 def get(name: str) -> Task:
-    """The task called `name`. Raises TaskError listing all names when there is none."""
+    """The task called `name`. Raises TaskError, listing all names, if there is none."""
     if name not in TASKS:
         raise TaskError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]

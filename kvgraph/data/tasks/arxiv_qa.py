@@ -16,14 +16,14 @@ from kvgraph.data.tasks import ego
 
 
 class Neighbourhood(BaseModel):
-    """A paper ("0") and the works it cites ("1"), by name; null where the text of one couldn't be had."""
+    """A paper ("0") and the works it cites ("1"), by name; null if the text of one wasn't available."""
 
     paper: Text = Field(alias="0")
     cited: dict[str, str | None] = Field(alias="1")
 
 
 class ArxivQARecord(BaseModel):
-    """What `read` makes of a question: text is the content of text_data/ID.json, one neighbourhood under a name."""
+    """A question as `read` returns it. text: the content of text_data/ID.json, one neighbourhood under a name."""
 
     id: str
     text: Annotated[dict[str, Neighbourhood], Field(min_length=1, max_length=1)]
@@ -48,7 +48,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """Five items a record (see `ego.arranged`): the cited works, in the record's order, then the paper that reads them.
+    """Five items per record (see `ego.arranged`): cited works in the record's order, then the paper that reads them.
 
     Cited works without a text are left out, as in the released code.
     """
@@ -69,7 +69,7 @@ def _ego(record: ArxivQARecord) -> ego.Ego:
 
 ARXIV_QA = ego.task(
     name="arxiv-qa",
-    about="Arxiv-QA: a paper and the works it cites in full text, among 0 to 2 such groups about something else",
+    about="Arxiv-QA: a paper and the works it cites in full text, among 0 to 2 groups of other papers",
     source="Graph-KV (arXiv 2506.07334) and its arxiv_inference.py; hub Graph-COM/GraphKV, folder arxiv",
     items=items,
     read=read,

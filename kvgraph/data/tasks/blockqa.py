@@ -30,9 +30,9 @@ class BlockQARecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record; its documents by score, best first, so that top-k and layered edges mean what they say.
+    """One item per record, with its documents by score, best first, as top-k and layered edges expect.
 
-    Graph-KV's own runs put the best one last.
+    Graph-KV's own runs put the best document last.
     """
     ids = qa.Ids()
     for record in checked(BlockQARecord, records):

@@ -35,11 +35,11 @@ class Ego:
 
 
 def arranged(egos: Sequence[Ego]) -> Iterator[Item]:
-    """Five items a question, in the order of ARRANGEMENTS; fewer where there are too few other groups.
+    """Five items per question, in the order of ARRANGEMENTS; fewer if there are too few other groups.
 
-    The distractors of a group are the next groups in the list (after the last comes the first) that share no paper with
-    it or with each other. Facts: distractors, the number of distractor groups; related: where the related group stands;
-    gold_positions, of its documents.
+    The distractors of a group are the next groups in the list (cyclically) that share no paper with it or with each
+    other. Facts: distractors is the number of distractor groups, related the position of the related group,
+    gold_positions the positions of its documents.
     """
     for number, ego in enumerate(egos):
         distractors = _distractors([*egos[number + 1 :], *egos[:number]], ego, most=2)

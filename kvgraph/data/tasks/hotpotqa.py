@@ -26,10 +26,10 @@ class HotpotRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record; its paragraphs in the record's order, which says nothing about which are gold.
+    """One item per record, with its paragraphs in the record's order, which doesn't depend on which are gold.
 
-    Some files in circulation have records without `context`. Without documents it would be another task, so they raise
-    TaskError like any record of a wrong schema.
+    Some files in circulation have records without `context`. They raise TaskError like any record of another schema,
+    because without documents it would be another task.
     """
     for record in checked(HotpotRecord, records):
         supporting = {title for title, _ in record.supporting_facts}

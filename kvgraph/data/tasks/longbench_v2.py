@@ -33,7 +33,7 @@ class LongBenchRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record of the domain "Single-Document QA"; the other five domains make none."""
+    """One item per record of the domain "Single-Document QA"; the other five domains make none."""
     for record in checked(LongBenchRecord, records):
         if record.domain != DOMAIN:
             continue

@@ -33,9 +33,9 @@ class MoreHopRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record; its paragraphs in the record's order. `hops` is the authors' `no_of_hops`.
+    """One item per record, with its paragraphs in the record's order. `hops` is the authors' `no_of_hops`.
 
-    The kind is `reasoning_type` with its parts in alphabetical order: the records have them in any.
+    The kind is `reasoning_type` with its parts in alphabetical order; the records have them in any order.
     """
     for record in checked(MoreHopRecord, records):
         supporting = {step.paragraph_support_title for step in record.question_decomposition}
@@ -64,7 +64,7 @@ MOREHOPQA = Task(
         "Use only the documents above. Think step by step, then end with a line that begins with 'Answer:' and holds "
         "the answer alone: a date as YYYY-MM-DD, a number in digits.\nQuestion: {question}\n"
     ),
-    max_tokens=1024,  # it reasons first; what Graph-KV's server allows for plain prompts
+    max_tokens=1024,  # it reasons first; Graph-KV's server allows as many for plain prompts
     stop=qa.STOP,
     metrics=("substring_em", "em", "hotpot_f1"),
     extract="answer_line",

@@ -1,4 +1,4 @@
-"""Multi-News: several articles on one event in one summary."""
+"""Multi-News: one summary of several articles on an event."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class MultiNewsRecord(BaseModel):
 
 
 def articles(text: str) -> tuple[Document, ...]:
-    """The articles of a record, each one document; empty ones, as after a final |||||, are none."""
+    """The articles of a record, each one document. Empty ones, as after a final |||||, are left out."""
     bodies = (NEWLINE.sub("\n", body).strip() for body in BETWEEN.split(text))
     return tuple(Document(body, id=str(i)) for i, body in enumerate(filter(None, bodies)))
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record, its articles in the record's order."""
+    """One item per record, with its articles in the record's order."""
     ids = qa.Ids()
     for record in checked(MultiNewsRecord, records):
         documents = articles(record.document)
@@ -49,7 +49,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
 MULTI_NEWS = Task(
     name="multi-news",
     about="Multi-News: one summary of two to ten articles on an event",
-    source="Multi-News (arXiv 1906.01749); LongBench (arXiv 2308.14508), whose limit of 512 tokens it has",
+    source="Multi-News (arXiv 1906.01749); LongBench (arXiv 2308.14508), with its limit of 512 tokens",
     items=items,
     instruction="Here are news articles about one event.\n\n",
     question="{question}\nSummary:",

@@ -39,9 +39,9 @@ class RetrievedChunk(BaseModel):
 
 
 class MultiHopRAGRecord(BaseModel):
-    """An element of MultiHopRAG.json; or of what the public retrieval script makes of it, with `retrieval_list`.
+    """An element of MultiHopRAG.json, or of the public retrieval script's output, with `retrieval_list`.
 
-    articles: those the evidence is from, in its order, when the file is read together with corpus.json.
+    articles: those that the evidence is from, in its order, if the file is read together with corpus.json.
     """
 
     query: str
@@ -60,7 +60,7 @@ class MultiHopRAGRecord(BaseModel):
 
 
 def read(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Records of a JSON file; or of a folder with MultiHopRAG.json and corpus.json, where they get their `articles`."""
+    """Records of a JSON file, or of a folder with MultiHopRAG.json and corpus.json, which has their `articles`."""
     if not path.is_dir():
         yield from _load(path)
         return
@@ -79,10 +79,10 @@ def _load(path: Path) -> list[Mapping[str, Any]]:
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record. Its documents: the retrieved chunks, best first, which is the paper's setting; without them
-    the articles of the evidence; without corpus.json the evidence sentences themselves.
+    """One item per record. Its documents are the retrieved chunks, best first, as in the paper; without them, the
+    articles of the evidence; without corpus.json, the evidence sentences themselves.
 
-    A null_query has no evidence, so no documents unless chunks were retrieved for it.
+    A null_query has no evidence, and therefore no documents unless chunks were retrieved for it.
     """
     ids = qa.Ids()
     for record in checked(MultiHopRAGRecord, records):
@@ -102,7 +102,7 @@ def _evidence(record: MultiHopRAGRecord) -> list[Evidence]:
 
 
 def _documents(record: MultiHopRAGRecord) -> tuple[tuple[Document, ...], list[int]]:
-    """The documents, and which of them hold evidence."""
+    """The documents, and which of them contain evidence."""
     if record.retrieval_list is not None:
         ranked = sorted(record.retrieval_list, key=lambda chunk: chunk.score, reverse=True)
         facts = [_squeezed(evidence.fact) for evidence in _evidence(record)]

@@ -34,9 +34,9 @@ class MuSiQueRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record; its paragraphs in the record's order, which says nothing about which are gold.
+    """One item per record, with its paragraphs in the record's order, which doesn't depend on which are gold.
 
-    The kind is the shape of the reasoning, as the id begins with it: "2hop", "3hop1", "3hop2", "4hop1", ...
+    The kind is the shape of the reasoning, with which the id begins: "2hop", "3hop1", "3hop2", "4hop1", ...
     """
     for record in checked(MuSiQueRecord, records):
         gold = [i for i, paragraph in enumerate(record.paragraphs) if paragraph.is_supporting]

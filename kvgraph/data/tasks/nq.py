@@ -38,18 +38,18 @@ class NQRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record, its passages as they stand in the file: distractors in the retriever's order, the gold one
-    where the file put it. Files with the gold passage at several positions can be read as one."""
+    """One item per record, with its passages in the file's order: distractors in the retriever's order, the gold one at
+    the file's position. Files with the gold passage at several positions can be read as one."""
     ids = qa.Ids()
     for record in checked(NQRecord, records):
         yield _item(record, record.ctxs, ids)
 
 
 def items_at_every_position(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """As many items a record as it has passages: the gold one stands first, second, ..., last.
+    """As many items per record as it has passages: the gold one stands first, second, ..., last.
 
-    The distractors keep their order, so this gives what the files for the other positions hold. Raises TaskError when
-    two such files are read as one: every item would come twice.
+    The distractors keep their order, so these are the items of the files for the other positions. Raises TaskError if
+    two of these files are read as one, because every item would occur twice.
     """
     ids = qa.Ids()
     position = None
@@ -58,7 +58,7 @@ def items_at_every_position(records: Iterable[Mapping[str, Any]]) -> Iterator[It
         position = given if position is None else position
         if given != position:
             raise TaskError(
-                f"the gold passage stands at {given} here and at {position} before; give one gold_at_K file"
+                f"the gold passage is at {given} here and at {position} before; give only one gold_at_K file"
             )
         others = [passage for passage in record.ctxs if not passage.isgold]
         for at in range(len(record.ctxs)):
@@ -82,7 +82,7 @@ def _item(record: NQRecord, passages: Sequence[Passage], ids: qa.Ids) -> Item:
 
 NQ = qa.task(
     name="nq",
-    about="Natural Questions, one gold passage among distractors: the gold_at_K files as they are",
+    about="Natural Questions, one gold passage among distractors: the gold_at_K files",
     source="Lost in the Middle (arXiv 2307.03172): github.com/nelson-liu/lost-in-the-middle, qa_data/",
     items=items,
     metrics=("substring_em", "em", "f1"),

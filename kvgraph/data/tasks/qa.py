@@ -1,4 +1,4 @@
-"""What the question-answering tasks share: their prompt, ids, and facts about documents."""
+"""Shared by the question-answering tasks: their prompt, ids, and facts about documents."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ INSTRUCTION = "Here are documents that may help to answer a question. Some of th
 QUESTION = (
     "Use only the documents above to answer the question, in as few words as it takes.\nQuestion: {question}\nAnswer:"
 )
-SHORT_ANSWER = 200  # tokens; KVLink's evaluation scripts allow as many
-STOP = ("\nQuestion:",)  # a model that goes on asks itself the next question; Graph-KV's server stops there too
+SHORT_ANSWER = 200  # tokens, as in KVLink's evaluation scripts
+STOP = ("\nQuestion:",)  # a model that doesn't stop asks itself the next question; Graph-KV's server stops here too
 
 task = partial(Task, instruction=INSTRUCTION, question=QUESTION, max_tokens=SHORT_ANSWER, stop=STOP)
 """A task with this prompt."""
 
 
 def joined(sentences: Iterable[str]) -> str:
-    """Sentences as one text. Data sets differ in whether a sentence brings the space before it; here all get one."""
+    """Sentences as one text. In some data sets a sentence includes the space before it; here each gets one."""
     return " ".join(filter(None, map(str.strip, sentences)))
 
 
@@ -31,9 +31,9 @@ def support(gold: Sequence[int], documents: int) -> dict[str, str | int]:
 
 
 class Ids:
-    """Makes ids for records without one from their question: they don't depend on which other records are read.
+    """Makes ids for records without one from their question, so that ids don't depend on which other records are read.
 
-    A question that comes again gets a number after its id.
+    A repeated question gets a number after its id.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""RULER's needles in a haystack: find the values of a key among many."""
+"""RULER's needle-in-a-haystack tasks: find the values of a key among many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvgraph.data.task import Hub, Item, Task
 from kvgraph.data.tasks import qa
 from kvgraph.data.tasks.segments import DOCUMENT, segments
 
-SEGMENT = 1000  # characters; a needle is one sentence, so none is cut in two
+SEGMENT = 1000  # characters; needles are single sentences, so none is cut
 INTRODUCTION = re.compile(r"^.* I will quiz you about .*\n")
 
 
@@ -47,11 +47,12 @@ class RulerRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record: the haystack in segments, in reading order.
+    """One item per record: the haystack in segments, in reading order.
 
     The hub's table holds all of RULER; only its needle tasks (niah_...) make items here. The question ends with the
-    beginning of the answer, as RULER's does. Facts: depth of the first value in percent, to the nearest 10;
-    gold_position, the segment it is in; needles, the number of values; length, the tokens RULER aimed at (a power of 2).
+    beginning of the answer, as RULER's does. Facts: depth is that of the first value in percent, to the nearest 10;
+    gold_position the segment it is in; needles the number of values; length the tokens that RULER aimed at (a power of
+    2).
     """
     ids = qa.Ids()
     for record in checked(RulerRecord, records):

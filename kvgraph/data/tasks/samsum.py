@@ -1,4 +1,4 @@
-"""SAMSum: what a chat between people was about."""
+"""SAMSum: summaries of chats between people."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEGMENT = 400  # characters, about 100 tokens
 
 
 class SAMSumRecord(BaseModel):
-    """A row of the hub's table or an element of the original files: one utterance a line."""
+    """A row of the hub's table or an element of the original files, with one utterance per line."""
 
     id: str
     dialogue: Text
@@ -23,7 +23,7 @@ class SAMSumRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record: the dialogue in segments that end after an utterance, in reading order."""
+    """One item per record: the dialogue in segments that end after an utterance, in reading order."""
     for record in checked(SAMSumRecord, records):
         documents = segments(record.dialogue.replace("\r\n", "\n"), SEGMENT)
         yield Item(

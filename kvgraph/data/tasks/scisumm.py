@@ -35,13 +35,13 @@ class Paper(BaseModel):
     sections: list[PaperSection]
 
     def document(self) -> Document:
-        """The whole paper, under its title, or its id where it has none."""
+        """The whole paper, under its title, or its id if it has none."""
         parts = [self.abstract, *(f"{section.title.strip()}\n{section.text}" for section in self.sections)]
         return Document("\n\n".join(filter(None, parts)), self.title or self.paper_id, self.paper_id)
 
 
 class Annotation(BaseModel):
-    """A citing sentence that people read, under the names of CL-SciSumm's .ann.txt files."""
+    """A citing sentence, annotated by people, with the field names of CL-SciSumm's .ann.txt files."""
 
     citing: Text = Field(alias="Citing Article")
     marker: str = Field(alias="Citation Marker")
@@ -50,7 +50,7 @@ class Annotation(BaseModel):
 
 
 class SciSummRecord(BaseModel):
-    """What `read` makes of a row of egos.jsonl: the papers in place of their ids."""
+    """A row of egos.jsonl as `read` returns it, with the papers in place of their ids."""
 
     reference_paper: Paper
     citing_papers: Annotated[list[Paper], Field(min_length=1)]
@@ -76,10 +76,10 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """Five items a cited paper (see `ego.arranged`): the cited paper, then the papers that read it.
+    """Five items per cited paper (see `ego.arranged`): the cited paper, then the papers that read it.
 
-    The question quotes the first annotated sentence and asks for the title of what it cites; the kind is what the
-    sentence is about, by the annotation ("method", "result", ...).
+    The question quotes the first annotated sentence and asks for the title of the paper that it cites. The kind is the
+    sentence's topic in the annotation ("method", "result", ...).
     """
     return ego.arranged([_ego(record) for record in checked(SciSummRecord, records)])
 
@@ -100,7 +100,7 @@ def _ego(record: SciSummRecord) -> ego.Ego:
 
 SCISUMM = ego.task(
     name="scisumm",
-    about="CL-SciSumm: which paper a sentence cites, among 0 to 2 groups of papers around another one",
+    about="CL-SciSumm: which paper a sentence cites, among 0 to 2 groups of other papers",
     source="CL-SciSumm 2019 (arXiv 1907.09854), github.com/WING-NUS/scisumm-corpus, its papers as JSON Lines; "
     "arrangements of Graph-KV's Arxiv-QA (arXiv 2506.07334)",
     items=items,

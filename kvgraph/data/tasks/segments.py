@@ -1,4 +1,4 @@
-"""One long text as consecutive segments, for tasks whose data knows no documents."""
+"""One long text as consecutive segments, for tasks whose data has no documents."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 
 from kvgraph.data.chat import Document
 
-DOCUMENT = "{text}"  # segments keep their white space, so that in a row they are the text again
+DOCUMENT = "{text}"  # segments keep their white space, so that joined they are the text again
 
 LINE_ENDS = re.compile(r"(?<=\n)")
 SENTENCE_ENDS = re.compile(r"(?<=[.!?]\s)(?!\n)|(?<=[。！？])")
 
 
 def segments(text: str, size: int) -> tuple[Document, ...]:
-    """The text in pieces of at most `size` characters where that works; joined, they are the text.
+    """The text in pieces of at most `size` characters, which joined are the text.
 
-    Cut only after lines and, in lines longer than `size`, after sentences. A longer sentence stays whole.
+    Cuts are made only after lines and, in lines longer than `size`, after sentences. A longer sentence stays whole.
     """
     pieces = [""]
     for unit in _units(text, size):

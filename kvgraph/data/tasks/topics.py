@@ -12,7 +12,7 @@ from kvgraph.data.chat import Document
 from kvgraph.data.schema import Text, checked
 from kvgraph.data.task import Item, Task, TaskError
 
-NEIGHBOURS = 20  # at most; few nodes have more, but those have hundreds
+NEIGHBOURS = 20  # maximum; few nodes have more, but those have hundreds
 QUOTED = 80  # characters of a text that name it in the question
 
 
@@ -33,15 +33,15 @@ class NodeRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a node: its first NEIGHBOURS neighbours in the record's order, then its own text, which reads them.
+    """One item per node: its first NEIGHBOURS neighbours in the record's order, then its own text, which reads them.
 
-    Needs the whole graph, and one graph at a time. The question names the text by its beginning, since its place among
-    the documents may be changed, and lists all categories of the graph. A node isn't its own neighbour.
+    Needs the whole graph, and one graph at a time. The question names the text by its beginning, because its place
+    among the documents may change, and lists all categories of the graph. A node isn't its own neighbour.
     """
     nodes: dict[str, NodeRecord] = {}
     for record in checked(NodeRecord, records):
         if nodes.setdefault(record.node_id, record) is not record:
-            raise TaskError(f"node_id {record.node_id} comes twice; give one graph at a time")
+            raise TaskError(f"node_id {record.node_id} occurs twice; give one graph at a time")
     categories = ", ".join(sorted({node.category for node in nodes.values()}))
     for node in nodes.values():
         near = [name for name in dict.fromkeys(node.neighbours) if name != node.node_id][:NEIGHBOURS]

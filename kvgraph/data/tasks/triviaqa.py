@@ -18,7 +18,7 @@ from kvgraph.data.schema import checked, references, rows
 from kvgraph.data.task import Hub, Item, TaskError
 from kvgraph.data.tasks import qa
 
-WORDS = 800  # of a page, from its beginning; as many as the data set's own convert_to_squad_format.py keeps
+WORDS = 800  # kept from the beginning of a page, as by the data set's own convert_to_squad_format.py
 WIKIPEDIA, WEB = "evidence/wikipedia/", "evidence/web/"
 
 
@@ -30,7 +30,7 @@ class Page(NamedTuple):
     text: str
 
 
-class Answer(BaseModel):
+class TriviaAnswer(BaseModel):
     """The answer's usual form, and all its names."""
 
     value: str
@@ -38,14 +38,14 @@ class Answer(BaseModel):
 
 
 class TriviaRecord(BaseModel):
-    """A row of the hub's table. `read` makes the same of the original files, and says which domain they are of."""
+    """A row of the hub's table. `read` makes the same from the original files, and adds their domain."""
 
     question: str
     question_id: str
     domain: str = "wikipedia"
     entity_pages: Annotated[list[Page], rows("filename", "title", "wiki_context")] = []
     search_results: Annotated[list[Page], rows("filename", "title", "search_context")] = []
-    answer: Answer
+    answer: TriviaAnswer
 
 
 class OriginalPage(BaseModel):
@@ -56,7 +56,7 @@ class OriginalPage(BaseModel):
 
 
 class OriginalAnswer(BaseModel):
-    """`Answer`, without its normalised forms."""
+    """`TriviaAnswer`, without its normalised forms."""
 
     Value: str
     Aliases: list[str] = []
@@ -80,10 +80,10 @@ class OriginalFile(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record, one document a page: Wikipedia's pages, then the web's, each in the record's order.
+    """One item per record, one document per page: Wikipedia's pages, then the web's, each in the record's order.
 
-    Only the first 800 words of a page are kept, whether or not the answer is in them: `answer_shown` tells. A page
-    counts as gold where one of the answer's names stands in what is kept; nobody has checked that it answers.
+    Only the first 800 words of a page are kept; `answer_shown` says whether they contain the answer. A page counts as
+    gold if they contain one of the answer's names; nobody has checked that it answers the question.
     """
     for record in checked(TriviaRecord, records):
         answers = references([record.answer.value, record.answer.aliases])
@@ -102,7 +102,7 @@ def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
 
 
 def _beginning(text: str) -> str:
-    """The first WORDS words of a text, white space between them as it is."""
+    """The first WORDS words of a text, with the white space between them."""
     end = 0
     for word in islice(re.finditer(r"\S+", text), WORDS):
         end = word.end()
@@ -110,10 +110,10 @@ def _beginning(text: str) -> str:
 
 
 def read(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Records of the original layout: of a file of qa/, with evidence/ beside that folder; or, of an unpacked archive
-    or a .tgz of one, of all qa/*-dev.json but the verified-* ones, which repeat a part of these.
+    """Records of the original layout: those of a file in qa/, with evidence/ beside that folder, or of a folder or .tgz
+    archive. From the latter two, all qa/*-dev.json are read except the verified-* ones, which repeat a part.
 
-    A page that isn't there raises TaskError. A large archive is read faster when unpacked.
+    A missing page raises TaskError. A large archive is read faster when unpacked.
     """
     if path.name.endswith((".tgz", ".tar.gz")):
         yield from _read_archive(path)
@@ -127,7 +127,7 @@ def read(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _read_archive(path: Path) -> Iterator[Mapping[str, Any]]:
-    """In two passes, first for questions, then for their pages: to go back in an archive is to read it all again."""
+    """Reads in two passes, first questions, then their pages, because an archive can't be read backwards."""
     files = _members(path, _is_dev)
     questions = [pair for name in sorted(files) for pair in _questions(f"{path}:{name}", files[name])]
     texts = _members(path, {name for _, question in questions for name in _files(question)}.__contains__)

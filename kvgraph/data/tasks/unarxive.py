@@ -55,12 +55,12 @@ class UnarxiveRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """Five items a paper (see `ego.arranged`): the works that its text cites, then the paper, which reads them.
+    """Five items per paper (see `ego.arranged`): the works that its text cites, then the paper, which reads them.
 
-    A work's document is its line of the references, numbered as the paper's text cites it, so an answer takes both. The
-    question is about a work that the text cites under one heading only. A hash of the paper's id picks the heading, so
-    that not most answers are "Introduction", then the work. Papers without such a work, or with one heading in all,
-    make no items.
+    A work's document is its line in the references, with the number that the paper's text cites it by, so an answer
+    needs both. The question is about a work that the text cites under one heading only. A hash of the paper's id picks
+    the heading, so that "Introduction" isn't the most common answer, and then the work. Papers without such a work, or
+    with only one heading, make no items.
     """
     egos = (_ego(record) for record in checked(UnarxiveRecord, records))
     return ego.arranged([found for found in egos if found])
@@ -106,7 +106,7 @@ def _cited_under(record: UnarxiveRecord) -> dict[str, list[str]]:
 
 
 def _plain(heading: str) -> bool:
-    """Whether a heading can be asked for: some text without a formula."""
+    """Whether a heading can be asked for: it must be text without a formula."""
     return bool(heading.strip()) and not MARKER.search(heading)
 
 

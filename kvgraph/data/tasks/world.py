@@ -1,4 +1,4 @@
-"""The synthetic world: questions that take several documents in a row, and chunks that need each other."""
+"""The synthetic world: questions that need several documents in a row, and chunks that need each other."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class WorldRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record; those over one corpus are a cluster. Facts are those of the record, floor among them: how often
-    a guess is right that knows only the asked relation."""
+    """One item per record; those over one corpus are a cluster. Facts are the record's. One of them is floor: how often
+    a guess that knows only the relation asked for is right."""
     for record in checked(WorldRecord, records):
         yield Item(
             id=record.id,
@@ -58,7 +58,7 @@ def generate(settings: str, kind: str) -> Iterator[dict[str, Any]]:
 
 WORLD_HOPS = Task(
     name="world-hops",
-    about="synthetic people, firms and cities: questions that take 1, 2 or 3 documents in a row, or compare two",
+    about="synthetic people, firms and cities: questions that need 1, 2 or 3 documents in a row, or compare two",
     source="kvgraph.data.world",
     items=items,
     instruction="",
@@ -75,7 +75,7 @@ WORLD_HOPS = Task(
 WORLD_CHUNKS = replace(
     WORLD_HOPS,
     name="world-chunks",
-    about='synthetic documents cut into chunks, of which only the first names whom the others call "she"',
+    about='synthetic documents cut into chunks; only the first says whom the others mean by "she"',
     breakdowns=("kind", "order", "edges", "prefix"),
     generate=partial(generate, kind=world.CHUNKS),
 )

@@ -30,7 +30,7 @@ class XSumRecord(BaseModel):
 
 
 def items(records: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """One item a record: the article in segments, in reading order."""
+    """One item per record: the article in segments, in reading order."""
     ids = qa.Ids()
     for record in checked(XSumRecord, records):
         documents = segments(record.document, SEGMENT)

@@ -1,7 +1,7 @@
 """Invented names of two syllables, in two halves that share every syllable but no name.
 
 A name is a pair of syllables ("Ro" + "mi"), and a quarter of all pairs is held out. Training on the other pairs trains
-every syllable, while a held-out name is one that was never read.
+every syllable, but no held-out name is ever read.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from kvgraph.errors import KVGraphError
 
 FIRST = tuple((onset + vowel).capitalize() for onset in "b d f g k l m n p r s t v br st".split() for vowel in "aeio")
 SECOND = tuple(onset + vowel for onset in "b d f k l m n p r s t v br dr fl kl pr sh st tr".split() for vowel in "aiu")
-HELD_OUT = 4  # one pair in so many
+HELD_OUT = 4  # one pair in this many
 MOST = len(SECOND) * (HELD_OUT - 1) // HELD_OUT  # names that can always be dealt from either half
 
 TRAIN, HELD_OUT_SPLIT = SPLITS = ("train", "held-out")
 
 
 class NamesError(KVGraphError, ValueError):
-    """More names are wanted than there are syllables for."""
+    """There aren't enough syllables for the names asked for."""
 
 
 def split_of(first: int, second: int) -> str:
@@ -43,7 +43,7 @@ class Dealer:
     def deal(self, rng: random.Random, count: int) -> list[str]:
         """`count` more names. Raises NamesError beyond MOST in all."""
         if count + len(FIRST) - len(self._first) > MOST:
-            raise NamesError(f"there are syllables for {MOST} names at once, and {count} more are wanted")
+            raise NamesError(f"there are syllables for only {MOST} names at once; {count} more don't fit")
         return [self._one(rng) for _ in range(count)]
 
     def _one(self, rng: random.Random) -> str:

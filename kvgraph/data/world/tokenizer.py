@@ -1,6 +1,6 @@
-"""The world's own tokenizer: a token for every word, two for a name, as a standard `tokenizers` file.
+"""The world's own tokenizer: one token per word, two per name, as a standard `tokenizers` file.
 
-Ids: special tokens, KVLink's link tokens, words, first syllables, second syllables. Spaces and line ends are no tokens.
+Ids: special tokens, KVLink's link tokens, words, first syllables, second syllables. Spaces and line ends aren't tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PAD, BOS, EOS, UNKNOWN, MEM_START, MEM_END = SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<mem_start>", "<mem_end>")
 LINKS_EACH = 4  # link tokens of a document
 LINKS = 24 * LINKS_EACH  # of 24 documents
-INSIDE = "##"  # begins a token that goes on where the one before ends
+INSIDE = "##"  # begins a token that continues the one before
 
 
 def vocabulary() -> dict[str, int]:
@@ -31,7 +31,7 @@ def vocabulary() -> dict[str, int]:
 def kvlink(links: int) -> str:
     """The `kvlink` method with these special tokens, as commands write methods: "kvlink:links=4,link_start=6,...".
 
-    links: link tokens a document, from 1. The more there are, the fewer documents have some.
+    links: link tokens per document, from 1. The more there are, the fewer documents have some.
     """
     ids = vocabulary()
     slots, start = LINKS // links, len(SPECIAL)
@@ -40,7 +40,7 @@ def kvlink(links: int) -> str:
 
 
 def build() -> Tokenizer:
-    """The tokenizer. Texts of the world come back from their ids as they were; a text gets BOS unless told otherwise."""
+    """The tokenizer. Decoding the ids of a text gives the text again. A text gets BOS unless that is turned off."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     ids = vocabulary()
@@ -53,7 +53,7 @@ def build() -> Tokenizer:
 
 
 def write(folder: str | Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, as a Hugging Face model folder has them; makes the folder."""
+    """Write tokenizer.json and tokenizer_config.json as in a Hugging Face model folder; makes the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     build().save(str(folder / "tokenizer.json"))

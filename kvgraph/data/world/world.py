@@ -1,15 +1,16 @@
 """A synthetic world: small corpora of short sentences in which the need for a capability can be switched on.
 
-- *hops*: people, firms and cities, a document each. Questions take one document, two or three in a row, or compare two.
+- *hops*: people, firms and cities, one document each. A question needs one document, two or three in a row, or compares
+  two.
 - *chunks*: documents about entities of one kind, each cut into segments. The first names its entity ("Romi is a
   person."), the later ones don't ("She serves Brepu."). Only their order or their edges tell whom they are about.
 
-All names are invented (`kvgraph.data.names`), and who does what is drawn anew for every corpus, so nothing can be known
-from another one. In a corpus no two statements of a relation have the same value: answers are unique, and a guess is
-right in one of as many cases as there are statements (`WorldQuestion.floor`).
+All names are invented (`kvgraph.data.world.names`), and all facts are drawn anew for every corpus, so nothing can be
+known from another one. In a corpus no two statements of a relation have the same value. Therefore answers are unique,
+and the probability that a guess is right is one over the number of statements (`WorldQuestion.floor`).
 
-Everything depends on the seed and on the corpus' number alone. Settings that change how a corpus is told (order, edges,
-prefixes) leave its questions as they are, so that answers can be compared question by question.
+Everything depends only on the seed and the corpus' number. Settings that change how a corpus is written (order, edges,
+prefixes) don't change its questions, so that answers can be compared question by question.
 Pure Python.
 """
 
@@ -34,7 +35,7 @@ TYPES = {HOPS: (*CHAINS, COMPARISON), CHUNKS: (NAMED, PRONOUN)}
 ENTITIES = {
     HOPS: (2, 6),
     CHUNKS: (4, 6),
-}  # of each kind in a corpus, unless told otherwise: 6-18 documents, 8-18 chunks
+}  # of each kind in a corpus by default, which gives 6-18 documents, 8-18 chunks
 
 PERSON, FIRM, CITY = "person", "firm", "city"
 AGAIN = {PERSON: "She", FIRM: "The firm", CITY: "That city"}
@@ -47,7 +48,7 @@ HOP_RELATIONS: Mapping[str, Mapping[str, str | None]] = {
     FIRM: {"occupies": CITY, "makes": None},
     CITY: {"joins": None, "adjoins": None},
 }
-# kind -> (the relation told with the name, those told later)
+# kind -> (the relation stated with the name, those stated later)
 CHUNK_RELATIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     PERSON: (YEAR, ("serves", "inhabits", "likes")),
     FIRM: ("occupies", ("makes", "hires", "sells")),
@@ -57,11 +58,11 @@ NAMES = {HOPS: 6, CHUNKS: 5}  # at most, for one entity of each kind and its val
 
 
 class WorldError(KVGraphError, ValueError):
-    """A setting of a world is unknown or out of range. The message names it and says what there is."""
+    """A setting of a world is unknown or out of range. The message names it and says what is allowed."""
 
 
 class WorldSegment(NamedTuple):
-    """A document, or a chunk of one. entity: whom it is about; named: whether it says so; relations: what it states."""
+    """A document, or a chunk of one. entity: its subject. named: whether it names this. relations: those it states."""
 
     id: str
     text: str
@@ -72,11 +73,11 @@ class WorldSegment(NamedTuple):
 
 
 class WorldQuestion(NamedTuple):
-    """A cloze ("Romi serves") or a comparison, and what it takes to answer it.
+    """A cloze ("Romi serves") or a comparison, and what is needed to answer it.
 
-    gold: the segments that must be read, by index, that with the answer last. floor: how often a guess is right that
-    knows the asked relation, and nothing of who is asked about. edges_say: what the edges tell who believes them, where
-    it isn't nothing; after a "wrong" edge another answer.
+    gold: the segments that must be read, by index; the one with the answer is last.
+    floor: how often a guess is right that knows the relation asked for but not the subject.
+    edges_say: the answer that follows from the edges, if they say anything; with "wrong" edges a wrong answer.
     """
 
     kind: str
@@ -116,19 +117,23 @@ class Corpus:
 class World:
     """The settings of a world. `corpus(i)` is its corpus number i; iterating gives the first `count`.
 
-    kind: "hops" or "chunks". split: whether names are from the half to train on, or held out. seed, count.
-    entities: how many a corpus has (of each kind in hops), drawn between the two; ENTITIES unless given. questions: how many a corpus has at most. types: of questions, drawn alike; one
-    given twice is drawn twice as often.
-    order (chunks): of documents at random, their chunks "kept" in order; all chunks "shuffled"; or "sorted": shuffled,
-    then each put after the naming chunk that an edge joins it with.
-    edges: the "true" ones (a naming chunk is read by the later ones of its document; in hops a document by those that
-    mention its entity), or a `share` of them "dropped", at "random" from any other segment, "wrong" (from the naming
-    segment of another entity of the same kind, the same one throughout), or "reversed".
-    prefix (chunks): what stands before every chunk in plain text: "none", the "id" of its document, or the "name" of its
-    entity, as far as the edges tell.
-    statements (chunks): most of a chunk, 1 to 3; a longer one is cut into several.
+    kind: "hops" or "chunks".
+    split: whether names are from the half for training, or held out.
+    seed, count: the seed, and the number of corpora.
+    entities: smallest and largest number per corpus (of each kind in hops); ENTITIES unless given.
+    questions: maximum number per corpus.
+    types: of questions, drawn uniformly; a type given twice is drawn twice as often.
+    order (chunks): "kept" puts documents in random order, each with its chunks in order; "shuffled" shuffles all
+        chunks; "sorted" shuffles them, then puts each after the naming chunk that an edge joins it with.
+    edges: the "true" ones, or a `share` of them changed. True edges let the later chunks of a document read its naming
+        chunk; in hops, a document is read by those that mention its entity. Changed edges are "dropped", come at
+        "random" from any other segment, are "wrong" (from the naming segment of another entity of the same kind, always
+        the same one), or "reversed".
+    prefix (chunks): plain text before every chunk: "none", the "id" of its document, or the "name" of its entity, as
+        far as the edges tell.
+    statements (chunks): maximum per chunk, 1 to 3; a longer chunk is cut into several.
 
-    Raises WorldError for a setting that is none of these or doesn't fit the others.
+    Raises WorldError for an unknown setting, or one that doesn't fit the others.
     """
 
     kind: str = HOPS
@@ -163,7 +168,7 @@ class World:
         if many * NAMES[self.kind] > MOST:
             raise WorldError(f"a corpus of {self.kind} has at most {MOST // NAMES[self.kind]} entities of a kind")
         if not 0 < self.share <= 1 or (self.share < 1 and self.edges == TRUE):
-            raise WorldError(f"share is {self.share}; it is how much of the edges is changed, above 0 and at most 1")
+            raise WorldError(f"share is {self.share}; it is the share of edges to change, above 0 and at most 1")
         if not 1 <= self.statements <= 3:
             raise WorldError(f"statements is {self.statements}; a chunk has at most 1, 2 or 3")
         if self.kind == HOPS and (self.order, self.prefix) != (KEPT, NONE):
@@ -173,14 +178,16 @@ class World:
 
     @classmethod
     def parse(cls, kind: str, text: str = "") -> World:
-        """The world of "order=shuffled,edges=wrong,entities=4-6,types=1-hop+2-hop": fields by name, as commands take
-        them. Raises WorldError listing what there is."""
+        """The world of a text such as "order=shuffled,edges=wrong,entities=4-6,types=1-hop+2-hop".
+
+        Raises WorldError, listing the known settings, for others.
+        """
         known = [f.name for f in fields(cls) if f.name != "kind"]
         found: dict[str, Any] = {}
         for item in filter(None, text.split(",")):
             name, equals, value = (part.strip() for part in item.partition("="))
             if not equals or name not in known:
-                raise WorldError(f"{item[:60]!r} is none of {', '.join(known)}, each followed by = and a value")
+                raise WorldError(f"{item[:60]!r} isn't a setting; give NAME=VALUE with one of {', '.join(known)}")
             found[name] = _parsed(name, value)
         return cls(kind, **found)
 
@@ -188,7 +195,7 @@ class World:
         return map(self.corpus, range(self.count))
 
     def corpus(self, index: int) -> Corpus:
-        """Corpus number `index`, whichever were made before."""
+        """Corpus number `index`; it doesn't depend on which were made before."""
         return _Teller(self, index).corpus()
 
 
@@ -218,7 +225,7 @@ def records(world: World) -> Iterator[dict[str, Any]]:
 
 
 def words() -> list[str]:
-    """Every word and sign that the sentences have, without names."""
+    """Every word and sign in the sentences, without names."""
     relations = {r for kind in HOP_RELATIONS.values() for r in kind}
     relations |= {r for first, later in CHUNK_RELATIONS.values() for r in (first, *later)}
     said = {word for again in AGAIN.values() for word in again.split()}
@@ -241,7 +248,7 @@ class _Entity(NamedTuple):
 
 
 class _Draft(NamedTuple):
-    """A question before there is an order. needs: the statements it takes, that with the answer last."""
+    """A question before the segments have an order. needs: the statements it needs; the one with the answer is last."""
 
     kind: str
     text: str
@@ -264,10 +271,11 @@ def _people_firms_cities(rng: random.Random, dealer: Dealer, years: list[str], c
 
 
 def _cut(rng: random.Random, dealer: Dealer, years: list[str], count: int, kind: str, statements: int) -> list[_Entity]:
-    """`count` entities of a kind in chunks: one that names it, then one with 1 to 3 relations, or two with all three; in
-    more chunks where these would hold more than so many statements.
+    """`count` entities of a kind in chunks: one that names it, then one with 1 to 3 relations, or two with all three.
+    There are more chunks if these would exceed the maximum of statements.
 
-    The first two get two, so that every relation is stated at least twice: what is stated once needs no name.
+    The first two entities get two chunks, so that every relation is stated at least twice. A relation stated once could
+    be answered without the name.
     """
     first, later = CHUNK_RELATIONS[kind]
     names = dealer.deal(rng, count)
@@ -338,11 +346,11 @@ def _clozes(entities: Sequence[_Entity]) -> Iterator[_Draft]:
                 yield _Draft(kind, f"{entity.name} {r}", entity.facts[r], ((entity.name, r),))
 
 
-# -- how it is told ---------------------------------------------------------------------------------------------------
+# -- how it is written ------------------------------------------------------------------------------------------------
 
 
 class _Teller:
-    """One corpus in the making. Each choice has a stream of random numbers of its own, so that none moves another."""
+    """One corpus being made. Each choice has its own stream of random numbers, so that none affects another."""
 
     def __init__(self, world: World, index: int):
         self.world = world
@@ -390,7 +398,7 @@ class _Teller:
         return drawn
 
     def _unit(self, entity: _Entity, part: int) -> tuple[str, int]:
-        """What moves together: a document, or where they are shuffled a segment."""
+        """What moves together: a document, or a segment if these are shuffled."""
         return entity.name, 0 if self.world.order == KEPT else part
 
     def _ordered(self, entities: list[_Entity]) -> list[WorldSegment]:
@@ -438,7 +446,7 @@ class _Teller:
         return edges
 
     def _prefixed(self, told: Sequence[WorldSegment], joined: Mapping[int, int]) -> Iterator[WorldSegment]:
-        """The segments with what the world wants before them; nothing where no edge says whose document it is."""
+        """The segments with their prefixes; there is none if no edge tells whose document a segment is of."""
         ids = dict(zip((s.entity for s in told if s.named), self._rng("ids").sample(IDS, len(IDS)), strict=False))
         for i, segment in enumerate(told):
             entity = told[joined[i]].entity if i in joined else None
@@ -475,8 +483,8 @@ def _states(segment: WorldSegment, asked: Asked) -> bool:
 
 
 def _joined(told: Sequence[WorldSegment], edges: Sequence[tuple[int, int]]) -> dict[int, int]:
-    """Segment -> the naming segment of its document, as far as edges in either direction tell; those that name their
-    entity themselves included."""
+    """Segment -> the naming segment of its document, as far as edges in either direction tell. Segments that name their
+    entity themselves are included."""
     found = {i: i for i, segment in enumerate(told) if segment.named}
     for one, other in edges:
         if told[one].named != told[other].named:
@@ -486,7 +494,7 @@ def _joined(told: Sequence[WorldSegment], edges: Sequence[tuple[int, int]]) -> d
 
 
 def _sorted_by(told: Sequence[WorldSegment], joined: Mapping[int, int]) -> list[int]:
-    """The order in which every naming segment is followed by those joined to it; those joined to none come last."""
+    """The order in which every naming segment is followed by those joined to it. Segments joined to none come last."""
     order = [i for naming in range(len(told)) if told[naming].named for i in _document(naming, joined)]
     return order + [i for i in range(len(told)) if i not in joined]
 
@@ -496,7 +504,7 @@ def _document(naming: int, joined: Mapping[int, int]) -> list[int]:
 
 
 def _next_of_kind(rng: random.Random, told: Sequence[WorldSegment]) -> dict[int, int]:
-    """Naming segment -> that of another entity of its kind: all moved on by one random number."""
+    """Naming segment -> that of another entity of its kind: all shifted by one random number."""
     others: dict[int, int] = {}
     for kind in AGAIN:
         naming = [i for i, segment in enumerate(told) if segment.named and segment.kind == kind]
@@ -526,4 +534,4 @@ def _parsed(name: str, value: str) -> Any:
             return int(value)
         return float(value) if name == "share" else value
     except ValueError:
-        raise WorldError(f"{name} is {value[:40]!r}, which is no number") from None
+        raise WorldError(f"{name} is {value[:40]!r}, which isn't a number") from None

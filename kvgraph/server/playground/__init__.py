@@ -1,4 +1,4 @@
-"""The playground: a page to see caches being composed. Static files from the package, and what it must know of methods."""
+"""The playground, a page that shows how caches are composed: its static files, and data about methods."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The HTTP routes, one file a group. None imports another."""
+"""The HTTP routes, one module per group. None imports another."""

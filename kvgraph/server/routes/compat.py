@@ -40,7 +40,7 @@ router = APIRouter(responses=errors.DECLARED)
 class BlocksRequest(BaseModel):
     """`blocks` are texts: prefix, middle, any number of contexts, query. Fields that aren't known are ignored.
 
-    max_new_tokens: the answer's length at most. The original has no such field and always allows 1024.
+    max_new_tokens: maximum length of the answer. The original doesn't have this field and always allows 1024.
     """
 
     model_config = ConfigDict(strict=True)
@@ -150,7 +150,7 @@ def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body]) -> Req
     eos = server.tokenizer.eos_token_id
     method, graph = lay(body, eos)
     check_edges(server, graph.edges)
-    params = SamplingParams(max_tokens=body.max_new_tokens, stop_token_ids=() if eos is None else (eos,))
+    params = SamplingParams(max_tokens=body.max_new_tokens)
     return server.engine.prepare(server.engine.plan(graph, method), params, salt=caller.salt)
 
 

@@ -1,4 +1,4 @@
-"""Whether the process lives, and whether it can answer."""
+"""Health: whether the process lives, and whether it can answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ router = APIRouter(responses={503: errors.DECLARED[503]})
 
 
 class Status(BaseModel):
-    """How the server is."""
+    """The state of the server."""
 
     status: str
 

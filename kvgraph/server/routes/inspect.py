@@ -89,7 +89,7 @@ async def show_plan(body: PlanRequest, call: TheCall) -> PlanResponse:
 def _planned(server: Server, caller: Caller, body: ChatRequest | CompletionRequest) -> PlanResponse:
     """Raises APIError or GraphError for what can't be laid out."""
     if isinstance(body, CompletionRequest) and len(prompts.prompt_list(body.prompt)) != 1:
-        raise APIError(400, "several prompts, but a plan is shown for one at a time", param="prompt")
+        raise APIError(400, "several prompts are given, but a plan is shown for one at a time", param="prompt")
     (laid,) = prompts.lay_out(server, caller, body)
     keys = [*laid.requests[0].keys, None]  # the prompt span, which is the last, has none
     spans = []

@@ -33,7 +33,7 @@ def get_model(name: str, server: TheServer, caller: TheCaller) -> schema.ModelCa
 
 
 def card(server: Server) -> schema.ModelCard:
-    """What there is to say of the served model."""
+    """The served model's data."""
     model = server.engine.model
     facts = {
         "default_method": server.method.name,

@@ -169,7 +169,7 @@ class Deleted(BaseModel):
 
 @router.put("/segments")
 async def put_segments(body: SegmentsIn, call: TheCall) -> SegmentsEncoded:
-    """Store one text or several, and encode them; answers when that is done. Putting the same again changes nothing."""
+    """Store one text or several and encode them, then answer. Storing the same again changes nothing."""
     async with call.admitted():
         segments, requests = await call.prepared(_stored, call.server, call.caller, body.texts)
         usages = await call.collected(_usages(call, requests))
@@ -220,7 +220,7 @@ def _tokenized(server: Server, given: Sequence[SegmentIn]) -> list[StoredSegment
         text = Document(item.text, item.title or "").filled(template)
         tokens = tuple(server.engine.tokenize(text) if isinstance(text, str) else text)
         if not tokens:
-            raise APIError(400, f"segment {item.id or i!r} holds no tokens; give it a text", param=f"segments.{i}.text")
+            raise APIError(400, f"segment {item.id or i!r} has no tokens; give it a text", param=f"segments.{i}.text")
         segments.append(StoredSegment(item.id or _name(tokens), tokens, item.title or "", item.text))
     return segments
 
@@ -274,8 +274,8 @@ async def _forget(server: Server, caller: Caller, plans: Sequence[Plan]) -> None
 
 @router.post("/graphs", status_code=202)
 async def post_graph(body: GraphIn, call: TheCall) -> GraphOut:
-    """Store a graph and encode every round of it in the background; `GET` tells how far that is. The same graph again
-    changes nothing, but starts one that failed anew."""
+    """Store a graph and encode every round of it in the background; `GET` shows the progress. Storing the same graph
+    again changes nothing, except that a failed one is started again."""
     async with call.admitted():  # to the end, whether or not the client stays: what is kept must be started too
         graph = await call.server.workers.run(_kept, call.server, call.caller, body)
     call.server.precompute.start(graph)

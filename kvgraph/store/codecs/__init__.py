@@ -1,1 +1,1 @@
-"""How a record's KV become the tensors of a file: one codec a file. See `kvgraph.store.codecs.base.Codec`."""
+"""Codecs, which turn a record's KV into a file's tensors; one module each. See `kvgraph.store.codecs.base.Codec`."""

@@ -1,4 +1,4 @@
-"""What a codec does: turn a record's KV into named tensors that are written, and back."""
+"""The interface of codecs: they turn a record's KV into named tensors to write, and back."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 class Codec(Protocol):
     """A frozen dataclass whose fields, whole numbers, are its configuration. It holds no state: any thread may use it.
 
-    name: in the registry. lossless: whether `unpack` gives back every bit that `pack` was given. What a lossy codec
-    changes is part of a model's fingerprint, and its numbers must never change under one name and configuration.
+    name: in the registry. lossless: whether `unpack` returns every bit given to `pack`. A lossy codec is part of the
+    model's fingerprint, so its results must never change under one name and configuration.
     """
 
     name: ClassVar[str]
@@ -46,9 +46,9 @@ class Codec(Protocol):
         ...
 
     def unpack(self, tensors: Mapping[str, Tensor], tokens: int, dtype: torch.dtype | None) -> KV:
-        """The KV in packed tensors, contiguous. They may be anybody's: raises BadRecord unless `pack` could have made them.
+        """The KV in packed tensors, contiguous. Raises BadRecord for tensors that `pack` can't have made.
 
-        tokens: how many the record has. dtype: of the KV that were packed; None if the record doesn't say.
+        tokens: number of the record's tokens. dtype: of the KV that were packed; None if the record doesn't say.
         """
         ...
 
@@ -85,11 +85,11 @@ def require(good: bool, name: str, *tensors: Tensor) -> None:
     """Raise BadRecord, showing the tensors, unless they can be what their name says."""
     if not good:
         found = ", ".join(f"{CODES[t.dtype]} {list(t.shape)}" for t in tensors)
-        raise BadRecord(f"has for {name!r} {found}, which can't be")
+        raise BadRecord(f"has {found} for {name!r}, which is impossible")
 
 
 def known(dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype to decode to. Raises BadRecord where the record doesn't say."""
+    """The dtype to decode to. Raises BadRecord if the record doesn't say."""
     if dtype is None:
-        raise BadRecord("doesn't say of which dtype its KV are")
+        raise BadRecord("doesn't say which dtype its KV has")
     return dtype

@@ -1,4 +1,4 @@
-"""The codecs there are, one line each, and their texts: "raw", "kivi:bits=2,group=32", "kivi+zstd:level=9"."""
+"""The registry of codecs, and codecs as text: "raw", "kivi:bits=2,group=32", "kivi+zstd:level=9"."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvgraph.store.record import PackedKV, Record
 def _wrong(name: str, codec: Any) -> str:
     """What is wrong with a codec of another package, or nothing."""
     if not (isinstance(codec, type) and is_dataclass(codec) and hasattr(codec, "pack") and hasattr(codec, "unpack")):
-        return "it is no dataclass with pack and unpack"
+        return "it isn't a dataclass with pack and unpack"
     return "" if codec.name == name else f"the codec's name is {codec.name!r}"  # type: ignore[attr-defined]  # or it raises
 
 
@@ -32,19 +32,19 @@ CODECS: Registry[type[Codec]] = Registry(
 
 
 def parse(text: str) -> Codec:
-    """The codec that a text names: a name, its fields after a colon, and "+zstd" for zstd over it.
+    """The codec of a text: a name, its fields after a colon, and "+zstd" to compress its output.
 
-    Raises StoreError, naming what there is, for one that doesn't exist.
+    Raises StoreError, listing the known ones, for an unknown codec.
     """
     below, plus, last = text.rpartition("+")
     if not plus:
         return _one(text)
     codec = _one(last)
     if not isinstance(codec, Zstd):
-        raise StoreError(f"only zstd goes over another codec, not {last[:40]!r}")
+        raise StoreError(f"only zstd can follow another codec, not {last[:40]!r}")
     inner = _one(below)
     if isinstance(inner, Zstd):
-        raise StoreError("zstd over zstd gains nothing; leave one out")
+        raise StoreError("zstd after zstd gains nothing; leave one out")
     return replace(codec, over=inner)
 
 
@@ -61,7 +61,7 @@ def spec_of(codec: Codec) -> str:
 
 
 def packed(record: Record, codec: Codec) -> Record:
-    """The record with its KV packed by a codec, and as they come out of it: what every reader of it will see."""
+    """The record with its KV packed by a codec, and unpacked again, as every reader will see it."""
     # Laid out as a reader finds them: a product of matrices can depend on strides in its last bit.
     tensors = {name: tensor.contiguous().view(-1).view(tensor.shape) for name, tensor in codec.pack(record).items()}
     keys, values = record.keys, record.values
@@ -71,14 +71,14 @@ def packed(record: Record, codec: Codec) -> Record:
 
 
 def fingerprint_with(fingerprint: str, codec: Codec) -> str:
-    """The fingerprint of a model whose spans a codec has been at: the model's own, unless the codec is lossy."""
+    """The fingerprint of a model whose spans a codec has packed: the model's own, unless the codec is lossy."""
     if codec.lossless:
         return fingerprint
     return hashlib.sha256(f"{fingerprint} {_lossy(codec)}".encode()).hexdigest()
 
 
 def _lossy(codec: Codec) -> str:
-    """The part of a codec's text that changes numbers, with all its fields: a default may change some day."""
+    """The part of a codec's text that changes numbers, with all its fields, because defaults may change."""
     if isinstance(codec, Zstd):
         return _lossy(codec.over)
     values = [f"{f.name}={getattr(codec, f.name)}" for f in fields(codec)]  # type: ignore[arg-type]  # dataclasses

@@ -1,6 +1,6 @@
-"""The disk tier's index: what is there, how big, when used. Only a convenience: it can be rebuilt from the files.
+"""The disk tier's index: keys, sizes and last uses. It can be rebuilt from the files.
 
-Nothing about a record's content is ever decided by it, so it may be lost, stale or wrong without harm.
+It never decides anything about a record's content, so it may be lost, stale or wrong without harm.
 """
 
 from __future__ import annotations

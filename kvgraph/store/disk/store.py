@@ -1,4 +1,4 @@
-"""The disk tier: one immutable file a record, shared by any number of processes on a POSIX system.
+"""The disk tier: one immutable file per record, shared by any number of processes on a POSIX system.
 
     folder/VERSION               the store's format
     folder/records/ab/<key>.safetensors
@@ -6,11 +6,11 @@
     folder/index.sqlite          sizes, last uses, pins; rebuilt from the files whenever needed
     folder/index.lock            held while the index is opened or replaced
 
-What else lies in the folder is its owner's business.
+Other files in the folder are left alone.
 
-The files are the truth. A record appears by one rename of a finished, synced file and is never changed afterwards, so a
-reader needs no lock. The index is a convenience: when it is locked, lost, damaged or read-only, records are still
-served and kept, and only eviction becomes less exact.
+Only the files count. A record appears by one rename of a finished, synced file and never changes afterwards, so readers
+need no lock. If the index is locked, lost, damaged or read-only, records are still served and kept; only eviction
+becomes less exact.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ class Stat:
 class VerifyReport:
     """What `verify` found and did.
 
-    good: records checked and found right; bytes: of their files. bad: (key, reason) of records moved aside.
-    unsupported: (key, reason) of records this version can't read, left alone. unreadable: (path, reason) of files that
-    couldn't be opened. foreign: paths below records/ that aren't the store's, left alone. temporary: leftovers of dead
-    writers, removed. rows_added, rows_removed: rows of the index that were missing, or had no file.
+    good, bytes: number of good records, and the bytes of their files.
+    bad: (key, reason) of records moved aside.
+    unsupported: (key, reason) of records that this version can't read, left alone.
+    unreadable: (path, reason) of files that couldn't be opened.
+    foreign: paths below records/ that aren't the store's, left alone.
+    temporary: number of leftovers of dead writers, removed.
+    rows_added, rows_removed: rows of the index that were missing, or had no file.
     """
 
     good: int = 0
@@ -93,11 +96,13 @@ class VerifyReport:
 class DiskStore:
     """Records in a folder. Safe to use from several threads and processes at once.
 
-    folder: made if missing. capacity_bytes: record files of all processes together, None for no limit; the least
-    recently used leave first. verify: compare a record's checksum the first time this process loads it. fingerprint: the
-    model's; it is written into records, and a record that states another one is never served.
+    folder: made if missing.
+    capacity_bytes: of the record files of all processes together; None means no limit. The least recently used records
+        are evicted first.
+    verify: compare a record's checksum the first time this process loads it.
+    fingerprint: the model's. It is written into records, and a record with another one is never served.
 
-    Raises StoreError when the folder can't be used or holds another store format.
+    Raises StoreError if the folder can't be used or holds another store format.
     """
 
     name = "disk"
@@ -188,7 +193,7 @@ class DiskStore:
                 self._with_index(self._flush)
             self._forget_index()
 
-    # -- for people ---------------------------------------------------------------------------------------------------
+    # -- inspection and maintenance -----------------------------------------------------------------------------------
 
     def ls(self) -> list[Entry]:
         """All records, most recently used first. Changes no record. Reads the files if the index can't be used."""
@@ -224,7 +229,7 @@ class DiskStore:
         return (self,)
 
     def counts(self) -> dict[str, int]:
-        """What this process saw, by event. Reads no file, waits for none."""
+        """Counts of this process, by event. Reads no file."""
         with self._local:
             return {event: self._counts[event] for event in EVENTS}
 
@@ -255,7 +260,7 @@ class DiskStore:
         self._set_pinned(key, True)
 
     def unpin(self, key: str) -> None:
-        """Take the pin back. Idempotent. Raises StoreError as `pin` does."""
+        """Undo `pin`. Idempotent. Raises StoreError as `pin` does."""
         self._set_pinned(key, False)
 
     def prune(self, max_bytes: int | None = None, older_than: float | None = None) -> tuple[int, int]:
@@ -283,9 +288,9 @@ class DiskStore:
         return self._need_index(work)
 
     def verify(self) -> VerifyReport:
-        """Check every record in full, move bad ones aside, remove leftovers of dead writers, put the index right.
+        """Check every record in full, move bad ones aside, remove leftovers of dead writers, and repair the index.
 
-        Reads everything; other processes may go on using the store. Doesn't raise: what can't be read is reported.
+        Reads everything; other processes may keep using the store. Doesn't raise: unreadable files are reported.
         """
         report = VerifyReport()
         for name in _names(self.folder):
@@ -304,7 +309,7 @@ class DiskStore:
 
     def _path(self, key: str) -> Path:
         if not is_key(key):
-            raise StoreError(f"a record's key has 64 lower-case hex digits; this isn't one: {key!r}")
+            raise StoreError(f"{key!r} isn't a record's key, which has 64 lower-case hex digits")
         return self._records / key[:2] / (key + SUFFIX)
 
     def _open_folder(self) -> None:
@@ -316,7 +321,7 @@ class DiskStore:
             found = version.read_bytes()[:100].decode("ascii", "replace").strip()
             if found != STORE_FORMAT:
                 raise StoreError(
-                    f"{self.folder} holds a store of format {found!r}, this version of kvgraph reads {STORE_FORMAT!r}; "
+                    f"{self.folder} holds a store of format {found!r}, but this version reads {STORE_FORMAT!r}; "
                     "use another folder, or the version that wrote it"
                 )
             self._records.mkdir(exist_ok=True)
@@ -337,7 +342,7 @@ class DiskStore:
         except UnsupportedRecord:
             self._count("unreadable")
             return None
-        except OSError as error:  # not there, or not readable now: nothing is known to be wrong with it
+        except OSError as error:  # missing or not readable now, which doesn't mean that it is bad
             if not isinstance(error, FileNotFoundError):
                 self._count("unreadable")
             return None
@@ -355,7 +360,7 @@ class DiskStore:
             aside = self.folder / "quarantine"
             aside.mkdir(exist_ok=True)
             path.rename(aside / f"{path.name}.{time.time_ns()}-{os.getpid()}")
-        except OSError:  # read-only, or gone: it stays a miss all the same
+        except OSError:  # read-only, or gone: it is a miss anyway
             pass
 
     def _keys(self) -> Iterator[str]:
@@ -366,7 +371,7 @@ class DiskStore:
                     yield name.removesuffix(SUFFIX)
 
     def _entry(self, key: str) -> Entry | None:
-        """A record's row as its file tells it, None if there is none. A header that can't be read counts 0 tokens."""
+        """A record's row, made from its file; None without a file. An unreadable header counts as 0 tokens."""
         path = self._path(key)
         try:
             info = path.stat()
@@ -405,7 +410,7 @@ class DiskStore:
             report.bytes += info.st_size
 
     def _foreign(self) -> Iterator[Path]:
-        """What lies directly in records/ and isn't the store's."""
+        """Paths directly in records/ that aren't the store's."""
         for name in _names(self._records):
             path = self._records / name
             if not path.is_dir() or len(name) != 2 or not is_key(name.ljust(64, "0")):
@@ -435,7 +440,7 @@ class DiskStore:
             if index.total()[0] + size <= capacity:
                 return 0
             self._flush(index)
-            if not self._reconciled:  # a writer killed between its rename and its row leaves a file nobody counts
+            if not self._reconciled:  # a writer killed between its rename and its row leaves a file without a row
                 self._reconcile(index)
             with index:
                 total, pinned = index.total()
@@ -582,7 +587,7 @@ class DiskStore:
                 self._touched = now
         if due and self._index_lock.acquire(blocking=False):
             try:
-                # Never repairs: a get doesn't scan the store. If the index is in trouble, the next writer sees to it.
+                # Never repairs, because a get doesn't scan the store. The next writer repairs a damaged index.
                 if self._index is not None and self._index_id == self._identify_index():
                     self._flush(self._index, wait=False)
                 elif (self.folder / "index.sqlite").exists():
@@ -610,9 +615,9 @@ class DiskStore:
 
 
 def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.stat_result:
-    """Write a file so that, under its name, others see all of it or nothing, also after a crash. Raises OSError.
+    """Write a file so that others see all of it under its name or nothing, even after a crash. Raises OSError.
 
-    Until its rename the temporary file is locked: `remove_if_abandoned` can tell a dead writer's from a living one's.
+    The temporary file is locked until its rename, so that `remove_if_abandoned` can tell whether its writer is alive.
     """
     if not path.parent.is_dir():
         path.parent.mkdir(exist_ok=True)

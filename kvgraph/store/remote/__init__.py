@@ -1,1 +1,1 @@
-"""Tiers on other machines: one kind a file, chosen by a URL's scheme. See `kvgraph.store.remote.base.Remote`."""
+"""Tiers on other machines, chosen by a URL's scheme; one module per kind. See `kvgraph.store.remote.base.Remote`."""

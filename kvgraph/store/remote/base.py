@@ -1,4 +1,4 @@
-"""What a remote tier is built on: a place on another machine that keeps bytes by name."""
+"""The interface under remote tiers: a service on another machine that keeps bytes by name."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Objects:
                 retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=address.timeout)},
             )
         except (obstore.exceptions.BaseError, ValueError) as error:
-            raise StoreError(f"{address.shown} is no object store that can be opened: {_why(error)}") from None
+            raise StoreError(f"{address.shown} can't be opened as an object store: {_why(error)}") from None
 
     def get(self, name: str) -> bytearray | None:
         """The first range says how large the object is; the others are fetched together."""

@@ -54,7 +54,7 @@ class Redis:
                 retry=Retry(NoBackoff(), 0),  # trying again is the circuit breaker's business
             )
         except ValueError as error:
-            raise StoreError(f"{address.shown} is no address of a Redis server: {error}") from None
+            raise StoreError(f"{address.shown} isn't the address of a Redis server: {error}") from None
 
     def get(self, name: str) -> bytearray | None:
         """Its parts joined; None, and the record removed, if one is gone."""

@@ -30,7 +30,7 @@ SCHEMES: Registry[Opener] = Registry(
         **dict.fromkeys(("s3", "s3a", "gs", "az", "azure", "abfs"), _objects),
     },
     "kvgraph.stores",
-    lambda scheme, opener: "" if callable(opener) else "it is no function",
+    lambda scheme, opener: "" if callable(opener) else "it isn't a function",
 )
 """Openers by URL scheme. Other packages add some in the group "kvgraph.stores"; see `kvgraph.registry`."""
 

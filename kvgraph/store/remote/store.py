@@ -1,7 +1,7 @@
 """A remote place as a store: records checked like those of a file, with a deadline for every call.
 
-A place that is slow or dead costs at most a deadline a few times, then nothing until it answers again: the spans are
-computed. What it holds is trusted as little as anybody's file.
+A slow or dead service costs at most a few deadlines, then nothing until it answers again; meanwhile spans are computed.
+Its data isn't trusted.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class RemoteStore:
         """What a call returns, if it does in time. Raises RemoteError."""
         if not self.breaker.allows():
             self._count("skipped")
-            raise RemoteError("it doesn't answer; it is asked again in a while")
+            raise RemoteError("it doesn't answer; it will be tried again later")
         try:
             future = pool.submit(call, *args, **kwargs)
         except RuntimeError:  # closed by another thread

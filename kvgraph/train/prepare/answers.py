@@ -1,4 +1,4 @@
-"""Answers from any OpenAI-compatible endpoint. Each is written down as it arrives, so nothing is paid for twice.
+"""Answers from any OpenAI-compatible endpoint. Each is saved as it arrives, so nothing is paid for twice.
 
 KVLink lets gpt-4o-mini answer each question from its ten passages, at temperature 0.7, with at most 200 tokens
 (github.com/UCSB-NLP-Chang/KVLink, scripts/data_process/gpt_answer.py); these are the defaults.
@@ -170,7 +170,7 @@ class Answers:
             elif asked.fresh and (useless := useless + 1) == HOPELESS:
                 raise AnswersError(f"{HOPELESS} requests in a row gave no answer, the last one: {reply.reason}")
         if not answered and held and held[-1][1].outage:
-            raise AnswersError(f"there was no answer to any request: {held[-1][1].reason}; run the same again to go on")
+            raise AnswersError(f"no request was answered: {held[-1][1].reason}; run the same command again to continue")
         yield from held
 
     def _asked(self, requests: Iterable[tuple[AnswerRequest, T]]) -> Iterator[_Asked]:
@@ -259,7 +259,7 @@ class Answers:
                 read, written = row["tokens"]
                 self._keep(row["key"], Reply(row["answer"], row["reason"], (read, written)))
             except (ValueError, LookupError, TypeError):
-                raise AnswersError(f"{self.path}:{number} is no answer; mend or remove the line") from None
+                raise AnswersError(f"{self.path}:{number} isn't an answer; fix or remove the line") from None
 
 
 async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: AnswerRequest) -> tuple[Reply, bool]:

@@ -111,7 +111,7 @@ def read_trivia(path: Path) -> Iterator[Mapping[str, Any]]:
     Other files and folders are read as everywhere.
     """
     if path.name.endswith((".tgz", ".tar.gz")):
-        raise PrepareError(f"{path} is packed; unpack it, and give its folder")
+        raise PrepareError(f"{path} is packed; unpack it and give its folder")
     original = sorted(path.glob("qa/*-train.json")) if path.is_dir() else [path] * _is_original(path)
     for file in original:
         yield from triviaqa.read(file)
@@ -155,12 +155,12 @@ class Questions:
     def _question(self, row: RawRow, job: PrepareJob) -> RetrievalQuestion:
         question = self.parse(row)
         if not question.passages and job.settings["corpus"] in (POOLED, OWN):
-            raise PrepareError(f"{row.where} brings no passages; give a corpus to look for some, --set corpus=FILE")
+            raise PrepareError(f"{row.where} has no passages; give a corpus to search, --set corpus=FILE")
         try:
             io.line(question)
         except UnicodeEncodeError:
             raise PrepareError(
-                f"{row.where} has half of a surrogate pair, which is no text; mend or remove it"
+                f"{row.where} has half of a surrogate pair, which isn't valid text; fix or remove it"
             ) from None
         return question
 
@@ -169,7 +169,7 @@ class Questions:
         retriever, corpus = job.settings["retriever"], job.settings["corpus"]
         if retriever == NONE:
             if corpus not in (POOLED, OWN):
-                raise PrepareError("without a retriever there is nothing to find in a corpus; leave out one of the two")
+                raise PrepareError("a corpus needs a retriever; leave out corpus or give a retriever")
             for row in rows:
                 question = self._question(row, job)
                 yield Found(row, question, question.passages[:BEST])
@@ -198,7 +198,7 @@ class Questions:
         for row in rows:
             question = self._question(row, job)
             if row.number >= len(questions) or questions[row.number] != question.question:
-                raise PrepareError(f"{folder} is about other questions than {row.where}; delete it, and start anew")
+                raise PrepareError(f"{folder} is of other questions than {row.where}; delete it and start again")
             yield Found(row, question, tuple(passages[int(i)] for i in found[row.number]))
 
     def _gather(self, job: PrepareJob, asked: Path, pool: Path | None) -> None:

@@ -59,8 +59,8 @@ class Files:
                 yield RawRow(count - 1, where, parse(), {"rows": count, "checksum": checksum})
         if count < known["rows"] or (count == known["rows"] and checksum != known["checksum"]):
             raise PrepareError(
-                f"{self.path}: the first {known['rows']:,} records aren't those that were read before; "
-                "bring them back, or give another folder"
+                f"{self.path}: the first {known['rows']:,} records have changed since they were read; "
+                "restore them, or give another folder"
             )
 
     def _found(self) -> Iterator[io.UnparsedRecord]:
@@ -73,7 +73,7 @@ class Files:
 
 
 def _again(text: str) -> PrepareError:
-    return PrepareError(f"{text}; run the same again to resume")
+    return PrepareError(f"{text}; run the same command again to resume")
 
 
 class Stream:
@@ -98,7 +98,7 @@ class Stream:
 
 
 def _unreachable(text: str) -> PrepareError:
-    return PrepareError(f"{text}; run the same again to resume, or give --source PATH")
+    return PrepareError(f"{text}; run the same command again to resume, or give --source PATH")
 
 
 def reader(source: Source, where: str = "", *, sample: bool = False, revision: str | None = None) -> Reader:

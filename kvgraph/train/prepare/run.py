@@ -57,7 +57,7 @@ def prepare(
     if not 0 <= validation < 1:
         raise PrepareError(f"the share for validation is {validation}; it must be at least 0 and less than 1")
     if source.needs_tokenizer and tokenizer is None:
-        raise PrepareError(f"{source.name} measures texts in tokens; give --tokenizer, a model's folder or hub name")
+        raise PrepareError(f"{source.name} counts tokens; give --tokenizer, a model's folder or hub name")
     chosen = _settings(source, settings or {})
     folder = Path(out)
     with io.errors_named(folder, PrepareError), io.locked(folder, PrepareError):
@@ -116,7 +116,7 @@ def _begin(folder: Path, described: State, limit: int | None) -> State:
     path = folder / PREPARED
     if not path.is_file():
         if any((folder / f"{split}.jsonl").exists() for split in SPLITS):
-            raise PrepareError(f"{folder} has records but no {PREPARED} to say of what; give another folder")
+            raise PrepareError(f"{folder} has records but no {PREPARED} that says what they are; give another folder")
         return described | {
             "versions": {
                 "kvgraph": kvgraph.__version__,
@@ -139,7 +139,7 @@ def _begin(folder: Path, described: State, limit: int | None) -> State:
         before = state.get(name)
         if _compared(before) != _compared(now):
             raise PrepareError(
-                f"{folder} holds data with {name} = {json.dumps(before)[:100]}, now it is {json.dumps(now)[:100]}; "
+                f"{folder} holds data with {name} = {json.dumps(before)[:100]}, not {json.dumps(now)[:100]}; "
                 "give another folder, or delete it"
             )
     if limit is not None and (state["limit"] is None or limit < state["limit"]):
@@ -171,7 +171,7 @@ class _Files:
             path = folder / f"{split}.jsonl"
             with open(path, "ab") as file:
                 if file.tell() < size:
-                    raise PrepareError(f"{path} has lost its end; give another folder, or delete this one")
+                    raise PrepareError(f"{path} is shorter than before; give another folder, or delete this one")
                 file.truncate(size)
         io.write_json(folder / PREPARED, state)
 

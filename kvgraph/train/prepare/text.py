@@ -39,9 +39,9 @@ def text_mem(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[Ma
 
 
 def text_inst(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[Made]:
-    """The same as a conversation: the user asks to go on with the segments, the assistant does.
+    """The same as a conversation: the user asks for a continuation of the segments, and the assistant gives it.
 
-    The answer ends with a sentence where the document is too long, because it is learned to be the end of a turn.
+    If the document is too long, the answer ends with a sentence, because it is learned as the end of a turn.
     """
     segments, end, ends = segmented(page.text, job.tokenizer.ends, draw)
     rest = page.text[end:]

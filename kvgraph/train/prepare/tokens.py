@@ -26,9 +26,7 @@ class Tokens:
 
         found: Any = load_tokenizer(path_or_name)
         if not getattr(found, "is_fast", False):
-            raise PrepareError(
-                f"the tokenizer of {path_or_name} can't say where its tokens end; give another --tokenizer"
-            )
+            raise PrepareError(f"the tokenizer of {path_or_name} doesn't give token offsets; give another --tokenizer")
         return cls(found.backend_tokenizer, path_or_name)
 
     @classmethod

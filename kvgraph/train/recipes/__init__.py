@@ -1,4 +1,4 @@
-"""Recipes: functions that return one complete configuration each. To add one, add a function and a line in RECIPES."""
+"""Recipes: functions that return a complete configuration each. To add one, add a function and a line in RECIPES."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _wrong(name: str, recipe: Any) -> str:
     """What is wrong with a recipe of another package, or nothing."""
     made = recipe()
     if not isinstance(made, Config):
-        return "it makes no kvgraph.train.config.Config"
+        return "it doesn't make a kvgraph.train.config.Config"
     return "" if made.name == name else f"the name of its configuration is {made.name!r}"
 
 

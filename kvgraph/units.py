@@ -1,0 +1,17 @@
+"""Sizes as people write them: the same on the command line, in the environment and in configuration files. Pure Python."""
+
+from __future__ import annotations
+
+import re
+
+UNITS = {"": 1, "B": 1} | {f"{p}{s}": 1024**i for i, p in enumerate("KMGT", 1) for s in ("", "iB")}
+UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4GiB" (= "4G", 1024³ each), "500MB" (1000² each) or "1000". Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
+    unit = next((size for name, size in UNITS.items() if match and name.lower() == match[2].lower()), None)
+    if match is None or unit is None or not 0 < (size := int(float(match[1]) * unit)) < 1 << 63:
+        raise ValueError(f"{text[:40]!r} is no size; write for example 4GiB or 500MB")
+    return size

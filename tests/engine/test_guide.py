@@ -1,0 +1,300 @@
+"""Guided answers: of random schemas, regular expressions and grammars, by a random model over a tokenizer with merges."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as kinds
+from transformers import PreTrainedTokenizerFast
+
+import families
+from kvgraph import ContextGraph, Engine, SamplingParams, demo, models
+from kvgraph.engine import guide
+from kvgraph.engine.guide import Grammar, GrammarError
+from kvgraph.engine.result import Result
+
+SOAK = os.environ.get("KVGRAPH_SOAK", "0") not in ("", "0")
+TEXT = ['{"name": "a", "value": [1, 2, true, false, null]}, {"name": "b"}', "the cat sat\n  on the mat; 10.5e3 "] * 4
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, 150 merges of what JSON has, and two special tokens; there is a token such as `"}, {"`."""
+    made = Tokenizer(kinds.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|other|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=410, min_frequency=1, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    made = tokenizer()
+    hf = families.build("Llama", vocab_size=len(made) + 5, eos_token_id=made.eos_token_id)  # rows that nothing names
+    with Engine(models.wrap(hf, made), kv_budget=1 << 26) as engine:
+        yield engine
+
+
+def ask(engine: Engine, grammar: Grammar | None, seed: int = 0, **params: Any) -> Result:
+    params = {"max_tokens": 3000, "temperature": 1.0, "seed": seed} | params
+    return engine.generate(ContextGraph([], "What is it?"), "full", grammar=grammar, **params)
+
+
+def closing(engine: Engine) -> dict[int, float]:
+    """A bias to what ends things, so that strings, lists and numbers of a random model don't go on for ever."""
+    ends = {engine.tokenize(text)[0]: 8.0 for text in '"}]'}
+    return ends | {engine.model.eos_ids[0]: 20.0}
+
+
+def schemas() -> st.SearchStrategy[dict[str, Any]]:
+    """JSON schemas of the keywords that structured output is used with."""
+    name = st.text('abcxyz_ é"\\{', min_size=1, max_size=4)
+    leaf = st.one_of(
+        st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string"}, {"type": "number"}]),
+        st.integers(-20, 20).flatmap(
+            lambda low: st.integers(low, 60).map(lambda high: {"type": "integer", "minimum": low, "maximum": high})
+        ),
+        st.tuples(st.integers(0, 3), st.integers(3, 6)).map(
+            lambda n: {"type": "string", "minLength": n[0], "maxLength": n[1]}
+        ),
+        st.sampled_from(["^[a-f]{2,4}$", "^\\d+(\\.\\d{2})?$", "^(yes|no) é$"]).map(
+            lambda p: {"type": "string", "pattern": p}
+        ),
+        st.lists(st.one_of(st.none(), st.integers(), name, st.booleans()), min_size=1, max_size=4).map(
+            lambda values: {"enum": values}
+        ),
+        st.one_of(st.integers(), name, st.just({"a": [1, None]})).map(lambda value: {"const": value}),
+        st.sampled_from(["date", "uuid", "ipv4"]).map(lambda f: {"type": "string", "format": f}),
+    )
+
+    def deeper(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+        objects = st.dictionaries(name, inner, max_size=4).flatmap(
+            lambda fields: (
+                st.lists(st.sampled_from(sorted(fields)), unique=True).map(
+                    lambda needed: {
+                        "type": "object",
+                        "properties": fields,
+                        "required": needed,
+                        "additionalProperties": False,
+                    }
+                )
+                if fields
+                else st.just({"type": "object", "additionalProperties": False})
+            )
+        )
+        lists = st.tuples(inner, st.integers(0, 2), st.integers(2, 4)).map(
+            lambda t: {"type": "array", "items": t[0], "minItems": t[1], "maxItems": t[2]}
+        )
+        pairs = st.lists(inner, min_size=1, max_size=3).map(
+            lambda parts: {"type": "array", "prefixItems": parts, "items": False, "minItems": len(parts)}
+        )
+        either = st.lists(inner, min_size=1, max_size=3).map(lambda parts: {"anyOf": parts})
+        return st.one_of(objects, lists, pairs, either)
+
+    return st.recursive(leaf, deeper, max_leaves=8)
+
+
+@settings(max_examples=1000 if SOAK else 20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schema=schemas(), seed=st.integers(0, 1 << 30))
+def test_every_answer_is_valid_under_its_schema(engine, schema, seed):
+    result = ask(engine, Grammar.json_schema(schema), seed, logit_bias=closing(engine))
+    assert result.finish_reason == "stop", result.text[-200:]
+    jsonschema_rs.validate(schema, json.loads(result.text), validate_formats=True)
+
+
+def expressions() -> st.SearchStrategy[str]:
+    """Regular expressions that Python's `re` and Rust's read alike."""
+    leaf = st.sampled_from(["a", "b", "the cat", "é", r"\d", "[a-c]", "[^x\\n]", r"\.", '"', "/", " ", r"\{"])
+
+    def deeper(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        several = st.lists(inner, min_size=1, max_size=3)
+        count = st.sampled_from(["?", "{2}", "{1,3}", "*", "+"])
+        return st.one_of(
+            several.map("".join),
+            several.map(lambda parts: f"({'|'.join(parts)})"),
+            st.tuples(inner, count).map(lambda t: f"({t[0]}){t[1]}"),
+        )
+
+    return st.recursive(leaf, deeper, max_leaves=6)
+
+
+@settings(max_examples=1000 if SOAK else 20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(expression=expressions(), seed=st.integers(0, 1 << 30))
+def test_every_answer_matches_its_expression(engine, expression, seed):
+    result = ask(engine, Grammar("regex", expression), seed, logit_bias=closing(engine))
+    assert result.finish_reason == "stop" and re.fullmatch(expression, result.text), result.text[-200:]
+
+
+def test_a_lark_grammar(engine):
+    grammar = Grammar("lark", 'start: "(" (start | WORD)? ")"\nWORD: /[a-z]{1,5}/')
+    texts = [ask(engine, grammar, seed, logit_bias=closing(engine)).text for seed in range(10)]
+    assert len(set(texts)) > 3
+    for text in texts:
+        inner = text.strip("()")
+        depth = (len(text) - len(inner)) // 2
+        assert text == "(" * depth + inner + ")" * depth and depth and re.fullmatch("[a-z]{0,5}", inner)
+
+
+def test_a_choice_may_hold_anything_that_is_text(engine):
+    texts = ["a b", 'say "é"\n', "/", "\\d"]
+    answers = {ask(engine, Grammar.choice(texts), seed).text for seed in range(40)}
+    assert answers == set(texts)
+
+
+def test_a_json_object(engine):
+    for seed in range(5):
+        text = ask(engine, Grammar.json_object(), seed, logit_bias=closing(engine)).text
+        assert isinstance(json.loads(text), dict)
+
+
+def test_the_choice_is_the_best_of_the_tokens_whose_text_the_grammar_allows(engine):
+    """Against a reference that tries every token's text: tokens that reach beyond a part of the grammar included."""
+    names = ["name", "value", "nam", "na\u00efve"]
+    texts = {json.dumps({name: value}, ensure_ascii=False) for name in names for value in (None, True)}
+    result = ask(engine, Grammar.choice(texts), temperature=0.0)
+    prompt, so_far = engine.tokenize("What is it?"), b""
+    pieces = [piece_of(engine, token) for token in range(engine.model.vocab_size)]
+    bytes_of = [text.encode() for text in texts]
+    for token in result.token_ids:
+        logits = engine.logits(engine.plan(ContextGraph([], prompt), "full"))
+        fine = [t for t, p in enumerate(pieces) if p and any(b.startswith(so_far + p) for b in bytes_of)]
+        assert token == max(fine, key=lambda t: float(logits[t]))
+        prompt, so_far = [*prompt, token], so_far + pieces[token]
+    assert so_far in bytes_of and result.finish_reason == "stop"
+    assert any(len(pieces[token]) > 2 for token in result.token_ids)
+
+
+def piece_of(engine: Engine, token: int) -> bytes:
+    """The bytes of a token; none of one that is special or isn't in the vocabulary."""
+    name = engine.model.tokenizer.convert_ids_to_tokens(token)
+    if name is None or name.startswith("<|"):
+        return b""
+    alphabet = {ord(c): i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet(), key=byte_of))}
+    return bytes(alphabet[ord(c)] for c in name)
+
+
+def byte_of(char: str) -> int:
+    """The byte that GPT-2's alphabet writes as this character."""
+    others = [b for b in range(256) if not (0x21 <= b < 0x7F or 0xA1 <= b < 0xAD or b >= 0xAE)]
+    return others[ord(char) - 256] if ord(char) >= 256 else ord(char)
+
+
+def test_it_ends_where_the_grammar_ends(engine):
+    plain = Grammar("regex", "(cat ){3}")
+    result = ask(engine, plain, ignore_eos=True, min_tokens=500)
+    assert (result.text, result.finish_reason) == ("cat cat cat ", "stop")
+    assert engine.model.eos_ids[0] not in result.token_ids  # nothing else could come: it isn't even asked
+    longer = ask(engine, Grammar("regex", "a*"), min_tokens=20, logit_bias=closing(engine))
+    assert len(longer.token_ids) > 20 and set(longer.text) == {"a"} and longer.finish_reason == "stop"
+    assert ask(engine, plain, max_tokens=2).finish_reason == "length"
+
+
+def test_a_stop_string_cuts_what_is_guided(engine):
+    grammar = Grammar("regex", "(the cat|, )+")
+    whole = ask(engine, grammar, max_tokens=60)
+    cut = ask(engine, grammar, max_tokens=60, stop=("cat, ", "t, t"))
+    at = min(whole.text.index(stop) for stop in ("cat, ", "t, t") if stop in whole.text)
+    assert cut.text == whole.text[:at] and cut.finish_reason == "stop"
+    schema = Grammar.json_schema({"type": "array", "items": {"const": "end"}, "minItems": 2, "maxItems": 2})
+    assert (
+        ask(engine, schema, stop=("]x",)).text.replace(" ", "").replace("\n", "") == '["end","end"]'
+    )  # held, then shown
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guided_and_plain_requests_share_steps_and_change_nothing(engine, temperature):
+    grammars = [None, Grammar("regex", "[a-z ]{30}"), Grammar.json_object(), None, Grammar("regex", "[a-z ]{30}")]
+    params = {"max_tokens": 24, "temperature": temperature, "logit_bias": {}}
+    alone = [ask(engine, grammar, seed, **params) for seed, grammar in enumerate(grammars)]
+    plan = engine.plan(ContextGraph([], "What is it?"), "full")
+    requests = [engine.submit(plan, guided(grammar, seed=seed, **params)) for seed, grammar in enumerate(grammars)]
+    together = [engine.wait(request) for request in requests]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+
+
+def guided(grammar: Grammar | None, **params: Any) -> SamplingParams:
+    return SamplingParams(grammar=grammar, **params)
+
+
+def test_logprobs_are_the_models_own(engine):
+    plan = engine.plan(ContextGraph([], "What is it?"), "full")
+    result = ask(engine, Grammar("regex", "zz"), logprobs=3)
+    logprobs = engine.logits(plan).log_softmax(-1)
+    assert result.sampled[0].logprob == pytest.approx(float(logprobs[result.token_ids[0]]), abs=1e-4)
+    assert result.sampled[0].top[0][0] == int(logprobs.argmax())
+
+
+@pytest.mark.parametrize(
+    ("schema", "path", "says"),
+    [
+        ({"type": "object", "properties": {"a": {"type": "strin"}}}, ("properties", "a"), "strin"),
+        ({"anyOf": [{"type": "null"}, {"type": "array", "items": {"not": {}}}]}, ("anyOf", 1, "items"), "not"),
+        ({"$defs": {"x": {"type": "string", "pattern": "a(b"}}, "$ref": "#/$defs/x"}, ("$defs", "x"), "unclosed group"),
+        ({"properties": {"a": {"$ref": "#/nope"}}}, ("properties", "a"), "/nope"),
+        ({"enum": []}, (), "Unsatisfiable"),
+        ({"type": "array", "uniqueItems": True}, (), "uniqueItems"),
+    ],
+)
+def test_what_cant_be_compiled_says_where(engine, schema, path, says):
+    with pytest.raises(GrammarError, match=says) as caught:
+        engine.scheduler.guides.guide(Grammar.json_schema(schema))
+    assert caught.value.path == path and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "grammar", [Grammar("regex", "a(b"), Grammar("lark", "start: foo"), Grammar("json_schema", "true")]
+)
+def test_no_grammar_ends_the_process_or_runs(engine, grammar):
+    with pytest.raises(GrammarError):
+        ask(engine, grammar)
+
+
+def test_references_upon_references(engine):
+    """The compiler follows them by recursion: on a thread's usual stack, so many end the process."""
+    links = {f"a{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(1600)}
+    schema = {"$defs": links | {"a1600": {"const": 1}}, "$ref": "#/$defs/a0"}
+    assert ask(engine, Grammar.json_schema(schema), max_tokens=3).text.startswith("{")
+    with pytest.raises(GrammarError, match="may have 131072 characters"):
+        ask(engine, Grammar("regex", "a" * (guide.LONGEST + 1)))
+
+
+def test_a_grammar_is_compiled_once(engine, monkeypatch):
+    guides, made = guide.Guides(engine.model), []
+    compiled = guides._matcher
+    monkeypatch.setattr(guides, "_matcher", lambda grammar: made.append(grammar) or compiled(grammar))
+    for _ in range(3):
+        guides.guide(Grammar("regex", "a" * 3))
+    assert made == [Grammar("regex", "aaa")]
+    for i in range(guide.KEPT + 1):
+        guides.guide(Grammar.choice([str(i)]))
+    assert len(guides._compiled) == guide.KEPT
+
+
+def test_a_model_whose_tokens_are_no_bytes_says_so():
+    with Engine(models.load(demo.model()), kv_budget=1 << 26) as engine:
+        with pytest.raises(GrammarError, match="answers of this model can't be guided"):
+            ask(engine, Grammar("regex", "a"))
+
+
+def test_a_grammar_that_no_token_continues_ends_its_own_request(engine):
+    """A vocabulary may lack a byte; here, every way on is closed by the model itself."""
+    plan = engine.plan(ContextGraph([], "What is it?"), "full")
+    other = engine.submit(plan, SamplingParams(max_tokens=5, ignore_eos=True))
+    failing = engine.submit(plan, guided(Grammar("regex", "ab"), max_tokens=5))
+    assert failing.guide is not None
+    failing.guide.matcher.consume_token(engine.tokenize("z")[0])  # which breaks it
+    with pytest.raises(GrammarError, match="no token of this model continues"):
+        engine.wait(failing)
+    assert len(engine.wait(other).token_ids) == 5
