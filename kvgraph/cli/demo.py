@@ -31,7 +31,7 @@ READ = 5  # articles that a question is asked over
 ANSWER_TOKENS = 16
 
 
-class Answer(NamedTuple):
+class DemoAnswer(NamedTuple):
     """What came of one question. computed, reused: tokens. ttft: seconds to the first token."""
 
     text: str
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
     ttft: float
 
 
-Answers = Mapping[tuple[str, str], Sequence[Answer]]  # of all questions, by method and run
+Answers = Mapping[tuple[str, str], Sequence[DemoAnswer]]  # of all questions, by method and run
 
 
 def demo(
@@ -97,7 +97,7 @@ def _opened(name: str, store: Path) -> Answers:
         return found | pool.submit(_restarted, name, store).result()
 
 
-def _restarted(name: str, store: Path) -> dict[tuple[str, str], list[Answer]]:
+def _restarted(name: str, store: Path) -> dict[tuple[str, str], list[DemoAnswer]]:
     from kvgraph.engine.engine import load_model
 
     loaded = load_model(name)
@@ -161,12 +161,12 @@ def _words(text: str) -> set[str]:
 
 def _answers(
     model: Model, specs: Mapping[str, str], store: Path, runs: Sequence[str]
-) -> dict[tuple[str, str], list[Answer]]:
+) -> dict[tuple[str, str], list[DemoAnswer]]:
     from kvgraph import demo as content
     from kvgraph.engine.engine import Engine
     from kvgraph.progress import Progress
 
-    found: dict[tuple[str, str], list[Answer]] = {(name, run): [] for name in specs for run in runs}
+    found: dict[tuple[str, str], list[DemoAnswer]] = {(name, run): [] for name in specs for run in runs}
     with Progress("asking", len(found) * len(content.answered())) as bar:
         for name, spec in specs.items():
             with Engine(model, store=store / name) as engine:
@@ -178,12 +178,12 @@ def _answers(
     return found
 
 
-def _answer(engine: Engine, method: methods.Method, question: str) -> Answer:
+def _answer(engine: Engine, method: methods.Method, question: str) -> DemoAnswer:
     graph = graph_of(engine.model, question, method)
     result = engine.generate(graph, method, max_tokens=ANSWER_TOKENS, stop=("\n",))
     usage = result.usage
     reused = sum(usage.reused_tokens.values())
-    return Answer(result.text.strip(), list(result.token_ids), usage.computed_tokens, reused, usage.ttft)
+    return DemoAnswer(result.text.strip(), list(result.token_ids), usage.computed_tokens, reused, usage.ttft)
 
 
 def is_right(answer: str, right: str) -> bool:

@@ -55,7 +55,7 @@ def read_once() -> Iterator[None]:
         return
     import gguf
 
-    class ArrayReader(gguf.GGUFReader):
+    class HeaderReader(gguf.GGUFReader):
         """Reads from a plain array: a slice of a `np.memmap` costs ten times as much."""
 
         def _get(self, offset: Any, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
@@ -65,7 +65,7 @@ def read_once() -> Iterator[None]:
 
     names = "GGUFReader", "get_tensor_name_map"
     plain = [getattr(gguf, name) for name in names]
-    once = lru_cache(maxsize=1)(ArrayReader), lru_cache(maxsize=8)(gguf.get_tensor_name_map)
+    once = lru_cache(maxsize=1)(HeaderReader), lru_cache(maxsize=8)(gguf.get_tensor_name_map)
     try:
         for name, cached in zip(names, once, strict=True):
             setattr(gguf, name, cached)

@@ -15,7 +15,7 @@ import pytest
 from kvgraph import demo, methods
 from kvgraph.cli import demo as command
 from kvgraph.cli import main
-from kvgraph.cli.demo import COLD, METHODS, RUNS, Answer, is_right, ranked, told
+from kvgraph.cli.demo import COLD, METHODS, RUNS, DemoAnswer, is_right, ranked, told
 from kvgraph.models import adapters
 from kvgraph.models.config import card, declared
 
@@ -55,8 +55,8 @@ def test_the_demo_of_another_model_runs_cold_warm_and_in_a_new_process(tmp_path,
 
 
 def test_what_is_told_is_counted_from_the_answers():
-    def answer(text: str, computed: int, token: int = 1) -> Answer:
-        return Answer(text, [token], computed, 7, computed / 100)
+    def answer(text: str, computed: int, token: int = 1) -> DemoAnswer:
+        return DemoAnswer(text, [token], computed, 7, computed / 100)
 
     found = {(name, run): [answer("It is gold.", 50), answer("lead", 50)] for name in METHODS for run in RUNS}
     found["full", COLD] = [answer("Gold", 900), answer("silver", 700, token=2)]
