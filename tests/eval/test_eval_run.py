@@ -561,7 +561,7 @@ def test_a_task_with_an_unknown_metric_is_refused_before_anything_runs(engine, t
     [
         (items(2) * 2, None, "several items have the id 'q0'"),
         ([], None, "no items of island"),
-        (items(2), "round", "edges 'round' are none of"),
+        (items(2), "round", "edges 'round' aren't known"),
         (items(2), "star:3", "there is no segment 3"),
     ],
 )

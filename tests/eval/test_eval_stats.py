@@ -158,12 +158,12 @@ def test_pairs_must_belong_to_the_same_items():
         paired([0.0, 1.0], [0.0, 1.0, 1.0])
 
 
-def test_ten_thousand_items_take_seconds():
-    a, b = scores(10_000), scores(10_000, 1)
+def test_two_thousand_items_take_a_second_or_two():
+    a, b = scores(2_000), scores(2_000, 1)
     start = time.process_time()
     mean_interval(a)
     paired(a, b)
-    assert time.process_time() - start < 30  # about 10 on a slow core
+    assert time.process_time() - start < 6  # about 2 on a slow core
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,14 @@ def model(folder) -> models.Model:
     return models.load(folder)
 
 
+@pytest.fixture(scope="module")
+def server(model) -> Iterator[Live]:
+    """A server of the module's `model`, on a thread."""
+    app = application(Engine(model, kv_budget=1 << 28))
+    with serving(app) as url:
+        yield Live(app, url)
+
+
 @pytest.fixture
 def live(model) -> Iterator[Callable[..., Live]]:
     """Start a server on a thread: live(kv_budget=…, store=…, **settings)."""

@@ -366,7 +366,7 @@ def test_errors_are_told_in_their_place(browser, url):
         page.select_option("#shape", "top-k")
         page.fill("#shape-value", "many")
         page.press("#shape-value", "Enter")
-        expect(page.locator("#hint")).to_contain_text("none of all, chain")
+        expect(page.locator("#hint")).to_contain_text("give all, chain")
         page.fill("#question", "Why?")
         page.fill("#max-tokens", "40000")
         expect(page.locator("#column-A .error")).to_contain_text("the model's limit is 32768")

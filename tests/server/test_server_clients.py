@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from kvgraph import Engine, demo, models
+from kvgraph import Engine, demo
 from serving import Live, application, error, events, serving
 
 PHI = (
@@ -33,18 +32,6 @@ def folder(tmp_path_factory) -> Path:
     path = made / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": PHI}))
     return made
-
-
-@pytest.fixture(scope="module")
-def model(folder) -> models.Model:
-    return models.load(folder)
-
-
-@pytest.fixture(scope="module")
-def server(model) -> Iterator[Live]:
-    app = application(Engine(model, kv_budget=1 << 28))
-    with serving(app) as url:
-        yield Live(app, url)
 
 
 def chat(server: Live, status: int = 200, **more: Any) -> Any:

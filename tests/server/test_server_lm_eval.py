@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from kvgraph import Engine
 from kvgraph.graph import ContextGraph
-from serving import Live, application, serving
-
-
-@pytest.fixture(scope="module")
-def server(model) -> Iterator[Live]:
-    app = application(Engine(model, kv_budget=1 << 28))
-    with serving(app) as url:
-        yield Live(app, url)
 
 
 @pytest.fixture(scope="module")

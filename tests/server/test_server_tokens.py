@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-from kvgraph import Engine, demo, models
+from kvgraph import Engine, demo
 from kvgraph.graph import ContextGraph
 from kvgraph.server.tokens import Offsets, TokenNames
-from serving import Live, application, error, events, serving
+from serving import Live, error, events
 
 BOS = "<|mem_start|>"
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -66,18 +65,6 @@ def folder(request, tmp_path_factory) -> Path:
         config |= {"unk_token": "<unk>", "chat_template": CHAT}
     (made / "tokenizer_config.json").write_text(json.dumps(config))
     return made
-
-
-@pytest.fixture(scope="module")
-def model(folder) -> models.Model:
-    return models.load(folder)
-
-
-@pytest.fixture(scope="module")
-def server(model) -> Iterator[Live]:
-    app = application(Engine(model, kv_budget=1 << 28))
-    with serving(app) as url:
-        yield Live(app, url)
 
 
 @pytest.fixture(scope="module")

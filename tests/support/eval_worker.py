@@ -6,14 +6,13 @@ answers the child's exit status.
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
 import torch
 
+import forks
 from kvgraph import Engine, demo, models
 from kvgraph.data.chat import Document
 from kvgraph.data.task import Item, Task
@@ -61,22 +60,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model = models.load(sys.argv[1])
-    print("ready", flush=True)
-    for line in sys.stdin:
-        command, argument = line.split(maxsplit=1)
-        if command == "wait":
-            answer = os.waitstatus_to_exitcode(os.waitpid(int(argument), 0)[1])
-        else:
-            answer = os.fork()
-            if answer == 0:
-                try:
-                    run(model, Path(argument.rstrip("\n")))
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(1)
-        print(answer, flush=True)
+    forks.serve({"run": lambda folder: run(model, Path(folder))})
 
 
 if __name__ == "__main__":

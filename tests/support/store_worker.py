@@ -11,11 +11,13 @@ import hashlib
 import os
 import random
 import sys
-import traceback
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
+import forks
 from kvgraph.store import DiskStore, Record, Store
 
 UNIVERSE = 40  # different records
@@ -89,22 +91,12 @@ def main() -> None:
     assert "transformers" not in sys.modules, "workers must start fast"
     store = DiskStore(sys.argv[1], capacity_bytes=int(sys.argv[2]))
     store.put(make(key_of(0)))  # its index is open when children are forked
-    print("ready", flush=True)
-    for line in sys.stdin:
-        command, argument = line.split()
-        if command == "wait":
-            answer = os.waitstatus_to_exitcode(os.waitpid(int(argument), 0)[1])
-        else:
-            answer = os.fork()
-            if answer == 0:
-                try:
-                    {"write": write, "fight": fight, "read": read}[command](store, random.Random(argument))
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(1)
-        print(answer, flush=True)
+    commands = {"write": write, "fight": fight, "read": read}
+    forks.serve({name: partial(_seeded, run, store) for name, run in commands.items()})
+
+
+def _seeded(run: Callable[[DiskStore, random.Random], None], store: DiskStore, seed: str) -> None:
+    run(store, random.Random(seed))
 
 
 if __name__ == "__main__":

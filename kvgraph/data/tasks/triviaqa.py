@@ -30,7 +30,7 @@ class Page(NamedTuple):
     text: str
 
 
-class TriviaAnswer(BaseModel):
+class Answer(BaseModel):
     """The answer's usual form, and all its names."""
 
     value: str
@@ -45,7 +45,7 @@ class TriviaRecord(BaseModel):
     domain: str = "wikipedia"
     entity_pages: Annotated[list[Page], rows("filename", "title", "wiki_context")] = []
     search_results: Annotated[list[Page], rows("filename", "title", "search_context")] = []
-    answer: TriviaAnswer
+    answer: Answer
 
 
 class OriginalPage(BaseModel):
@@ -56,7 +56,7 @@ class OriginalPage(BaseModel):
 
 
 class OriginalAnswer(BaseModel):
-    """`TriviaAnswer`, without its normalised forms."""
+    """`Answer`, without its normalised forms."""
 
     Value: str
     Aliases: list[str] = []
