@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -163,7 +164,7 @@ def asked(case: Case, tokens: Any, corpora: int) -> Asked:
     examples, wanted = [], []
     for number in range(corpora):
         corpus = source.world.corpus(number)
-        example = with_edges(source[number], "links" if method.reads_edges else "none")
+        example = with_edges(source[number], "links" if method.reads_edges else "none", Random(number))
         questions = list(example.questions)
         wanted += [Wanted(question.kind, corpus.id, question.floor) for question in corpus.questions]
         for question, told in zip(corpus.questions, example.questions, strict=True):

@@ -13,5 +13,5 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", text.strip())
     unit = next((size for name, size in UNITS.items() if match and name.lower() == match[2].lower()), None)
     if match is None or unit is None or not 0 < (size := int(float(match[1]) * unit)) < 1 << 63:
-        raise ValueError(f"{text[:40]!r} is no size; write for example 4GiB or 500MB")
+        raise ValueError(f"{text[:40]!r} isn't a size; write for example 4GiB or 500MB")
     return size

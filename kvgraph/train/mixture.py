@@ -143,6 +143,8 @@ class Mixture:
         self.left_out: dict[str, int] = {component.name: 0 for component in components}
         self._weights = [component.weight for component in components]
         for component, source in zip(components, sources, strict=True):
+            for spec in component.methods:
+                methods.parse(spec)  # raises what is wrong with it
             if len(source) == 0:
                 raise TrainError(f"component {component.name} has no examples in {component.source}")
 

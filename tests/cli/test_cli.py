@@ -435,7 +435,7 @@ def test_the_example_with_citations_computes_documents_once(model, tmp_path, cap
     example = runpy.run_path(str(ROOT / "examples" / "citations.py"))
     example["main"](model, str(tmp_path))
     computed = re.findall(r"(\d+) document tokens computed", capsys.readouterr().out)
-    assert int(computed[0]) > 4000 and computed[1:] == ["0", "0"]
+    assert int(computed[0]) > 4000 and len(computed) > 2 and set(computed[1:]) == {"0"}
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

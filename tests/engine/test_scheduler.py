@@ -462,7 +462,7 @@ class TestFaults:
         engine = Engine(llama, kv_budget=1 << 26)
         good, bad = (engine.submit(block(i), GREEDY, first_logits=True) for i in (1, 2))
         sampler = bad.sampler
-        bad.sampler = lambda logits, best: sampler(logits * float("nan"))
+        bad.sampler = lambda logits, best, allowed: sampler(logits * float("nan"))
         run(engine)
         assert_right(llama, good)
         with pytest.raises(ModelError, match="NaN"):

@@ -419,7 +419,7 @@ def test_models(client):
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"extra_body": {"kvgraph": {"method": "magic"}}}, None, "there is no method 'magic'"),
         ({"extra_body": {"kvgraph": {"depth": 2}}}, None, "neither an option nor a field of full"),
-        ({"extra_body": {"kvgraph": {"prefix": "x"}}}, "kvgraph.prefix", "system messages"),
+        ({"extra_body": {"kvgraph": {"prefix": "x"}}}, "kvgraph.prefix", "send a system message"),
         ({"extra_body": {"kvgraph": {"edges": [[0, 1]]}}}, None, "there is no segment 0"),
         ({"extra_body": {"documents": DOCUMENTS, "kvgraph": {"edges": [[0, 1]]}}}, None, "edges"),
     ],

@@ -59,7 +59,7 @@ def test_a_size_means_the_same_in_a_flag_a_variable_and_a_file(text, size, monke
     monkeypatch.setenv("KVGRAPH_KV_BUDGET", text)
     assert Settings.load(file('model = "m"\n')).kv_budget == size
     monkeypatch.setenv("KVGRAPH_KV_BUDGET", "4 Gs")
-    with pytest.raises(SettingsError, match="KVGRAPH_KV_BUDGET.*'4 Gs' is no size"):
+    with pytest.raises(SettingsError, match="KVGRAPH_KV_BUDGET.*'4 Gs' isn't a size"):
         Settings.load(file('model = "m"\n'))
 
 

@@ -271,7 +271,7 @@ def test_a_toy_codec_joins_by_one_line(toy, monkeypatch, tmp_path):
     ("text", "says"),
     [
         ("gzip", "no codec 'gzip'; there are raw, fp8"),
-        ("zstd+kivi", "only zstd goes over"),
+        ("zstd+kivi", "only zstd can follow another codec"),
         ("kivi+zstd+zstd", "no codec|gains nothing"),
         ("kivi:bits=3", "bits 2 or 4"),
         ("gear:outliers=500", "1 to 499"),

@@ -273,7 +273,7 @@ def test_the_new_model_keeps_what_it_starts_with(optimizer, tmp_path):
 
 def test_asking_through_links_needs_links(llama, tmp_path):
     component = replace(HOPS, methods=("kvlink:links=0",), through_links=True)
-    with pytest.raises(TrainError, match="component hops has through_links, but kvlink:links=0 has no link tokens"):
+    with pytest.raises(TrainError, match="component hops asks through link tokens, but kvlink:links=0 has none"):
         train(config(llama, stages=(Stage((component,), steps=1),)), tmp_path / "run")
 
 
