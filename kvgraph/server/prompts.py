@@ -54,7 +54,8 @@ log = logging.getLogger("kvgraph.server")
 class PreparedPrompt:
     """A prompt ready to be asked: its graph, method and plan, and one engine request a choice.
 
-    dropped: the names of documents that were left out because they didn't fit. reading: how answers are to be read.
+    dropped: the names of documents that were left out because they didn't fit. salt: of the tenant who asks. reading: how
+    answers are to be read.
     """
 
     graph: ContextGraph
@@ -62,6 +63,7 @@ class PreparedPrompt:
     plan: Plan
     requests: tuple[Request, ...]
     dropped: tuple[str, ...] = ()
+    salt: str = ""
     reading: Reading = PLAIN
 
 
@@ -497,7 +499,13 @@ def _fitting(
             for i in range(body.n)
         )
         return PreparedPrompt(
-            fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:]), reading
+            fitted,
+            context.method,
+            plan,
+            tuple(made),
+            tuple(whole.names[i] for i in whole.read[kept:]),
+            caller.salt,
+            reading,
         )
 
     best, low, high, middle = None, 0, total, total
