@@ -21,7 +21,7 @@ from kvgraph.server.runner import Update
 from kvgraph.server.shadow import Answered
 from kvgraph.server.state import Server
 from kvgraph.server.tokens import Offsets
-from kvgraph.server.tools.reading import CallBegun, Event, Reader, Said, Thought, message
+from kvgraph.server.tools.reading import AnswerReader, CallBegun, Event, Said, Thought, message
 
 
 @dataclass
@@ -197,7 +197,7 @@ class ChatAnswer(AnswerForm):
                 finish_reason=ended if i == len(deltas) - 1 else None,
             )
 
-    def _reason(self, result: Result, reader: Reader) -> schema.FinishReason:
+    def _reason(self, result: Result, reader: AnswerReader) -> schema.FinishReason:
         """Why the answer ended: for its calls, if it has any and wasn't cut short."""
         reason = finish_reason(result)
         return "tool_calls" if reader.calls and reason == "stop" else reason
