@@ -21,10 +21,10 @@ from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
 from kvgraph.server import logs
+from kvgraph.server.encode import GraphEncoder
 from kvgraph.server.errors import APIError
 from kvgraph.server.library import LIBRARY, Library
 from kvgraph.server.metrics import Metrics
-from kvgraph.server.precompute import Precompute
 from kvgraph.server.runner import EngineThread
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.tenants import Caller, Tenants
@@ -78,7 +78,7 @@ class Server:
         self._engine: Engine | None = None
         self._runner: EngineThread | None = None
         self._library: Library | None = None
-        self._precompute: Precompute | None = None
+        self._encoder: GraphEncoder | None = None
         self._loading: asyncio.Task | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ class Server:
             runner.start()
             self.metrics.observe(runner)
             self._engine, self._runner = engine, runner
-            self._precompute = Precompute(runner, self._library, self.workers)
-            await self._precompute.resume()
+            self._encoder = GraphEncoder(runner, self._library, self.workers)
+            await self._encoder.resume()
         except Exception as error:
             self.failure = error
             log.error("can't serve %s: %s", self.settings.model, error, exc_info=not isinstance(error, KVGraphError))
@@ -111,8 +111,8 @@ class Server:
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
-        if self._precompute is not None:
-            await self._precompute.stop()
+        if self._encoder is not None:
+            await self._encoder.stop()
         deadline = time.monotonic() + self.settings.grace
         while self.in_work and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -160,9 +160,9 @@ class Server:
         return _loaded(self._library)
 
     @property
-    def precompute(self) -> Precompute:
+    def encoder(self) -> GraphEncoder:
         """What encodes stored graphs. Raises APIError 503 while there is no engine."""
-        return _loaded(self._precompute)
+        return _loaded(self._encoder)
 
     # -- what is served -----------------------------------------------------------------------------------------------
 
