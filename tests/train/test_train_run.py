@@ -696,7 +696,7 @@ def test_the_command_trains_goes_on_and_exports(run, llama, tmp_path):
         (["--recipe", "world-1hop", "--weights", "1-hop=many", "--out", "x"], "'1-hop=many' isn't NAME=WEIGHT"),
         (["--recipe", "world-1hop", "--weights", "qa=1", "--out", "x"], "there is no component 'qa'; there are 1-hop"),
         (["--recipe", "world-1hop", "--weights", "1-hop=0", "--out", "x"], "components of a stage"),
-        (["--config", __file__, "--out", "x"], "this is no configuration of a training run"),
+        (["--config", __file__, "--out", "x"], "this isn't the configuration of a training run"),
         (["--recipe", "kvlink-5", "--data", "/nowhere", "--model", "/nowhere", "--out", "x"], "there is no folder"),
     ],
 )
