@@ -138,7 +138,7 @@ async def _stream(client: httpx.AsyncClient, served: Served, most: int | None) -
                 return
             if line == "data: [DONE]":
                 served.end = "finished"
-            elif line:
+            elif line.startswith("data: "):  # a comment is a sign of life
                 seen += 1
                 _take(served, json.loads(line.removeprefix("data: ")))
 

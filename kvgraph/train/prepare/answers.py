@@ -270,7 +270,7 @@ async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: AnswerRequest
     try:
         completion = await client.chat.completions.create(
             model=endpoint.model,
-            messages=list(request.messages),  # type: ignore[arg-type]
+            messages=list(request.messages),  # type: ignore[arg-type]  # plain dicts are messages too
             max_tokens=endpoint.max_tokens,
             temperature=endpoint.temperature,
         )
