@@ -19,7 +19,7 @@ from soak import SOAK, draws  # noqa: E402
 
 torch.set_num_threads(1)
 
-settings.register_profile("ci", deadline=None, max_examples=draws(30))
+settings.register_profile("ci", deadline=None, max_examples=draws(20))
 settings.load_profile("ci")
 
 
