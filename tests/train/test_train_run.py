@@ -506,12 +506,10 @@ def assert_close(run: Path, other: Path) -> None:
         assert row == pytest.approx(want, abs=1e-5)
 
 
-def test_two_processes_are_one(llama, unbroken, tmp_path):
-    """By torchrun, as one would type it; other tests start processes faster. Each step has several sequences, some steps
-    more for one process than for the other; what they save is one model.
-    """
-    file, out = tmp_path / "run.json", tmp_path / "run"
-    file.write_text(config(llama).to_json())
+def by_torchrun(settings: Config, out: Path) -> None:
+    """The same, as one would type it."""
+    file = out.with_suffix(".json")
+    file.write_text(settings.to_json())
     words = ["--nproc-per-node", 2, "-m", "kvgraph.cli", "train", "--config", file, "--out", out]
     found = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
@@ -521,6 +519,18 @@ def test_two_processes_are_one(llama, unbroken, tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout == f"trained 8 steps; the model is in {out}/step-000008/model\n"
+
+
+@pytest.mark.parametrize(
+    "torchrun", [False, pytest.param(True, marks=pytest.mark.slow)]
+)  # it imports all in each process
+def test_two_processes_are_one(llama, workers, unbroken, tmp_path, torchrun):
+    """Each step has several sequences, some steps more for one process than for the other; what they save is one model."""
+    out = tmp_path / "run"
+    if torchrun:
+        by_torchrun(config(llama), out)
+    else:
+        together(workers, config(llama), out)
     assert {row["sequences"] % 2 for row in steps(unbroken)} == {0, 1}
     assert_close(out, unbroken)
     alone, shared = weights(unbroken), weights(out)
