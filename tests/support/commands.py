@@ -1,4 +1,5 @@
 """The command line in processes that start at once: a program imports what takes seconds, and forks a child for each command.
+With KVGRAPH_SOAK=1 each is started as a user would start it.
 
 A child ends as any process does: with its own exit code, by a signal, and after whatever runs at Python's exit.
 """
@@ -17,15 +18,29 @@ import time
 from pathlib import Path
 from typing import Any
 
+from soak import SOAK
+
 
 class Command:
-    """`kvgraph WORDS` in a process of its own. What it prints goes into two files."""
+    """`kvgraph WORDS` in a process of its own. What it prints goes into two files. fresh: whether it isn't forked."""
 
-    def __init__(self, *words: object, **environment: str):
+    def __init__(self, *words: object, fresh: bool = SOAK, **environment: str):
         folder = Path(tempfile.mkdtemp(prefix="command-", dir=os.environ["XDG_CACHE_HOME"]))
         self._out, self._err = folder / "out", folder / "err"
         self._out.touch()
         self._err.touch()
+        self.returncode: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        if fresh:
+            with self._out.open("wb") as out, self._err.open("wb") as err:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "kvgraph.cli", *map(str, words)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                    env={**os.environ, **environment},
+                    # Who runs the tests in the background may have made them ignore Ctrl-C, which would be inherited.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                )  # fmt: skip
+            self.pid = self._process.pid
+            return
         job = {
             "words": [str(word) for word in words],
             "stdout": str(self._out),
@@ -34,7 +49,6 @@ class Command:
             "folder": os.getcwd(),
         }
         self.pid = int(_ask(json.dumps(job)))
-        self.returncode: int | None = None
 
     @property
     def stdout(self) -> str:
@@ -46,7 +60,9 @@ class Command:
 
     def poll(self) -> int | None:
         """The exit status, or minus the signal that ended it; None while it runs."""
-        if self.returncode is None:
+        if self._process is not None:
+            self.returncode = self._process.poll()
+        elif self.returncode is None:
             self.returncode = json.loads(_ask(json.dumps({"poll": self.pid})))
         return self.returncode
 

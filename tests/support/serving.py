@@ -169,9 +169,9 @@ def code_of(answer: httpx.Response) -> str | None:
 class Process:
     """`kvgraph serve` as a process, ready."""
 
-    def __init__(self, folder: Path, *flags: object, **environment: str):
+    def __init__(self, folder: Path, *flags: object, **options: Any):
         self.name = folder.name
-        self.process = Command("serve", "--model", folder, "--port", 0, *flags, **environment)
+        self.process = Command("serve", "--model", folder, "--port", 0, *flags, **options)
 
     def __enter__(self) -> Process:
         self.url = started(self.process)
