@@ -174,7 +174,11 @@ class Process:
         self.process = Command("serve", "--model", folder, "--port", 0, *flags, **options)
 
     def __enter__(self) -> Process:
-        self.url = started(self.process)
+        try:
+            self.url = started(self.process)
+        except BaseException:
+            self.process.kill()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
