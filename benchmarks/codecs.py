@@ -1,8 +1,8 @@
-"""What every codec saves and costs: bytes, time, logits, and answers of the shipped model about an invented world.
+"""The savings and costs of every codec: bytes, time, logits, and the shipped model's answers about a synthetic world.
 
-Sizes and times are of a random 124 M model's documents in bfloat16, in files on this machine's disk; a figure of load
-covers reading, checking and unpacking a record whose file is in the page cache. Logits and answers are of the world model
-in float32, by `block` on worlds it wasn't trained on; the likelihood is of the right answer's tokens.
+Sizes and times are for documents of a random 124 M model in bfloat16, in files on this machine's disk. Load times cover
+reading, checking and unpacking a record whose file is in the page cache. Logits and answers are those of the world model in
+float32 with `block`, on worlds it wasn't trained on. The likelihood is that of the right answer's tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SEED = 20_261
 
 
 def sizes(spec: str, model: models.Model, records: list[Any], tokens: int, folder: str) -> dict[str, float]:
-    """Bytes of 1,000 tokens on disk and seconds of packing, writing and loading them."""
+    """Bytes of 1,000 tokens on disk, and the seconds for packing, writing and loading them."""
     codec, store = parse(spec), DiskStore(folder, fingerprint=spec)
     pack, load = [], []
     for record in records:
@@ -47,7 +47,7 @@ def sizes(spec: str, model: models.Model, records: list[Any], tokens: int, folde
 
 
 def answers(spec: str, world: models.Model, source: WorldSource, corpora: int) -> tuple[float, float, torch.Tensor]:
-    """Mean negative log-likelihood of an answer's token, accuracy, and the logits after every query."""
+    """The mean negative log-likelihood of an answer's tokens, the accuracy, and the logits after every query."""
     with Engine(world, kv_budget=1 << 30, codec=spec) as engine:
         requests, queries = [], []
         for number in range(corpora):
@@ -90,9 +90,9 @@ def main() -> None:
     by = {row["codec"]: row for row in rows}
     goals = {
         "kivi is smaller than bf16": (by["kivi"]["smaller"], "3.5 or more"),
-        "points kivi costs": (by["raw"]["accuracy %"] - by["kivi"]["accuracy %"], "1 at most"),
+        "points lost by kivi": (by["raw"]["accuracy %"] - by["kivi"]["accuracy %"], "1 at most"),
         "kivi:bits=2 is smaller than bf16": (by["kivi:bits=2"]["smaller"], "6 or more"),
-        "gear's logit error, of kivi's": (by["gear"]["logit error"] / by["kivi"]["logit error"], "below 1"),
+        "gear's logit error / kivi's": (by["gear"]["logit error"] / by["kivi"]["logit error"], "below 1"),
     }
     report(f"Codecs; {len(logits)} questions", rows, args, goals)
 

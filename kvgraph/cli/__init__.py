@@ -98,7 +98,7 @@ def _explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, UsageError):
         context: Any = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "kvgraph"
-        return USAGE, f"{error.format_message().rstrip('.')}; see `{command} --help`"  # type: ignore[attr-defined]
+        return USAGE, f"{error.format_message().rstrip('.')}; see `{command} --help`"  # type: ignore[attr-defined]  # every error of click has it
     if isinstance(error, OSError) and error.strerror:
         return OTHER, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, ModuleNotFoundError):  # the serve command handles the server's own
@@ -157,7 +157,7 @@ def _warn_in_one_line() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             _say(f"{record.levelname.lower()}: {record.getMessage()}")
 
-    warnings.showwarning = show  # type: ignore[assignment]
+    warnings.showwarning = show  # type: ignore[assignment]  # Python allows it
     logger = logging.getLogger("kvgraph")
     logger.handlers = [Handler()]
     logger.propagate = False

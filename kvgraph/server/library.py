@@ -73,8 +73,8 @@ class StoredSegment:
 class StoredGraph:
     """What is known of a stored graph without its content.
 
-    row: its number in the library. segments, edges: how many. spans, tokens: what precomputing leaves in the store.
-    done: segments that are precomputed, of `segments`.
+    row: its number in the library. segments, edges: how many. spans, tokens: what encoding it leaves in the store.
+    done: segments that are encoded, of `segments`.
     """
 
     row: int
@@ -285,7 +285,7 @@ class Library:
             ]
 
     def progress(self, graph: StoredGraph, state: State, done: int, error: str | None = None) -> None:
-        """Note how far precomputing has come. No effect on a graph that is gone."""
+        """Note how far the encoding has come. No effect on a graph that is gone."""
         with self._changing():
             self._db.execute(
                 "UPDATE graphs SET state = ?, done = ?, error = ? WHERE row = ?", (state, done, error, graph.row)

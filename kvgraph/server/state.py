@@ -21,10 +21,10 @@ from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
 from kvgraph.server import logs
+from kvgraph.server.encode import GraphEncoder
 from kvgraph.server.errors import APIError
 from kvgraph.server.library import LIBRARY, Library
 from kvgraph.server.metrics import Metrics
-from kvgraph.server.precompute import Precompute
 from kvgraph.server.runner import EngineThread
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.shadow import Shadow
@@ -79,7 +79,7 @@ class Server:
         self._engine: Engine | None = None
         self._runner: EngineThread | None = None
         self._library: Library | None = None
-        self._precompute: Precompute | None = None
+        self._encoder: GraphEncoder | None = None
         self._shadow: Shadow | None = None
         self._loading: asyncio.Task | None = None
 
@@ -98,9 +98,9 @@ class Server:
             runner.start()
             self.metrics.observe(runner)
             self._engine, self._runner = engine, runner
-            self._precompute = Precompute(runner, self._library, self.workers)
+            self._encoder = GraphEncoder(runner, self._library, self.workers)
             self._shadow = Shadow(runner, self.workers, self.metrics, self.settings.shadow)
-            await self._precompute.resume()
+            await self._encoder.resume()
         except Exception as error:
             self.failure = error
             log.error("can't serve %s: %s", self.settings.model, error, exc_info=not isinstance(error, KVGraphError))
@@ -114,8 +114,8 @@ class Server:
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
-        if self._precompute is not None:
-            await self._precompute.stop()
+        if self._encoder is not None:
+            await self._encoder.stop()
         if self._shadow is not None:
             await self._shadow.stop()
         deadline = time.monotonic() + self.settings.grace
@@ -165,9 +165,9 @@ class Server:
         return _loaded(self._library)
 
     @property
-    def precompute(self) -> Precompute:
+    def encoder(self) -> GraphEncoder:
         """What encodes stored graphs. Raises APIError 503 while there is no engine."""
-        return _loaded(self._precompute)
+        return _loaded(self._encoder)
 
     @property
     def shadow(self) -> Shadow:

@@ -22,10 +22,10 @@ from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server import errors
+from kvgraph.server.encode import QUERY, encoded, encoding, keys_of, segment_plan
 from kvgraph.server.errors import APIError
 from kvgraph.server.library import DEFAULT_METHOD, State, StoredGraph, StoredSegment
 from kvgraph.server.lifecycle import Call, TheCall
-from kvgraph.server.precompute import QUERY, encoded, encoding, keys_of, segment_plan
 from kvgraph.server.prompts import with_fields
 from kvgraph.server.schema import Name, Ref, Strict
 from kvgraph.server.state import Server, TheCaller, TheServer
@@ -278,7 +278,7 @@ async def post_graph(body: GraphIn, call: TheCall) -> GraphOut:
     again changes nothing, except that a failed one is started again."""
     async with call.admitted():  # to the end, whether or not the client stays: what is kept must be started too
         graph = await call.server.workers.run(_kept, call.server, call.caller, body)
-    call.server.precompute.start(graph)
+    call.server.encoder.start(graph)
     return _shown(call.server, graph)
 
 
@@ -299,7 +299,7 @@ async def get_graph(id: InPath, server: TheServer, caller: TheCaller) -> GraphOu
 async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Deleted:
     """Forget a graph and the KV of segments that were encoded along its edges. Its segments and their own KV stay."""
     graph = await server.workers.run(server.library.graph, caller.tenant, id)
-    await server.precompute.stop(graph)
+    await server.encoder.stop(graph)
 
     def removed() -> list[str]:
         plan = graph.method.plan(server.library.part(graph).graph(QUERY))

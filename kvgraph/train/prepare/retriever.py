@@ -1,7 +1,10 @@
-"""The best passages for each question, by an embedding retriever. The search is exact; whatever is large is on disk.
+"""The best passages for each question, by an embedding retriever. Large data is on disk.
 
-Embeddings and results are appended to files whose length says how far they are, so that work that was killed goes on
-where it stopped and ends with the bytes of an unbroken run.
+The search is exact and written here, in 15 lines over a mapped file. An index of faiss or hnswlib isn't simpler: a flat
+one holds all vectors in memory, and an approximate one makes the training data depend on how it was built.
+
+Embeddings and results are appended to files whose length shows the progress. Killed work resumes where it stopped and ends
+with the same bytes as an unbroken run.
 """
 
 from __future__ import annotations
@@ -24,19 +27,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONTRIEVER = "facebook/contriever"
-EMBEDDED = (
-    1024  # passages at a time; a run that goes on starts with such a block, so batches and roundings stay the same
-)
+EMBEDDED = 1024  # passages at a time; a resumed run starts with a whole block, so batches and rounding stay the same
 SEARCHED, SCORED = 2048, 1 << 15  # questions and passages at a time: 256 MiB of scores
 TSV = ("id", "text", "title")
 
 
 class RetrieverError(KVGraphError):
-    """Passages can't be found: a bad collection, no such model, files of another collection or model."""
+    """Passages can't be found: a bad collection, a missing model, or files of another collection or model."""
 
 
 class Encoder(Protocol):
-    """What turns texts into vectors whose dot product is their similarity. name: changes whenever the vectors do."""
+    """Turns texts into vectors whose dot product is their similarity. name: changes whenever the vectors do."""
 
     name: str
     width: int
@@ -51,8 +52,8 @@ class Encoder(Protocol):
 class SentenceEncoder:
     """A sentence-transformers model with its own pooling, prompts and similarity (cosine or dot product).
 
-    Any other encoder, such as Contriever (arXiv 2112.09118), gives the mean of its last hidden states, compared by dot
-    product. Runs on a GPU where there is one. Raises RetrieverError: the library or the model isn't there.
+    Any other encoder, such as Contriever (arXiv 2112.09118), is used with the mean of its last hidden states and the dot
+    product. Runs on a GPU if there is one. Raises RetrieverError if the library or the model is missing.
     """
 
     def __init__(self, name: str):
@@ -90,9 +91,9 @@ class SentenceEncoder:
 class Passages:
     """The passages of a file, by number: {"title", "text"} each.
 
-    The file has one a line and isn't compressed: JSON Lines with `title` and `text`, or, named .tsv, the columns id, text
-    and title under a line that says so, as in DPR's Wikipedia (arXiv 2004.04906). 8 bytes of memory a passage.
-    sha: of the file's bytes. Raises RetrieverError naming file and line.
+    The file has one passage per line and isn't compressed: JSON Lines with `title` and `text`, or, if named .tsv, the
+    columns id, text and title under a header line, as in DPR's Wikipedia (arXiv 2004.04906). Takes 8 bytes of memory per
+    passage. sha: of the file's bytes. Raises RetrieverError naming file and line.
     """
 
     def __init__(self, path: Path):
@@ -140,7 +141,7 @@ def best(
     fewer columns if there are fewer passages.
 
     index: the folder for the passages' embeddings, 2 bytes a number; it can be shared by several sets of questions.
-    progress: told what is being done. Raises RetrieverError: no passages, or files that were begun for others.
+    progress: called with messages. Raises RetrieverError if there are no passages, or for files of other data.
     """
     if not len(passages):
         raise RetrieverError(f"{passages.path} holds no passages")
@@ -164,7 +165,7 @@ def best(
 def ranked(
     encoder: Encoder, question: str, passages: Sequence[dict[str, str]], count: int
 ) -> tuple[dict[str, str], ...]:
-    """The best `count` of a few passages for a question, best first; passages that are alike keep their order."""
+    """The best `count` of a few passages for a question, best first; equally good ones keep their order."""
     if not passages:
         return ()
     scores = encoder.passages([_read(p) for p in passages]) @ encoder.questions([question])[0]
@@ -175,7 +176,7 @@ def ranked(
 def search(queries: Tensor, vectors: np.ndarray, count: int) -> Tensor:
     """The `count` rows of `vectors` [n, D] with the highest dot products with each query: [q, count] int64, best first.
 
-    queries [q, D] float32. Exact: every row is compared, in float32, as many at a time as fit in memory.
+    queries [q, D] float32. Exact: every row is compared, in float32, a block at a time.
     """
     import torch
 
@@ -195,8 +196,8 @@ def search(queries: Tensor, vectors: np.ndarray, count: int) -> Tensor:
 class Rows:
     """An array on disk that grows at its end: rows of `width` numbers, nothing else in the file.
 
-    Beside it, NAME.json says what it is made of. block: what isn't a whole number of blocks was cut off by a crash or
-    was the end; it is written again. One process at a time. Raises RetrieverError.
+    NAME.json beside it describes its data. block: an incomplete last block was cut off by a crash, or was the end; it is
+    written again. One process at a time. Raises RetrieverError.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str, width: int, block: int, made_of: dict[str, Any]):
@@ -230,7 +231,7 @@ class Rows:
         return self._file.seek(0, os.SEEK_END) // (self.dtype.itemsize * self.width)
 
     def start(self, total: int) -> int:
-        """How many rows of `total` are there for good; whatever follows them is cut off."""
+        """The number of complete rows, of `total`; anything after them is cut off."""
         done = len(self)
         if done < total:
             done -= done % self.block
@@ -253,7 +254,7 @@ class Rows:
 def _fill(
     rows: Rows, total: int, what: str, progress: Callable[[str], None], make: Callable[[int, int], np.ndarray]
 ) -> None:
-    """Append what is missing of `total` rows, block by block; make(a, b) gives rows a to b."""
+    """Append the missing rows of `total`, block by block; make(a, b) gives rows a to b."""
     for start in range(rows.start(total), total, rows.block):
         end = min(start + rows.block, total)
         rows.append(make(start, end))
@@ -269,5 +270,5 @@ def _embedded(encoder: Encoder, passages: Passages, start: int, end: int) -> np.
 
 
 def _read(passage: dict[str, str]) -> str:
-    """What is embedded of a passage: title and text, as Contriever's own retrieval does it."""
+    """The text that is embedded for a passage: title and text, as in Contriever's own retrieval."""
     return f"{passage['title']} {passage['text']}".strip()
