@@ -34,9 +34,13 @@ class Choice:
 
 
 class AnswerForm:
-    """What the answers to chat and plain completions share. silent: the request wants no new token."""
+    """What the answers to chat and plain completions share. silent: the request wants no new token.
+
+    operation: what OpenTelemetry's GenAI conventions call it.
+    """
 
     prefix: str
+    operation: str
     response: Callable[..., BaseModel]
     part: Callable[..., BaseModel]
 
@@ -44,7 +48,7 @@ class AnswerForm:
         self.server, self.body, self.laid, self.ignored = server, body, laid, ignored
         self.silent = max_tokens(body) == 0
         self.choices = [Choice(request) for prompt in laid for request in prompt.requests]
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": server.settings.name,
@@ -92,7 +96,7 @@ class AnswerForm:
         for result in results:
             for tier, n in result.usage.reused_tokens.items():
                 reused[tier] = reused.get(tier, 0) + n
-        cached = sum(max(0, min(u.prompt_tokens - u.live_tokens, sum(u.reused_tokens.values()))) for u in firsts)
+        cached = sum(u.cached_tokens for u in firsts)
         u, with_documents = firsts[0], any(prompt.graph.segments for prompt in self.laid)
         details = schema.Details(
             method=self.laid[0].method.name,
@@ -127,7 +131,7 @@ class AnswerForm:
 class ChatAnswer(AnswerForm):
     """The answer to a chat."""
 
-    prefix = "chatcmpl"
+    prefix, operation = "chatcmpl", "chat"
     response, part = schema.ChatResponse, schema.ChatChunk
 
     def choice(self, index: int, choice: Choice) -> schema.ChatChoice:
@@ -173,7 +177,7 @@ class ChatAnswer(AnswerForm):
 class TextAnswer(AnswerForm):
     """The continuation of a prompt, maybe after the prompt itself."""
 
-    prefix = "cmpl"
+    prefix, operation = "cmpl", "text_completion"
     response, part = schema.CompletionResponse, schema.CompletionResponse
 
     def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt], ignored: list[str]):

@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+@dataclass
+class Inference:
+    """What a request that generates asks for, in the words of OpenTelemetry's GenAI conventions.
+
+    operation: "chat" or "text_completion". choices: of each prompt. output: "text" or "json".
+    """
+
+    operation: str
+    streamed: bool = False
+    choices: int = 1
+    output: str = "text"
+    response_id: str | None = None
+
+
 @dataclass(eq=False)
 class Exchange:
     """An HTTP request being answered, as its access line will tell it. jobs: what it asked of the engine, as it is now."""
@@ -31,6 +45,7 @@ class Exchange:
     error: str | None = None  # the code of the error it ended with, also where a stream had begun with 200
     left: bool = False  # the client went before its answer was complete
     trace: str | None = None
+    inference: Inference | None = None  # for requests that generate
 
     @property
     def first_token_at(self) -> float | None:
