@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 BESIDE = {  # script -> what it imports
     "openai_python": "openai",
@@ -76,6 +78,19 @@ def running(server) -> Iterator[dict[str, subprocess.Popen]]:
 def test_every_script_is_run():
     named = {f"{name}.py" for name in (*BESIDE, *APART)} | {"openai_node.mjs"}
     assert {path.name for path in SCRIPTS.iterdir() if path.is_file()} == named
+
+
+def test_the_page_names_every_test():
+    """docs/clients.md: each line of its first table names a script or a test that there is, and none is left out."""
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8").split("## Connect")[0]
+    named = re.findall(r"\| `([\w./]+)`(, soak)? \|$", page, re.M)
+    tests = Path(__file__).read_text(encoding="utf-8")
+    for name, soak in named:
+        if name in BESIDE or name in APART or name == "openai_node":
+            assert bool(soak) == (name not in BESIDE), name
+        else:
+            assert f"def {name}(" in tests or (ROOT / name).exists() or (Path(__file__).parent / name).exists(), name
+    assert {*BESIDE, *APART, "openai_node"} <= {name for name, _ in named}
 
 
 @pytest.mark.parametrize("name", BESIDE)
