@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kvgraph import __version__
+from kvgraph.checks.quality import Fidelity
 from kvgraph.engine.engine import Engine
 from kvgraph.server.logs import Exchange
 from kvgraph.server.runner import EngineJob, EngineThread, Update
@@ -31,6 +32,7 @@ FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
 PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 GEN_AI = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model", "gen_ai_response_model")
 PROVIDER = "kvgraph"
+NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)  # a token
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 
 
@@ -88,6 +90,22 @@ class Metrics:
             GEN_AI, registry=registry, buckets=PER_TOKEN,
         )  # fmt: skip
 
+        self._shadow = Counter(
+            "kvgraph_shadow", "Answers chosen for a comparison with full, by what came of it.", ("method", "outcome"),
+            registry=registry,
+        )  # fmt: skip
+        self._shadow_kl = Histogram(
+            "kvgraph_shadow_kl_nats", "KL(full || method) of an answer's first tokens, a token.", ("method",),
+            registry=registry, buckets=NATS,
+        )  # fmt: skip
+        self._shadow_tokens = Counter(
+            "kvgraph_shadow_tokens", "Tokens of answers that were compared with full.", ("method",), registry=registry
+        )
+        self._shadow_agreeing = Counter(
+            "kvgraph_shadow_agreeing_tokens", "Of these, tokens whose most likely successor is full's too.",
+            ("method",), registry=registry,
+        )  # fmt: skip
+
     def observe(self, runner: EngineThread) -> None:
         """Show gauges of this runner, its engine and the engine's stores too."""
         self._state.runner = runner
@@ -112,8 +130,18 @@ class Metrics:
             if (each := job.time_per_token) is not None:
                 self._per_token.labels(*labels).observe(each)
 
+    def count_shadow(self, method: str, outcome: str, found: Fidelity | None = None) -> None:
+        """An answer was chosen to be compared with `full`. outcome: compared, skipped, or given up for a request."""
+        self._shadow.labels(method, outcome).inc()
+        if found is not None:
+            self._shadow_kl.labels(method).observe(found.kl)
+            self._shadow_tokens.labels(method).inc(found.tokens)
+            self._shadow_agreeing.labels(method).inc(round(found.agreement * found.tokens))
+
     def saw(self, job: EngineJob, update: Update) -> None:
-        """Something new of a job, on the event loop."""
+        """Something new of a job, on the event loop. Nobody waits for a comparison's tokens, so they aren't counted."""
+        if job.request.keep_answer:
+            return
         now, tokens = time.perf_counter(), len(update.sampled)
         if tokens:
             if job.last_token_at is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvgraph.server import errors
 from kvgraph.server.answers import ChatAnswer
-from kvgraph.server.responses.items import GrowingItem, GrowingMessage, Told, growing
+from kvgraph.server.responses.items import GrowingItem, GrowingMessage, Told, growths
 from kvgraph.server.responses.schema import (
     IncompleteDetails,
     InputDetails,
@@ -86,12 +86,13 @@ class ResponseAnswer:
         """The events of what is new in the chat's answer. Items follow each other: a new one ends the one before."""
         self._finish = choice.finish_reason or self._finish
         logprobs = (choice.logprobs.content if choice.logprobs else None) or []
-        for new, grow in growing(choice.delta, logprobs, self._item):
-            if new is not None:
+        for growth in growths(choice.delta, logprobs):
+            if not growth.fits(self._item):
                 yield from self._end("completed")
-                yield from self._begin(new)
+                yield from self._begin(growth.make())
             assert self._item is not None
-            yield from self._told(grow(self._item))
+            if growth.text or growth.logprobs:
+                yield from self._told(self._item.grown(growth.text, growth.logprobs))
 
     def _begin(self, item: GrowingItem) -> Iterator[ResponseEvent]:
         self._item = item
@@ -141,6 +142,8 @@ def _begun(body: ResponseRequest, model: str) -> ResponseObject:
         previous_response_id=body.previous_response_id,
         store=body.store,
         temperature=1.0 if body.temperature is None else body.temperature,
+        tool_choice=body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.model_dump(),
+        tools=[tool.model_dump() for tool in body.tools],
         text={"format": form.model_dump(by_alias=True, exclude_none=True), "verbosity": "medium"},
         top_logprobs=body.top_logprobs,
         top_p=1.0 if body.top_p is None else body.top_p,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -12,10 +12,12 @@ from kvgraph.server.schema import (
     IGNORED,
     MOST_MESSAGES,
     Details,
+    FunctionName,
     Message,
     Name,
     Sampling,
     Sent,
+    TextPart,
     TokenLogprob,
     Unless,
     taken,
@@ -30,8 +32,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, wit
     "max_tool_calls": (),
     "moderation": (),
     "prompt": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncation": ("disabled",),
 }
 NAMED = {  # fields of chats, by what they are called here
@@ -114,6 +114,32 @@ class ReasoningIn(Sent):
     status: str | None = None
 
 
+class CallIn(Sent):
+    """A function that an earlier answer called."""
+
+    type: Literal["function_call"]
+    call_id: Name
+    name: FunctionName
+    arguments: str = "{}"
+    id: str | None = None
+    status: str | None = None
+
+
+class CallOutput(Sent):
+    """What a function that was called gave back."""
+
+    type: Literal["function_call_output"]
+    call_id: Name
+    output: str | list[TextPart]
+    id: str | None = None
+    status: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The output as one text."""
+        return self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
+
+
 def _kind(item: Any) -> str:
     """What an item of the input is; without a type it is a message."""
     kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
@@ -121,12 +147,70 @@ def _kind(item: Any) -> str:
 
 
 InputItem = Annotated[
-    Annotated[Message, Tag("message")] | Annotated[ReasoningIn, Tag("reasoning")],
+    Annotated[Message, Tag("message")]
+    | Annotated[ReasoningIn, Tag("reasoning")]
+    | Annotated[CallIn, Tag("function_call")]
+    | Annotated[CallOutput, Tag("function_call_output")],
     Discriminator(
         _kind,
         custom_error_type="unsupported_parameter",
-        custom_error_message="has a type that isn't supported; send items of type message or reasoning",
+        custom_error_message="has a type that isn't supported; send items of type message, reasoning, function_call or "
+        "function_call_output",
     ),
+]
+
+
+class FunctionTool(Sent):
+    """A function that the model may call, as a tool of a chat."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+    def of_chat(self) -> dict[str, Any]:
+        """The same as a tool of a chat."""
+        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+class FunctionNamed(Sent):
+    """A function that must be called, or may be."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+    def of_chat(self) -> dict[str, Any]:
+        """The same as the `tool_choice` of a chat."""
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class FunctionsAllowed(Sent):
+    """Those of the functions that may be called, and whether one of them must be."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionNamed], Field(min_length=1, max_length=1000)]
+
+    def of_chat(self) -> dict[str, Any]:
+        """The same as the `tool_choice` of a chat."""
+        allowed = {"mode": self.mode, "tools": [tool.of_chat() for tool in self.tools]}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
+
+
+def _choice(choice: Any) -> str:
+    """Which kind of `tool_choice` this is."""
+    if isinstance(choice, str):
+        return "mode"
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+    return "FunctionsAllowed" if kind == "allowed_tools" else "FunctionNamed"
+
+
+FunctionChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("mode")]
+    | Annotated[FunctionNamed, Tag("FunctionNamed")]
+    | Annotated[FunctionsAllowed, Tag("FunctionsAllowed")],
+    Discriminator(_choice),
 ]
 
 
@@ -137,7 +221,7 @@ def _with_neutral(document: dict[str, Any]) -> None:
         fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
     fields.update({name: {"enum": [*values, None]} for name, values in UNSUPPORTED.items()})
     fields.update({name: {"type": "null"} for name in NAMED})
-    fields.update({name: {} for name in (*PASSING, "tools")})  # tools: none are used if tool_choice says so
+    fields.update({name: {} for name in PASSING})
 
 
 class ResponseRequest(Sampling):
@@ -146,7 +230,8 @@ class ResponseRequest(Sampling):
     instructions: a system message of this request alone. previous_response_id: a kept response that the input goes on
     from; documents and instructions are those of this request. store: keep the response, so that it can be asked for and
     gone on from. include: "message.output_text.logprobs" shows log-probabilities, with `top_logprobs` likely tokens each.
-    Fields of `documents`, `kvgraph` and sampling are those of a chat.
+    tools, tool_choice and parallel_tool_calls: as in a chat, of functions alone. Fields of `documents`, `kvgraph` and sampling are
+    those of a chat.
     """
 
     model_config = ConfigDict(json_schema_extra=_with_neutral)
@@ -160,6 +245,8 @@ class ResponseRequest(Sampling):
     include: list[str] = Field(default_factory=list)
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     metadata: Annotated[dict[str, Any], Field(default_factory=dict, max_length=16)]
+    tools: Annotated[list[FunctionTool], Field(max_length=1000)] = Field(default_factory=list)
+    tool_choice: FunctionChoice = "auto"
     parallel_tool_calls: bool = True
     reasoning: ReasoningOptions = ReasoningOptions()
     stream_options: EventOptions | None = None
@@ -174,8 +261,6 @@ class ResponseRequest(Sampling):
         for name, here in NAMED.items():
             if data.get(name) is not None:
                 raise unsupported(name, f" here; it is called {here}")
-        if data.get("tool_choice") == "none":
-            data = {name: value for name, value in data.items() if name not in ("tools", "tool_choice")}
         return taken(data, UNSUPPORTED, PASSING)
 
     @property
@@ -187,20 +272,35 @@ class ResponseRequest(Sampling):
         """The input as messages of a chat."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        return list(_messages(self.input))
+        return _messages(self.input)
 
 
-def _messages(items: list[Message | ReasoningIn]) -> Iterator[dict[str, Any]]:
+def _messages(items: Sequence[Message | ReasoningIn | CallIn | CallOutput]) -> list[dict[str, Any]]:
+    """Items as messages: thoughts and calls are parts of the assistant's message that they stand beside."""
+    messages: list[dict[str, Any]] = []
     thoughts = ""
     for item in items:
         if isinstance(item, ReasoningIn):
             thoughts += "".join(part.text for part in item.content)
-            continue
-        message = item.rendered()
-        if thoughts and item.role == "assistant":
-            message["reasoning_content"] = thoughts
-        thoughts = ""
-        yield message
+        elif isinstance(item, CallOutput):
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})
+        elif isinstance(item, CallIn):
+            if thoughts or not messages or messages[-1]["role"] != "assistant":
+                messages.append(_thought({"role": "assistant", "content": ""}, thoughts))
+                thoughts = ""
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
+        else:
+            said = item.rendered()
+            messages.append(_thought(said, thoughts) if item.role == "assistant" else said)
+            thoughts = ""
+    return messages
+
+
+def _thought(message: dict[str, Any], thoughts: str) -> dict[str, Any]:
+    """An assistant's message with the thoughts before it."""
+    return message | {"reasoning_content": thoughts} if thoughts else message
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -227,7 +327,35 @@ class OutputMessage(BaseModel):
     content: list[OutputText]
 
 
-OutputItem = OutputMessage
+class ReasoningText(BaseModel):
+    """Thoughts."""
+
+    type: Literal["reasoning_text"] = "reasoning_text"
+    text: str
+
+
+class OutputReasoning(BaseModel):
+    """The thoughts before an answer, where the chat template separates them. There is no summary of them."""
+
+    type: Literal["reasoning"] = "reasoning"
+    id: str
+    status: ItemStatus
+    summary: list[Any] = []
+    content: list[ReasoningText]
+
+
+class OutputCall(BaseModel):
+    """A call of a function. arguments: JSON."""
+
+    type: Literal["function_call"] = "function_call"
+    id: str
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str = ""
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
 class InputDetails(BaseModel):
@@ -297,8 +425,16 @@ class ResponseObject(BaseModel):
     usage: ResponseUsage | None = None
 
     def messages(self) -> list[dict[str, Any]]:
-        """The output as messages of a chat."""
-        return [{"role": item.role, "content": "".join(part.text for part in item.content)} for item in self.output]
+        """The output as messages of a chat: one of the assistant, with its thoughts and calls."""
+        text = "".join(p.text for item in self.output if isinstance(item, OutputMessage) for p in item.content)
+        thoughts = "".join(p.text for item in self.output if isinstance(item, OutputReasoning) for p in item.content)
+        calls = [
+            {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.arguments}}
+            for item in self.output
+            if isinstance(item, OutputCall)
+        ]
+        message = _thought({"role": "assistant", "content": text}, thoughts)
+        return [message | {"tool_calls": calls} if calls else message]
 
 
 class ResponseEvent(BaseModel):
@@ -311,9 +447,11 @@ class ResponseEvent(BaseModel):
     item_id: Annotated[str | None, Unless] = None
     item: Annotated[OutputItem | None, Unless] = None
     content_index: Annotated[int | None, Unless] = None
-    part: Annotated[OutputText | None, Unless] = None
+    part: Annotated[OutputText | ReasoningText | None, Unless] = None
     delta: Annotated[str | None, Unless] = None
     text: Annotated[str | None, Unless] = None
+    name: Annotated[str | None, Unless] = None
+    arguments: Annotated[str | None, Unless] = None
     logprobs: Annotated[list[TokenLogprob] | None, Unless] = None
 
 
