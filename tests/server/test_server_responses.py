@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -11,7 +13,19 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from kvgraph.engine.result import Usage
+from kvgraph.server.responses.answer import ResponseAnswer
 from kvgraph.server.responses.kept import Kept, KeptTurn
+from kvgraph.server.responses.schema import ResponseEvent, ResponseObject, ResponseRequest
+from kvgraph.server.schema import (
+    ChatChunkChoice,
+    Delta,
+    Details,
+    FunctionOut,
+    PromptDetails,
+    ToolCallDelta,
+    UsageOut,
+)
 from serving import ANNA, BEN, DOCUMENTS, KEYS, LONG, Live, error, until
 
 LINES = "The harbour was dug by the guild. " * 6
@@ -334,6 +348,175 @@ def test_a_conversation_is_told_in_order_however_long():
     assert kept.delete("t", "last") and kept.size("t") == 0
 
 
+# -- functions and thoughts -------------------------------------------------------------------------------------------
+
+LAMP = {
+    "type": "function",
+    "name": "lamp",
+    "description": "Turn the lamp on or off.",
+    "parameters": {
+        "type": "object",
+        "properties": {"on": {"type": "boolean"}},
+        "required": ["on"],
+        "additionalProperties": False,
+    },
+}
+NAMED = {"type": "function", "name": "lamp"}
+
+
+@pytest.mark.parametrize("choice", [NAMED, "required", {"type": "allowed_tools", "mode": "required", "tools": [NAMED]}])
+def test_a_call_that_must_be_made_is_an_item(ask, choice):
+    response = ask("Light!", tools=[LAMP], tool_choice=choice, parallel_tool_calls=False, max_output_tokens=300)
+    assert response.status == "completed", response
+    (call,) = response.output
+    assert (call.type, call.name, call.status) == ("function_call", "lamp", "completed")
+    assert isinstance(json.loads(call.arguments)["on"], bool) and call.call_id
+    assert response.tools[0].name == "lamp" and response.output_text == ""
+
+
+def test_results_of_calls_go_back(server, ask):
+    """By the response's id, or with all items as they came: the same chat."""
+    asked = ask("Light!", tools=[LAMP], tool_choice=NAMED, max_output_tokens=300)
+    (call,) = asked.output
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "The lamp is on."}
+    kept = ask([result], previous_response_id=asked.id, tools=[LAMP], tool_choice="none")
+    sent = ask([{"role": "user", "content": "Light!"}, call.model_dump(), result], tools=[LAMP], tool_choice="none")
+    calls = [{"id": call.call_id, "type": "function", "function": {"name": "lamp", "arguments": call.arguments}}]
+    told = chat(
+        server,
+        [
+            {"role": "user", "content": "Light!"},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "tool_call_id": call.call_id, "content": "The lamp is on."},
+        ],
+    )
+    assert kept.output_text == sent.output_text == text(told)
+    assert kept.usage.input_tokens == sent.usage.input_tokens == told["usage"]["prompt_tokens"]
+
+
+def test_a_streamed_call(client, server):
+    with client.responses.stream(
+        model=server.name, input="Light!", tools=[LAMP], tool_choice=NAMED, max_output_tokens=300, temperature=0
+    ) as stream:
+        events = list(stream)
+    kinds = list(dict.fromkeys(event.type for event in events))
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == events[-1].response.output[0].arguments and all(deltas)
+
+
+class Scripted:
+    """A chat's answer that says what a test wants."""
+
+    def __init__(self, deltas: list[Delta], reason: str = "stop"):
+        self.server = SimpleNamespace(settings=SimpleNamespace(name="scripted"))
+        self.deltas, self.reason = deltas, reason
+        self.choices = [SimpleNamespace(result=SimpleNamespace(usage=Usage()))]
+
+    async def chunks(self, _: Any) -> AsyncIterator[Any]:
+        for i, delta in enumerate(self.deltas):
+            reason = self.reason if i == len(self.deltas) - 1 else None
+            yield SimpleNamespace(choices=[ChatChunkChoice(index=0, delta=delta, finish_reason=reason)])
+
+    def usage(self) -> UsageOut:
+        details = Details(
+            method="full", computed_tokens=1, document_tokens_computed=0, reused_tokens={}, kv_bytes=0, queued=0,
+            encoded=0, ttft=0, decode=0,
+        )  # fmt: skip
+        cached = PromptDetails(cached_tokens=0)
+        return UsageOut(
+            prompt_tokens=1, completion_tokens=1, total_tokens=2, prompt_tokens_details=cached, kvgraph=details
+        )
+
+
+def written(deltas: list[Delta], reason: str = "stop") -> tuple[ResponseObject, list[ResponseEvent]]:
+    """The response that a chat's chunks come to, and its events."""
+
+    async def nothing() -> AsyncIterator[Any]:
+        return
+        yield
+
+    async def gather() -> list[ResponseEvent]:
+        return [event async for event in answer.events(nothing())]
+
+    answer = ResponseAnswer(ResponseRequest(model="scripted", input="x"), Scripted(deltas, reason), lambda _: None)
+    return answer.response, asyncio.run(gather())
+
+
+def test_thoughts_text_and_calls_follow_each_other():
+    def call(index: int, **more: Any) -> Delta:
+        function = FunctionOut(name=more.get("name"), arguments=more.get("arguments", ""))
+        return Delta(tool_calls=[ToolCallDelta(index=index, id=more.get("id"), function=function)])
+
+    _, events = written(
+        [
+            Delta(role="assistant", content=""),
+            Delta(reasoning_content="Hm"),
+            Delta(reasoning_content="m."),
+            Delta(content="I "),
+            Delta(content="see."),
+            call(0, id="call_a", name="lamp"),
+            call(0, arguments='{"on":'),
+            call(0, arguments="true}"),
+            call(1, id="call_b", name="lamp", arguments="{}"),
+            Delta(),
+        ],
+        "tool_calls",
+    )
+    last = events[-1].response
+    assert events[-1].type == "response.completed" and [event.sequence_number for event in events] == [
+        *range(len(events))
+    ]
+    assert [item.type for item in last.output] == ["reasoning", "message", "function_call", "function_call"]
+    thoughts, message, first, second = last.output
+    assert (thoughts.content[0].text, message.content[0].text) == ("Hmm.", "I see.")
+    assert (first.call_id, first.arguments, second.call_id, second.arguments) == (
+        "call_a",
+        '{"on":true}',
+        "call_b",
+        "{}",
+    )
+    assert {item.status for item in last.output} == {"completed"}
+    for index, item in enumerate(last.output):
+        mine = [event.type.removeprefix("response.") for event in events if event.output_index == index]
+        assert (mine[0], mine[-1]) == ("output_item.added", "output_item.done")
+        assert {event.item_id for event in events if event.output_index == index and event.item_id} == {item.id}
+    assert last.messages() == [
+        {
+            "role": "assistant",
+            "content": "I see.",
+            "reasoning_content": "Hmm.",
+            "tool_calls": [
+                {"id": "call_a", "type": "function", "function": {"name": "lamp", "arguments": '{"on":true}'}},
+                {"id": "call_b", "type": "function", "function": {"name": "lamp", "arguments": "{}"}},
+            ],
+        }
+    ]
+    sent = ResponseRequest(model="m", input=[{"role": "user", "content": "x"}, *(i.model_dump() for i in last.output)])
+    assert sent.messages()[1:] == last.messages()  # what came can be sent back
+
+
+def test_an_answer_cut_short_is_incomplete_in_its_last_item_alone():
+    _, events = written([Delta(reasoning_content="Hm"), Delta(content="I")], "length")
+    last = events[-1].response
+    assert [item.status for item in last.output] == ["completed", "incomplete"]
+    assert (last.status, last.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+def test_an_empty_answer_is_an_empty_message():
+    _, events = written([Delta(role="assistant", content="")])
+    (item,) = events[-1].response.output
+    assert (item.type, item.content[0].text, item.status) == ("message", "", "completed")
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +529,8 @@ def test_a_conversation_is_told_in_order_however_long():
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0", "unsupported_parameter"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
          "input.0.content.0.type", "invalid_value"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "invalid_value"),
+        ({"tools": [{"type": "function"}]}, "tools.0.name", "missing_required_parameter"),
         ({"max_tokens": 5}, "max_tokens", "unsupported_parameter"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "unsupported_parameter"),
         ({"background": True}, "background", "unsupported_parameter"),
