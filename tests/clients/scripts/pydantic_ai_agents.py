@@ -1,4 +1,4 @@
-"""pydantic-ai: agents over chats and over responses, with text and with structured output, and their history."""
+"""pydantic-ai: agents over chats and over responses, with text and with both kinds of structured output."""
 
 import os
 from typing import Literal
@@ -26,6 +26,7 @@ for kind in (OpenAIChatModel, OpenAIResponsesModel):
     assert second.usage.input_tokens > first.usage.input_tokens
     assert second.usage.cache_read_tokens > 0, second.usage
     texts.append(first.output)
-    light = Agent(model, output_type=NativeOutput(Light), model_settings={"max_tokens": 200}).run_sync("A light")
-    assert isinstance(light.output, Light)
+    for form in (NativeOutput(Light), Light):  # by JSON schema, and as a function that must be called
+        light = Agent(model, output_type=form, model_settings={"max_tokens": 200}).run_sync("A light")
+        assert isinstance(light.output, Light)
 assert texts[0] == texts[1], texts
