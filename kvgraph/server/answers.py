@@ -21,7 +21,7 @@ from kvgraph.server.runner import Update
 from kvgraph.server.shadow import Answered
 from kvgraph.server.state import Server
 from kvgraph.server.tokens import Offsets
-from kvgraph.server.tools.reading import CallBegun, Event, Reader, Said, Thought, message
+from kvgraph.server.tools.reading import CallBegun, Event, Said, Thought, message
 
 
 @dataclass
@@ -138,6 +138,14 @@ class AnswerForm:
             kvgraph=details,
         )
 
+    def reason(self, index: int, result: Result) -> schema.FinishReason:
+        """Why a choice ended."""
+        return finish_reason(result)
+
+    def reasons(self) -> list[str]:
+        """Why each choice ended that has."""
+        return [self.reason(i, choice.result) for i, choice in enumerate(self.choices) if choice.result is not None]
+
     def choice(self, index: int, choice: Choice) -> BaseModel:
         """A complete choice."""
         raise NotImplementedError
@@ -174,7 +182,7 @@ class ChatAnswer(AnswerForm):
                 tool_calls=calls or None,
             ),
             logprobs=self._logprobs(choice.sampled),
-            finish_reason=self._reason(choice.result, reader),
+            finish_reason=self.reason(index, choice.result),
         )
 
     def chunk(self, index: int, choice: Choice, update: Update) -> Iterator[schema.ChatChunkChoice]:
@@ -184,7 +192,7 @@ class ChatAnswer(AnswerForm):
         ended = None
         if update.result is not None:
             events += reader.end()
-            ended = self._reason(update.result, reader)
+            ended = self.reason(index, update.result)
         logprobs = self._logprobs(update.sampled) if update.sampled else None
         deltas = [_delta(event) for event in events]
         if ended and deltas and deltas[-1].tool_calls:
@@ -201,10 +209,10 @@ class ChatAnswer(AnswerForm):
                 finish_reason=ended if i == len(deltas) - 1 else None,
             )
 
-    def _reason(self, result: Result, reader: Reader) -> schema.FinishReason:
-        """Why the answer ended: for its calls, if it has any and wasn't cut short."""
+    def reason(self, index: int, result: Result) -> schema.FinishReason:
+        """Why an answer ended: for its calls, if it has any and wasn't cut short."""
         reason = finish_reason(result)
-        return "tool_calls" if reader.calls and reason == "stop" else reason
+        return "tool_calls" if self._readers[index].calls and reason == "stop" else reason
 
     def _logprobs(self, sampled: Sequence[Sampled]) -> schema.ChatLogprobs | None:
         if not self.body.logprobs:

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,7 +25,8 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class Inference:
     """What a request that generates asks for, in the words of OpenTelemetry's GenAI conventions.
 
-    operation: "chat" or "text_completion". choices: of each prompt. output: "text" or "json".
+    operation: "chat" or "text_completion". choices: of each prompt. output: "text" or "json". reasons: gives why each
+    choice ended.
     """
 
     operation: str
@@ -32,6 +34,7 @@ class Inference:
     choices: int = 1
     output: str = "text"
     response_id: str | None = None
+    reasons: Callable[[], list[str]] = list
 
 
 @dataclass(eq=False)

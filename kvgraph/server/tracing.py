@@ -153,7 +153,7 @@ def inference(told: Inference, jobs: list[EngineJob], model: str, address: tuple
         found["gen_ai.response.id"] = told.response_id
     if not jobs:
         return found
-    if reasons := [job.request.result.finish_reason for job in jobs if job.request.result is not None]:
+    if reasons := told.reasons():
         found["gen_ai.response.finish_reasons"] = reasons
     params = jobs[0].request.params
     found |= {

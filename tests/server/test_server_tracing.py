@@ -98,13 +98,20 @@ def test_an_inference_is_told_in_the_words_of_the_conventions(model):
             form = {"format": {"type": "json_object"}}
             body = {"model": server.name, "input": SECRETS[0], "text": form, "stream": True, "max_output_tokens": 2}
             httpx.post(f"{url}/v1/responses", json=body, timeout=60)
+            tool = {
+                "type": "function",
+                "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}},
+            }
+            forced = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 100}
+            forced |= {"n": 1, "ignore_eos": False, "stop": None}
+            httpx.post(f"{url}/v1/chat/completions", json=chat | forced, timeout=60)
             httpx.post(f"{url}/v1/chat/completions", json=chat | {"documents": [{"segment": "none"}]}, timeout=60)
     found = [span for span in spans if span.name == f"chat {server.name}"]
     known = {value for name, value in vars(gen_ai_attributes).items() if name.startswith("GEN_AI_")}
     others = {"server.address", "server.port", "error.type"}
     assert {a.key for span in found for a in span.attributes} <= known | others
     assert not [span for span in spans if SECRETS[0] in str(span)]
-    plain, structured, failed = found[1:]
+    plain, structured, calling, failed = found[1:]
     want = {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "kvgraph",
@@ -131,6 +138,7 @@ def test_an_inference_is_told_in_the_words_of_the_conventions(model):
     assert attribute(structured, "gen_ai.response.id").startswith("resp_")
     assert attribute(structured, "gen_ai.request.stream") is True
     assert attribute(structured, "gen_ai.response.time_to_first_chunk") > 0
+    assert attribute(calling, "gen_ai.response.finish_reasons") == ["tool_calls"]
     assert attribute(failed, "error.type") == "404" and failed.status.code == 2
 
 

@@ -79,7 +79,7 @@ async def _answer(body: ChatRequest | CompletionRequest, call: Call, shape: type
     async with call.admitted(choices, body.kvgraph.timeout):
         laid = await call.prepared(prompts.lay_out, call.server, call.caller, body)
         answer = shape(call.server, body, laid, ignored)
-        inference.response_id = answer.head["id"]
+        inference.response_id, inference.reasons = answer.head["id"], answer.reasons
         updates = call.updates(request for prompt in laid for request in prompt.requests)
         if body.stream:
             return call.streamed(answer.chunks(updates))

@@ -51,8 +51,9 @@ async def create_response(body: ResponseRequest, call: TheCall) -> Any:
                 turn = KeptTurn(response.model_dump_json().encode(), json.dumps(said).encode(), before)
                 server.responses.put(caller.tenant, response.id, turn)
 
-        answer = ResponseAnswer(body, ChatAnswer(server, chat, laid, ignored), keep)
-        inference.response_id = answer.response.id
+        written = ChatAnswer(server, chat, laid, ignored)
+        answer = ResponseAnswer(body, written, keep)
+        inference.response_id, inference.reasons = answer.response.id, written.reasons
         updates = call.updates(laid[0].requests)
         if body.stream:
             return call.streamed(answer.events(updates), OPENING, named=True)
