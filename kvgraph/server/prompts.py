@@ -38,7 +38,7 @@ from kvgraph.server.schema import (
     ToolChosen,
     ToolsAllowed,
 )
-from kvgraph.server.tools.asked import Asked, Function
+from kvgraph.server.tools.asked import Function, ToolUse
 from kvgraph.server.tools.asked import grammar as tools_grammar
 from kvgraph.server.tools.dialect import Dialect, dialect_of, told_of, with_system
 from kvgraph.server.tools.reading import PLAIN, Reading
@@ -73,7 +73,7 @@ class _Talk:
     """A chat as the server takes it up. thinking: the prompt ends within the thoughts before an answer."""
 
     dialect: Dialect
-    asked: Asked | None = None
+    asked: ToolUse | None = None
     thinking: bool = False
 
 
@@ -175,7 +175,7 @@ def grammar(server: Server, body: Generation) -> Grammar | None:
     return made
 
 
-def asked_of(body: ChatRequest) -> Asked | None:
+def asked_of(body: ChatRequest) -> ToolUse | None:
     """What a chat asks of tools; None where it gives none, or they may not be called. Raises APIError 400."""
     choice = body.tool_choice
     functions = tuple(
@@ -200,7 +200,7 @@ def asked_of(body: ChatRequest) -> Asked | None:
         param = f"tool_choice{where}"
         raise APIError(400, f"{param}: {unknown[0]!r} isn't one of the tools", param=param, code="invalid_value")
     parallel = body.parallel_tool_calls and not isinstance(choice, ToolChosen)
-    return Asked(functions, "auto" if mode == "auto" else "required", frozenset(allowed), parallel)
+    return ToolUse(functions, "auto" if mode == "auto" else "required", frozenset(allowed), parallel)
 
 
 def _kept_to(server: Server, body: Generation, talk: _Talk) -> tuple[Grammar | None, Reading]:
@@ -231,7 +231,7 @@ def _kept_to(server: Server, body: Generation, talk: _Talk) -> tuple[Grammar | N
     return whole, reading
 
 
-def _unusable(server: Server, asked: Asked, made: Callable[[Asked], Grammar], error: GrammarError) -> APIError:
+def _unusable(server: Server, asked: ToolUse, made: Callable[[ToolUse], Grammar], error: GrammarError) -> APIError:
     """The error of the first function whose calls can't be kept to its schema."""
     guides = server.engine.scheduler.guides
     for i, function in enumerate(asked.functions):
@@ -375,7 +375,7 @@ def chat_prompt(
     messages: Sequence[Message],
     options: ChatOptions,
     documents: Sequence[Document] = (),
-    asked: Asked | None = None,
+    asked: ToolUse | None = None,
 ) -> Prompt:
     """A chat over documents as its template renders it. Raises APIError for what can't be rendered."""
     variables = server.settings.chat_template_kwargs | options.chat_template_kwargs
@@ -405,7 +405,7 @@ def chat_prompt(
         raise APIError(400, str(error), param="messages", code="invalid_value") from None
 
 
-def _with_tools(server: Server, messages: Messages, asked: Asked | None) -> tuple[Messages, dict[str, Any]]:
+def _with_tools(server: Server, messages: Messages, asked: ToolUse | None) -> tuple[Messages, dict[str, Any]]:
     """Messages, and the tools, as the template takes them. Raises APIError 400 where it has no place for a free choice."""
     if asked is None and not any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
         return messages, {}

@@ -36,7 +36,7 @@ class Function:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ToolUse:
     """What a request asks. functions: all of them, which the model is told of. allowed: names of those that may be called."""
 
     functions: tuple[Function, ...]
@@ -58,9 +58,9 @@ class Asked:
         """The functions as a template gets them."""
         return [{"type": "function", "function": function.told()} for function in self.functions]
 
-    def only(self, name: str) -> Asked:
+    def only(self, name: str) -> ToolUse:
         """The same of one function."""
-        return Asked(self.functions, self.choice, frozenset((name,)), self.parallel)
+        return ToolUse(self.functions, self.choice, frozenset((name,)), self.parallel)
 
     def guided(self, answer: bool) -> bool:
         """Whether the answer is kept to a grammar. answer: the request says what a text must be."""
@@ -80,7 +80,7 @@ class Asked:
 
 
 def grammar(
-    asked: Asked, form: ToolFormat, special: Special, before: str | None = None, answer: str | None = None
+    asked: ToolUse, form: ToolFormat, special: Special, before: str | None = None, answer: str | None = None
 ) -> Grammar:
     """The answers that keep to what is asked: calls alone where they are forced, else calls or a text.
 

@@ -39,7 +39,7 @@ class Argued:
 Steps = Generator[Named | Argued | None, None, T]
 
 
-class Source:
+class Incoming:
     """Text to be read. `text` grows until `ended` is true; what stands before `at` is read."""
 
     def __init__(self) -> None:
@@ -90,14 +90,14 @@ class ToolFormat(ABC):
         """What stands before the arguments of a call."""
 
     @abstractmethod
-    def read(self, source: Source) -> Steps[bool]:
+    def read(self, source: Incoming) -> Steps[bool]:
         """Read calls that begin with one of `opens`; whether they are well-formed, up to where they end."""
 
 
 # -- parts of JSON ------------------------------------------------------------------------------------------------------
 
 
-def literal(source: Source, text: str) -> Steps[bool]:
+def literal(source: Incoming, text: str) -> Steps[bool]:
     """Read a text if it comes next."""
     while True:
         there = source.text[source.at : source.at + len(text)]
@@ -109,12 +109,12 @@ def literal(source: Source, text: str) -> Steps[bool]:
         yield None
 
 
-def spaces(source: Source) -> Steps[None]:
+def spaces(source: Incoming) -> Steps[None]:
     """Read white space."""
     yield from matching(source, SPACES)
 
 
-def matching(source: Source, pattern: re.Pattern[str]) -> Steps[str]:
+def matching(source: Incoming, pattern: re.Pattern[str]) -> Steps[str]:
     """Read as much as a pattern matches, which may be nothing. More text may only lengthen a match."""
     while True:
         found = pattern.match(source.text, source.at)
@@ -126,7 +126,7 @@ def matching(source: Source, pattern: re.Pattern[str]) -> Steps[str]:
         yield None
 
 
-def value(source: Source, told: bool = False) -> Steps[str | None]:
+def value(source: Incoming, told: bool = False) -> Steps[str | None]:
     """Read a JSON value; its text, or None for what is none. told: give out an object piece by piece as it comes."""
     begun = source.at
     while begun == len(source.text) and not source.ended:
@@ -185,7 +185,7 @@ def loaded(text: str | None) -> Any:
         return NOTHING
 
 
-def call(source: Source) -> Steps[bool]:
+def call(source: Incoming) -> Steps[bool]:
     """Read a call that is one JSON object with a name and arguments. Other members are passed over."""
     name: str | None = None
     arguments: str | None = None
@@ -223,7 +223,7 @@ def call(source: Source) -> Steps[bool]:
     return name is not None
 
 
-def listed_calls(source: Source) -> Steps[bool]:
+def listed_calls(source: Incoming) -> Steps[bool]:
     """Read calls in a list, after its "["; the last one of a text that ended needs no "]"."""
     while True:
         yield from spaces(source)
@@ -236,7 +236,7 @@ def listed_calls(source: Source) -> Steps[bool]:
             return False
 
 
-def object_of(source: Source, told: bool) -> Steps[str | None]:
+def object_of(source: Incoming, told: bool) -> Steps[str | None]:
     """Read the arguments of a call; the JSON of an object, or None. told: give it out too.
 
     Some models write the object as a text, or null for an empty one.

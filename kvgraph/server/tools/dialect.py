@@ -47,13 +47,13 @@ class Dialect:
         return self.format or Hermes()
 
     def messages(self, messages: Sequence[Rendered]) -> list[Rendered]:
-        """Messages as the template takes them; what it would leave out becomes text."""
+        """Messages as the template takes them; calls and their results that it would leave out become text."""
         names = {call["id"]: call["function"]["name"] for m in messages for call in m.get("tool_calls", ())}
         return [message for m in messages for message in self._taken(m, names)]
 
     def _taken(self, message: Rendered, names: Mapping[str, str]) -> list[Rendered]:
         if message["role"] == "tool":
-            if not self.results:
+            if not self.results and message.get("tool_call_id") in names:
                 return [{"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}]
             name = message.get("name") or names.get(message.get("tool_call_id", ""))
             named = {"name": name} if name else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-from kvgraph.server.tools.base import Source, Steps, ToolFormat, call, listed_calls, literal, spaces
+from kvgraph.server.tools.base import Incoming, Steps, ToolFormat, call, listed_calls, literal, spaces
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -31,7 +31,7 @@ class Hermes(ToolFormat):
         """The element's beginning."""
         return f'{OPEN}\n{{"name": "{name}", "arguments": '
 
-    def read(self, source: Source) -> Steps[bool]:
+    def read(self, source: Incoming) -> Steps[bool]:
         """One element."""
         yield from literal(source, OPEN)
         yield from spaces(source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-from kvgraph.server.tools.base import Source, Steps, ToolFormat, call, literal, spaces
+from kvgraph.server.tools.base import Incoming, Steps, ToolFormat, call, literal, spaces
 
 PYTHON = "<|python_tag|>"
 
@@ -31,7 +31,7 @@ class LlamaJSON(ToolFormat):
         """The object's beginning."""
         return f'{{"name": "{name}", "parameters": '
 
-    def read(self, source: Source) -> Steps[bool]:
+    def read(self, source: Incoming) -> Steps[bool]:
         """All objects, up to the end of the answer."""
         yield from literal(source, PYTHON)
         yield from spaces(source)

@@ -9,8 +9,8 @@ import re
 from typing import ClassVar
 
 from kvgraph.server.tools.base import (
+    Incoming,
     Named,
-    Source,
     Steps,
     ToolFormat,
     listed_calls,
@@ -43,7 +43,7 @@ class Mistral(ToolFormat):
         """An object's beginning."""
         return f'{{"name": "{name}", "arguments": '
 
-    def read(self, source: Source) -> Steps[bool]:
+    def read(self, source: Incoming) -> Steps[bool]:
         """A list, or one call of the newer spelling: models of either kind are told apart by what they write."""
         yield from literal(source, OPEN)
         yield from spaces(source)
@@ -51,7 +51,7 @@ class Mistral(ToolFormat):
             return (yield from listed_calls(source))
         return (yield from self._bare(source))
 
-    def _bare(self, source: Source) -> Steps[bool]:
+    def _bare(self, source: Incoming) -> Steps[bool]:
         name = yield from matching(source, _NAME)
         if not name:
             return False

@@ -8,9 +8,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby, takewhile
+from itertools import groupby
 
-from kvgraph.server.tools.base import SPACES, Argued, Named, Source, ToolFormat, spaces
+from kvgraph.server.tools.base import SPACES, Argued, Incoming, Named, ToolFormat, spaces
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Reading:
     thoughts: Marks | None = None
     thinking: bool = False
 
-    def reader(self) -> Reader:
+    def reader(self) -> AnswerReader:
         """What reads one answer."""
-        return Reader(self)
+        return AnswerReader(self)
 
 
 PLAIN = Reading()
@@ -99,12 +99,12 @@ class Message:
     calls: list[CallMade] = field(default_factory=list)
 
 
-class Reader:
+class AnswerReader:
     """Reads one answer: `feed` with every piece of its text, then `end`."""
 
     def __init__(self, reading: Reading):
         self._reading = reading
-        self._source = Source()
+        self._source = Incoming()
         self._read = self._answer()
         self.calls = 0  # told so far
         self._begun = 0  # with those that are left out
@@ -120,7 +120,7 @@ class Reader:
         return self._events()
 
     def _events(self) -> list[Event]:
-        events = takewhile(lambda event: event is not None, self._read)
+        events = iter(lambda: next(self._read, None), None)
         return [_joined(list(part)) for _, part in groupby(events, key=_part)]
 
     def _answer(self) -> Generator[Event | None]:
@@ -280,12 +280,12 @@ def _shown(waiting: list[str], new: str) -> str:
     return shown
 
 
-def _after_spaces(source: Source, at: int) -> int:
+def _after_spaces(source: Incoming, at: int) -> int:
     found = SPACES.match(source.text, at)
     return at if found is None else found.end()
 
 
-def _opening(source: Source, form: ToolFormat, first: bool) -> int | None:
+def _opening(source: Incoming, form: ToolFormat, first: bool) -> int | None:
     """Where calls begin in what isn't read yet. first: nothing but white space was read."""
     if not form.first:
         return min((at for mark in form.opens if (at := source.text.find(mark, source.at)) >= 0), default=None)
@@ -293,7 +293,7 @@ def _opening(source: Source, form: ToolFormat, first: bool) -> int | None:
     return at if first and source.text.startswith(form.opens, at) else None
 
 
-def _held(source: Source, form: ToolFormat, first: bool) -> int:
+def _held(source: Incoming, form: ToolFormat, first: bool) -> int:
     """How many characters at the end may yet become the beginning of calls."""
     if source.ended or not form.first:
         return source.unfinished(form.opens)
