@@ -106,15 +106,18 @@ def _chat(body: ResponseRequest, before: list[dict[str, Any]], new: list[dict[st
         what = "is empty" if not new else f"makes {len(messages):,} messages, but at most {MOST_MESSAGES:,} are taken"
         raise APIError(400, f"input {what}", param="input", code="invalid_value")
     shared = {name: getattr(body, name) for name in Sampling.model_fields if name in body.model_fields_set}
-    return ChatRequest(
-        **shared,
-        messages=messages,
-        max_completion_tokens=body.max_output_tokens,
-        response_format=None if body.text.format is None else body.text.format.of_chat(),
-        logprobs=body.logprobs,
-        top_logprobs=body.top_logprobs if body.logprobs else None,
-        chat_template_kwargs=body.chat_template_kwargs,
-        tools=[tool.of_chat() for tool in body.tools],
-        tool_choice=body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.of_chat(),
-        parallel_tool_calls=body.parallel_tool_calls,
+    choice = body.tool_choice
+    return ChatRequest.model_validate(
+        {
+            **shared,
+            "messages": messages,
+            "max_completion_tokens": body.max_output_tokens,
+            "response_format": None if body.text.format is None else body.text.format.of_chat(),
+            "logprobs": body.logprobs,
+            "top_logprobs": body.top_logprobs if body.logprobs else None,
+            "chat_template_kwargs": body.chat_template_kwargs,
+            "tools": [tool.of_chat() for tool in body.tools],
+            "tool_choice": choice if isinstance(choice, str) else choice.of_chat(),
+            "parallel_tool_calls": body.parallel_tool_calls,
+        }
     )
