@@ -539,6 +539,12 @@ def test_an_empty_answer_is_an_empty_message():
         ({"reasoning": {"effort": "high"}}, "reasoning.effort", "unsupported_parameter"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "missing_required_parameter"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nothing"}}}},
+         "text.format", "invalid_value"),
+        ({"tools": [LAMP], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice.name", "invalid_value"),
+        ({"tools": [LAMP | {"parameters": {"type": "nothing"}}], "tool_choice": NAMED},
+         "tools.0.parameters", "invalid_value"),
+        ({"tools": [LAMP]}, "tools", "unsupported_parameter"),
         ({"max_output_tokens": 0}, "max_output_tokens", "number_below_min_value"),
         ({"model": "gpt-5"}, "model", "model_not_found"),
     ],
@@ -548,6 +554,7 @@ def test_errors_name_the_field(server, fields, param, code):
     told = error(post(server, **fields), 404 if param == "model" else 400)
     assert (told["param"], told["code"]) == (param, code)
     assert "max_output_tokens" in told["message"] or param != "max_tokens"
+    assert "response_format" not in told["message"]
 
 
 def test_what_asks_for_nothing_is_taken(ask):

@@ -15,7 +15,7 @@ from kvgraph.server.lifecycle import TheCall
 from kvgraph.server.prompts import PreparedPrompt
 from kvgraph.server.responses.answer import OPENING, ResponseAnswer
 from kvgraph.server.responses.kept import KeptTurn
-from kvgraph.server.responses.schema import ResponseDeleted, ResponseObject, ResponseRequest
+from kvgraph.server.responses.schema import NAMED, ResponseDeleted, ResponseObject, ResponseRequest
 from kvgraph.server.schema import MOST_MESSAGES, ChatRequest, Sampling
 from kvgraph.server.state import Server, TheCaller, TheServer
 from kvgraph.server.tenants import Caller
@@ -93,9 +93,21 @@ def _turn(server: Server, caller: Caller, name: str, param: str) -> KeptTurn:
 def _laid_out(
     server: Server, caller: Caller, body: ResponseRequest, before: KeptTurn | None, new: list[dict[str, Any]]
 ) -> tuple[ChatRequest, list[PreparedPrompt]]:
-    """The request as a chat, and its prompt. Raises APIError or GraphError for what can't be laid out."""
+    """The request as a chat, and its prompt. Raises APIError or GraphError for what can't be laid out.
+
+    Errors name the fields as they are called here.
+    """
     chat = _chat(body, [] if before is None else before.conversation(), new)
-    return chat, prompts.lay_out(server, caller, chat)
+    try:
+        return chat, prompts.lay_out(server, caller, chat)
+    except APIError as error:
+        field = error.param or ""
+        here = NAMED.get(field, field.replace(".function.", ".").replace(".allowed_tools.", "."))
+        if here == field:
+            raise
+        told = str(error)
+        told = here + told.removeprefix(field) if told.startswith(field) else told
+        raise APIError(error.status, told, param=here, code=error.code) from None
 
 
 def _chat(body: ResponseRequest, before: list[dict[str, Any]], new: list[dict[str, Any]]) -> ChatRequest:
