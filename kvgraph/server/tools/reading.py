@@ -120,8 +120,14 @@ class AnswerReader:
         return self._events()
 
     def _events(self) -> list[Event]:
-        events = iter(lambda: next(self._read, None), None)
-        return [_joined(list(part)) for _, part in groupby(events, key=_part)]
+        return [_joined(list(part)) for _, part in groupby(self._certain(), key=_part)]
+
+    def _certain(self) -> Iterator[Event]:
+        """What can be told before more text is there."""
+        for event in self._read:
+            if event is None:
+                return
+            yield event
 
     def _answer(self) -> Generator[Event | None]:
         """All events; None where more text is needed."""
