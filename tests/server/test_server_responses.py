@@ -542,7 +542,7 @@ def test_an_empty_answer_is_an_empty_message():
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nothing"}}}},
          "text.format", "invalid_value"),
         ({"tools": [LAMP], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice.name", "invalid_value"),
-        ({"tools": [LAMP | {"parameters": {"type": "nothing"}}], "tool_choice": NAMED},
+        ({"tools": [LAMP | {"parameters": {"properties": {"on": {"type": "nothing"}}}}], "tool_choice": NAMED},
          "tools.0.parameters", "invalid_value"),
         ({"tools": [LAMP]}, "tools", "unsupported_parameter"),
         ({"max_output_tokens": 0}, "max_output_tokens", "number_below_min_value"),
