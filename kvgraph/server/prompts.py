@@ -32,6 +32,7 @@ from kvgraph.server.schema import (
     Generation,
     GraphOptions,
     Message,
+    Sampling,
     StoredDocument,
     StructuredOutputs,
     ToolChosen,
@@ -291,7 +292,7 @@ def _schema(given: dict[str, Any] | str) -> Grammar:
     return Grammar("json_schema", given) if isinstance(given, str) else Grammar.json_schema(given)
 
 
-def ignored(server: Server, body: Generation) -> list[str]:
+def ignored(server: Server, body: Sampling) -> list[str]:
     """The fields of a request that kvgraph doesn't know, by path; some of them if there are many.
 
     Raises APIError for the first of them if the setting `unknown_fields` says so.

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+MOST_MESSAGES = 10_000  # of a chat
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Pattern = Annotated[str, Field(min_length=1)]  # also a text to choose; `LONGEST` of `kvgraph.engine.guide` is the most
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -65,7 +66,15 @@ IGNORED = (  # who asks and for what, which changes no answer
     "store",
     "user",
 )
-OF_ANSWERS = ("annotations", "id", "parsed", "provider_specific_fields", "status", "type")  # in messages sent back
+OF_ANSWERS = (
+    "annotations",
+    "id",
+    "parsed",
+    "phase",
+    "provider_specific_fields",
+    "status",
+    "type",
+)  # in messages sent back
 
 
 def without_nulls(data: Any) -> Any:
@@ -229,26 +238,17 @@ class StructuredOutputs(Sent):
     json_object: Literal[True] | None = None
 
 
-class Generation(Sent):
-    """Fields shared by chat and plain completions.
-
-    One of response_format, structured_outputs and the fields guided_* (as older servers of vLLM name them) may say what
-    the answer must be.
-    """
-
-    model_config = ConfigDict(json_schema_extra=_with_neutral)
+class Sampling(Sent):
+    """What all requests that generate share: the documents they read, how these are composed, how tokens are chosen."""
 
     model: str
     documents: list[DocumentIn] = []
     kvgraph: GraphOptions = GraphOptions()
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1)] = 1
     stop: Name | Annotated[list[Name], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
@@ -258,8 +258,22 @@ class Generation(Sent):
     min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] = []
     ignore_eos: bool = False
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+
+
+class Generation(Sampling):
+    """Fields shared by chat and plain completions.
+
+    One of response_format, structured_outputs and the fields guided_* (as older servers of vLLM name them) may say what
+    the answer must be.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_with_neutral)
+
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: Pattern | None = None
     guided_choice: Annotated[list[Pattern], Field(min_length=1, max_length=1000)] | None = None
@@ -286,6 +300,12 @@ class TextPart(Sent):
     type: Literal["text", "input_text", "output_text"]
     text: str
     cache_control: Any = None  # what is read again is found again in any case
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral(cls, data: Any) -> Any:
+        """Take out what parts of answers hold that are sent back."""
+        return taken(data, {}, ("annotations", "logprobs", "parsed")) if isinstance(data, dict) else data
 
 
 class FunctionCalled(Sent):
@@ -459,7 +479,7 @@ class ChatRequest(Generation, ChatOptions):
     (required) or one by name. parallel_tool_calls: whether there may be several calls.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     tools: Annotated[list[ToolIn], Field(max_length=1000)] = []
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True

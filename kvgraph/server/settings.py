@@ -85,6 +85,7 @@ class Settings(BaseSettings):
     max_request_bytes: Size = 8 << 20
     max_body_bytes: Size = 256 << 20  # bodies of all requests being read or answered; beyond it 429
     body_timeout: Seconds = 60.0  # how long a client may take to send a request's body
+    max_kept_bytes: Size = 64 << 20  # responses kept of a tenant, in memory; the oldest go first
     max_pending: PositiveInt = 256  # requests in work or waiting; more get 429
     timeout: Seconds = 600.0  # a request may take
     grace: Seconds = 30.0  # requests in work get on shutdown

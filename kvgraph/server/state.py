@@ -25,6 +25,7 @@ from kvgraph.server.encode import GraphEncoder
 from kvgraph.server.errors import APIError
 from kvgraph.server.library import LIBRARY, Library
 from kvgraph.server.metrics import Metrics
+from kvgraph.server.responses.kept import Kept
 from kvgraph.server.runner import EngineThread
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.shadow import Shadow
@@ -70,6 +71,7 @@ class Server:
         self.tracing = Tracing(settings)
         self.metrics = Metrics(settings.name, lambda: self.ready)
         self.workers = Workers()
+        self.responses = Kept(settings.max_kept_bytes)
         self.started = time.time()
         self.failure: BaseException | None = None  # why loading failed
         self.on_failure: Callable[[], None] = lambda: None
