@@ -23,8 +23,7 @@ def open_store(
 ) -> Store:
     """The store in a folder, at a URL, or the tiers of several, for the records of one model.
 
-    capacity_bytes: of a folder; None for no limit. tenant: a salt; remote tiers keep each tenant's records apart. Raises
-    StoreError.
+    capacity_bytes: of a folder; None for no limit. tenant: a salt; each tenant's records are kept apart. Raises StoreError.
     """
     places = [where] if isinstance(where, str | Path) else list(where)
     if not places:
@@ -34,5 +33,5 @@ def open_store(
         if "://" in str(place):
             stores.append(open_remote(str(place), fingerprint, tenant))
         else:
-            stores.append(DiskStore(place, capacity_bytes, fingerprint=fingerprint))
+            stores.append(DiskStore(place, capacity_bytes, fingerprint=fingerprint).for_tenant(tenant))
     return stores[0] if len(stores) == 1 else TieredStore(stores)

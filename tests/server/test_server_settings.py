@@ -36,7 +36,7 @@ def test_flags_win_over_the_environment_which_wins_over_the_file(file, monkeypat
     monkeypatch.setenv("KVGRAPH_HOST", "environment")
     settings = Settings.load(config, port=3, host=None)
     assert (settings.port, settings.host, settings.model) == (3, "environment", "file")
-    assert (settings.grace, settings.store) == (30, None)
+    assert (settings.grace, settings.store) == (30, [])
 
 
 def test_keys_come_from_a_file_or_from_json(file, monkeypatch):

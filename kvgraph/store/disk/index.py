@@ -11,13 +11,16 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-SCHEMA = 2
+SCHEMA = 3
 BUSY_TIMEOUT = 5.0  # seconds a writer waits for another process
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A record as `ls` shows it. size: bytes of the file. created, used: seconds since the epoch."""
+    """A record as `ls` shows it. size: bytes of the file. created, used: seconds since the epoch.
+
+    tenant: what stands for it, see `kvgraph.store.base.tenant_id`.
+    """
 
     key: str
     size: int
@@ -27,13 +30,14 @@ class Entry:
     tokens: int
     fingerprint: str
     codec: str
+    tenant: str
 
 
 _COLUMNS = ", ".join(f.name for f in fields(Entry))
 _CREATE = """
 CREATE TABLE IF NOT EXISTS records (
     key TEXT PRIMARY KEY, size INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, pinned INTEGER NOT NULL,
-    tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL, codec TEXT NOT NULL
+    tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL, codec TEXT NOT NULL, tenant TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_use ON records (used);
 """
@@ -85,7 +89,7 @@ class Index:
         self.db.execute(
             f"INSERT INTO records ({_COLUMNS}) VALUES ({marks}) ON CONFLICT (key) DO UPDATE SET "
             "size = excluded.size, created = excluded.created, used = max(used, excluded.used), "
-            "tokens = excluded.tokens, fingerprint = excluded.fingerprint, codec = excluded.codec",
+            "tokens = excluded.tokens, fingerprint = excluded.fingerprint, codec = excluded.codec, tenant = excluded.tenant",
             astuple(entry),
         )
 
@@ -127,5 +131,5 @@ class Index:
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    key, size, created, used, pinned, tokens, fingerprint, codec = row
-    return Entry(key, size, created, used, bool(pinned), tokens, fingerprint, codec)
+    key, size, created, used, pinned, *rest = row
+    return Entry(key, size, created, used, bool(pinned), *rest)

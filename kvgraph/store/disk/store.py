@@ -28,11 +28,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from kvgraph.errors import StoreError
 from kvgraph.store import format
-from kvgraph.store.base import EVENTS, Found, Store, is_key
+from kvgraph.store.base import EVENTS, Found, Store, is_key, tenant_id
 from kvgraph.store.codecs.registry import spec_of
 from kvgraph.store.disk.index import Entry, Index
+from kvgraph.store.disk.mounts import is_remote
 from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
 
 T = TypeVar("T")
@@ -102,7 +105,8 @@ class DiskStore:
     verify: compare a record's checksum the first time this process loads it.
     fingerprint: the model's. It is written into records, and a record with another one is never served.
 
-    Raises StoreError if the folder can't be used or holds another store format.
+    On a network mount, files are read into memory: one that another machine truncates while it is mapped would end the
+    process. Raises StoreError if the folder can't be used or holds another store format.
     """
 
     name = "disk"
@@ -120,6 +124,7 @@ class DiskStore:
             raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
         self.folder = Path(folder)
         self.capacity, self.checks, self.fingerprint = capacity_bytes, verify, fingerprint or ""
+        self.mapped = not is_remote(self.folder)
         self._records = self.folder / "records"
         self._counts: Counter[str] = Counter()
         self._checked: dict[str, tuple[int, int, int]] = {}  # key → the file whose checksum was right
@@ -139,7 +144,11 @@ class DiskStore:
 
         A bad record is moved to quarantine/ and counted; it is a miss.
         """
-        record = self._load(key) if is_key(key) else None
+        return self.get_of("", key)
+
+    def get_of(self, tenant: str, key: str) -> Found | None:
+        """As `get`, for a tenant (`kvgraph.store.base.tenant_id`): another's record is a miss, and is left alone."""
+        record = self._load(key, tenant) if is_key(key) else None
         self._count("misses" if record is None else "hits")
         if record is None:
             return None
@@ -152,20 +161,25 @@ class DiskStore:
         Raises StoreError if the folder isn't writable, the disk is full, or the record can't fit the capacity beside the
         pinned ones; nothing else is lost then.
         """
+        self.put_of("", record)
+
+    def put_of(self, tenant: str, record: Record) -> None:
+        """As `put`, for a tenant."""
         path = self._path(record.key)
         if self.contains(record.key):
             self._remember(record.key)
             return
-        buffers = format.encode(record, self.fingerprint)
+        buffers = format.encode(record, self.fingerprint, tenant)
         size = sum(len(b) for b in buffers)
         self._make_room(size)
         try:
             info = write_atomically(path, buffers)
         except OSError as error:
             raise self._cant("keep a record", error) from error
+        self._count("written_bytes", size)
         now = time.time()
         codec = record.packed.codec if record.packed else "raw"
-        entry = Entry(record.key, size, info.st_mtime, now, False, len(record), self.fingerprint, codec)
+        entry = Entry(record.key, size, info.st_mtime, now, False, len(record), self.fingerprint, codec, tenant)
         self._with_index(lambda index: index.add(entry))
 
     def contains(self, key: str) -> bool:
@@ -174,7 +188,11 @@ class DiskStore:
 
     def delete(self, key: str) -> bool:
         """Remove a record, pinned or not. Idempotent. Raises StoreError if the folder isn't writable."""
-        if not is_key(key):
+        return self.delete_of("", key)
+
+    def delete_of(self, tenant: str, key: str) -> bool:
+        """As `delete`, for a tenant: another's record stays."""
+        if not is_key(key) or ((entry := self._entry(key)) is not None and entry.tenant not in ("", tenant)):
             return False
         try:
             self._path(key).unlink()
@@ -227,6 +245,15 @@ class DiskStore:
     def tiers(self) -> tuple[Store, ...]:
         """Itself."""
         return (self,)
+
+    @property
+    def available(self) -> bool:
+        """Always."""
+        return True
+
+    def for_tenant(self, tenant: str) -> Store:
+        """The same folder; the tenant is written into its records."""
+        return _OfTenant(self, tenant_id(tenant)) if tenant else self
 
     def counts(self) -> dict[str, int]:
         """Counts of this process, by event. Reads no file."""
@@ -328,14 +355,16 @@ class DiskStore:
         except OSError as error:
             raise self._cant("open the store", error) from error
 
-    def _load(self, key: str) -> Record | None:
+    def _load(self, key: str, tenant: str) -> Record | None:
         path = self._path(key)
         inode = None
         try:
-            data, info = format.map_file(path)
+            data, info = self._data(path)
             inode, identity = info.st_ino, format.identity(info)
             first = self._checked.get(key) != identity
-            record = format.decode(data, key, self.fingerprint, verify=self.checks and first)
+            # What is read once more may have changed on its way: a mapped file doesn't.
+            verify = self.checks and (first or not self.mapped)
+            record = format.decode(data, key, self.fingerprint, verify, tenant)
         except BadRecord:
             self._move_aside(path, inode)
             return None
@@ -346,8 +375,9 @@ class DiskStore:
             if not isinstance(error, FileNotFoundError):
                 self._count("unreadable")
             return None
-        if first:
-            with self._local:
+        with self._local:
+            self._counts["read_bytes"] += info.st_size
+            if first:
                 self._checked[key] = identity
         return record
 
@@ -374,14 +404,21 @@ class DiskStore:
         """A record's row, made from its file; None without a file. An unreadable header counts as 0 tokens."""
         path = self._path(key)
         try:
-            info = path.stat()
-            header = format.read_header(format.map_file(path)[0])
-            tokens, fingerprint, codec = header.tokens, header.fingerprint, spec_of(header.codec)
+            data, info = format.map_file(path) if self.mapped else format.read_file(path, format.START)
+            header = format.read_header(data, info.st_size)
+            rest = header.tokens, header.fingerprint, spec_of(header.codec), header.tenant
         except FileNotFoundError:
             return None
         except (OSError, BadRecord, UnsupportedRecord):
-            tokens, fingerprint, codec = 0, "", ""
-        return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, tokens, fingerprint, codec)
+            rest = 0, "", "", ""
+            try:
+                info = path.stat()
+            except OSError:
+                return None
+        return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, *rest)
+
+    def _data(self, path: Path) -> tuple[torch.Tensor, os.stat_result]:
+        return format.map_file(path) if self.mapped else format.read_file(path)
 
     def _verify_file(self, path: Path, report: VerifyReport) -> None:
         if path.name.startswith(TEMPORARY):
@@ -393,7 +430,7 @@ class DiskStore:
         key = path.name.removesuffix(SUFFIX)
         inode = None
         try:
-            data, info = format.map_file(path)
+            data, info = self._data(path)
             inode = info.st_ino
             format.decode(data, key)
         except BadRecord as error:
@@ -609,9 +646,49 @@ class DiskStore:
         if used:
             index.touch(used, wait=wait)
 
-    def _count(self, what: str) -> None:
+    def _count(self, what: str, n: int = 1) -> None:
         with self._local:
-            self._counts[what] += 1
+            self._counts[what] += n
+
+
+class _OfTenant:
+    """A folder's records of one tenant, by its `kvgraph.store.base.tenant_id`. See `Store` for what its methods do."""
+
+    def __init__(self, store: DiskStore, tenant: str):
+        self._store, self._tenant = store, tenant
+        self.name, self.capacity = store.name, store.capacity
+
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        return (self,)
+
+    @property
+    def available(self) -> bool:
+        return self._store.available
+
+    def for_tenant(self, tenant: str) -> Store:
+        return self._store.for_tenant(tenant)
+
+    def get(self, key: str) -> Found | None:
+        return self._store.get_of(self._tenant, key)
+
+    def put(self, record: Record) -> None:
+        self._store.put_of(self._tenant, record)
+
+    def contains(self, key: str) -> bool:
+        return self._store.contains(key)
+
+    def delete(self, key: str) -> bool:
+        return self._store.delete_of(self._tenant, key)
+
+    def counts(self) -> dict[str, int]:
+        return self._store.counts()
+
+    def size(self) -> int | None:
+        return self._store.size()
+
+    def close(self) -> None:
+        self._store.close()
 
 
 def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.stat_result:
