@@ -64,7 +64,7 @@ AllowUntested = Annotated[
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the exactness gate (`kvgraph check`) while loading.")]
 
 
-def _without_passwords(places: list[str] | None) -> list[str] | None:
+def without_passwords(places: list[str] | None) -> list[str] | None:
     """Places as they were given. A password among the words of a command is refused: `ps` shows it to everybody."""
     for place in map(StorePlace, places or ()):
         if place.has_password:
@@ -77,7 +77,7 @@ def _without_passwords(places: list[str] | None) -> list[str] | None:
 
 def _given_or_set(places: list[str] | None) -> list[str] | None:
     """Places as they were given, or of the environment."""
-    return _without_passwords(places) or places_of(os.environ.get(VARIABLE, "")) or None
+    return without_passwords(places) or places_of(os.environ.get(VARIABLE, "")) or None
 
 
 _STORE_HELP = (
@@ -88,7 +88,7 @@ StorePlaces = Annotated[
     list[str] | None, typer.Option("--store", metavar="PLACE", help=_STORE_HELP, callback=_given_or_set)
 ]
 ServedPlaces = Annotated[  # a server's settings read the environment themselves
-    list[str] | None, typer.Option("--store", metavar="PLACE", help=_STORE_HELP, callback=_without_passwords)
+    list[str] | None, typer.Option("--store", metavar="PLACE", help=_STORE_HELP, callback=without_passwords)
 ]
 CodecName = Annotated[
     str,

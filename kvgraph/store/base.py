@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol
 
@@ -31,6 +32,25 @@ EVENTS = (
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _TENANT = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record as listings show it. size: bytes, as the tier keeps them. created, used: seconds since the epoch.
+
+    used: object stores only know when a record was written; None if the place doesn't know either. tokens, codec: 0 and ""
+    if the record can't be read, or wasn't looked at. tenant: what stands for it, see `tenant_id`.
+    """
+
+    key: str
+    size: int
+    created: float
+    used: float | None
+    pinned: bool
+    tokens: int
+    fingerprint: str
+    codec: str
+    tenant: str
 
 
 class Store(Protocol):

@@ -7,11 +7,25 @@ from pathlib import Path
 
 from kvgraph.errors import StoreError
 from kvgraph.store.base import Store
+from kvgraph.store.catalog import Catalog
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.remote.registry import open_remote
 from kvgraph.store.tiered import TieredStore
 
 Where = str | Path
+
+
+def open_catalog(where: Where, make: bool = False) -> Catalog:
+    """All records in a folder, which must be a store unless it is to be made, or at a URL. Raises StoreError."""
+    if "://" in str(where):
+        opened = open_remote(str(where), "")
+        if not hasattr(opened, "catalog"):
+            raise StoreError(f"a {opened.name} store can't be listed")
+        return opened.catalog()
+    folder = Path(where)
+    if not make and not (folder / "VERSION").exists():  # looking at a store must not create one
+        raise StoreError(f"{folder} isn't a store" if folder.exists() else f"there is no store {folder}")
+    return DiskStore(folder)
 
 
 def open_store(

@@ -52,7 +52,9 @@ def test_a_variable_holds_one_place_or_a_list():
             assert places_of(wrong) != [wrong]
 
 
-@pytest.mark.parametrize("words", [["encode", "m", "c"], ["ask", "m", "q", "--documents", "c"], ["serve", "--model", "m"]])
+@pytest.mark.parametrize(
+    "words", [["encode", "m", "c"], ["ask", "m", "q", "--documents", "c"], ["serve", "--model", "m"]]
+)
 def test_a_password_on_the_command_line_is_refused(words, capsys):
     """`ps` shows it. The message says where else to put it, and doesn't repeat it."""
     with pytest.raises(SystemExit) as ended:

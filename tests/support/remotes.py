@@ -151,9 +151,9 @@ class MemoryPlace:
         self._call()
         yield from [Listed(name, len(data)) for name, data in self.kept.items()]
 
-    def start(self, name, size):
+    def start(self, listed, size):
         self._call()
-        return self.kept[name][:size] if name in self.kept else None
+        return self.kept[listed.name][:size] if listed.name in self.kept else None
 
     def spaces(self):
         self._call()

@@ -7,31 +7,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, Self
 
+from kvgraph.store.base import Entry
+
 SCHEMA = 3
 BUSY_TIMEOUT = 5.0  # seconds a writer waits for another process
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A record as `ls` shows it. size: bytes of the file. created, used: seconds since the epoch.
-
-    tenant: what stands for it, see `kvgraph.store.base.tenant_id`.
-    """
-
-    key: str
-    size: int
-    created: float
-    used: float
-    pinned: bool
-    tokens: int
-    fingerprint: str
-    codec: str
-    tenant: str
-
 
 _COLUMNS = ", ".join(f.name for f in fields(Entry))
 _CREATE = """
@@ -120,6 +103,10 @@ class Index:
         sums = "SELECT coalesce(sum(size), 0), coalesce(sum(size * pinned), 0) FROM records"
         total, pinned = self.db.execute(sums).fetchone()
         return total, pinned
+
+    def pinned(self) -> set[str]:
+        """Keys of the pinned records."""
+        return {key for (key,) in self.db.execute("SELECT key FROM records WHERE pinned")}
 
     def entries(self) -> Iterator[Entry]:
         """All rows, most recently used first."""

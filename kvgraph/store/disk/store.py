@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,9 +32,10 @@ import torch
 
 from kvgraph.errors import StoreError
 from kvgraph.store import format
-from kvgraph.store.base import EVENTS, Found, Store, is_key, tenant_id
+from kvgraph.store.base import EVENTS, Entry, Found, Store, is_key, tenant_id
+from kvgraph.store.catalog import VerifyReport
 from kvgraph.store.codecs.registry import spec_of
-from kvgraph.store.disk.index import Entry, Index
+from kvgraph.store.disk.index import Index
 from kvgraph.store.disk.mounts import is_remote
 from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
 
@@ -65,35 +66,6 @@ class Stat:
     capacity: int | None
     quarantined: int
     counts: Mapping[str, int]
-
-
-@dataclass
-class VerifyReport:
-    """What `verify` found and did.
-
-    good, bytes: number of good records, and the bytes of their files.
-    bad: (key, reason) of records moved aside.
-    unsupported: (key, reason) of records that this version can't read, left alone.
-    unreadable: (path, reason) of files that couldn't be opened.
-    foreign: paths below records/ that aren't the store's, left alone.
-    temporary: number of leftovers of dead writers, removed.
-    rows_added, rows_removed: rows of the index that were missing, or had no file.
-    """
-
-    good: int = 0
-    bytes: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    unsupported: list[tuple[str, str]] = field(default_factory=list)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
-    temporary: int = 0
-    rows_added: int = 0
-    rows_removed: int = 0
-
-    @property
-    def clean(self) -> bool:
-        """No record was bad or unreadable."""
-        return not (self.bad or self.unreadable)
 
 
 class DiskStore:
@@ -165,22 +137,25 @@ class DiskStore:
 
     def put_of(self, tenant: str, record: Record) -> None:
         """As `put`, for a tenant."""
-        path = self._path(record.key)
+        self._path(record.key)  # which refuses what is no key
         if self.contains(record.key):
             self._remember(record.key)
             return
-        buffers = format.encode(record, self.fingerprint, tenant)
+        codec, now = record.packed.codec if record.packed else "raw", time.time()
+        entry = Entry(record.key, 0, now, now, False, len(record), self.fingerprint, codec, tenant)
+        self._write(entry, format.encode(record, self.fingerprint, tenant))
+
+    def _write(self, entry: Entry, buffers: Sequence[bytes | memoryview]) -> None:
+        """A new record's file and row. Its size and the time of its creation are the file's."""
         size = sum(len(b) for b in buffers)
         self._make_room(size)
         try:
-            info = write_atomically(path, buffers)
+            info = write_atomically(self._path(entry.key), buffers)
         except OSError as error:
             raise self._cant("keep a record", error) from error
         self._count("written_bytes", size)
-        now = time.time()
-        codec = record.packed.codec if record.packed else "raw"
-        entry = Entry(record.key, size, info.st_mtime, now, False, len(record), self.fingerprint, codec, tenant)
-        self._with_index(lambda index: index.add(entry))
+        written = replace(entry, size=size, created=info.st_mtime)
+        self._with_index(lambda index: index.add(written))
 
     def contains(self, key: str) -> bool:
         """Whether there is a file for it. Changes nothing."""
@@ -237,7 +212,7 @@ class DiskStore:
             len(pinned),
             sum(e.size for e in pinned),
             self.capacity,
-            len(_names(self.folder / "quarantine")),
+            self.quarantined,
             self.counts(),
         )
 
@@ -314,23 +289,78 @@ class DiskStore:
 
         return self._need_index(work)
 
-    def verify(self) -> VerifyReport:
-        """Check every record in full, move bad ones aside, remove leftovers of dead writers, and repair the index.
+    def verify(self, repair: bool = True, seen: Callable[[], object] = int) -> VerifyReport:
+        """Check every record in full; with `repair`, move bad ones aside, remove leftovers of dead writers, and repair the
+        index.
 
-        Reads everything; other processes may keep using the store. Doesn't raise: unreadable files are reported.
+        Reads everything; other processes may keep using the store. Doesn't raise: unreadable files are reported. seen: called
+        for each file.
         """
-        report = VerifyReport()
+        report = VerifyReport(repaired=repair)
         for name in _names(self.folder):
-            if name.startswith(TEMPORARY):
+            if name.startswith(TEMPORARY) and repair:
                 remove_if_abandoned(self.folder / name)
         report.foreign += sorted(map(str, self._foreign()))
         for folder in sorted(_names(self._records)):
             for name in sorted(_names(self._records / folder)):
                 self._verify_file(self._records / folder / name, report)
-        rows = self._with_index(self._reconcile)
+                seen()
+        rows = self._with_index(self._reconcile) if repair else None
         if rows is not None:
             report.rows_added, report.rows_removed = rows
         return report
+
+    # -- kvgraph.store.catalog.Catalog --------------------------------------------------------------------------------
+
+    @property
+    def shown(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    @property
+    def quarantined(self) -> int:
+        """Files in quarantine/."""
+        return len(_names(self.folder / "quarantine"))
+
+    def entries(self, details: bool = True) -> Iterator[Entry]:
+        """All records, from the index."""
+        yield from self.ls()
+
+    def read(self, entry: Entry) -> torch.Tensor | None:
+        """A record's file as it is. This is no use of it."""
+        try:
+            return self._data(self._path(entry.key))[0]
+        except FileNotFoundError:
+            return None
+        except (OSError, BadRecord) as error:
+            raise StoreError(f"record {entry.key} can't be read from {self.folder}: {error}") from error
+
+    def keep(self, entry: Entry, parts: Sequence[bytes | memoryview]) -> bool:
+        """A file with these bytes, unless there is one."""
+        if self.contains(entry.key):
+            return False
+        self._write(replace(entry, used=entry.used or time.time(), pinned=False), parts)
+        return True
+
+    def remove(self, entries: Iterable[Entry], seen: Callable[[], object] = int) -> list[Entry]:
+        """Remove records that aren't pinned, in one transaction of the index. Returns those that were there."""
+        wanted = list(entries)
+
+        def work(index: Index) -> list[Entry]:
+            with index:
+                pinned = index.pinned()
+                removed = [entry for entry in wanted if entry.key not in pinned]
+                self._unlink(index, [entry.key for entry in removed])
+            return removed
+
+        removed = self._need_index(work)
+        for _ in wanted:
+            seen()
+        return removed
+
+    def set_pinned(self, entry: Entry, pinned: bool) -> None:
+        """As `pin` and `unpin`."""
+        self._set_pinned(entry.key, pinned)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -422,7 +452,7 @@ class DiskStore:
 
     def _verify_file(self, path: Path, report: VerifyReport) -> None:
         if path.name.startswith(TEMPORARY):
-            report.temporary += remove_if_abandoned(path)
+            report.temporary += remove_if_abandoned(path, only_look=not report.repaired)
             return
         if not _is_record(path.parent.name, path.name):
             report.foreign.append(str(path))
@@ -434,7 +464,8 @@ class DiskStore:
             inode = info.st_ino
             format.decode(data, key)
         except BadRecord as error:
-            self._move_aside(path, inode)
+            if report.repaired:
+                self._move_aside(path, inode)
             report.bad.append((key, str(error)))
         except UnsupportedRecord as error:
             report.unsupported.append((key, str(error)))
@@ -457,7 +488,7 @@ class DiskStore:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             why = "the folder isn't writable; records in it are still read"
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = "the disk is full; free some space, or remove records with `kvgraph store prune`"
+            why = "the disk is full; free some space, or remove records with `kvgraph store gc`"
         else:
             why = error.strerror or str(error)
         return StoreError(f"can't {what} in {self.folder}: {why}")
@@ -718,12 +749,13 @@ def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.st
         return info
 
 
-def remove_if_abandoned(path: Path) -> bool:
+def remove_if_abandoned(path: Path, only_look: bool = False) -> bool:
     """Remove a temporary file whose writer is dead; whether it was."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            if not only_look:
+                path.unlink()
     except OSError:  # locked by its writer, or gone
         return False
     return True

@@ -24,12 +24,13 @@ class RemoteFull(RemoteError):
 
 class Listed(NamedTuple):
     """Something that is kept. used: when it was last read or written, in seconds since the epoch, or None if the place
-    doesn't know. Object stores only know when it was written.
+    doesn't know. Object stores only know when it was written. at: where the place finds its first bytes.
     """
 
     name: str
     size: int
     used: float | None = None
+    at: str = ""
 
 
 class Space(NamedTuple):
@@ -77,8 +78,8 @@ class Remote(Protocol):
         """Everything in the namespace. This is no use of what is listed."""
         ...
 
-    def start(self, name: str, size: int) -> bytes | None:
-        """The first bytes of what is kept under a name, at most `size`, or None. This is no use of it."""
+    def start(self, listed: Listed, size: int) -> bytes | None:
+        """The first bytes of something listed, at most `size`, or None. This is no use of it."""
         ...
 
     def spaces(self) -> Iterator[Space]:

@@ -103,10 +103,11 @@ class Objects:
         except (self._obstore.exceptions.BaseError, OSError) as error:
             raise RemoteError(_why(error)) from error
 
-    def start(self, name: str, size: int) -> bytes | None:
+    def start(self, listed: Listed, size: int) -> bytes | None:
         """A ranged read."""
+        path, length = self._path(listed.name), min(size, listed.size)
         try:
-            return bytes(self._asked(self._obstore.get_range, self._store, self._path(name), start=0, length=size))
+            return bytes(self._asked(self._obstore.get_range, self._store, path, start=0, length=length))
         except FileNotFoundError:
             return None
 

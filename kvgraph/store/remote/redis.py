@@ -135,14 +135,13 @@ class Redis:
             now = time.time()
             for name, seconds in zip(some, idle, strict=True):
                 size = sum(next(sizes) for _ in parts.get(name, ()))
-                yield Listed(name, size, now - seconds if isinstance(seconds, int) else None)
+                first = next((part for part in parts.get(name, ()) if part.endswith(":0")), "")
+                yield Listed(name, size, now - seconds if isinstance(seconds, int) else None, first)
 
-    def start(self, name: str, size: int) -> bytes | None:
-        """From its first part."""
-        for part in self._scanned(f"{self._prefix}:p:{name}:*:0"):
-            found = self._asked(self._client.getrange, part, 0, size - 1)
-            return found if isinstance(found, bytes) else None
-        return None
+    def start(self, listed: Listed, size: int) -> bytes | None:
+        """From its first part: a use of that is none of the record, whose head Redis knows the last use of."""
+        found = self._asked(self._client.getrange, listed.at, 0, size - 1)
+        return found if isinstance(found, bytes) and found else None
 
     def spaces(self) -> Iterator[Space]:
         """By scanning the server's keys."""

@@ -19,9 +19,11 @@ import torch
 from kvgraph.errors import StoreError
 from kvgraph.store import format
 from kvgraph.store.base import EVENTS, Found, Store, is_key, tenant_id
+from kvgraph.store.catalog import Catalog
 from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
 from kvgraph.store.remote.base import TIMEOUT, Remote, RemoteError, RemoteFull, Space
 from kvgraph.store.remote.breaker import Absent, Breaker
+from kvgraph.store.remote.catalog import RemoteCatalog
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -153,6 +155,10 @@ class RemoteStore:
                 size = None
             self._measured = time.monotonic(), size
         return size
+
+    def catalog(self) -> Catalog:
+        """All records in the place, of every model and tenant."""
+        return RemoteCatalog(self._remote, self.name, self.shown)
 
     def close(self) -> None:
         """Let go of threads and connections. Idempotent; the store can still be used and takes new ones."""
