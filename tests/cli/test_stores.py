@@ -120,7 +120,7 @@ def test_an_evaluation_with_a_codec_is_a_run_of_its_own(run, model, tmp_path):
                 }
                 for n in range(2)
             ]
-        )  # fmt: skip
+        )
     )
     words = ["eval", "--task", "hotpotqa", "--method", "block", "--model", model, "--data", data, "--max-tokens", 2]
     words += ["--no-check", "--out", tmp_path / "runs", "--store", tmp_path / "kv"]
