@@ -186,3 +186,36 @@ def test_a_killed_batch_leaves_whole_records_or_none(tmp_path):
     report = store.verify()
     assert report.clean and report.good >= 20 and store.verify().temporary == 0
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_totals_are_the_sums_of_the_rows(tmp_path):
+    """Whatever happens to rows: kept, kept again, pinned, removed, made again from the files, or lost."""
+    store = DiskStore(tmp_path, fingerprint=MODEL)
+
+    def right():
+        entries = store.ls()
+        sums = sum(entry.size for entry in entries), sum(entry.size for entry in entries if entry.pinned)
+        assert store._with_index(lambda index: index.total()) == sums and store.size() == sums[0]
+
+    right()
+    store.put_all([make(key_of(n)) for n in range(5)])
+    right()
+    store.put(make(key_of(1)))
+    store.pin(key_of(2))
+    store.pin(key_of(2))
+    store.pin(key_of(3))
+    right()
+    store.unpin(key_of(3))
+    store.delete(key_of(2))
+    store.prune(max_bytes=store.size() - 1)
+    right()
+    next(tmp_path.glob("records/*/*.safetensors")).unlink()
+    store.verify()
+    right()
+    with store._index.db as db:
+        db.execute("DELETE FROM totals")
+    store.put(make(key_of(9)))
+    right()
+    store.close()
+    (tmp_path / "index.sqlite").unlink()
+    right()
