@@ -96,7 +96,7 @@ class DiskStore:
             raise StoreError("the store's folder has no name; give a path")
         if capacity_bytes is not None and capacity_bytes < 1:
             raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
-        self.folder = Path(folder)
+        self.folder, self.shown = Path(folder), str(folder)
         self.capacity, self.checks, self.fingerprint = capacity_bytes, verify, fingerprint or ""
         self.mapped = not is_remote(self.folder)
         self._records = self.folder / "records"
@@ -390,11 +390,6 @@ class DiskStore:
         return report
 
     # -- kvgraph.store.catalog.Catalog --------------------------------------------------------------------------------
-
-    @property
-    def shown(self) -> str:
-        """The folder."""
-        return str(self.folder)
 
     @property
     def quarantined(self) -> int:
