@@ -589,9 +589,9 @@ class Engine:
         self.stored_bytes += sum(record.stored_bytes for record in records if record.key not in errors)
         self.store_errors += len(errors)
         if errors and self.store_error is None:
-            error = next(iter(errors.values()))
-            self.store_error = error if isinstance(error, StoreError) else StoreError(repr(error))
-            log.warning("the store can't keep records, continuing without it: %s", error)
+            first = next(iter(errors.values()))
+            self.store_error = first if isinstance(first, StoreError) else StoreError(repr(first))
+            log.warning("the store can't keep records, continuing without it: %s", first)
 
     def _erase(self, keys: Iterable[str], salt: str) -> None:
         store = self._store_of(salt)

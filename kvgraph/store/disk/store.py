@@ -277,7 +277,7 @@ class DiskStore:
         found = self._with_index(entries)
         if found is None:
             found = [entry for entry in map(self._entry, self._keys()) if entry is not None]
-            found.sort(key=lambda e: e.used, reverse=True)
+            found.sort(key=lambda e: e.used or 0.0, reverse=True)
         return found
 
     def stat(self) -> Stat:
@@ -357,7 +357,7 @@ class DiskStore:
                 victims: dict[str, int] = {}
                 left = index.total()[0]
                 for entry in index.idle():
-                    old = older_than is not None and now - entry.used > older_than
+                    old = older_than is not None and now - (entry.used or 0.0) > older_than
                     over = max_bytes is not None and left > max_bytes
                     if not (old or over):
                         break
