@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -51,6 +52,7 @@ log = logging.getLogger("kvgraph.engine")
 
 BEFORE = 8  # tokens of a prompt that its continuation is decoded with
 WRITES = 64  # records that may wait to be written; beyond this, encoding waits for the disk
+BATCH = 64 << 20  # bytes of records that are handed to the store together
 PATIENCE = 0.01  # seconds that a step waits for the store when nothing else can run; then others may have the lock
 IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
@@ -107,8 +109,9 @@ class Engine:
         self.codec = parse(codec) if isinstance(codec, str) else codec
         self.fingerprint = fingerprint_with(model.fingerprint, self.codec)
         if isinstance(store, str | Path | Sequence):
-            store = open_store(store, self.fingerprint, tenant=salt)
+            store = open_store(store, self.fingerprint)
         self.store = store
+        self._stores: dict[str, Store] = {} if store is None else {"": store}  # by tenant, see `_store_of`
         self.stored_bytes = 0  # of KV that were handed to the store, as it keeps them
         self.store_errors = 0
         self.store_error: StoreError | None = None  # the first one
@@ -127,6 +130,9 @@ class Engine:
         self._warned: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "kvgraph-writer") if self.store is not None else None
         self._writes: list[Future[None]] = []
+        self._pending: deque[tuple[str, Record | list[str]]] = (
+            deque()
+        )  # (salt, record to keep or keys to remove), in order
 
     @classmethod
     def load(
@@ -359,6 +365,7 @@ class Engine:
             usage=usage,
             guide=None if params.grammar is None else self.scheduler.guides.guide(params.grammar),
             link=link_of(plan, pool_keys, len(plan.spans) - 1),
+            salt=self.salt if salt is None else salt,
         )
         self.scheduler.check(request)
         return request
@@ -437,15 +444,21 @@ class Engine:
 
     # -- store --------------------------------------------------------------------------------------------------------
 
-    def tier(self, key: str) -> str | None:
-        """Where a span's KV is now: "memory", the store's first tier that has it, or None. Changes nothing."""
+    @property
+    def writing(self) -> int:
+        """Records that wait to be written to the store, and the one being written."""
+        return sum(not write.done() for write in list(self._writes))
+
+    def tier(self, key: str, salt: str | None = None) -> str | None:
+        """Where a tenant's span's KV is now: "memory", the store's first tier that has it, or None. Changes nothing."""
         if self.scheduler.memory.pool.contains(key):
             return self.scheduler.memory.pool.name
-        tiers = () if self.store is None else self.store.tiers
+        store = self._store_of(self.salt if salt is None else salt)
+        tiers = () if store is None else store.tiers
         return next((tier.name for tier in tiers if tier.contains(key)), None)
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """Drop records from memory and, after pending writes, from the store.
+    def forget(self, keys: Iterable[str], salt: str | None = None) -> None:
+        """Drop a tenant's records from memory and, after pending writes, from the store.
 
         Records that a request needs now stay in memory until they are evicted like any other. The call doesn't wait for
         the store; records that it can't remove are logged.
@@ -456,7 +469,8 @@ class Engine:
                 if key not in self.scheduler.memory.holds:
                     self.scheduler.memory.pool.delete(key)
             if self._writer is not None:
-                self._writes.append(self._writer.submit(self._erase, keys))
+                self._pending.append((self.salt if salt is None else salt, keys))
+                self._writes.append(self._writer.submit(self._work_off))
 
     def flush(self) -> None:
         """Wait until every encoded record has been offered to the store, and every forgotten one removed."""
@@ -527,8 +541,15 @@ class Engine:
                 self.cancel(request)
             raise
 
-    def _fetch(self, key: str) -> Found | None:
-        found = None if self.store is None else self.store.get(key)
+    def _store_of(self, salt: str) -> Store | None:
+        """The store for a tenant's records."""
+        if self.store is not None and salt not in self._stores:
+            self._stores[salt] = self.store.for_tenant(salt)
+        return self._stores.get(salt)
+
+    def _fetch(self, key: str, salt: str) -> Found | None:
+        store = self._store_of(salt)
+        found = None if store is None else store.get(key)
         if found is None:
             return None
         record, tier = found
@@ -538,34 +559,55 @@ class Engine:
         """A lossy codec's losses come before a record's first use: whoever finds it later reads the same numbers."""
         return packed(record, self.codec)
 
-    def _save(self, record: Record) -> None:
+    def _save(self, record: Record, salt: str) -> None:
         """Hand a record to the writer thread. If its queue is full, encoding waits for the disk."""
         if self._writer is None:
             return
         self._writes = [w for w in self._writes if not w.done()]
         while len(self._writes) >= WRITES:
             self._writes.pop(0).result()
-        self._writes.append(self._writer.submit(self._write, record))
+        self._pending.append((salt, record))
+        self._writes.append(self._writer.submit(self._work_off))
 
-    def _write(self, record: Record) -> None:
-        assert self.store is not None
+    def _work_off(self) -> None:
+        """Do what is pending next: keep the records in a row of one tenant, or remove some. Another call may have done it."""
+        records: list[Record] = []
+        whose, size = "", 0
+        while self._pending and size < BATCH:
+            salt, work = self._pending[0]
+            if records and (salt != whose or not isinstance(work, Record)):
+                break
+            self._pending.popleft()
+            if not isinstance(work, Record):
+                return self._erase(work, salt)
+            records.append(work)
+            whose, size = salt, size + work.nbytes
+        if records:
+            self._write(records, whose)
+
+    def _write(self, records: list[Record], salt: str) -> None:
+        store = self._store_of(salt)
+        assert store is not None
         try:
-            record = on_device(record, torch.device("cpu"))
-            if record.packed is None and self.codec.name != "raw":
-                record = packed(record, self.codec)
-            self.store.put(record)
-            self.stored_bytes += record.stored_bytes
+            records = [on_device(record, torch.device("cpu")) for record in records]
+            if self.codec.name != "raw":
+                records = [record if record.packed else packed(record, self.codec) for record in records]
+            errors: dict[str, Exception] = dict(store.put_all(records))
         except Exception as error:  # it is a cache: a record that can't be written is computed again later
-            self.store_errors += 1
-            if self.store_errors == 1:
-                self.store_error = error if isinstance(error, StoreError) else StoreError(repr(error))
-                log.warning("the store can't keep records, continuing without it: %s", error)
+            errors = {record.key: error for record in records}
+        self.stored_bytes += sum(record.stored_bytes for record in records if record.key not in errors)
+        self.store_errors += len(errors)
+        if errors and self.store_error is None:
+            first = next(iter(errors.values()))
+            self.store_error = first if isinstance(first, StoreError) else StoreError(repr(first))
+            log.warning("the store can't keep records, continuing without it: %s", first)
 
-    def _erase(self, keys: Iterable[str]) -> None:
-        assert self.store is not None
+    def _erase(self, keys: Iterable[str], salt: str) -> None:
+        store = self._store_of(salt)
+        assert store is not None
         try:
             for key in keys:
-                self.store.delete(key)
+                store.delete(key)
         except StoreError as error:
             log.warning("the store can't remove records: %s", error)
 
