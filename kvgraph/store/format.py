@@ -7,6 +7,7 @@ they are read.
 
 from __future__ import annotations
 
+import hmac
 import json
 import math
 import os
@@ -24,7 +25,8 @@ from kvgraph.store.base import is_key
 from kvgraph.store.codecs.base import CODES, DTYPES, Codec
 from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.codecs.registry import parse, spec_of
-from kvgraph.store.record import BadRecord, PackedKV, Record, UnsupportedRecord
+from kvgraph.store.record import BadRecord, PackedKV, Record, UnsupportedRecord, UntrustedRecord
+from kvgraph.store.signing import DIGITS, signature
 
 VERSION = "1"
 ALIGN = 64  # bytes; a cache line
@@ -34,6 +36,8 @@ MAX_HEADER = 1 << 20  # bytes; 100 layers take 20 kB
 MAGIC = b'{"__metadata__":{"kvgraph":"'  # the first bytes of the JSON of every version
 PREFIX = MAGIC + VERSION.encode() + b'","xxh3_128":"'
 SEALED = 8 + len(PREFIX) + 32  # the checksum's 32 hex digits end here; it covers everything from here to the end
+SIGNATURE = b'","signature":"'  # follows the checksum in a signed record
+SIGNED = SEALED + len(SIGNATURE) + DIGITS  # the signature covers bytes 0 to 8, and everything from here to the end
 
 INTS: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 ITEMSIZE = {code: dtype.itemsize for code, dtype in DTYPES.items()}
@@ -61,10 +65,10 @@ class Header:
     tensors: dict[str, TensorInfo]
 
 
-def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
+def encode(record: Record, fingerprint: str = "", secret: bytes = b"") -> list[bytes | memoryview]:
     """The record's file as buffers to write one after the other. Contiguous CPU tensors aren't copied.
 
-    fingerprint: the model's, or empty. Raises StoreError for a record that the format can't hold.
+    fingerprint: the model's, or empty. secret: to sign the record with, or empty. Raises StoreError for a record that the format can't hold.
     """
     _check_encodable(record)
     packed = record.packed or PackedKV("raw", Raw().pack(record))
@@ -81,6 +85,7 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
         "__metadata__": {
             "kvgraph": VERSION,
             "xxh3_128": "0" * 32,
+            **({"signature": "0" * DIGITS} if secret else {}),
             "key": record.key,
             "fingerprint": fingerprint,
             "codec": packed.codec,
@@ -98,8 +103,10 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
         raise StoreError(f"a record's header of {len(text)} bytes is over the format's limit of {MAX_HEADER}")
 
     head = bytearray(len(text).to_bytes(8, "little") + text)
-    checksum = xxhash.xxh3_128(bytes(head[SEALED:]))
     buffers.append(positions.view(np.uint8).data)
+    if secret:
+        head[SIGNED - DIGITS : SIGNED] = signature(secret, [bytes(head[:8]), bytes(head[SIGNED:]), *buffers])
+    checksum = xxhash.xxh3_128(bytes(head[SEALED:]))
     for buffer in buffers:
         checksum.update(buffer)
     head[SEALED - 32 : SEALED] = checksum.hexdigest().encode("ascii")
@@ -132,13 +139,16 @@ def identity(info: os.stat_result) -> tuple[int, int, int]:
     return info.st_ino, info.st_mtime_ns, info.st_size
 
 
-def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = True) -> Record:
+def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = True, secret: bytes = b"") -> Record:
     """The record in `data` (uint8 [bytes], a whole file); its KV are views of it, kept alive by them.
 
     key: the one asked for. fingerprint: the model's, if it is to be compared; a record that states none passes, since
-    the key covers it. verify: compare the checksum, and refuse NaN and infinity. Raises BadRecord, UnsupportedRecord; never returns other KV.
+    the key covers it. verify: compare the checksum, and refuse NaN and infinity. secret: what the record must be signed
+    with; empty: signatures aren't looked at. Raises BadRecord, UnsupportedRecord, UntrustedRecord; never returns other KV.
     """
-    if verify:
+    if secret:
+        check_signature(data, secret)  # covers what the checksum covers
+    elif verify:
         check_sum(data)
     header = read_header(data)
     if header.key != key:
@@ -147,7 +157,10 @@ def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = T
         raise BadRecord(f"was written for the model with fingerprint {header.fingerprint}")
 
     kv = {name: _tensor(data, header, info) for name, info in header.tensors.items() if name != "positions"}
-    keys, values = header.codec.unpack(kv, header.tokens, header.dtype)
+    try:
+        keys, values = header.codec.unpack(kv, header.tokens, header.dtype)
+    except (RuntimeError, ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:
+        raise BadRecord(f"can't be unpacked: {type(error).__name__}") from error
     _check_kv(keys, values, header.tokens)
     if verify and not all(map(_is_finite, (*keys, *values))):
         raise BadRecord("holds numbers that aren't finite")
@@ -176,6 +189,18 @@ def check_sum(data: torch.Tensor) -> None:
     stated = _front(raw)[SEALED - 32 :]
     if xxhash.xxh3_128_hexdigest(raw[SEALED:].data).encode("ascii") != stated:
         raise BadRecord("is damaged: its checksum doesn't match")
+
+
+def check_signature(data: torch.Tensor, secret: bytes) -> None:
+    """Compare the signature of a whole file (uint8 [bytes]). Raises BadRecord, UnsupportedRecord, UntrustedRecord."""
+    raw = data.numpy()
+    _front(raw)
+    front = raw[SEALED:SIGNED].tobytes()
+    signed = front.startswith(SIGNATURE)
+    if signed and hmac.compare_digest(front[-DIGITS:], signature(secret, [raw[:8].tobytes(), raw[SIGNED:].data])):
+        return
+    check_sum(data)  # is it damaged, or whole and somebody else's?
+    raise UntrustedRecord("has a signature made with another secret" if signed else "isn't signed")
 
 
 def read_header(data: torch.Tensor) -> Header:

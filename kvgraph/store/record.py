@@ -16,6 +16,10 @@ class UnsupportedRecord(Exception):
     """The bytes may be fine, but this reader doesn't understand them: another version, codec or kind of positions."""
 
 
+class UntrustedRecord(Exception):
+    """The bytes are a record, but it isn't signed with this reader's secret."""
+
+
 @dataclass(frozen=True)
 class PackedKV:
     """A record's KV as a codec keeps them. codec: its text (see `kvgraph.store.codecs.registry`). tensors: by name, in

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvgraph.errors import StoreError
-from kvgraph.store import format
+from kvgraph.store import format, signing
 from kvgraph.store.base import EVENTS, Found, Store, is_key
 from kvgraph.store.codecs.registry import spec_of
 from kvgraph.store.disk.index import Entry, Index
-from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
+from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
 
 T = TypeVar("T")
 
@@ -71,6 +71,7 @@ class VerifyReport:
     good, bytes: number of good records, and the bytes of their files.
     bad: (key, reason) of records moved aside.
     unsupported: (key, reason) of records that this version can't read, left alone.
+    untrusted: (key, reason) of records that aren't signed with this process's secret, left alone.
     unreadable: (path, reason) of files that couldn't be opened.
     foreign: paths below records/ that aren't the store's, left alone.
     temporary: number of leftovers of dead writers, removed.
@@ -81,6 +82,7 @@ class VerifyReport:
     bytes: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     unsupported: list[tuple[str, str]] = field(default_factory=list)
+    untrusted: list[tuple[str, str]] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     temporary: int = 0
@@ -120,6 +122,8 @@ class DiskStore:
             raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
         self.folder = Path(folder)
         self.capacity, self.checks, self.fingerprint = capacity_bytes, verify, fingerprint or ""
+        self._secret = signing.secret()
+        self._untrusted: set[str] = set()  # keys whose file isn't signed with this secret: a put replaces it
         self._records = self.folder / "records"
         self._counts: Counter[str] = Counter()
         self._checked: dict[str, tuple[int, int, int]] = {}  # key → the file whose checksum was right
@@ -156,21 +160,22 @@ class DiskStore:
         if self.contains(record.key):
             self._remember(record.key)
             return
-        buffers = format.encode(record, self.fingerprint)
+        buffers = format.encode(record, self.fingerprint, self._secret)
         size = sum(len(b) for b in buffers)
         self._make_room(size)
         try:
             info = write_atomically(path, buffers)
         except OSError as error:
             raise self._cant("keep a record", error) from error
+        self._untrusted.discard(record.key)
         now = time.time()
         codec = record.packed.codec if record.packed else "raw"
         entry = Entry(record.key, size, info.st_mtime, now, False, len(record), self.fingerprint, codec)
         self._with_index(lambda index: index.add(entry))
 
     def contains(self, key: str) -> bool:
-        """Whether there is a file for it. Changes nothing."""
-        return is_key(key) and os.path.exists(self._path(key))
+        """Whether there is a file for it that was not found untrusted. Changes nothing."""
+        return is_key(key) and key not in self._untrusted and os.path.exists(self._path(key))
 
     def delete(self, key: str) -> bool:
         """Remove a record, pinned or not. Idempotent. Raises StoreError if the folder isn't writable."""
@@ -333,11 +338,17 @@ class DiskStore:
         inode = None
         try:
             data, info = format.map_file(path)
+            if self._secret:  # who may write to the folder could change a mapped file after it was checked
+                data = data.clone()
             inode, identity = info.st_ino, format.identity(info)
             first = self._checked.get(key) != identity
-            record = format.decode(data, key, self.fingerprint, verify=self.checks and first)
+            record = format.decode(data, key, self.fingerprint, self.checks and first, self._secret)
         except BadRecord:
             self._move_aside(path, inode)
+            return None
+        except UntrustedRecord:
+            self._count("untrusted")
+            self._untrusted.add(key)
             return None
         except UnsupportedRecord:
             self._count("unreadable")
@@ -346,6 +357,7 @@ class DiskStore:
             if not isinstance(error, FileNotFoundError):
                 self._count("unreadable")
             return None
+        self._untrusted.discard(key)
         if first:
             with self._local:
                 self._checked[key] = identity
@@ -395,10 +407,12 @@ class DiskStore:
         try:
             data, info = format.map_file(path)
             inode = info.st_ino
-            format.decode(data, key)
+            format.decode(data, key, secret=self._secret)
         except BadRecord as error:
             self._move_aside(path, inode)
             report.bad.append((key, str(error)))
+        except UntrustedRecord as error:
+            report.untrusted.append((key, str(error)))
         except UnsupportedRecord as error:
             report.unsupported.append((key, str(error)))
         except FileNotFoundError:  # evicted meanwhile

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from kvgraph.errors import StoreError
 
+LARGEST = 1 << 36  # bytes of a record: 64 GiB. What states more is no record
 TIMEOUT = 5.0  # seconds that a read may take before the span is computed instead
 
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import ParamSpec, TypeVar
 
 from kvgraph.errors import StoreError
-from kvgraph.store.remote.base import Address, RemoteError, namespace
+from kvgraph.store.remote.base import LARGEST, Address, RemoteError, namespace
 from kvgraph.store.remote.store import RemoteStore
 
 P = ParamSpec("P")
@@ -63,6 +63,8 @@ class Objects:
         try:
             first = self._obstore.get(self._store, path, options={"range": (0, RANGE)})
             size = first.meta["size"]
+            if size > LARGEST:
+                return bytearray()  # which is no record
             data = bytearray(memoryview(first.bytes()))
             starts = range(len(data), size, RANGE)
             if starts:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from kvgraph.errors import StoreError
-from kvgraph.store.remote.base import Address, RemoteError, RemoteFull, namespace
+from kvgraph.store.remote.base import LARGEST, Address, RemoteError, RemoteFull, namespace
 from kvgraph.store.remote.store import RemoteStore
 
 if TYPE_CHECKING:
@@ -69,9 +69,11 @@ class Redis:
         for at in range(0, len(parts), AT_ONCE):
             pipeline = self._client.pipeline(transaction=False)
             for part in parts[at : at + AT_ONCE]:
-                pipeline.get(part)
+                pipeline.getrange(part, 0, PART)  # at most one byte more than was written
             for found_part in pipeline.execute():
-                data += found_part or b""
+                data += found_part
+            if len(data) != min(size, (at + AT_ONCE) * PART):  # one is gone, or isn't ours
+                break
         if len(data) == size:
             return data
         self._client.unlink(self._head(name), *parts)
@@ -140,7 +142,7 @@ class Redis:
         """(bytes, names of the parts) of a record."""
         found = self._client.get(self._head(name))
         size, _, identity = (found if isinstance(found, bytes) else b"").decode("ascii", "replace").partition(" ")
-        if not (size.isdigit() and len(size) < 15 and identity):
+        if not (size.isdigit() and len(size) < 15 and 0 < int(size) <= LARGEST and identity):
             return None
         return int(size), self._parts(name, identity, int(size))
 

@@ -16,9 +16,9 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from kvgraph.errors import StoreError
-from kvgraph.store import format
+from kvgraph.store import format, signing
 from kvgraph.store.base import EVENTS, Found, Store, is_key
-from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
+from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
 from kvgraph.store.remote.base import TIMEOUT, Remote, RemoteError, RemoteFull
 from kvgraph.store.remote.breaker import Absent, Breaker
 
@@ -43,8 +43,9 @@ class RemoteStore:
         self.name, self.shown, self.fingerprint, self.timeout = name, shown, fingerprint, timeout
         self.breaker = Breaker()
         self._remote = remote
+        self._secret = signing.secret()
         self._absent = Absent()
-        self._bad: set[str] = set()  # keys whose record there is bad: a put replaces it
+        self._bad: set[str] = set()  # keys whose record there is bad or untrusted: a put replaces it
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._readers: ThreadPoolExecutor | None = None
@@ -67,7 +68,7 @@ class RemoteStore:
 
         Raises StoreError if the place doesn't answer or is full.
         """
-        parts = format.encode(record, self.fingerprint)
+        parts = format.encode(record, self.fingerprint, self._secret)
         key = record.key
         try:
             if key not in self._bad and self._write(self._remote.contains, key):
@@ -144,9 +145,9 @@ class RemoteStore:
             if not data:
                 raise BadRecord("is empty")
             found = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
-            return format.decode(found, key, self.fingerprint)
-        except BadRecord:
-            self._count("bad")
+            return format.decode(found, key, self.fingerprint, secret=self._secret)
+        except (BadRecord, UntrustedRecord) as error:
+            self._count("bad" if isinstance(error, BadRecord) else "untrusted")
             with self._lock:
                 self._bad.add(key)
         except UnsupportedRecord:
