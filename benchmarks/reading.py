@@ -2,7 +2,8 @@
 
 16 requests decode; then a request comes whose documents are in the store and in nobody's memory. The time between two
 tokens of the 16, undisturbed and while it reads, and that request's time to first token. Its records hold random numbers:
-what they say doesn't matter to who waits for them. A store without Redis's or moto's server is left out.
+what they say doesn't matter to who waits for them. A store without Redis's or moto's server is left out. Both servers
+run with a low priority: elsewhere they would have a machine of their own.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def places(folder: Path) -> Iterator[dict[str, Any]]:
             found["s3"] = "s3://bucket/kv?timeout=60"
         except (AssertionError, ImportError) as error:
             print(f"without S3: {error}")
+        for server in servers:
+            os.setpriority(os.PRIO_PROCESS, server.process.pid, 10)
         yield found
     finally:
         for server in servers:

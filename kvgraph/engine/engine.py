@@ -520,7 +520,19 @@ class Engine:
         if found is None:
             return None
         record, tier = found
+        if not self._fits(record):
+            return None
         return on_device(replace(record, packed=None), self.model.device), tier
+
+    def _fits(self, record: Record) -> bool:
+        """Whether a record can be of this model. A checksum doesn't say so, and attention doesn't ask."""
+        layers, sides = self.model.layers, (record.keys, record.values)
+        return len(record.keys) == len(record.values) == len(layers) and all(
+            k.dtype == v.dtype == self.model.dtype
+            and (k.shape[0], k.shape[2]) == (layer.kv_heads, layer.key_dim)
+            and (v.shape[0], v.shape[2]) == (layer.kv_heads, layer.value_dim)
+            for layer, k, v in zip(layers, *sides, strict=True)
+        )
 
     def _settle(self, record: Record) -> Record:
         """A lossy codec's losses come before a record's first use: whoever finds it later reads the same numbers."""

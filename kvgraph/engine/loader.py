@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from kvgraph.store.background import step_back
 from kvgraph.store.base import Found
 
 log = logging.getLogger("kvgraph.engine")
@@ -35,7 +36,7 @@ class Loader:
         self.counts: Counter[str] = Counter()  # loads by how they ended: "found", "missing", "failed", "late"
         self._finished: deque[tuple[str, Found | None]] = deque()
         self._news = threading.Event()
-        self._pool = ThreadPoolExecutor(threads, "kvgraph-loader") if threads else None
+        self._pool = ThreadPoolExecutor(threads, "kvgraph-loader", step_back) if threads else None
         self._futures: dict[str, Future[None]] = {}
 
     def start(self, key: str) -> None:

@@ -454,6 +454,8 @@ class Scheduler:
 
     def _loaded(self, loading: Loading, found: Found | None) -> None:
         """A record has come, or there is none."""
+        if found is not None and found[0].nbytes != loading.nbytes:  # it isn't of this span's tokens
+            found = None
         if found is not None:
             self.memory.make_room(found[0].nbytes)
             self.memory.keep(found[0])

@@ -22,7 +22,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,9 +270,11 @@ class DiskStore:
 
     def prune(self, max_bytes: int | None = None, older_than: float | None = None) -> tuple[int, int]:
         """Remove records not used for `older_than` seconds, then the least recently used until at most `max_bytes` are
-        left. Pinned ones stay. Returns (records, bytes) removed. Raises StoreError.
+        left. Pinned ones stay. Returns (records, bytes) removed. Raises StoreError, also if some files can't be removed;
+        the others are by then.
         """
         now = time.time()
+        failed: list[OSError] = []
 
         def work(index: Index) -> tuple[int, int]:
             self._flush(index)
@@ -285,12 +287,18 @@ class DiskStore:
                     over = max_bytes is not None and left > max_bytes
                     if not (old or over):
                         break
+                    if (error := self._removed(entry.key)) is not None:
+                        failed.append(error)
+                        continue
                     victims[entry.key] = entry.size
                     left -= entry.size
-                self._unlink(index, victims)
+                index.remove(victims)
             return len(victims), sum(victims.values())
 
-        return self._need_index(work)
+        removed = self._need_index(work)
+        if failed:
+            raise self._cant(f"remove {len(failed):,} records (others were removed: {removed[0]:,})", failed[0])
+        return removed
 
     def verify(self) -> VerifyReport:
         """Check every record in full, move bad ones aside, remove leftovers of dead writers, and repair the index.
@@ -464,26 +472,31 @@ class DiskStore:
                 for entry in index.idle():
                     if total + size <= capacity:
                         break
-                    victims.append(entry.key)
-                    total -= entry.size
-                self._unlink(index, victims)
-            return 0
+                    if self._removed(entry.key) is None:
+                        victims.append(entry.key)
+                        total -= entry.size
+                index.remove(victims)
+                return 0 if total + size <= capacity else total
 
         pinned = self._with_index(work) or 0
         if pinned or size > capacity:
-            beside = f" beside {pinned:,} pinned bytes" if pinned else ""
+            beside = f" beside {pinned:,} bytes that are pinned or can't be removed" if pinned else ""
             raise StoreError(
                 f"a record of {size:,} bytes can't fit the capacity of {capacity:,} bytes of {self.folder}{beside}"
             )
 
-    def _unlink(self, index: Index, keys: Iterable[str]) -> None:
-        """Remove records and their rows inside a transaction of the index, so that two processes don't do it twice."""
-        for key in filter(is_key, keys):
-            try:
+    def _removed(self, key: str) -> OSError | None:
+        """Remove a record's file, inside a transaction of the index, so that two processes don't do it twice.
+
+        What prevented it, or None: one file that can't be removed keeps no other from going.
+        """
+        try:
+            if is_key(key):
                 self._path(key).unlink(missing_ok=True)
-            except OSError as error:
-                raise self._cant("remove a record", error) from error
-        index.remove(keys)
+        except OSError as error:
+            self._count("unreadable")
+            return error
+        return None
 
     # -- index --------------------------------------------------------------------------------------------------------
 

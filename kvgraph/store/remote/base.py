@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+import numpy as np
 
 from kvgraph.errors import StoreError
 
@@ -28,8 +30,8 @@ class Remote(Protocol):
     Names are relative: whoever opened the place chose the namespace that they are in, and no call leaves it.
     """
 
-    def get(self, name: str) -> bytearray | bytes | None:
-        """The bytes kept under a name, whole, or None."""
+    def get(self, name: str) -> memoryview | bytes | None:
+        """The bytes kept under a name, whole, or None. A memoryview is writable and nobody else's."""
         ...
 
     def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
@@ -82,6 +84,24 @@ class Address:
             if not 0 < timeout <= 3600:
                 raise StoreError(f"the timeout of {shown} must be seconds, such as ?timeout=2, not {value[:20]!r}")
         return cls(urlunsplit(parts._replace(query="&".join(rest))), parts.scheme, shown, timeout)
+
+
+class Whole:
+    """A place for `size` bytes that come in pieces. Large pieces are copied without Python's lock: the model goes on."""
+
+    def __init__(self, size: int):
+        self.size, self.filled = size, 0
+        self._data = np.empty(size, np.uint8)
+
+    def add(self, piece: Any) -> None:
+        """The next piece, a buffer of bytes. What is over the size is dropped."""
+        source = np.frombuffer(piece, np.uint8)[: self.size - self.filled]
+        np.copyto(self._data[self.filled : self.filled + len(source)], source)
+        self.filled += len(source)
+
+    def data(self) -> memoryview:
+        """What has come."""
+        return self._data[: self.filled].data
 
 
 def namespace(fingerprint: str, tenant: str) -> tuple[str, str]:

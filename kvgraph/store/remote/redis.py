@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from kvgraph.errors import StoreError
-from kvgraph.store.remote.base import LARGEST, Address, RemoteError, RemoteFull, namespace
+from kvgraph.store.remote.base import LARGEST, Address, RemoteError, RemoteFull, Whole, namespace
 from kvgraph.store.remote.store import RemoteStore
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 PART = 8 << 20  # bytes; Redis copies a value as one piece
 AT_ONCE = 4  # parts in a pipeline
+PIECE = 1 << 20  # bytes of one answer: the client copies an answer while it holds Python's lock, which stops the model
 EXPIRES = 600_000  # milliseconds until a part without a record goes
 
 
@@ -56,26 +57,27 @@ class Redis:
         except ValueError as error:
             raise StoreError(f"{address.shown} isn't the address of a Redis server: {error}") from None
 
-    def get(self, name: str) -> bytearray | None:
+    def get(self, name: str) -> memoryview | None:
         """Its parts joined; None, and the record removed, if one is gone."""
         return self._asked(self._get, name)
 
-    def _get(self, name: str) -> bytearray | None:
+    def _get(self, name: str) -> memoryview | None:
         found = self._record(name)
         if found is None:
             return None
         size, parts = found
-        data = bytearray()
+        whole = Whole(size)
         for at in range(0, len(parts), AT_ONCE):
             pipeline = self._client.pipeline(transaction=False)
             for part in parts[at : at + AT_ONCE]:
-                pipeline.getrange(part, 0, PART)  # at most one byte more than was written
-            for found_part in pipeline.execute():
-                data += found_part
-            if len(data) != min(size, (at + AT_ONCE) * PART):  # one is gone, or isn't ours
+                for begin in range(0, PART, PIECE):
+                    pipeline.getrange(part, begin, min(begin + PIECE, PART) - 1)
+            for piece in pipeline.execute():
+                whole.add(piece)
+            if whole.filled != min(size, (at + AT_ONCE) * PART):  # one is gone, or isn't ours
                 break
-        if len(data) == size:
-            return data
+        if whole.filled == size:
+            return whole.data()
         self._client.unlink(self._head(name), *parts)
         return None
 

@@ -17,6 +17,7 @@ import torch
 
 from kvgraph.errors import StoreError
 from kvgraph.store import format, signing
+from kvgraph.store.background import step_back
 from kvgraph.store.base import EVENTS, Found, Store, is_key
 from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
 from kvgraph.store.remote.base import TIMEOUT, Remote, RemoteError, RemoteFull
@@ -144,7 +145,7 @@ class RemoteStore:
         try:
             if not data:
                 raise BadRecord("is empty")
-            found = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+            found = torch.frombuffer(bytearray(data) if isinstance(data, bytes) else data, dtype=torch.uint8)
             return format.decode(found, key, self.fingerprint, secret=self._secret)
         except (BadRecord, UntrustedRecord) as error:
             self._count("bad" if isinstance(error, BadRecord) else "untrusted")
@@ -157,12 +158,12 @@ class RemoteStore:
 
     def _read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         with self._lock:
-            pool = self._readers = self._readers or ThreadPoolExecutor(READERS, f"kvgraph-{self.name}-read")
+            pool = self._readers = self._readers or ThreadPoolExecutor(READERS, f"kvgraph-{self.name}-read", step_back)
         return self._call(pool, self.timeout, call, *args, **kwargs)
 
     def _write(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         with self._lock:
-            pool = self._writers = self._writers or ThreadPoolExecutor(WRITERS, f"kvgraph-{self.name}-write")
+            pool = self._writers = self._writers or ThreadPoolExecutor(WRITERS, f"kvgraph-{self.name}-write", step_back)
         return self._call(pool, WRITE_TIMEOUT, call, *args, **kwargs)
 
     def _call(
