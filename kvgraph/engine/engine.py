@@ -45,6 +45,8 @@ from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
 from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
+from kvgraph.store.selection.base import Selection, selected
+from kvgraph.store.selection.registry import fingerprint_selected, parse_selection
 
 log = logging.getLogger("kvgraph.engine")
 
@@ -80,7 +82,8 @@ class Engine:
     requests and cached spans together (default: half of the free memory, or 80 % of the free GPU memory).
     max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key. codec: how records are
     kept, as text such as "kivi:bits=2" (see `kvgraph.store.codecs.registry`). What a lossy one loses is lost before a
-    span's first use, so answers don't depend on where a record came from; its records have keys of their own.
+    span's first use, so answers don't depend on where a record came from; its records have keys of their own. select:
+    which tokens of a span are kept, as text such as "snapkv:keep=50" (see `kvgraph.store.selection.registry`); None: all.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Engine:
         max_step_tokens: int | None = None,
         salt: str = "",
         codec: str | Codec = "raw",
+        select: str | Selection | None = None,
     ):
         for name, value in (("kv_budget", kv_budget), ("max_step_tokens", max_step_tokens)):
             if value is not None and not (isinstance(value, int) and value > 0):
@@ -104,7 +108,11 @@ class Engine:
             raise KVGraphError(f"store must be a folder, a URL, a list of them, or a store, not {type(store).__name__}")
         self.model, self.salt = model, salt
         self.codec = parse(codec) if isinstance(codec, str) else codec
-        self.fingerprint = fingerprint_with(model.fingerprint, self.codec)
+        selection = parse_selection(select) if isinstance(select, str) else select
+        self.selection = None if selection is None or selection.keep == 100 else selection
+        if self.selection is not None:
+            _check_selectable(model, self.selection)
+        self.fingerprint = fingerprint_selected(fingerprint_with(model.fingerprint, self.codec), self.selection)
         if isinstance(store, str | Path | Sequence):
             store = open_store(store, self.fingerprint, tenant=salt)
         self.store = store
@@ -119,7 +127,8 @@ class Engine:
             step_tokens,
             self.loader,
             self._save,
-            None if self.codec.lossless else self._settle,
+            None if self.codec.lossless and self.selection is None else self._settle,
+            self.selection,
         )
         self._lock = threading.RLock()
         self._uncached = count()
@@ -142,6 +151,7 @@ class Engine:
         max_step_tokens: int | None = None,
         salt: str = "",
         codec: str | Codec = "raw",
+        select: str | Selection | None = None,
     ) -> Engine:
         """Load a Hugging Face causal LM from a folder, hub name or GGUF file, run the gate, and return an engine on it.
 
@@ -152,7 +162,15 @@ class Engine:
         loaded = load_model(
             model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=check
         )
-        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt, codec=codec)
+        return cls(
+            loaded,
+            store=store,
+            kv_budget=kv_budget,
+            max_step_tokens=max_step_tokens,
+            salt=salt,
+            codec=codec,
+            select=select,
+        )
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -534,9 +552,11 @@ class Engine:
             for layer, k, v in zip(layers, *sides, strict=True)
         )
 
-    def _settle(self, record: Record) -> Record:
-        """A lossy codec's losses come before a record's first use: whoever finds it later reads the same numbers."""
-        return packed(record, self.codec)
+    def _settle(self, record: Record, queries: list[Tensor]) -> Record:
+        """What is lost is lost before a record's first use: whoever finds it later reads the same numbers."""
+        if self.selection is not None:
+            record = selected(record, self.selection, queries)
+        return record if self.codec.lossless else packed(record, self.codec)
 
     def _save(self, record: Record) -> None:
         """Hand a record to the writer thread. If its queue is full, encoding waits for the disk."""
@@ -630,3 +650,11 @@ def _outside() -> int:
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame, depth = frame.f_back, depth + 1
     return depth
+
+
+def _check_selectable(model: models.Model, selection: Selection) -> None:
+    """Raise KVGraphError for a model whose records can't have fewer tokens."""
+    if any(layer.window is not None for layer in model.layers):
+        raise KVGraphError(f"selection {selection.name} needs a model without sliding windows; leave it out")
+    if model.device.type != "cpu":
+        raise KVGraphError(f"selection {selection.name} works on CPUs only so far; leave it out, or use device cpu")

@@ -80,6 +80,8 @@ def encode(record: Record, fingerprint: str = "", secret: bytes = b"") -> list[b
     # Positions come last, so that KV starts aligned for any number of tokens.
     positions = np.ascontiguousarray(record.positions.numpy(), dtype="<i8")
     table.append(("positions", "I64", [len(record)], positions.nbytes))
+    kept = [np.ascontiguousarray(t.numpy(), dtype="<i4") for t in record.kept or ()]
+    table += [(f"positions.{i}", "I32", list(t.shape), t.nbytes) for i, t in enumerate(kept)]
 
     header: dict[str, Any] = {
         "__metadata__": {
@@ -103,7 +105,7 @@ def encode(record: Record, fingerprint: str = "", secret: bytes = b"") -> list[b
         raise StoreError(f"a record's header of {len(text)} bytes is over the format's limit of {MAX_HEADER}")
 
     head = bytearray(len(text).to_bytes(8, "little") + text)
-    buffers.append(positions.view(np.uint8).data)
+    buffers += [t.view(np.uint8).reshape(-1).data for t in (positions, *kept)]
     if secret:
         head[SIGNED - DIGITS : SIGNED] = signature(secret, [bytes(head[:8]), bytes(head[SIGNED:]), *buffers])
     checksum = xxhash.xxh3_128(bytes(head[SEALED:]))
@@ -156,16 +158,21 @@ def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = T
     if fingerprint and header.fingerprint not in ("", fingerprint):
         raise BadRecord(f"was written for the model with fingerprint {header.fingerprint}")
 
-    kv = {name: _tensor(data, header, info) for name, info in header.tensors.items() if name != "positions"}
+    kv = {name: _tensor(data, header, info) for name, info in header.tensors.items() if not _is_positions(name)}
+    positions = _positions(data, header)
+    kept = _kept(data, header, positions)
+    held = kept[0].shape[1] if kept else header.tokens
     try:
-        keys, values = header.codec.unpack(kv, header.tokens, header.dtype)
+        keys, values = header.codec.unpack(kv, held, header.dtype)
     except (RuntimeError, ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:
         raise BadRecord(f"can't be unpacked: {type(error).__name__}") from error
-    _check_kv(keys, values, header.tokens)
+    _check_kv(keys, values, held)
+    if kept and [t.shape[0] for t in kept] != [t.shape[0] for t in keys]:
+        raise BadRecord("has positions of other layers and heads than its keys")
     if verify and not all(map(_is_finite, (*keys, *values))):
         raise BadRecord("holds numbers that aren't finite")
     packed = None if isinstance(header.codec, Raw) else PackedKV(spec_of(header.codec), kv)
-    return Record(key, keys, values, _positions(data, header), packed)
+    return Record(key, keys, values, positions, packed, kept)
 
 
 def _tensor(data: torch.Tensor, header: Header, info: TensorInfo) -> torch.Tensor:
@@ -224,8 +231,6 @@ def read_header(data: torch.Tensor) -> Header:
         codec = parse(meta.get("codec", ""))
     except StoreError as error:
         raise UnsupportedRecord(f"is stored with codec {meta.get('codec')!r}: {error}") from None
-    if any(name.startswith("positions.") for name in table):
-        raise UnsupportedRecord("has positions per layer and head, which this version doesn't read")
     key, tokens, fingerprint = meta.get("key", ""), meta.get("tokens", ""), meta.get("fingerprint")
     if not is_key(key) or not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10) or fingerprint is None:
         raise BadRecord("has malformed metadata")
@@ -300,6 +305,30 @@ def _positions(data: torch.Tensor, header: Header) -> torch.Tensor:
     return torch.from_numpy(positions)
 
 
+def _is_positions(name: str) -> bool:
+    return name == "positions" or name.startswith("positions.")
+
+
+def _kept(data: torch.Tensor, header: Header, positions: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Positions [G, K] int32 of the tokens that every layer and head holds, copied; None if that is all of them."""
+    infos = {name: info for name, info in header.tensors.items() if name.startswith("positions.")}
+    if not infos:
+        return None
+    if infos.keys() != {f"positions.{layer}" for layer in range(len(infos))}:
+        raise BadRecord("doesn't hold the positions of every layer")
+    width = infos["positions.0"].shape[-1]
+    kept = []
+    for layer in range(len(infos)):
+        info = infos[f"positions.{layer}"]
+        if info.dtype != "I32" or len(info.shape) != 2 or info.shape[1] != width or not width < header.tokens:
+            raise BadRecord(f"has positions of dtype {info.dtype} and shape {list(info.shape)}, which is impossible")
+        found = _tensor(data, header, info).clone()
+        if bool((found.diff(dim=1) <= 0).any()) or not bool(torch.isin(found, positions.int()).all()):
+            raise BadRecord("holds tokens at positions that don't ascend or aren't the span's")
+        kept.append(found)
+    return tuple(kept)
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether it contains neither NaN nor infinity. The sum shows it in one pass, unless it overflows."""
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
@@ -317,8 +346,10 @@ def _check_encodable(record: Record) -> None:
         raise StoreError(f"record {record.key[:12]} has dtype {found}; the store keeps float32, float16 or bfloat16")
     if any(t.device.type != "cpu" for t in kv):
         raise StoreError(f"record {record.key[:12]} isn't in CPU memory; move it there before it is stored")
+    if (record.held < len(record)) != (record.kept is not None):
+        raise StoreError(f"record {record.key[:12]} has KV of {record.held} tokens, but {len(record)} positions")
     for t in kv:
-        if t.dim() != 3 or t.shape[1] != len(record) or 0 in t.shape:
+        if t.dim() != 3 or t.shape[1] != record.held or 0 in t.shape or t.shape[1] > len(record):
             raise StoreError(f"record {record.key[:12]} has KV of shape {list(t.shape)} for {len(record)} tokens")
         if not _is_finite(t):
             raise StoreError(f"record {record.key[:12]} contains NaN or infinite numbers; it isn't stored")

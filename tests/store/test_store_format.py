@@ -130,7 +130,7 @@ def test_what_this_version_cannot_read_is_refused():
     header, data = taken_apart(file_of(record()))
     line = header.pop("positions")
     per_head = {"dtype": "I32", "shape": [2, 3], "data_offsets": [line["data_offsets"][0], line["data_offsets"][1]]}
-    with pytest.raises(UnsupportedRecord, match="per layer and head"):
+    with pytest.raises(BadRecord, match="doesn't hold positions"):
         decode(sealed({**header, "positions.0": per_head}, data))
     other_codec = {**header, "positions": line, "__metadata__": {**header["__metadata__"], "codec": "int3"}}
     with pytest.raises(UnsupportedRecord, match="int3"):
