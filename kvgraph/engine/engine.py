@@ -114,8 +114,9 @@ class Engine:
             _check_selectable(model, self.selection)
         self.fingerprint = fingerprint_selected(fingerprint_with(model.fingerprint, self.codec), self.selection)
         if isinstance(store, str | Path | Sequence):
-            store = open_store(store, self.fingerprint, tenant=salt)
+            store = open_store(store, self.fingerprint)
         self.store = store
+        self._stores: dict[str, Store] = {} if store is None else {"": store}  # by tenant, see `_store_of`
         self.stored_bytes = 0  # of KV that were handed to the store, as it keeps them
         self.store_errors = 0
         self.store_error: StoreError | None = None  # the first one
@@ -369,6 +370,7 @@ class Engine:
             usage=usage,
             guide=None if params.grammar is None else self.scheduler.guides.guide(params.grammar),
             link=link_of(plan, pool_keys, len(plan.spans) - 1),
+            salt=self.salt if salt is None else salt,
         )
         self.scheduler.check(request)
         return request
@@ -443,15 +445,21 @@ class Engine:
 
     # -- store --------------------------------------------------------------------------------------------------------
 
-    def tier(self, key: str) -> str | None:
-        """Where a span's KV is now: "memory", the store's first tier that has it, or None. Changes nothing."""
+    @property
+    def writing(self) -> int:
+        """Records that wait to be written to the store, and the one being written."""
+        return sum(not write.done() for write in list(self._writes))
+
+    def tier(self, key: str, salt: str | None = None) -> str | None:
+        """Where a tenant's span's KV is now: "memory", the store's first tier that has it, or None. Changes nothing."""
         if self.scheduler.memory.pool.contains(key):
             return self.scheduler.memory.pool.name
-        tiers = () if self.store is None else self.store.tiers
+        store = self._store_of(self.salt if salt is None else salt)
+        tiers = () if store is None else store.tiers
         return next((tier.name for tier in tiers if tier.contains(key)), None)
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """Drop records from memory and, after pending writes, from the store.
+    def forget(self, keys: Iterable[str], salt: str | None = None) -> None:
+        """Drop a tenant's records from memory and, after pending writes, from the store.
 
         Records that a request needs now stay in memory until they are evicted like any other. The call doesn't wait for
         the store; records that it can't remove are logged.
@@ -462,7 +470,7 @@ class Engine:
                 if key not in self.scheduler.memory.holds:
                     self.scheduler.memory.pool.delete(key)
             if self._writer is not None:
-                self._writes.append(self._writer.submit(self._erase, keys))
+                self._writes.append(self._writer.submit(self._erase, keys, self.salt if salt is None else salt))
 
     def flush(self) -> None:
         """Wait until every encoded record has been offered to the store, and every forgotten one removed."""
@@ -533,8 +541,15 @@ class Engine:
                 self.cancel(request)
             raise
 
-    def _fetch(self, key: str) -> Found | None:
-        found = None if self.store is None else self.store.get(key)
+    def _store_of(self, salt: str) -> Store | None:
+        """The store for a tenant's records."""
+        if self.store is not None and salt not in self._stores:
+            self._stores[salt] = self.store.for_tenant(salt)
+        return self._stores.get(salt)
+
+    def _fetch(self, key: str, salt: str) -> Found | None:
+        store = self._store_of(salt)
+        found = None if store is None else store.get(key)
         if found is None:
             return None
         record, tier = found
@@ -558,22 +573,23 @@ class Engine:
             record = selected(record, self.selection, queries)
         return record if self.codec.lossless else packed(record, self.codec)
 
-    def _save(self, record: Record) -> None:
+    def _save(self, record: Record, salt: str) -> None:
         """Hand a record to the writer thread. If its queue is full, encoding waits for the disk."""
         if self._writer is None:
             return
         self._writes = [w for w in self._writes if not w.done()]
         while len(self._writes) >= WRITES:
             self._writes.pop(0).result()
-        self._writes.append(self._writer.submit(self._write, record))
+        self._writes.append(self._writer.submit(self._write, record, salt))
 
-    def _write(self, record: Record) -> None:
-        assert self.store is not None
+    def _write(self, record: Record, salt: str) -> None:
+        store = self._store_of(salt)
+        assert store is not None
         try:
             record = on_device(record, torch.device("cpu"))
             if record.packed is None and self.codec.name != "raw":
                 record = packed(record, self.codec)
-            self.store.put(record)
+            store.put(record)
             self.stored_bytes += record.stored_bytes
         except Exception as error:  # it is a cache: a record that can't be written is computed again later
             self.store_errors += 1
@@ -581,11 +597,12 @@ class Engine:
                 self.store_error = error if isinstance(error, StoreError) else StoreError(repr(error))
                 log.warning("the store can't keep records, continuing without it: %s", error)
 
-    def _erase(self, keys: Iterable[str]) -> None:
-        assert self.store is not None
+    def _erase(self, keys: Iterable[str], salt: str) -> None:
+        store = self._store_of(salt)
+        assert store is not None
         try:
             for key in keys:
-                self.store.delete(key)
+                store.delete(key)
         except StoreError as error:
             log.warning("the store can't remove records: %s", error)
 

@@ -42,7 +42,7 @@ Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its
 class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
-    loader: reads records of the backing store; None: there is none. save(record): hand a new record to it.
+    loader: reads records of the backing store; None: there is none. save(record, salt): hand a tenant's new record to it.
     settle(record, queries): what a new record becomes before anything reads it; None: it stays as it is. queries: of its
     last tokens, if the selection looks at them. selection: which tokens of a span are kept; None: all.
     """
@@ -53,7 +53,7 @@ class Scheduler:
         budget: int,
         max_step_tokens: int,
         loader: Loader | None,
-        save: Callable[[Record], None],
+        save: Callable[[Record, str], None],
         settle: Callable[[Record, list[Tensor]], Record] | None = None,
         selection: Selection | None = None,
     ):
@@ -262,7 +262,7 @@ class Scheduler:
             if not request.missing:
                 self._ready(request)
         if encoding.persistent:
-            self.save(record)  # last, because it may wait for the disk and be interrupted there
+            self.save(record, encoding.salt)  # last, because it may wait for the disk and be interrupted there
 
     def _best(self, work: list[Work], logits: Tensor, counts: list[int]) -> dict[Request, tuple[int, float]]:
         """The most likely token and its logit, of each request that takes it, with one read from the device for all."""
@@ -408,13 +408,19 @@ class Scheduler:
             request.resolved.add(key)
             if key in self.memory.pool:
                 ahead = self.ahead.pop(key, None)
+                if ahead is not None and self.loader is not None:
+                    self.loader.count("ahead_used")
                 self._reused(request, index, "memory" if ahead is None else ahead[0])
                 continue
             request.missing.add(key)
             if key in self.encodings:
                 self._reused(request, index, "shared")
             elif self.loader is not None and span.cached and key not in absent:
-                self._load(self.loader, key, len(span)).waiters[request] = index
+                loading = self._load(self.loader, key, len(span), request.salt)
+                if loading.ahead:
+                    loading.ahead = False
+                    self.loader.count("ahead_used")
+                loading.waiters[request] = index
                 request.loads.add(key)
                 continue
             else:
@@ -433,12 +439,12 @@ class Scheduler:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def _load(self, loader: Loader, key: str, tokens: int) -> Loading:
+    def _load(self, loader: Loader, key: str, tokens: int, salt: str, ahead: bool = False) -> Loading:
         """The read of a record, begun if it isn't under way."""
         if key not in self.loading:
             held = tokens if self.selection is None else kept_tokens(self.selection, tokens)
-            self.loading[key] = Loading(key, held * self.memory.per_token, time.monotonic() + DEADLINE)
-            loader.start(key)
+            self.loading[key] = Loading(key, held * self.memory.per_token, time.monotonic() + DEADLINE, ahead)
+            loader.start(key, salt)
         return self.loading[key]
 
     def _collect(self) -> None:
@@ -450,7 +456,7 @@ class Scheduler:
         for late in [loading for loading in self.loading.values() if now > loading.deadline]:
             ended.append((self.loading.pop(late.key), None))
             self.loader.cancel(late.key)
-            self.loader.counts["late"] += 1
+            self.loader.count("late")
         waited: dict[Request, None] = {}
         for loading, found in ended:
             if loading is not None:  # somebody still waits, or it was read ahead
@@ -515,7 +521,8 @@ class Scheduler:
                 taken += len(span) * self.memory.per_token
                 if taken > self.memory.budget // AHEAD:
                     return
-                self._load(self.loader, key, len(span))
+                self._load(self.loader, key, len(span), request.salt, ahead=True)
+                self.loader.count("ahead")
             request.looked_ahead = True
 
     def _encoding(self, request: Request, index: int) -> Encoding:
@@ -526,6 +533,7 @@ class Scheduler:
             persistent=spans[index].cached,
             order=(request.number, index),
             link=link_of(request.plan, request.keys, index),
+            salt=request.salt,
         )
 
     def _ready(self, request: Request) -> None:

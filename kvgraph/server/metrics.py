@@ -13,11 +13,18 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import generate_latest as written
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from kvgraph import __version__
 from kvgraph.engine.engine import Engine
+from kvgraph.engine.loader import BOUNDS, Loader
 from kvgraph.server.runner import EngineJob, EngineThread, Update
 from kvgraph.store.base import Store
 
@@ -159,11 +166,22 @@ class _Gauges(Collector):
             ("errors", "Calls of a remote store that failed."),
             ("timeouts", "Calls of a remote store without an answer in time."),
             ("skipped", "Calls of a remote store that weren't made, because those before them had failed."),
+            ("read_bytes", "Bytes of records found, as the tier keeps them."),
+            ("written_bytes", "Bytes of records kept, as the tier keeps them."),
         ):
             counted = CounterMetricFamily(f"kvgraph_store_{event}", help, labels=("tier",))
             for store in stores:
                 counted.add_metric((store.name,), store.counts()[event])
             yield counted
+        answers = GaugeMetricFamily(
+            "kvgraph_store_available", "0 while a tier isn't asked, because earlier calls failed.", labels=("tier",)
+        )
+        for store in stores:
+            answers.add_metric((store.name,), float(store.available))
+        yield answers
+        if engine.loader is not None:
+            yield from _of_loader(engine.loader)
+        yield GaugeMetricFamily("kvgraph_store_writes_pending", "Records that wait to be kept.", value=engine.writing)
         failed = engine.store_errors
         yield CounterMetricFamily("kvgraph_store_write_errors", "Records that couldn't be kept.", value=failed)
         held = GaugeMetricFamily("kvgraph_store_bytes", "Record files, of all processes.", labels=("tier",))
@@ -174,6 +192,32 @@ class _Gauges(Collector):
             if store.capacity is not None:
                 most.add_metric((store.name,), store.capacity)
         yield from (held, most)
+
+
+def _of_loader(loader: Loader) -> Iterator[Metric]:
+    """Loads by outcome, how long they took by tier, those under way, and what lookahead did."""
+    counts = dict(loader.counts)
+    outcomes = CounterMetricFamily("kvgraph_loads", "Records asked for, by how it ended.", labels=("outcome",))
+    for outcome in ("found", "missing", "failed", "late", "cancelled"):
+        outcomes.add_metric((outcome,), counts.get(outcome, 0))
+    yield outcomes
+    taken = HistogramMetricFamily(
+        "kvgraph_load_seconds", "From asking for a record until it is in memory, by tier.", labels=("tier",)
+    )
+    for tier, durations in dict(loader.seconds).items():
+        buckets, total = [], 0
+        for bound, n in zip((*map(str, BOUNDS), "+Inf"), durations.counts, strict=True):
+            total += n
+            buckets.append((bound, total))
+        taken.add_metric((tier,), buckets, durations.total)
+    yield taken
+    yield GaugeMetricFamily("kvgraph_loads_pending", "Records being read, or waiting for it.", value=loader.pending)
+    ahead = CounterMetricFamily(
+        "kvgraph_lookahead", "Records read for requests that wait for memory: begun, and used.", labels=("what",)
+    )
+    ahead.add_metric(("begun",), counts.get("ahead", 0))
+    ahead.add_metric(("used",), counts.get("ahead_used", 0))
+    yield ahead
 
 
 def _tiers(engine: Engine) -> tuple[Store, ...]:

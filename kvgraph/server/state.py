@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -31,6 +32,7 @@ from kvgraph.server.tenants import Caller, Tenants
 from kvgraph.server.tokens import TokenNames
 from kvgraph.server.tracing import Tracing
 from kvgraph.server.workers import Workers
+from kvgraph.store.codecs.registry import fingerprint_with, parse
 from kvgraph.store.open import open_store
 
 log = logging.getLogger("kvgraph.server")
@@ -55,9 +57,28 @@ def load_engine(settings: Settings) -> Engine:
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"can't read the chat template {settings.chat_template}: {error}") from None
     store = None
-    if settings.store is not None:
-        store = open_store(settings.store, model.fingerprint, capacity_bytes=settings.store_size)
-    return Engine(model, store=store, kv_budget=settings.kv_budget, max_step_tokens=settings.max_step_tokens)
+    if settings.store:
+        fingerprint = fingerprint_with(model.fingerprint, parse(settings.codec))
+        places = [place.text for place in settings.store]
+        store = open_store(places, fingerprint, capacity_bytes=settings.store_size)
+    return Engine(
+        model,
+        store=store,
+        kv_budget=settings.kv_budget,
+        max_step_tokens=settings.max_step_tokens,
+        codec=settings.codec,
+    )
+
+
+def library_file(settings: Settings) -> Path | None:
+    """Where segments and graphs are kept: a file of this machine, whatever the store's tiers are. None: in memory."""
+    if settings.library is not None or settings.folder is None:
+        if settings.library is None and settings.store:
+            log.warning(
+                "segments and graphs are in memory, because no tier of the store is a folder; give --library FILE"
+            )
+        return settings.library
+    return settings.folder / LIBRARY
 
 
 class Server:
@@ -90,7 +111,7 @@ class Server:
     async def _open(self) -> None:
         try:
             engine = await _on_daemon(lambda: self._load(self.settings))
-            file = None if self.settings.store is None else self.settings.store / LIBRARY
+            file = library_file(self.settings)
             self._library = await asyncio.to_thread(Library, file, engine.model.fingerprint)
             runner = EngineThread(engine, self.metrics.saw)
             runner.start()

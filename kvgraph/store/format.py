@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 from kvgraph.errors import StoreError
-from kvgraph.store.base import is_key
+from kvgraph.store.base import is_key, is_tenant
 from kvgraph.store.codecs.base import CODES, DTYPES, Codec
 from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.codecs.registry import parse, spec_of
@@ -34,6 +34,7 @@ OPENINGS = 5  # tries to open a file that others replace at the same time
 MAX_HEADER = 1 << 20  # bytes; 100 layers take 20 kB
 
 MAGIC = b'{"__metadata__":{"kvgraph":"'  # the first bytes of the JSON of every version
+START = 8 + MAX_HEADER  # bytes at the front of a file that hold its header, whatever it says
 PREFIX = MAGIC + VERSION.encode() + b'","xxh3_128":"'
 SEALED = 8 + len(PREFIX) + 32  # the checksum's 32 hex digits end here; it covers everything from here to the end
 SIGNATURE = b'","signature":"'  # follows the checksum in a signed record
@@ -60,15 +61,17 @@ class Header:
     fingerprint: str
     codec: Codec
     dtype: torch.dtype | None  # of the KV once unpacked; None: that of the tensors
+    tenant: str  # see `kvgraph.store.base.tenant_id`
     tokens: int
     data: int
     tensors: dict[str, TensorInfo]
 
 
-def encode(record: Record, fingerprint: str = "", secret: bytes = b"") -> list[bytes | memoryview]:
+def encode(record: Record, fingerprint: str = "", tenant: str = "", secret: bytes = b"") -> list[bytes | memoryview]:
     """The record's file as buffers to write one after the other. Contiguous CPU tensors aren't copied.
 
-    fingerprint: the model's, or empty. secret: to sign the record with, or empty. Raises StoreError for a record that the format can't hold.
+    fingerprint: the model's, or empty. tenant: what stands for it (`kvgraph.store.base.tenant_id`), or empty. secret: to
+    sign the record with, or empty. Raises StoreError for a record that the format can't hold.
     """
     _check_encodable(record)
     packed = record.packed or PackedKV("raw", Raw().pack(record))
@@ -90,6 +93,7 @@ def encode(record: Record, fingerprint: str = "", secret: bytes = b"") -> list[b
             **({"signature": "0" * DIGITS} if secret else {}),
             "key": record.key,
             "fingerprint": fingerprint,
+            **({"tenant": tenant} if tenant else {}),
             "codec": packed.codec,
             "tokens": str(len(record)),
             **({} if packed.codec == "raw" else {"dtype": CODES[record.keys[0].dtype]}),
@@ -136,17 +140,38 @@ def map_file(path: str | Path) -> tuple[torch.Tensor, os.stat_result]:
     raise OSError(f"{path} was replaced each time it was opened")
 
 
+def read_file(path: str | Path, most: int | None = None) -> tuple[torch.Tensor, os.stat_result]:
+    """As `map_file`, but read into memory now, at most so many bytes: what happens to the file later changes nothing."""
+    with open(path, "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise BadRecord("isn't a regular file")
+        data = bytearray(info.st_size if most is None else min(most, info.st_size))
+        size = file.readinto(data)
+    if size == 0:
+        raise BadRecord("is empty")
+    return torch.frombuffer(data, dtype=torch.uint8, count=size), info
+
+
 def identity(info: os.stat_result) -> tuple[int, int, int]:
     """A value that distinguishes versions of a file without reading it."""
     return info.st_ino, info.st_mtime_ns, info.st_size
 
 
-def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = True, secret: bytes = b"") -> Record:
+def decode(
+    data: torch.Tensor,
+    key: str,
+    fingerprint: str = "",
+    verify: bool = True,
+    tenant: str | None = None,
+    secret: bytes = b"",
+) -> Record:
     """The record in `data` (uint8 [bytes], a whole file); its KV are views of it, kept alive by them.
 
     key: the one asked for. fingerprint: the model's, if it is to be compared; a record that states none passes, since
-    the key covers it. verify: compare the checksum, and refuse NaN and infinity. secret: what the record must be signed
-    with; empty: signatures aren't looked at. Raises BadRecord, UnsupportedRecord, UntrustedRecord; never returns other KV.
+    the key covers it. tenant: what stands for the one who asks; None for anybody's. verify: compare the checksum, and
+    refuse NaN and infinity. secret: what the record must be signed with; empty: signatures aren't looked at. Raises
+    BadRecord, UnsupportedRecord, UntrustedRecord; never returns other KV.
     """
     if secret:
         check_signature(data, secret)  # covers what the checksum covers
@@ -157,6 +182,8 @@ def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = T
         raise BadRecord(f"holds the record {header.key}")
     if fingerprint and header.fingerprint not in ("", fingerprint):
         raise BadRecord(f"was written for the model with fingerprint {header.fingerprint}")
+    if tenant is not None and header.tenant not in ("", tenant):
+        raise UnsupportedRecord("belongs to another tenant")
 
     kv = {name: _tensor(data, header, info) for name, info in header.tensors.items() if not _is_positions(name)}
     positions = _positions(data, header)
@@ -210,10 +237,10 @@ def check_signature(data: torch.Tensor, secret: bytes) -> None:
     raise UntrustedRecord("has a signature made with another secret" if signed else "isn't signed")
 
 
-def read_header(data: torch.Tensor) -> Header:
-    """Parse and check the header of a whole file (uint8 [bytes]): all of it, but not the checksum nor any tensor data.
+def read_header(data: torch.Tensor, size: int | None = None) -> Header:
+    """Parse and check the header of a file (uint8 [bytes]): all of it, but not the checksum nor any tensor data.
 
-    Raises BadRecord, UnsupportedRecord.
+    data: the whole file, or its first bytes, at least START or all there are, of `size`. Raises BadRecord, UnsupportedRecord.
     """
     raw = data.numpy()
     length = int.from_bytes(_front(raw)[:8], "little")
@@ -234,11 +261,16 @@ def read_header(data: torch.Tensor) -> Header:
     key, tokens, fingerprint = meta.get("key", ""), meta.get("tokens", ""), meta.get("fingerprint")
     if not is_key(key) or not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10) or fingerprint is None:
         raise BadRecord("has malformed metadata")
+    tenant = meta.get("tenant", "")
+    if tenant and not is_tenant(tenant):
+        raise BadRecord(f"states a tenant {tenant[:40]!r}, which has 16 hex digits")
     dtype = meta.get("dtype")
     if dtype is not None and dtype not in _KV_DTYPES:
         raise BadRecord(f"states the dtype {dtype!r}, which KV can't have")
     dtype = None if dtype is None else DTYPES[dtype]
-    header = Header(key, fingerprint, codec, dtype, int(tokens), begin, _table(table, raw.nbytes - begin))
+    header = Header(
+        key, fingerprint, codec, dtype, tenant, int(tokens), begin, _table(table, (size or raw.nbytes) - begin)
+    )
     _check_tensors(header)
     return header
 

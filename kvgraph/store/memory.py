@@ -47,6 +47,15 @@ class MemoryStore:
         """Itself."""
         return (self,)
 
+    @property
+    def available(self) -> bool:
+        """Always."""
+        return True
+
+    def for_tenant(self, tenant: str) -> Store:
+        """Itself: keys cover the tenant, and nothing in memory is listed."""
+        return self
+
     def get(self, key: str) -> Found | None:
         """The record and "memory", or None. Evicts nothing; makes it the most recently used."""
         with self._lock:
@@ -54,6 +63,7 @@ class MemoryStore:
             if entry is None and (entry := self._idle.get(key)) is not None:
                 self._idle.move_to_end(key)
             self._counts["misses" if entry is None else "hits"] += 1
+            self._counts["read_bytes"] += 0 if entry is None else entry.nbytes
             return None if entry is None else (entry.record, self.name)
 
     def put(self, record: Record) -> None:
@@ -73,6 +83,7 @@ class MemoryStore:
             self._evict_to(self._most - nbytes)
             self._idle[record.key] = _Entry(record, nbytes)
             self.bytes += nbytes
+            self._counts["written_bytes"] += nbytes
 
     def evict_to(self, size: int) -> None:
         """Evict least recently used records until at most `size` bytes are held, or only pinned ones. Idempotent."""
@@ -111,7 +122,7 @@ class MemoryStore:
             return True
 
     def counts(self) -> dict[str, int]:
-        """Hits and misses."""
+        """Hits, misses and bytes."""
         with self._lock:
             return dict(self._counts)
 

@@ -26,6 +26,15 @@ class TieredStore:
         """The tiers, fastest first."""
         return tuple(part for tier in self._tiers for part in tier.tiers)
 
+    @property
+    def available(self) -> bool:
+        """Whether all tiers are."""
+        return all(tier.available for tier in self._tiers)
+
+    def for_tenant(self, tenant: str) -> Store:
+        """The same tiers for a tenant's records."""
+        return TieredStore([tier.for_tenant(tenant) for tier in self._tiers])
+
     def get(self, key: str) -> Found | None:
         """The record and the name of the first tier that has it, or None.
 

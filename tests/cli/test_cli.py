@@ -296,8 +296,8 @@ def test_store_commands(run, model, documents, tmp_path):
     assert code == 0
     keys = re.findall(r"^([0-9a-f]{16}) ", out, re.M)
     assert len(keys) == 3 and "KiB" in out
-    _, out, _ = run("store", "stat", "--store", store)
-    assert re.search(r"records +3\n", out)
+    _, out, _ = run("store", "stats", "--store", store)
+    assert out.splitlines()[-1].startswith("3 records, ")
     assert run("store", "verify", "--store", store)[:2] == (0, run("store", "verify", "--store", store)[1])
 
     bad = sorted(store.glob(RECORDS))[0]
@@ -305,15 +305,18 @@ def test_store_commands(run, model, documents, tmp_path):
     data[-1] ^= 1
     bad.write_bytes(data)
     code, out, _ = run("store", "verify", "--store", store)
-    assert code == 1 and f"moved aside {bad.stem}" in out and "2 records are good" in out
+    assert code == 1 and f"damaged {bad.stem}" in out and "2 records are good" in out and bad.exists()
+    code, out, _ = run("store", "verify", "--store", store, "--repair")
+    assert code == 1 and f"moved aside {bad.stem}" in out and "2 records are good" in out and not bad.exists()
+    assert run("store", "stats", "--store", store)[1].splitlines()[-1].endswith("; 1 quarantined")
 
     key = sorted(store.glob(RECORDS))[0].stem
     assert run("store", "pin", "--store", store, key[:12])[1] == f"pinned {key}\n"
-    assert "1 (" in run("store", "stat", "--store", store)[1].split("pinned")[1]
+    assert "1 (" in run("store", "stats", "--store", store)[1].split("pinned")[1]
     assert run("store", "unpin", "--store", store, key[:12])[1] == f"unpinned {key}\n"
     assert run("store", "rm", "--store", store, key[:12])[:2] == (0, f"removed {key}\n")
-    assert run("store", "prune", "--store", store, "--older-than", "7d")[1].startswith("removed 0 records")
-    assert run("store", "prune", "--store", store, "--max-size", "1B")[1].startswith("removed 1 records")
+    assert run("store", "gc", "--store", store, "--older-than", "7d")[1].startswith("removed 0 records")
+    assert run("store", "gc", "--store", store, "--max-size", "1B")[1].startswith("removed 1 records")
     run("encode", model, documents, "--store", store)
     assert run("store", "rm", "--store", store, "--all", "--yes")[1].startswith("removed 3 records")
     assert not list(store.glob(RECORDS))
@@ -446,8 +449,8 @@ MISTAKES = [
     (2, "Missing", ["ask", "{model}"]),
     (2, "needs --store", ["encode", "{model}", "{documents}"]),
     (2, "isn't a size", ["encode", "{model}", "{documents}", "--store", "{tmp}/kv", "--kv-budget", "lots"]),
-    (2, "isn't a duration", ["store", "prune", "--store", "{tmp}", "--older-than", "7"]),
-    (2, "say what to remove", ["store", "prune", "--store", "{tmp}"]),
+    (2, "isn't a duration", ["store", "gc", "--store", "{tmp}", "--older-than", "7"]),
+    (2, "say what to remove", ["store", "gc", "--store", "{tmp}"]),
     (2, "give KEYs", ["store", "rm", "--store", "{tmp}"]),
     (2, "belong together", ["check", "{model}", "--method", "block"]),
     (2, "give one of MODEL", ["explain", "--documents", "{documents}"]),
@@ -495,9 +498,9 @@ MISTAKES = [
     (1, "edges 'top-k:999", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "top-k:" + "9" * 5000]),
     (1, "named '99999", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "9" * 5000 + ">0"]),
     (1, "rounds must be", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "graph-kv:rounds=" + "9" * 5000]),
-    (2, "isn't a size", ["store", "prune", "--store", "{tmp}", "--max-size", "9" * 400]),
-    (2, "isn't a size", ["store", "prune", "--store", "{tmp}", "--max-size", "9" * 18 + "TiB"]),
-    (2, "isn't a duration", ["store", "prune", "--store", "{tmp}", "--older-than", "9" * 400 + "d"]),
+    (2, "isn't a size", ["store", "gc", "--store", "{tmp}", "--max-size", "9" * 400]),
+    (2, "isn't a size", ["store", "gc", "--store", "{tmp}", "--max-size", "9" * 18 + "TiB"]),
+    (2, "isn't a duration", ["store", "gc", "--store", "{tmp}", "--older-than", "9" * 400 + "d"]),
     (1, "no method ''", ["check", "{model}", "--method", "", "--data", "{documents}"]),
     (1, "no method 'full,block'", ["bench", "{model}", "--method", "full,block"]),
 ]  # fmt: skip
@@ -629,7 +632,7 @@ def test_closed_streams_are_no_error(model, documents):
     for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
         assert shell(f"kvgraph --version {closed}").returncode == 0
     done = shell(
-        f"kvgraph store stat --store /nowhere 2>&-; echo $?; kvgraph explain {model} --documents {documents} 2>&-"
+        f"kvgraph store stats --store /nowhere 2>&-; echo $?; kvgraph explain {model} --documents {documents} 2>&-"
     )
     assert done.stdout.decode().startswith("1\n#") and not done.stderr
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
-from kvgraph.store.remote.base import RemoteError, RemoteFull
+from kvgraph.store.remote.base import Listed, RemoteError, RemoteFull, Space
 
 
 class RedisServer:
@@ -204,8 +204,9 @@ class MemoryPlace:
     """A `Remote` in this process. `fault` is what happens to the next calls: None, "dead", "full", "slow", or a function
     of the bytes that are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, spaces: dict[Space, MemoryPlace] | None = None) -> None:
         self.kept: dict[str, bytes] = {}
+        self.others = {} if spaces is None else spaces  # of the same place, by namespace
         self.fault = None
         self.calls = 0
 
@@ -237,7 +238,18 @@ class MemoryPlace:
 
     def names(self):
         self._call()
-        yield from [(name, len(data)) for name, data in self.kept.items()]
+        yield from [Listed(name, len(data)) for name, data in self.kept.items()]
+
+    def start(self, listed, size):
+        self._call()
+        return self.kept[listed.name][:size] if listed.name in self.kept else None
+
+    def spaces(self):
+        self._call()
+        yield from self.others
+
+    def within(self, space):
+        return self.others.setdefault(space, MemoryPlace(self.others))
 
     def close(self) -> None:
         pass

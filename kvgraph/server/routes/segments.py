@@ -190,7 +190,7 @@ async def get_segment(id: InPath, server: TheServer, caller: TheCaller) -> Segme
     def look() -> SegmentDetails:
         segment = server.library.segment(caller.tenant, id)
         (key,) = keys_of(server.engine, segment_plan(segment.tokens), caller.salt)
-        return SegmentDetails(**_facts(server, segment), text=segment.text, tier=server.engine.tier(key))
+        return SegmentDetails(**_facts(server, segment), text=segment.text, tier=server.engine.tier(key, caller.salt))
 
     return await server.workers.run(look)
 
@@ -266,7 +266,7 @@ async def _forget(server: Server, caller: Caller, plans: Sequence[Plan]) -> None
         return [key for plan in plans for key in keys_of(engine, plan, caller.salt)]
 
     found = await server.workers.run(keys)
-    await asyncio.wrap_future(server.runner.call(lambda: engine.forget(found)))
+    await asyncio.wrap_future(server.runner.call(lambda: engine.forget(found, caller.salt)))
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Dele
         return [key for key, span in zip(keys, plan.spans, strict=True) if key is not None and span.sees]
 
     keys = await server.workers.run(removed)
-    await asyncio.wrap_future(server.runner.call(lambda: server.engine.forget(keys)))
+    await asyncio.wrap_future(server.runner.call(lambda: server.engine.forget(keys, caller.salt)))
     return Deleted(id=id, object="graph.deleted")
 
 

@@ -22,17 +22,21 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from kvgraph.errors import StoreError
 from kvgraph.store import format, signing
-from kvgraph.store.base import EVENTS, Found, Store, is_key
+from kvgraph.store.base import EVENTS, Entry, Found, Store, is_key, tenant_id
+from kvgraph.store.catalog import VerifyReport
 from kvgraph.store.codecs.registry import spec_of
-from kvgraph.store.disk.index import Entry, Index
+from kvgraph.store.disk.index import Index
+from kvgraph.store.disk.mounts import is_remote
 from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
 
 T = TypeVar("T")
@@ -64,37 +68,6 @@ class Stat:
     counts: Mapping[str, int]
 
 
-@dataclass
-class VerifyReport:
-    """What `verify` found and did.
-
-    good, bytes: number of good records, and the bytes of their files.
-    bad: (key, reason) of records moved aside.
-    unsupported: (key, reason) of records that this version can't read, left alone.
-    untrusted: (key, reason) of records that aren't signed with this process's secret, left alone.
-    unreadable: (path, reason) of files that couldn't be opened.
-    foreign: paths below records/ that aren't the store's, left alone.
-    temporary: number of leftovers of dead writers, removed.
-    rows_added, rows_removed: rows of the index that were missing, or had no file.
-    """
-
-    good: int = 0
-    bytes: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    unsupported: list[tuple[str, str]] = field(default_factory=list)
-    untrusted: list[tuple[str, str]] = field(default_factory=list)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
-    temporary: int = 0
-    rows_added: int = 0
-    rows_removed: int = 0
-
-    @property
-    def clean(self) -> bool:
-        """No record was bad or unreadable."""
-        return not (self.bad or self.unreadable)
-
-
 class DiskStore:
     """Records in a folder. Safe to use from several threads and processes at once.
 
@@ -104,7 +77,8 @@ class DiskStore:
     verify: compare a record's checksum the first time this process loads it.
     fingerprint: the model's. It is written into records, and a record with another one is never served.
 
-    Raises StoreError if the folder can't be used or holds another store format.
+    On a network mount, files are read into memory: one that another machine truncates while it is mapped would end the
+    process. Raises StoreError if the folder can't be used or holds another store format.
     """
 
     name = "disk"
@@ -124,6 +98,8 @@ class DiskStore:
         self.capacity, self.checks, self.fingerprint = capacity_bytes, verify, fingerprint or ""
         self._secret = signing.secret()
         self._untrusted: set[str] = set()  # keys whose file isn't signed with this secret: a put replaces it
+        # Who may write to the folder could change a mapped file after its signature was checked.
+        self.mapped = not self._secret and not is_remote(self.folder)
         self._records = self.folder / "records"
         self._counts: Counter[str] = Counter()
         self._checked: dict[str, tuple[int, int, int]] = {}  # key → the file whose checksum was right
@@ -143,7 +119,11 @@ class DiskStore:
 
         A bad record is moved to quarantine/ and counted; it is a miss.
         """
-        record = self._load(key) if is_key(key) else None
+        return self.get_of("", key)
+
+    def get_of(self, tenant: str, key: str) -> Found | None:
+        """As `get`, for a tenant (`kvgraph.store.base.tenant_id`): another's record is a miss, and is left alone."""
+        record = self._load(key, tenant) if is_key(key) else None
         self._count("misses" if record is None else "hits")
         if record is None:
             return None
@@ -156,22 +136,30 @@ class DiskStore:
         Raises StoreError if the folder isn't writable, the disk is full, or the record can't fit the capacity beside the
         pinned ones; nothing else is lost then.
         """
-        path = self._path(record.key)
+        self.put_of("", record)
+
+    def put_of(self, tenant: str, record: Record) -> None:
+        """As `put`, for a tenant."""
+        self._path(record.key)  # which refuses what is no key
         if self.contains(record.key):
             self._remember(record.key)
             return
-        buffers = format.encode(record, self.fingerprint, self._secret)
+        codec, now = record.packed.codec if record.packed else "raw", time.time()
+        entry = Entry(record.key, 0, now, now, False, len(record), self.fingerprint, codec, tenant)
+        self._write(entry, format.encode(record, self.fingerprint, tenant, self._secret))
+
+    def _write(self, entry: Entry, buffers: Sequence[bytes | memoryview]) -> None:
+        """A new record's file and row. Its size and the time of its creation are the file's."""
         size = sum(len(b) for b in buffers)
         self._make_room(size)
         try:
-            info = write_atomically(path, buffers)
+            info = write_atomically(self._path(entry.key), buffers)
         except OSError as error:
             raise self._cant("keep a record", error) from error
-        self._untrusted.discard(record.key)
-        now = time.time()
-        codec = record.packed.codec if record.packed else "raw"
-        entry = Entry(record.key, size, info.st_mtime, now, False, len(record), self.fingerprint, codec)
-        self._with_index(lambda index: index.add(entry))
+        self._untrusted.discard(entry.key)
+        self._count("written_bytes", size)
+        written = replace(entry, size=size, created=info.st_mtime)
+        self._with_index(lambda index: index.add(written))
 
     def contains(self, key: str) -> bool:
         """Whether there is a file for it that was not found untrusted. Changes nothing."""
@@ -179,7 +167,11 @@ class DiskStore:
 
     def delete(self, key: str) -> bool:
         """Remove a record, pinned or not. Idempotent. Raises StoreError if the folder isn't writable."""
-        if not is_key(key):
+        return self.delete_of("", key)
+
+    def delete_of(self, tenant: str, key: str) -> bool:
+        """As `delete`, for a tenant: another's record stays."""
+        if not is_key(key) or ((entry := self._entry(key)) is not None and entry.tenant not in ("", tenant)):
             return False
         try:
             self._path(key).unlink()
@@ -224,7 +216,7 @@ class DiskStore:
             len(pinned),
             sum(e.size for e in pinned),
             self.capacity,
-            len(_names(self.folder / "quarantine")),
+            self.quarantined,
             self.counts(),
         )
 
@@ -232,6 +224,15 @@ class DiskStore:
     def tiers(self) -> tuple[Store, ...]:
         """Itself."""
         return (self,)
+
+    @property
+    def available(self) -> bool:
+        """Always."""
+        return True
+
+    def for_tenant(self, tenant: str) -> Store:
+        """The same folder; the tenant is written into its records."""
+        return _OfTenant(self, tenant_id(tenant)) if tenant else self
 
     def counts(self) -> dict[str, int]:
         """Counts of this process, by event. Reads no file."""
@@ -300,23 +301,78 @@ class DiskStore:
             raise self._cant(f"remove {len(failed):,} records (others were removed: {removed[0]:,})", failed[0])
         return removed
 
-    def verify(self) -> VerifyReport:
-        """Check every record in full, move bad ones aside, remove leftovers of dead writers, and repair the index.
+    def verify(self, repair: bool = True, seen: Callable[[], object] = int) -> VerifyReport:
+        """Check every record in full; with `repair`, move bad ones aside, remove leftovers of dead writers, and repair the
+        index.
 
-        Reads everything; other processes may keep using the store. Doesn't raise: unreadable files are reported.
+        Reads everything; other processes may keep using the store. Doesn't raise: unreadable files are reported. seen: called
+        for each file.
         """
-        report = VerifyReport()
+        report = VerifyReport(repaired=repair)
         for name in _names(self.folder):
-            if name.startswith(TEMPORARY):
+            if name.startswith(TEMPORARY) and repair:
                 remove_if_abandoned(self.folder / name)
         report.foreign += sorted(map(str, self._foreign()))
         for folder in sorted(_names(self._records)):
             for name in sorted(_names(self._records / folder)):
                 self._verify_file(self._records / folder / name, report)
-        rows = self._with_index(self._reconcile)
+                seen()
+        rows = self._with_index(self._reconcile) if repair else None
         if rows is not None:
             report.rows_added, report.rows_removed = rows
         return report
+
+    # -- kvgraph.store.catalog.Catalog --------------------------------------------------------------------------------
+
+    @property
+    def shown(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    @property
+    def quarantined(self) -> int:
+        """Files in quarantine/."""
+        return len(_names(self.folder / "quarantine"))
+
+    def entries(self, details: bool = True) -> Iterator[Entry]:
+        """All records, from the index."""
+        yield from self.ls()
+
+    def read(self, entry: Entry) -> torch.Tensor | None:
+        """A record's file as it is. This is no use of it."""
+        try:
+            return self._data(self._path(entry.key))[0]
+        except FileNotFoundError:
+            return None
+        except (OSError, BadRecord) as error:
+            raise StoreError(f"record {entry.key} can't be read from {self.folder}: {error}") from error
+
+    def keep(self, entry: Entry, parts: Sequence[bytes | memoryview]) -> bool:
+        """A file with these bytes, unless there is one."""
+        if self.contains(entry.key):
+            return False
+        self._write(replace(entry, used=entry.used or time.time(), pinned=False), parts)
+        return True
+
+    def remove(self, entries: Iterable[Entry], seen: Callable[[], object] = int) -> list[Entry]:
+        """Remove records that aren't pinned, in one transaction of the index. Returns those that were there."""
+        wanted = list(entries)
+
+        def work(index: Index) -> list[Entry]:
+            with index:
+                pinned = index.pinned()
+                removed = [entry for entry in wanted if entry.key not in pinned]
+                self._unlink(index, [entry.key for entry in removed])
+            return removed
+
+        removed = self._need_index(work)
+        for _ in wanted:
+            seen()
+        return removed
+
+    def set_pinned(self, entry: Entry, pinned: bool) -> None:
+        """As `pin` and `unpin`."""
+        self._set_pinned(entry.key, pinned)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -341,16 +397,16 @@ class DiskStore:
         except OSError as error:
             raise self._cant("open the store", error) from error
 
-    def _load(self, key: str) -> Record | None:
+    def _load(self, key: str, tenant: str) -> Record | None:
         path = self._path(key)
         inode = None
         try:
-            data, info = format.map_file(path)
-            if self._secret:  # who may write to the folder could change a mapped file after it was checked
-                data = data.clone()
+            data, info = self._data(path)
             inode, identity = info.st_ino, format.identity(info)
             first = self._checked.get(key) != identity
-            record = format.decode(data, key, self.fingerprint, self.checks and first, self._secret)
+            # What is read once more may have changed on its way: a mapped file doesn't.
+            verify = self.checks and (first or not self.mapped)
+            record = format.decode(data, key, self.fingerprint, verify, tenant, self._secret)
         except BadRecord:
             self._move_aside(path, inode)
             return None
@@ -366,8 +422,9 @@ class DiskStore:
                 self._count("unreadable")
             return None
         self._untrusted.discard(key)
-        if first:
-            with self._local:
+        with self._local:
+            self._counts["read_bytes"] += info.st_size
+            if first:
                 self._checked[key] = identity
         return record
 
@@ -394,18 +451,25 @@ class DiskStore:
         """A record's row, made from its file; None without a file. An unreadable header counts as 0 tokens."""
         path = self._path(key)
         try:
-            info = path.stat()
-            header = format.read_header(format.map_file(path)[0])
-            tokens, fingerprint, codec = header.tokens, header.fingerprint, spec_of(header.codec)
+            data, info = format.map_file(path) if self.mapped else format.read_file(path, format.START)
+            header = format.read_header(data, info.st_size)
+            rest = header.tokens, header.fingerprint, spec_of(header.codec), header.tenant
         except FileNotFoundError:
             return None
         except (OSError, BadRecord, UnsupportedRecord):
-            tokens, fingerprint, codec = 0, "", ""
-        return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, tokens, fingerprint, codec)
+            rest = 0, "", "", ""
+            try:
+                info = path.stat()
+            except OSError:
+                return None
+        return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, *rest)
+
+    def _data(self, path: Path) -> tuple[torch.Tensor, os.stat_result]:
+        return format.map_file(path) if self.mapped else format.read_file(path)
 
     def _verify_file(self, path: Path, report: VerifyReport) -> None:
         if path.name.startswith(TEMPORARY):
-            report.temporary += remove_if_abandoned(path)
+            report.temporary += remove_if_abandoned(path, only_look=not report.repaired)
             return
         if not _is_record(path.parent.name, path.name):
             report.foreign.append(str(path))
@@ -413,11 +477,12 @@ class DiskStore:
         key = path.name.removesuffix(SUFFIX)
         inode = None
         try:
-            data, info = format.map_file(path)
+            data, info = self._data(path)
             inode = info.st_ino
             format.decode(data, key, secret=self._secret)
         except BadRecord as error:
-            self._move_aside(path, inode)
+            if report.repaired:
+                self._move_aside(path, inode)
             report.bad.append((key, str(error)))
         except UntrustedRecord as error:
             report.untrusted.append((key, str(error)))
@@ -442,7 +507,7 @@ class DiskStore:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             why = "the folder isn't writable; records in it are still read"
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = "the disk is full; free some space, or remove records with `kvgraph store prune`"
+            why = "the disk is full; free some space, or remove records with `kvgraph store gc`"
         else:
             why = error.strerror or str(error)
         return StoreError(f"can't {what} in {self.folder}: {why}")
@@ -636,9 +701,49 @@ class DiskStore:
         if used:
             index.touch(used, wait=wait)
 
-    def _count(self, what: str) -> None:
+    def _count(self, what: str, n: int = 1) -> None:
         with self._local:
-            self._counts[what] += 1
+            self._counts[what] += n
+
+
+class _OfTenant:
+    """A folder's records of one tenant, by its `kvgraph.store.base.tenant_id`. See `Store` for what its methods do."""
+
+    def __init__(self, store: DiskStore, tenant: str):
+        self._store, self._tenant = store, tenant
+        self.name, self.capacity = store.name, store.capacity
+
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        return (self,)
+
+    @property
+    def available(self) -> bool:
+        return self._store.available
+
+    def for_tenant(self, tenant: str) -> Store:
+        return self._store.for_tenant(tenant)
+
+    def get(self, key: str) -> Found | None:
+        return self._store.get_of(self._tenant, key)
+
+    def put(self, record: Record) -> None:
+        self._store.put_of(self._tenant, record)
+
+    def contains(self, key: str) -> bool:
+        return self._store.contains(key)
+
+    def delete(self, key: str) -> bool:
+        return self._store.delete_of(self._tenant, key)
+
+    def counts(self) -> dict[str, int]:
+        return self._store.counts()
+
+    def size(self) -> int | None:
+        return self._store.size()
+
+    def close(self) -> None:
+        self._store.close()
 
 
 def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.stat_result:
@@ -668,12 +773,13 @@ def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.st
         return info
 
 
-def remove_if_abandoned(path: Path) -> bool:
+def remove_if_abandoned(path: Path, only_look: bool = False) -> bool:
     """Remove a temporary file whose writer is dead; whether it was."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            if not only_look:
+                path.unlink()
     except OSError:  # locked by its writer, or gone
         return False
     return True
