@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from kvgraph.store.background import step_back
 from kvgraph.store.base import Found
 
 log = logging.getLogger("kvgraph.engine")
@@ -58,7 +57,7 @@ class Loader:
         self._lock = threading.Lock()  # guards what threads count
         self._finished: deque[tuple[str, Found | None]] = deque()
         self._news = threading.Event()
-        self._pool = ThreadPoolExecutor(threads, "kvgraph-loader", step_back) if threads else None
+        self._pool = ThreadPoolExecutor(threads, "kvgraph-loader") if threads else None
         self._futures: dict[str, Future[None]] = {}
 
     @property

@@ -68,7 +68,7 @@ def test_a_real_prometheus_answers_every_query(live, tmp_path):
             server.ask(documents=DOCUMENTS, kvgraph={"method": "block"})
             server.ask(documents=[{"text": f"number {number}"}], kvgraph={"method": "block"})
             server.server.engine.flush()
-            server.server.runner.call(lambda: server.server.engine.scheduler.memory.pool.evict_to(0))
+            server.server.runner.call(lambda: server.server.engine.scheduler.memory.pool.evict_to(0)).result()
             time.sleep(0.3)
             for name, query in list(empty.items()):
                 query = query.replace("$__rate_interval", "10s").replace("$job", ".*")

@@ -22,7 +22,7 @@ def main() -> None:
         engine.generate(graph, "block", SamplingParams(max_tokens=2, ignore_eos=True))
         engine.flush()
         assert engine.store is not None and engine.store_error is None, engine.store_error
-        print(engine.fingerprint, *(key for key, _ in engine.store.records()))  # type: ignore[attr-defined]
+        print(engine.fingerprint, *(key for key, _ in engine.store.for_tenant(tenant).records()))  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class Redis:
                 **{name: value for name, value in credentials.items() if value},  # those of a URL win
                 socket_timeout=address.timeout,
                 socket_connect_timeout=address.timeout,
+                socket_read_size=PIECE,
                 retry=Retry(NoBackoff(), 0),  # trying again is the circuit breaker's business
             )
         except ValueError as error:

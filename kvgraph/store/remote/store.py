@@ -18,7 +18,6 @@ import torch
 
 from kvgraph.errors import StoreError
 from kvgraph.store import format, signing
-from kvgraph.store.background import step_back
 from kvgraph.store.base import EVENTS, Found, Store, is_key, tenant_id
 from kvgraph.store.catalog import Catalog
 from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
@@ -245,7 +244,7 @@ class _Threads:
         with self._lock:
             if kind not in self._pools:
                 threads = WRITERS if kind == "write" else READERS
-                self._pools[kind] = ThreadPoolExecutor(threads, f"kvgraph-{self._name}-{kind}", step_back)
+                self._pools[kind] = ThreadPoolExecutor(threads, f"kvgraph-{self._name}-{kind}")
             return self._pools[kind]
 
     def close(self) -> None:
