@@ -164,9 +164,9 @@ def test_key_norm_keeps_small_keys():
 def test_the_window_and_what_it_looks_at_are_kept(name):
     r = record(30)
     asked = queries(r, 4)
-    r.keys[0][0, 11] = 30 * asked[0][0, 0]  # the first head's first query looks here
+    r.keys[0][0, 11] = 30 * asked[0][0, -1]  # the first head's last query looks here
     kept = selected(r, SELECTIONS[name](keep=20, window=4, kernel=1), asked).kept[0][0].tolist()
-    assert set(kept) >= {11, 26, 27, 28, 29}
+    assert set(kept) >= {11, 27, 28, 29}  # of 6: half of them can be observed
 
 
 def test_the_defensive_one_keeps_what_a_single_query_needs():
@@ -176,7 +176,7 @@ def test_the_defensive_one_keeps_what_a_single_query_needs():
     asked = torch.zeros(1, 16, 8)
     asked[0, :, 0] = 1.0
     r.keys[0][0, 8:12, 0] = 4.0
-    asked[0, 5, 1] = 1.0
+    asked[0, 12, 1] = 1.0
     r.keys[0][0, 3, 1] = 5.0
     fields = {"window": 16, "kernel": 1}
     means = SELECTIONS["snapkv"](**fields).scores(r.keys[0], r.values[0], asked)[0]

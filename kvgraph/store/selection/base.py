@@ -72,6 +72,11 @@ def selected(record: Record, selection: Selection, queries: Sequence[Tensor] = (
     return replace(record, keys=tuple(keys), values=tuple(values), kept=tuple(kept), packed=None)
 
 
+def latest(selection: Selection, queries: Tensor, tokens: int) -> Tensor:
+    """The queries [H, W, D] that a span of so many tokens has room for: they take at most half of what is kept."""
+    return queries[:, -max(1, kept_tokens(selection, tokens) // 2) :]
+
+
 def observed(keys: Tensor, queries: Tensor) -> Tensor:
     """What the last W tokens give every token of their attention: weights [H, W, N] float32, causal."""
     heads, window, size = queries.shape

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvgraph.store.selection.base import observed, smoothed
+from kvgraph.store.selection.base import latest, observed, smoothed
 from kvgraph.store.selection.checks import observes, percent
 
 
@@ -21,7 +21,8 @@ from kvgraph.store.selection.checks import observes, percent
 class Defensive:
     """Parameters:
     keep: percent of tokens that every head keeps.
-    window: last tokens whose queries are observed. They are kept themselves.
+    window: last tokens whose queries are observed. They are kept themselves; they are fewer where they would be more than
+        half of what is kept.
     kernel: neighbours over which attention is smoothed.
     """
 
@@ -39,6 +40,7 @@ class Defensive:
         """The largest attention that a token gets from any query of the window and any head that shares its key."""
         assert queries is not None
         groups, tokens, _ = keys.shape
+        queries = latest(self, queries, tokens)
         window = queries.shape[1]
         before = tokens - window
         weights = observed(keys, queries)[:, :, :before]

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvgraph.store.selection.base import observed, smoothed
+from kvgraph.store.selection.base import latest, observed, smoothed
 from kvgraph.store.selection.checks import observes, percent
 
 
@@ -20,7 +20,8 @@ from kvgraph.store.selection.checks import observes, percent
 class SnapKV:
     """Parameters:
     keep: percent of tokens that every head keeps.
-    window: last tokens whose queries are observed. They are kept themselves.
+    window: last tokens whose queries are observed. They are kept themselves; they are fewer where they would be more than
+        half of what is kept.
     kernel: neighbours over which attention is smoothed.
     """
 
@@ -38,6 +39,7 @@ class SnapKV:
         """Attention that a token gets from the window: the mean over its queries and the heads that share a key."""
         assert queries is not None
         groups, tokens, _ = keys.shape
+        queries = latest(self, queries, tokens)
         before = tokens - queries.shape[1]
         weights = observed(keys, queries)[:, :, :before].mean(1, keepdim=True)
         means = (
