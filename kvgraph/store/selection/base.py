@@ -81,7 +81,7 @@ def observed(keys: Tensor, queries: Tensor) -> Tensor:
     """What the last W tokens give every token of their attention: weights [H, W, N] float32, causal."""
     heads, window, size = queries.shape
     groups, tokens, _ = keys.shape
-    products = (queries.view(groups, -1, size) @ keys.float().transpose(1, 2)).view(heads, window, tokens)
+    products = (queries.reshape(groups, -1, size) @ keys.float().transpose(1, 2)).view(heads, window, tokens)
     later = torch.ones(window, tokens, dtype=torch.bool, device=keys.device).triu(tokens - window + 1)
     return products.masked_fill(later, -torch.inf).softmax(2)
 
