@@ -386,3 +386,31 @@ def test_an_engine_computes_what_it_may_not_trust(tmp_path, monkeypatch):
     monkeypatch.setenv(signing.VARIABLE, SECRET)
     assert asked() == (answer, 7)
     assert asked() == (answer, 0), "they weren't replaced by signed ones"
+
+
+@pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
+@pytest.mark.parametrize("wrong", ["layers", "heads", "head size", "dtype", "tokens"])
+def test_an_engine_computes_what_cannot_be_its_models(tmp_path, wrong):
+    """Whole records with right keys and checksums, of KV that this model doesn't have."""
+    model = models.wrap(families.FAMILIES["llama"]())
+    graph = ContextGraph([[5, 6, 7, 8], [9, 10, 11]], query=[3, 4])
+    with Engine(model, store=tmp_path) as engine:
+        right = engine.generate(graph, "block", max_tokens=3, ignore_eos=True)
+        keys = [key for key in engine.keys(engine.plan(graph, "block")) if key is not None]
+    store = DiskStore(tmp_path, fingerprint=model.fingerprint)
+    for key in keys:
+        good = got(store, key)
+        store.delete(key)
+        cut = {
+            "layers": lambda t: t[:-1],
+            "heads": lambda t: tuple(x[:1] for x in t),
+            "head size": lambda t: tuple(x[:, :, :-2] for x in t),
+            "dtype": lambda t: tuple(x.half() for x in t),
+            "tokens": lambda t: tuple(x[:, :-1] for x in t),
+        }[wrong]
+        positions = good.positions[:-1] if wrong == "tokens" else good.positions
+        store.put(Record(key, cut(good.keys), cut(good.values), positions))
+    store.close()
+    with Engine(model, store=tmp_path) as engine:
+        found = engine.generate(graph, "block", max_tokens=3, ignore_eos=True)
+    assert found.token_ids == right.token_ids and found.usage.document_tokens_computed == 7
