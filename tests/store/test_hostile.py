@@ -300,8 +300,8 @@ def test_redis_parts_of_another_length_or_kind(servers, monkeypatch):
 
 def test_only_signed_records_are_served(place, monkeypatch):
     plain = b"".join(format.encode(record("raw"), "m"))
-    mine = b"".join(format.encode(record("raw"), "m", SECRET.encode()))
-    other = b"".join(format.encode(record("raw"), "m", b"another secret, long enough"))
+    mine = b"".join(format.encode(record("raw"), "m", secret=SECRET.encode()))
+    other = b"".join(format.encode(record("raw"), "m", secret=b"another secret, long enough"))
     monkeypatch.setenv(signing.VARIABLE, SECRET)
     for data in (plain, other):
         place.put(KEY, data)
@@ -320,7 +320,7 @@ def test_only_signed_records_are_served(place, monkeypatch):
 def test_no_byte_of_a_signed_record_can_be_changed(spec):
     """Also by somebody who makes the checksum right again; a changed signature itself is damage or a wrong one."""
     secret = SECRET.encode()
-    data = bytearray(b"".join(format.encode(small := record(spec), "m", secret)))
+    data = bytearray(b"".join(format.encode(small := record(spec), "m", secret=secret)))
     text_end = 8 + int.from_bytes(data[:8], "little")
     assert same(refused(data, secret=secret), small)
     for at in [*range(0, text_end, 3), *range(text_end, len(data), 211)]:
@@ -363,8 +363,8 @@ def test_the_documented_check_of_a_signature(tmp_path):
     scope: dict = {}
     exec(next(e for e in re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL) if "def is_signed" in e), scope)
     for data, right in (
-        (format.encode(make(KEY), "m", SECRET.encode()), True),
-        (format.encode(make(KEY), "m", b"x" * 16), False),
+        (format.encode(make(KEY), "m", secret=SECRET.encode()), True),
+        (format.encode(make(KEY), "m", secret=b"x" * 16), False),
         (format.encode(make(KEY), "m"), False),
     ):
         (tmp_path / "r").write_bytes(b"".join(data))
