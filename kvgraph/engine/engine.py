@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -53,6 +54,7 @@ log = logging.getLogger("kvgraph.engine")
 
 BEFORE = 8  # tokens of a prompt that its continuation is decoded with
 WRITES = 64  # records that may wait to be written; beyond this, encoding waits for the disk
+BATCH = 64 << 20  # bytes of records that are handed to the store together
 PATIENCE = 0.01  # seconds that a step waits for the store when nothing else can run; then others may have the lock
 IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
@@ -137,6 +139,9 @@ class Engine:
         self._warned: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "kvgraph-writer") if self.store is not None else None
         self._writes: list[Future[None]] = []
+        self._pending: deque[tuple[str, Record | list[str]]] = (
+            deque()
+        )  # (salt, record to keep or keys to remove), in order
 
     @classmethod
     def load(
@@ -482,7 +487,8 @@ class Engine:
                 if key not in self.scheduler.memory.holds:
                     self.scheduler.memory.pool.delete(key)
             if self._writer is not None:
-                self._writes.append(self._writer.submit(self._erase, keys, self.salt if salt is None else salt))
+                self._pending.append((self.salt if salt is None else salt, keys))
+                self._writes.append(self._writer.submit(self._work_off))
 
     def flush(self) -> None:
         """Wait until every encoded record has been offered to the store, and every forgotten one removed."""
@@ -592,22 +598,41 @@ class Engine:
         self._writes = [w for w in self._writes if not w.done()]
         while len(self._writes) >= WRITES:
             self._writes.pop(0).result()
-        self._writes.append(self._writer.submit(self._write, record, salt))
+        self._pending.append((salt, record))
+        self._writes.append(self._writer.submit(self._work_off))
 
-    def _write(self, record: Record, salt: str) -> None:
+    def _work_off(self) -> None:
+        """Do what is pending next: keep the records in a row of one tenant, or remove some. Another call may have done it."""
+        records: list[Record] = []
+        whose, size = "", 0
+        while self._pending and size < BATCH:
+            salt, work = self._pending[0]
+            if records and (salt != whose or not isinstance(work, Record)):
+                break
+            self._pending.popleft()
+            if not isinstance(work, Record):
+                return self._erase(work, salt)
+            records.append(work)
+            whose, size = salt, size + work.nbytes
+        if records:
+            self._write(records, whose)
+
+    def _write(self, records: list[Record], salt: str) -> None:
         store = self._store_of(salt)
         assert store is not None
         try:
-            record = on_device(record, torch.device("cpu"))
-            if record.packed is None and self.codec.name != "raw":
-                record = packed(record, self.codec)
-            store.put(record)
-            self.stored_bytes += record.stored_bytes
+            records = [on_device(record, torch.device("cpu")) for record in records]
+            if self.codec.name != "raw":
+                records = [record if record.packed else packed(record, self.codec) for record in records]
+            errors: dict[str, Exception] = dict(store.put_all(records))
         except Exception as error:  # it is a cache: a record that can't be written is computed again later
-            self.store_errors += 1
-            if self.store_errors == 1:
-                self.store_error = error if isinstance(error, StoreError) else StoreError(repr(error))
-                log.warning("the store can't keep records, continuing without it: %s", error)
+            errors = {record.key: error for record in records}
+        self.stored_bytes += sum(record.stored_bytes for record in records if record.key not in errors)
+        self.store_errors += len(errors)
+        if errors and self.store_error is None:
+            first = next(iter(errors.values()))
+            self.store_error = first if isinstance(first, StoreError) else StoreError(repr(first))
+            log.warning("the store can't keep records, continuing without it: %s", first)
 
     def _erase(self, keys: Iterable[str], salt: str) -> None:
         store = self._store_of(salt)

@@ -103,7 +103,7 @@ def import_(file: Path, catalog: Catalog, model: str, seen: Seen = int) -> Moved
 def count(file: Path) -> int:
     """How many records a file says that it holds. Raises StoreError."""
     with _opened(file) as tar:
-        return _contents(tar, file)["records"]
+        return int(_contents(tar, file)["records"])
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def _contents(tar: tarfile.TarFile, file: Path) -> dict[str, Any]:
         if first is None or first.name != CONTENTS or first.size > MOST:
             raise ValueError
         read = tar.extractfile(first)
-        contents = json.loads(read.read() if read is not None else b"")
+        contents: dict[str, Any] = json.loads(read.read() if read is not None else b"")
         if contents["format"] != FORMAT:
             raise StoreError(f"{file} has the format {str(contents['format'])[:40]!r}; this version reads {FORMAT!r}")
         if not isinstance(contents["records"], int) or not isinstance(contents["models"], list):

@@ -4,11 +4,12 @@ served."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol
 
+from kvgraph.errors import StoreError
 from kvgraph.store.record import Record
 
 Found = tuple[Record, str]  # a record, and the name of the tier that had it
@@ -95,6 +96,12 @@ class Store(Protocol):
         """
         ...
 
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        """Keep several records, as `put` keeps each, with less waiting where that can be done. Returns why some couldn't be
+        kept, by key. See `one_by_one`.
+        """
+        ...
+
     def contains(self, key: str) -> bool:
         """Whether `get` would probably find it. A cheap hint: it reads, checks and changes nothing."""
         ...
@@ -114,6 +121,17 @@ class Store(Protocol):
     def close(self) -> None:
         """Write what is pending and close files. Idempotent; records returned earlier stay valid."""
         ...
+
+
+def one_by_one(put: Callable[[Record], None], records: Iterable[Record]) -> dict[str, StoreError]:
+    """`Store.put_all` of a store that has only a `put`."""
+    errors = {}
+    for record in records:
+        try:
+            put(record)
+        except StoreError as error:
+            errors[record.key] = error
+    return errors
 
 
 def is_key(text: str) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvgraph.store.base import EVENTS, Found, Store
+from kvgraph.errors import StoreError
+from kvgraph.store.base import EVENTS, Found, Store, one_by_one
 from kvgraph.store.record import Record
 
 
@@ -84,6 +86,10 @@ class MemoryStore:
             self._idle[record.key] = _Entry(record, nbytes)
             self.bytes += nbytes
             self._counts["written_bytes"] += nbytes
+
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        """One by one."""
+        return one_by_one(self.put, records)
 
     def evict_to(self, size: int) -> None:
         """Evict least recently used records until at most `size` bytes are held, or only pinned ones. Idempotent."""

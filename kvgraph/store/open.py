@@ -10,6 +10,7 @@ from kvgraph.store.base import Store
 from kvgraph.store.catalog import Catalog
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.remote.registry import open_remote
+from kvgraph.store.remote.store import RemoteStore
 from kvgraph.store.tiered import TieredStore
 
 Where = str | Path
@@ -19,7 +20,7 @@ def open_catalog(where: Where, make: bool = False) -> Catalog:
     """All records in a folder, which must be a store unless it is to be made, or at a URL. Raises StoreError."""
     if "://" in str(where):
         opened = open_remote(str(where), "")
-        if not hasattr(opened, "catalog"):
+        if not isinstance(opened, RemoteStore):
             raise StoreError(f"a {opened.name} store can't be listed")
         return opened.catalog()
     folder = Path(where)

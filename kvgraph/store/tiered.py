@@ -62,6 +62,13 @@ class TieredStore:
         if failed is not None:
             raise failed
 
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        """Write through to every tier, one after the other."""
+        errors: dict[str, StoreError] = {}
+        for tier in self._tiers:
+            errors = tier.put_all(records) | errors
+        return errors
+
     def contains(self, key: str) -> bool:
         """Whether any tier has it. Changes nothing."""
         return any(tier.contains(key) for tier in self._tiers)

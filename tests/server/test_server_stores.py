@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import httpx
 import pytest
@@ -154,7 +155,7 @@ def test_tenants_reach_every_tier(started, redis_server, tmp_path):
 
 
 @needs_redis
-def test_another_server_reads_what_this_one_wrote(started, redis_server):
+def test_another_server_reads_what_this_one_wrote(started, redis_server, run):
     """Loads are counted by tier, with their bytes and times."""
     redis_server.client().flushall()
     answers = []
@@ -176,6 +177,11 @@ def test_another_server_reads_what_this_one_wrote(started, redis_server):
             assert found['kvgraph_load_seconds_sum{tier="redis"}'] > 0
             assert found['kvgraph_store_read_bytes_total{tier="redis"}'] > 0
             assert found["kvgraph_loads_pending"] == found["kvgraph_store_writes_pending"] == 0
+            code, out, _ = run("store", "stats", "--store", redis_server.url, "--server", url, "--json")
+            counts = json.loads(out)["tiers"][tier]
+            assert code == 0 and counts["hits"] == found['kvgraph_store_hits_total{tier="redis"}'] > 0
+            said = run("store", "stats", "--store", redis_server.url, "--server", url)[1].splitlines()[-1]
+            assert re.fullmatch(r"redis: [\d.]+ % of \d+ found, .* read, .* written", said)
     assert answers[0] == answers[1]
 
 

@@ -500,7 +500,7 @@ def test_a_row_that_lies_does_no_harm(tmp_path):
     store = filled(tmp_path)
     with sqlite3.connect(tmp_path / "index.sqlite") as db:
         db.execute("UPDATE records SET size = 1, tokens = 1, fingerprint = 'x', used = 0")
-        db.execute("INSERT INTO records VALUES (?, 1, 0, 0, 0, 1, '', '')", ["../../../../" + "e" * 52])
+        db.execute("INSERT INTO records VALUES (?, 1, 0, 0, 0, 1, '', '', '')", ["../../../../" + "e" * 52])
     assert all_right(store, 3)
     assert store.prune(max_bytes=10**9) == (0, 0)
     store.close()

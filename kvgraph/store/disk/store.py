@@ -23,10 +23,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import torch
 
@@ -45,6 +46,7 @@ STORE_FORMAT = "kvgraph-store 1"
 SUFFIX = ".safetensors"
 TEMPORARY = ".tmp-"
 TOUCH_EVERY = 30.0  # seconds between writes of last uses to the index
+SYNCS = 16  # files of a batch that are synced at once
 TOUCH_AT_MOST = 1024  # last uses waiting to be written
 
 # Connections opened before a fork: SQLite allows the child neither to use nor to close them.
@@ -94,7 +96,7 @@ class DiskStore:
             raise StoreError("the store's folder has no name; give a path")
         if capacity_bytes is not None and capacity_bytes < 1:
             raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
-        self.folder = Path(folder)
+        self.folder, self.shown = Path(folder), str(folder)
         self.capacity, self.checks, self.fingerprint = capacity_bytes, verify, fingerprint or ""
         self._secret = signing.secret()
         self._untrusted: set[str] = set()  # keys whose file isn't signed with this secret: a put replaces it
@@ -144,22 +146,99 @@ class DiskStore:
         if self.contains(record.key):
             self._remember(record.key)
             return
+        self._write(self._new_entry(tenant, record), format.encode(record, self.fingerprint, tenant, self._secret))
+
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        """Keep several: on return those that could be kept survive a crash. The waits for the disk overlap."""
+        return self.put_all_of("", records)
+
+    def put_all_of(self, tenant: str, records: Sequence[Record]) -> dict[str, StoreError]:
+        """As `put_all`, for a tenant."""
+        errors: dict[str, StoreError] = {}
+        staged: list[_Staged] = []
+        for record in records:
+            try:
+                entry = self._new_entry(tenant, record)
+                if self.contains(record.key):
+                    self._remember(record.key)
+                elif all(record.key != other.entry.key for other in staged):
+                    self._stage(entry, format.encode(record, self.fingerprint, tenant, self._secret), staged, errors)
+            except StoreError as error:
+                errors[record.key] = error
+            except BaseException:
+                for one in staged:
+                    one.file.discard()
+                raise
+        self._commit(staged, errors)
+        return errors
+
+    def _new_entry(self, tenant: str, record: Record) -> Entry:
+        self._path(record.key)  # which refuses what is no key
         codec, now = record.packed.codec if record.packed else "raw", time.time()
-        entry = Entry(record.key, 0, now, now, False, len(record), self.fingerprint, codec, tenant)
-        self._write(entry, format.encode(record, self.fingerprint, tenant, self._secret))
+        return Entry(record.key, 0, now, now, False, len(record), self.fingerprint, codec, tenant)
 
     def _write(self, entry: Entry, buffers: Sequence[bytes | memoryview]) -> None:
         """A new record's file and row. Its size and the time of its creation are the file's."""
+        staged: list[_Staged] = []
+        errors: dict[str, StoreError] = {}
+        self._stage(entry, buffers, staged, errors)
+        self._commit(staged, errors)
+        if errors:
+            raise errors[entry.key]
+
+    def _stage(
+        self,
+        entry: Entry,
+        buffers: Sequence[bytes | memoryview],
+        staged: list[_Staged],
+        errors: dict[str, StoreError],
+    ) -> None:
+        """Write a record's file under a temporary name. Where room is short, those that are staged are committed first."""
         size = sum(len(b) for b in buffers)
-        self._make_room(size)
+        pending = sum(other.entry.size for other in staged)
+        if self.capacity is not None and staged and pending + size > self.capacity // 2:
+            self._commit(staged, errors)
+            pending = 0
+        self._make_room(pending + size)
         try:
-            info = write_atomically(self._path(entry.key), buffers)
+            staged.append(_Staged(replace(entry, size=size), stage(self._path(entry.key), buffers)))
         except OSError as error:
             raise self._cant("keep a record", error) from error
-        self._untrusted.discard(entry.key)
-        self._count("written_bytes", size)
-        written = replace(entry, size=size, created=info.st_mtime)
-        self._with_index(lambda index: index.add(written))
+
+    def _commit(self, staged: list[_Staged], errors: dict[str, StoreError]) -> None:
+        """Make staged files survive a crash and show them under their names, then add their rows. Empties the list.
+
+        The waits for the disk overlap, and a file system's journal commits together what waits together.
+        """
+        works, staged[:] = list(staged), []
+
+        def finish(one: _Staged) -> Entry | OSError:
+            try:
+                return replace(one.entry, created=one.file.commit().st_mtime)
+            except OSError as error:
+                return error
+
+        if len(works) < 2:
+            found = [finish(one) for one in works]
+        else:
+            with ThreadPoolExecutor(min(SYNCS, len(works)), "kvgraph-disk") as pool:
+                found = list(pool.map(finish, works))
+        for one, result in zip(works, found, strict=True):
+            if isinstance(result, OSError):
+                errors[one.entry.key] = self._cant("keep a record", result)
+        written = [entry for entry in found if isinstance(entry, Entry)]
+        self._count("written_bytes", sum(entry.size for entry in written))
+        self._untrusted.difference_update(entry.key for entry in written)
+
+        def work(index: Index) -> None:
+            if len(written) == 1:
+                return index.add(written[0])
+            with index:
+                for entry in written:
+                    index.add(entry)
+
+        if written:
+            self._with_index(work)
 
     def contains(self, key: str) -> bool:
         """Whether there is a file for it that was not found untrusted. Changes nothing."""
@@ -202,7 +281,7 @@ class DiskStore:
         found = self._with_index(entries)
         if found is None:
             found = [entry for entry in map(self._entry, self._keys()) if entry is not None]
-            found.sort(key=lambda e: e.used, reverse=True)
+            found.sort(key=lambda e: e.used or 0.0, reverse=True)
         return found
 
     def stat(self) -> Stat:
@@ -284,7 +363,7 @@ class DiskStore:
                 victims: dict[str, int] = {}
                 left = index.total()[0]
                 for entry in index.idle():
-                    old = older_than is not None and now - entry.used > older_than
+                    old = older_than is not None and now - (entry.used or 0.0) > older_than
                     over = max_bytes is not None and left > max_bytes
                     if not (old or over):
                         break
@@ -323,11 +402,6 @@ class DiskStore:
         return report
 
     # -- kvgraph.store.catalog.Catalog --------------------------------------------------------------------------------
-
-    @property
-    def shown(self) -> str:
-        """The folder."""
-        return str(self.folder)
 
     @property
     def quarantined(self) -> int:
@@ -730,6 +804,9 @@ class _OfTenant:
     def put(self, record: Record) -> None:
         self._store.put_of(self._tenant, record)
 
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        return self._store.put_all_of(self._tenant, records)
+
     def contains(self, key: str) -> bool:
         return self._store.contains(key)
 
@@ -746,31 +823,64 @@ class _OfTenant:
         self._store.close()
 
 
-def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.stat_result:
-    """Write a file so that others see all of it under its name or nothing, even after a crash. Raises OSError.
+class StagedFile:
+    """A file under a temporary name, locked, so that `remove_if_abandoned` can tell that its writer is alive."""
 
-    The temporary file is locked until its rename, so that `remove_if_abandoned` can tell whether its writer is alive.
-    """
+    def __init__(self, path: Path, temporary: Path, file: BinaryIO):
+        self.path, self.temporary, self.file = path, temporary, file
+
+    def commit(self) -> os.stat_result:
+        """Rename it to its own name, so that others see all of it, even after a crash. Raises OSError."""
+        with self.file:
+            try:
+                os.fsync(self.file.fileno())
+                self.temporary.rename(self.path)
+            except BaseException:
+                self.temporary.unlink(missing_ok=True)
+                raise
+            info = os.fstat(self.file.fileno())
+        _sync_folder(self.path.parent)
+        return info
+
+    def discard(self) -> None:
+        """Remove it."""
+        with self.file:
+            self.temporary.unlink(missing_ok=True)
+
+
+class _Staged(NamedTuple):
+    """A record's row, and its file that isn't there yet."""
+
+    entry: Entry
+    file: StagedFile
+
+
+def stage(path: Path, buffers: Sequence[bytes | memoryview]) -> StagedFile:
+    """Write what is to become a file; `commit` shows it. Raises OSError."""
     if not path.parent.is_dir():
         path.parent.mkdir(exist_ok=True)
         _sync_folder(path.parent.parent)
     while True:
         temporary = path.parent / f"{TEMPORARY}{os.urandom(8).hex()}"
-        with open(temporary, "xb") as file:
+        file = open(temporary, "xb")  # `commit` closes it
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink == 0:  # taken for abandoned between its creation and its lock
+                file.close()
                 continue
-            try:
-                file.writelines(buffers)
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.rename(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            info = os.fstat(file.fileno())
-        _sync_folder(path.parent)
-        return info
+            file.writelines(buffers)
+            file.flush()
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.close()
+            raise
+        return StagedFile(path, temporary, file)
+
+
+def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.stat_result:
+    """Write a file so that others see all of it under its name or nothing, even after a crash. Raises OSError."""
+    return stage(path, buffers).commit()
 
 
 def remove_if_abandoned(path: Path, only_look: bool = False) -> bool:

@@ -42,7 +42,9 @@ class RemoteCatalog:
                 records = iter([listed for listed in found if is_key(listed.name)])
                 with ThreadPoolExecutor(AT_ONCE, "kvgraph-catalog") as pool:
                     while some := list(islice(records, BATCH)):
-                        looks = pool.map(partial(_look, remote), some) if details else [(0, "")] * len(some)
+                        looks: Iterable[tuple[int, str]] = (
+                            pool.map(partial(_look, remote), some) if details else [(0, "")] * len(some)
+                        )
                         for listed, (tokens, codec) in zip(some, looks, strict=True):
                             yield _entry(space, listed, listed.name in pinned, tokens, codec)
 

@@ -10,7 +10,7 @@ import copy
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -18,7 +18,7 @@ import torch
 
 from kvgraph.errors import StoreError
 from kvgraph.store import format, signing
-from kvgraph.store.base import EVENTS, Found, Store, is_key, tenant_id
+from kvgraph.store.base import EVENTS, Found, Store, is_key, one_by_one, tenant_id
 from kvgraph.store.catalog import Catalog
 from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
 from kvgraph.store.remote.base import TIMEOUT, Remote, RemoteError, RemoteFull, Space
@@ -108,6 +108,12 @@ class RemoteStore:
             self._bad.discard(key)
             self._counts["written_bytes"] += sum(map(len, parts))
         self._absent.discard(key)
+
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        """As many at once as there are threads for writing."""
+        with ThreadPoolExecutor(WRITERS, f"kvgraph-{self.name}-put") as pool:
+            parts = pool.map(lambda record: one_by_one(self.put, [record]), records)
+            return {key: error for errors in parts for key, error in errors.items()}
 
     def contains(self, key: str) -> bool:
         """Whether there is a record; False too if the place doesn't answer in time."""
