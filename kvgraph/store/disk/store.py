@@ -429,19 +429,30 @@ class DiskStore:
         return True
 
     def remove(self, entries: Iterable[Entry], seen: Callable[[], object] = int) -> list[Entry]:
-        """Remove records that aren't pinned, in one transaction of the index. Returns those that were there."""
+        """Remove records that aren't pinned, in one transaction of the index. Returns those that were there. Raises
+        StoreError if a file can't be removed; the others are gone by then."""
         wanted = list(entries)
 
         def work(index: Index) -> list[Entry]:
             with index:
                 pinned = index.pinned()
-                removed = [entry for entry in wanted if entry.key not in pinned]
-                self._unlink(index, [entry.key for entry in removed])
+                removed = []
+                for entry in wanted:
+                    if entry.key in pinned:
+                        continue
+                    if (error := self._removed(entry.key)) is not None:
+                        failed.append(error)
+                    else:
+                        removed.append(entry)
+                index.remove([entry.key for entry in removed])
             return removed
 
+        failed: list[OSError] = []
         removed = self._need_index(work)
         for _ in wanted:
             seen()
+        if failed:
+            raise self._cant(f"remove {len(failed):,} records (others were removed: {len(removed):,})", failed[0])
         return removed
 
     def set_pinned(self, entry: Entry, pinned: bool) -> None:
