@@ -191,6 +191,8 @@ def _show_report(report: VerifyReport) -> None:
         typer.echo(f"can't read {path}: {reason}")
     for key, reason in report.unsupported:
         typer.echo(f"left alone {key}: {reason}")
+    for key, reason in report.untrusted:
+        typer.echo(f"left alone {key}: it {reason}")
     for path in report.foreign:
         typer.echo(f"not the store's: {path}")
     if report.temporary:

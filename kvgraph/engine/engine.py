@@ -47,6 +47,8 @@ from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
 from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
+from kvgraph.store.selection.base import Selection, selected
+from kvgraph.store.selection.registry import fingerprint_selected, parse_selection
 
 log = logging.getLogger("kvgraph.engine")
 
@@ -83,7 +85,8 @@ class Engine:
     requests and cached spans together (default: half of the free memory, or 80 % of the free GPU memory).
     max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key. codec: how records are
     kept, as text such as "kivi:bits=2" (see `kvgraph.store.codecs.registry`). What a lossy one loses is lost before a
-    span's first use, so answers don't depend on where a record came from; its records have keys of their own.
+    span's first use, so answers don't depend on where a record came from; its records have keys of their own. select:
+    which tokens of a span are kept, as text such as "snapkv:keep=50" (see `kvgraph.store.selection.registry`); None: all.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Engine:
         max_step_tokens: int | None = None,
         salt: str = "",
         codec: str | Codec = "raw",
+        select: str | Selection | None = None,
     ):
         for name, value in (("kv_budget", kv_budget), ("max_step_tokens", max_step_tokens)):
             if value is not None and not (isinstance(value, int) and value > 0):
@@ -107,7 +111,11 @@ class Engine:
             raise KVGraphError(f"store must be a folder, a URL, a list of them, or a store, not {type(store).__name__}")
         self.model, self.salt = model, salt
         self.codec = parse(codec) if isinstance(codec, str) else codec
-        self.fingerprint = fingerprint_with(model.fingerprint, self.codec)
+        selection = parse_selection(select) if isinstance(select, str) else select
+        self.selection = None if selection is None or selection.keep == 100 else selection
+        if self.selection is not None:
+            _check_selectable(model, self.selection)
+        self.fingerprint = fingerprint_selected(fingerprint_with(model.fingerprint, self.codec), self.selection)
         if isinstance(store, str | Path | Sequence):
             store = open_store(store, self.fingerprint)
         self.store = store
@@ -123,7 +131,8 @@ class Engine:
             step_tokens,
             self.loader,
             self._save,
-            None if self.codec.lossless else self._settle,
+            None if self.codec.lossless and self.selection is None else self._settle,
+            self.selection,
         )
         self._lock = threading.RLock()
         self._uncached = count()
@@ -149,6 +158,7 @@ class Engine:
         max_step_tokens: int | None = None,
         salt: str = "",
         codec: str | Codec = "raw",
+        select: str | Selection | None = None,
     ) -> Engine:
         """Load a Hugging Face causal LM from a folder, hub name or GGUF file, run the gate, and return an engine on it.
 
@@ -159,7 +169,15 @@ class Engine:
         loaded = load_model(
             model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=check
         )
-        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt, codec=codec)
+        return cls(
+            loaded,
+            store=store,
+            kv_budget=kv_budget,
+            max_step_tokens=max_step_tokens,
+            salt=salt,
+            codec=codec,
+            select=select,
+        )
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -553,11 +571,25 @@ class Engine:
         if found is None:
             return None
         record, tier = found
+        if not self._fits(record):
+            return None
         return on_device(replace(record, packed=None), self.model.device), tier
 
-    def _settle(self, record: Record) -> Record:
-        """A lossy codec's losses come before a record's first use: whoever finds it later reads the same numbers."""
-        return packed(record, self.codec)
+    def _fits(self, record: Record) -> bool:
+        """Whether a record can be of this model. A checksum doesn't say so, and attention doesn't ask."""
+        layers, sides = self.model.layers, (record.keys, record.values)
+        return len(record.keys) == len(record.values) == len(layers) and all(
+            k.dtype == v.dtype == self.model.dtype
+            and (k.shape[0], k.shape[2]) == (layer.kv_heads, layer.key_dim)
+            and (v.shape[0], v.shape[2]) == (layer.kv_heads, layer.value_dim)
+            for layer, k, v in zip(layers, *sides, strict=True)
+        )
+
+    def _settle(self, record: Record, queries: list[Tensor]) -> Record:
+        """What is lost is lost before a record's first use: whoever finds it later reads the same numbers."""
+        if self.selection is not None:
+            record = selected(record, self.selection, queries)
+        return record if self.codec.lossless else packed(record, self.codec)
 
     def _save(self, record: Record, salt: str) -> None:
         """Hand a record to the writer thread. If its queue is full, encoding waits for the disk."""
@@ -672,3 +704,11 @@ def _outside() -> int:
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame, depth = frame.f_back, depth + 1
     return depth
+
+
+def _check_selectable(model: models.Model, selection: Selection) -> None:
+    """Raise KVGraphError for a model whose records can't have fewer tokens."""
+    if any(layer.window is not None for layer in model.layers):
+        raise KVGraphError(f"selection {selection.name} needs a model without sliding windows; leave it out")
+    if model.device.type != "cpu":
+        raise KVGraphError(f"selection {selection.name} works on CPUs only so far; leave it out, or use device cpu")

@@ -223,6 +223,7 @@ class _Gauges(Collector):
             ("misses", "Records not found."),
             ("bad", "Corrupt records, moved to quarantine."),
             ("unreadable", "Records that couldn't be opened or read by this version."),
+            ("untrusted", "Records that aren't signed with this server's KVGRAPH_STORE_KEY."),
             ("index_errors", "Times the index couldn't be used."),
             ("errors", "Calls of a remote store that failed."),
             ("timeouts", "Calls of a remote store without an answer in time."),

@@ -21,12 +21,12 @@ import torch
 
 from kvgraph.data import io as files
 from kvgraph.errors import StoreError
-from kvgraph.store import format
+from kvgraph.store import format, signing
 from kvgraph.store.base import Entry, is_key
 from kvgraph.store.catalog import Catalog
 from kvgraph.store.codecs.registry import parse, spec_of
 from kvgraph.store.maintenance import Moved, Seen, belongs
-from kvgraph.store.record import BadRecord, UnsupportedRecord
+from kvgraph.store.record import BadRecord, UnsupportedRecord, UntrustedRecord
 from kvgraph.store.remote.base import Space
 
 FORMAT = "kvgraph-export 1"
@@ -58,8 +58,8 @@ def export(catalog: Catalog, entries: Iterable[Entry], file: Path, seen: Seen = 
             if data is None:
                 continue
             try:
-                format.decode(data, entry.key, entry.fingerprint, tenant=entry.tenant)
-            except (BadRecord, UnsupportedRecord) as error:
+                format.decode(data, entry.key, entry.fingerprint, tenant=entry.tenant, secret=signing.secret())
+            except (BadRecord, UnsupportedRecord, UntrustedRecord) as error:
                 done.refused.append((entry.key, str(error)))
                 continue
             space = Space(entry.fingerprint or "any", entry.tenant or "all")
@@ -89,7 +89,7 @@ def import_(file: Path, catalog: Catalog, model: str, seen: Seen = int) -> Moved
                 entry, data = _record(tar, member)
                 if not belongs(model, entry.fingerprint, parse(entry.codec)):
                     raise BadRecord("is of another model")
-            except (BadRecord, UnsupportedRecord) as error:
+            except (BadRecord, UnsupportedRecord, UntrustedRecord) as error:
                 done.refused.append((member.name[:200], str(error)))
                 continue
             if catalog.keep(entry, [data.numpy().data]):
@@ -138,7 +138,8 @@ def _contents(tar: tarfile.TarFile, file: Path) -> dict[str, Any]:
 
 
 def _record(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[Entry, torch.Tensor]:
-    """A member's record, checked in full: its name says what it must hold. Raises BadRecord, UnsupportedRecord."""
+    """A member's record, checked in full: its name says what it must hold. Raises BadRecord,
+    UnsupportedRecord, UntrustedRecord."""
     words = member.name.removesuffix(SUFFIX).split("/")
     space = Space.read(*words[:2])
     if (
@@ -156,7 +157,7 @@ def _record(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[Entry, torch
     data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     fingerprint = "" if space.fingerprint == "any" else space.fingerprint
     tenant = "" if space.tenant == "all" else space.tenant
-    record = format.decode(data, words[2], fingerprint, tenant=tenant)
+    record = format.decode(data, words[2], fingerprint, tenant=tenant, secret=signing.secret())
     header = format.read_header(data)
     if header.fingerprint != fingerprint:
         raise BadRecord("doesn't say which model it is of")

@@ -15,7 +15,7 @@ from kvgraph.store.record import Record
 Found = tuple[Record, str]  # a record, and the name of the tier that had it
 
 # Events that stores count. bad: damaged records, moved aside or replaced. unreadable: records that couldn't be read, or
-# that this version doesn't understand. index_errors: times an index couldn't be used. For remote tiers, errors: calls
+# that this version doesn't understand. untrusted: records that aren't signed with this process's secret. index_errors: times an index couldn't be used. For remote tiers, errors: calls
 # that failed; timeouts: calls without an answer in time; skipped: calls that weren't made, because earlier ones had
 # failed. read_bytes, written_bytes: of the records that were found or kept, as the tier keeps them.
 EVENTS = (
@@ -23,6 +23,7 @@ EVENTS = (
     "misses",
     "bad",
     "unreadable",
+    "untrusted",
     "index_errors",
     "errors",
     "timeouts",

@@ -18,6 +18,7 @@ class VerifyReport:
     good, bytes: number of good records, and the bytes of their files.
     bad: (key, reason) of records that were damaged or mislabelled.
     unsupported: (key, reason) of records that this version can't read, left alone.
+    untrusted: (key, reason) of records that aren't signed with this process's secret, left alone.
     unreadable: (path, reason) of files that couldn't be opened.
     foreign: paths below records/ that aren't the store's, left alone.
     temporary: number of leftovers of dead writers.
@@ -29,6 +30,7 @@ class VerifyReport:
     bytes: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     unsupported: list[tuple[str, str]] = field(default_factory=list)
+    untrusted: list[tuple[str, str]] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     temporary: int = 0

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from kvgraph.errors import StoreError
-from kvgraph.store import format
+from kvgraph.store import format, signing
 from kvgraph.store.base import Entry, is_tenant, tenant_id
 from kvgraph.store.catalog import Catalog
 from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.registry import fingerprint_with, repacked, spec_of
-from kvgraph.store.record import BadRecord, UnsupportedRecord
+from kvgraph.store.record import BadRecord, UnsupportedRecord, UntrustedRecord
 
 Seen = Callable[[], object]
 
@@ -154,20 +154,20 @@ def migrate(
     target may be one place: then records are replaced by those of the codec. Raises StoreError, also for a codec that
     would change numbers.
     """
-    done = Moved()
+    done, secret = Moved(), signing.secret()
     for entry in entries:
         data = source.read(entry)
         seen()
         if data is None:
             continue
         try:
-            record = format.decode(data, entry.key, entry.fingerprint, tenant=entry.tenant)
-        except (BadRecord, UnsupportedRecord) as error:
+            record = format.decode(data, entry.key, entry.fingerprint, tenant=entry.tenant, secret=secret)
+        except (BadRecord, UnsupportedRecord, UntrustedRecord) as error:
             done.refused.append((entry.key, str(error)))
             continue
         parts: list[bytes | memoryview] = [data.numpy().data]
         if codec is not None and (spec := spec_of(codec)) != entry.codec:
-            parts = format.encode(repacked(record, codec), entry.fingerprint, entry.tenant)
+            parts = format.encode(repacked(record, codec), entry.fingerprint, entry.tenant, secret)
             entry = replace(entry, codec=spec)
         if source is target:
             _replaced(target, entry, parts, done)

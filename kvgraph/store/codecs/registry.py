@@ -69,7 +69,7 @@ def packed(record: Record, codec: Codec) -> Record:
     tensors = {name: tensor.contiguous().view(-1).view(tensor.shape) for name, tensor in codec.pack(record).items()}
     keys, values = record.keys, record.values
     if not codec.lossless:
-        keys, values = codec.unpack(tensors, len(record), keys[0].dtype)
+        keys, values = codec.unpack(tensors, record.held, keys[0].dtype)
     return replace(record, keys=keys, values=values, packed=PackedKV(spec_of(codec), tensors))
 
 

@@ -32,13 +32,13 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import torch
 
 from kvgraph.errors import StoreError
-from kvgraph.store import format
+from kvgraph.store import format, signing
 from kvgraph.store.base import EVENTS, Entry, Found, Store, is_key, tenant_id
 from kvgraph.store.catalog import VerifyReport
 from kvgraph.store.codecs.registry import spec_of
 from kvgraph.store.disk.index import Index
 from kvgraph.store.disk.mounts import is_remote
-from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
+from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
 
 T = TypeVar("T")
 
@@ -98,7 +98,10 @@ class DiskStore:
             raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
         self.folder, self.shown = Path(folder), str(folder)
         self.capacity, self.checks, self.fingerprint = capacity_bytes, verify, fingerprint or ""
-        self.mapped = not is_remote(self.folder)
+        self._secret = signing.secret()
+        self._untrusted: set[str] = set()  # keys whose file isn't signed with this secret: a put replaces it
+        # Who may write to the folder could change a mapped file after its signature was checked.
+        self.mapped = not self._secret and not is_remote(self.folder)
         self._records = self.folder / "records"
         self._counts: Counter[str] = Counter()
         self._checked: dict[str, tuple[int, int, int]] = {}  # key → the file whose checksum was right
@@ -143,7 +146,7 @@ class DiskStore:
         if self.contains(record.key):
             self._remember(record.key)
             return
-        self._write(self._new_entry(tenant, record), format.encode(record, self.fingerprint, tenant))
+        self._write(self._new_entry(tenant, record), format.encode(record, self.fingerprint, tenant, self._secret))
 
     def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
         """Keep several: on return those that could be kept survive a crash. The waits for the disk overlap."""
@@ -159,7 +162,7 @@ class DiskStore:
                 if self.contains(record.key):
                     self._remember(record.key)
                 elif all(record.key != other.entry.key for other in staged):
-                    self._stage(entry, format.encode(record, self.fingerprint, tenant), staged, errors)
+                    self._stage(entry, format.encode(record, self.fingerprint, tenant, self._secret), staged, errors)
             except StoreError as error:
                 errors[record.key] = error
             except BaseException:
@@ -225,6 +228,7 @@ class DiskStore:
                 errors[one.entry.key] = self._cant("keep a record", result)
         written = [entry for entry in found if isinstance(entry, Entry)]
         self._count("written_bytes", sum(entry.size for entry in written))
+        self._untrusted.difference_update(entry.key for entry in written)
 
         def work(index: Index) -> None:
             if len(written) == 1:
@@ -237,8 +241,8 @@ class DiskStore:
             self._with_index(work)
 
     def contains(self, key: str) -> bool:
-        """Whether there is a file for it. Changes nothing."""
-        return is_key(key) and os.path.exists(self._path(key))
+        """Whether there is a file for it that was not found untrusted. Changes nothing."""
+        return is_key(key) and key not in self._untrusted and os.path.exists(self._path(key))
 
     def delete(self, key: str) -> bool:
         """Remove a record, pinned or not. Idempotent. Raises StoreError if the folder isn't writable."""
@@ -346,9 +350,11 @@ class DiskStore:
 
     def prune(self, max_bytes: int | None = None, older_than: float | None = None) -> tuple[int, int]:
         """Remove records not used for `older_than` seconds, then the least recently used until at most `max_bytes` are
-        left. Pinned ones stay. Returns (records, bytes) removed. Raises StoreError.
+        left. Pinned ones stay. Returns (records, bytes) removed. Raises StoreError, also if some files can't be removed;
+        the others are by then.
         """
         now = time.time()
+        failed: list[OSError] = []
 
         def work(index: Index) -> tuple[int, int]:
             self._flush(index)
@@ -361,12 +367,18 @@ class DiskStore:
                     over = max_bytes is not None and left > max_bytes
                     if not (old or over):
                         break
+                    if (error := self._removed(entry.key)) is not None:
+                        failed.append(error)
+                        continue
                     victims[entry.key] = entry.size
                     left -= entry.size
-                self._unlink(index, victims)
+                index.remove(victims)
             return len(victims), sum(victims.values())
 
-        return self._need_index(work)
+        removed = self._need_index(work)
+        if failed:
+            raise self._cant(f"remove {len(failed):,} records (others were removed: {removed[0]:,})", failed[0])
+        return removed
 
     def verify(self, repair: bool = True, seen: Callable[[], object] = int) -> VerifyReport:
         """Check every record in full; with `repair`, move bad ones aside, remove leftovers of dead writers, and repair the
@@ -417,19 +429,30 @@ class DiskStore:
         return True
 
     def remove(self, entries: Iterable[Entry], seen: Callable[[], object] = int) -> list[Entry]:
-        """Remove records that aren't pinned, in one transaction of the index. Returns those that were there."""
+        """Remove records that aren't pinned, in one transaction of the index. Returns those that were there. Raises
+        StoreError if a file can't be removed; the others are gone by then."""
         wanted = list(entries)
 
         def work(index: Index) -> list[Entry]:
             with index:
                 pinned = index.pinned()
-                removed = [entry for entry in wanted if entry.key not in pinned]
-                self._unlink(index, [entry.key for entry in removed])
+                removed = []
+                for entry in wanted:
+                    if entry.key in pinned:
+                        continue
+                    if (error := self._removed(entry.key)) is not None:
+                        failed.append(error)
+                    else:
+                        removed.append(entry)
+                index.remove([entry.key for entry in removed])
             return removed
 
+        failed: list[OSError] = []
         removed = self._need_index(work)
         for _ in wanted:
             seen()
+        if failed:
+            raise self._cant(f"remove {len(failed):,} records (others were removed: {len(removed):,})", failed[0])
         return removed
 
     def set_pinned(self, entry: Entry, pinned: bool) -> None:
@@ -468,9 +491,13 @@ class DiskStore:
             first = self._checked.get(key) != identity
             # What is read once more may have changed on its way: a mapped file doesn't.
             verify = self.checks and (first or not self.mapped)
-            record = format.decode(data, key, self.fingerprint, verify, tenant)
+            record = format.decode(data, key, self.fingerprint, verify, tenant, self._secret)
         except BadRecord:
             self._move_aside(path, inode)
+            return None
+        except UntrustedRecord:
+            self._count("untrusted")
+            self._untrusted.add(key)
             return None
         except UnsupportedRecord:
             self._count("unreadable")
@@ -479,6 +506,7 @@ class DiskStore:
             if not isinstance(error, FileNotFoundError):
                 self._count("unreadable")
             return None
+        self._untrusted.discard(key)
         with self._local:
             self._counts["read_bytes"] += info.st_size
             if first:
@@ -536,11 +564,13 @@ class DiskStore:
         try:
             data, info = self._data(path)
             inode = info.st_ino
-            format.decode(data, key)
+            format.decode(data, key, secret=self._secret)
         except BadRecord as error:
             if report.repaired:
                 self._move_aside(path, inode)
             report.bad.append((key, str(error)))
+        except UntrustedRecord as error:
+            report.untrusted.append((key, str(error)))
         except UnsupportedRecord as error:
             report.unsupported.append((key, str(error)))
         except FileNotFoundError:  # evicted meanwhile
@@ -592,26 +622,31 @@ class DiskStore:
                 for entry in index.idle():
                     if total + size <= capacity:
                         break
-                    victims.append(entry.key)
-                    total -= entry.size
-                self._unlink(index, victims)
-            return 0
+                    if self._removed(entry.key) is None:
+                        victims.append(entry.key)
+                        total -= entry.size
+                index.remove(victims)
+                return 0 if total + size <= capacity else total
 
         pinned = self._with_index(work) or 0
         if pinned or size > capacity:
-            beside = f" beside {pinned:,} pinned bytes" if pinned else ""
+            beside = f" beside {pinned:,} bytes that are pinned or can't be removed" if pinned else ""
             raise StoreError(
                 f"a record of {size:,} bytes can't fit the capacity of {capacity:,} bytes of {self.folder}{beside}"
             )
 
-    def _unlink(self, index: Index, keys: Iterable[str]) -> None:
-        """Remove records and their rows inside a transaction of the index, so that two processes don't do it twice."""
-        for key in filter(is_key, keys):
-            try:
+    def _removed(self, key: str) -> OSError | None:
+        """Remove a record's file, inside a transaction of the index, so that two processes don't do it twice.
+
+        What prevented it, or None: one file that can't be removed keeps no other from going.
+        """
+        try:
+            if is_key(key):
                 self._path(key).unlink(missing_ok=True)
-            except OSError as error:
-                raise self._cant("remove a record", error) from error
-        index.remove(keys)
+        except OSError as error:
+            self._count("unreadable")
+            return error
+        return None
 
     # -- index --------------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 from urllib.parse import parse_qsl, urlunsplit
+
+import numpy as np
 
 from kvgraph.errors import StoreError
 from kvgraph.places import shown, taken_apart
 from kvgraph.store.base import is_key, is_tenant, tenant_id
 
+LARGEST = 1 << 36  # bytes of a record: 64 GiB. What states more is no record
 TIMEOUT = 5.0  # seconds that a read may take before the span is computed instead
 
 
@@ -58,8 +61,8 @@ class Remote(Protocol):
     Names are relative: whoever opened the place chose the namespace that they are in, and no call leaves it.
     """
 
-    def get(self, name: str) -> bytearray | bytes | None:
-        """The bytes kept under a name, whole, or None."""
+    def get(self, name: str) -> memoryview | bytes | None:
+        """The bytes kept under a name, whole, or None. A memoryview is writable and nobody else's."""
         ...
 
     def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
@@ -123,3 +126,21 @@ class Address:
             if not 0 < timeout <= 3600:
                 raise StoreError(f"the timeout of {shown(url)} must be seconds, such as ?timeout=2, not {value[:20]!r}")
         return cls(urlunsplit(parts._replace(query="&".join(rest))), parts.scheme, shown(url), timeout)
+
+
+class Whole:
+    """A place for `size` bytes that come in pieces. Large pieces are copied without Python's lock: the model goes on."""
+
+    def __init__(self, size: int):
+        self.size, self.filled = size, 0
+        self._data = np.empty(size, np.uint8)
+
+    def add(self, piece: Any) -> None:
+        """The next piece, a buffer of bytes. What is over the size is dropped."""
+        source = np.frombuffer(piece, np.uint8)[: self.size - self.filled]
+        np.copyto(self._data[self.filled : self.filled + len(source)], source)
+        self.filled += len(source)
+
+    def data(self) -> memoryview:
+        """What has come."""
+        return self._data[: self.filled].data

@@ -12,11 +12,11 @@ from itertools import islice
 import torch
 
 from kvgraph.errors import StoreError
-from kvgraph.store import format
+from kvgraph.store import format, signing
 from kvgraph.store.base import Entry, is_key
 from kvgraph.store.catalog import VerifyReport
 from kvgraph.store.codecs.registry import spec_of
-from kvgraph.store.record import BadRecord, UnsupportedRecord
+from kvgraph.store.record import BadRecord, UnsupportedRecord, UntrustedRecord
 from kvgraph.store.remote.base import Listed, Remote, RemoteError, Space
 
 PIN = "pin-"  # before a key: something of this name means that its record is pinned
@@ -84,12 +84,12 @@ class RemoteCatalog:
 
     def verify(self, repair: bool = True, seen: Callable[[], object] = int) -> VerifyReport:
         """Read and check everything. repair: remove what is bad, pinned or not."""
-        report = VerifyReport(repaired=repair)
+        report, secret = VerifyReport(repaired=repair), signing.secret()
         for entry in self.entries(details=False):
             try:
                 data = self.read(entry)
                 if data is not None:
-                    format.decode(data, entry.key, entry.fingerprint, tenant=entry.tenant)
+                    format.decode(data, entry.key, entry.fingerprint, tenant=entry.tenant, secret=secret)
                     report.good += 1
                     report.bytes += entry.size
             except BadRecord as error:
@@ -97,6 +97,8 @@ class RemoteCatalog:
                 if repair:
                     with self._asking("remove a record"):
                         self._within(entry).delete(entry.key)
+            except UntrustedRecord as error:
+                report.untrusted.append((entry.key, str(error)))
             except UnsupportedRecord as error:
                 report.unsupported.append((entry.key, str(error)))
             except StoreError as error:

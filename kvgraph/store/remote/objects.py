@@ -16,13 +16,14 @@ from datetime import timedelta
 from typing import ParamSpec, TypeVar
 
 from kvgraph.errors import StoreError
-from kvgraph.store.remote.base import Address, Listed, RemoteError, Space
+from kvgraph.store.remote.base import LARGEST, Address, Listed, RemoteError, Space, Whole
 from kvgraph.store.remote.store import RemoteStore
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-RANGE = 8 << 20  # bytes read at once
+RANGE = 8 << 20  # bytes of one request
+AT_ONCE = 4  # requests for ranges of an object at a time
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 NAMES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "az": "azure", "azure": "azure", "abfs": "azure"}
 
@@ -55,24 +56,28 @@ class Objects:
         except (obstore.exceptions.BaseError, ValueError) as error:
             raise StoreError(f"{address.shown} can't be opened as an object store: {_why(error)}") from None
 
-    def get(self, name: str) -> bytearray | None:
-        """The first range says how large the object is; the others are fetched together."""
+    def get(self, name: str) -> memoryview | bytes | None:
+        """The first range says how large the object is; the others are fetched several at a time."""
         return self._asked(self._get, name)
 
-    def _get(self, name: str) -> bytearray | None:
+    def _get(self, name: str) -> memoryview | bytes | None:
         path = self._path(name)
         try:
             first = self._obstore.get(self._store, path, options={"range": (0, RANGE)})
             size = first.meta["size"]
-            data = bytearray(memoryview(first.bytes()))
-            starts = range(len(data), size, RANGE)
-            if starts:
-                ends = [min(start + RANGE, size) for start in starts]
-                for part in self._obstore.get_ranges(self._store, path, starts=list(starts), ends=ends):
-                    data += memoryview(part)
+            if size > LARGEST:
+                return b""  # which is no record
+            whole = Whole(size)
+            whole.add(first.bytes())
+            starts = range(whole.filled, size, RANGE)
+            for at in range(0, len(starts), AT_ONCE):
+                begins = list(starts[at : at + AT_ONCE])
+                ends = [min(start + RANGE, size) for start in begins]
+                for part in self._obstore.get_ranges(self._store, path, starts=begins, ends=ends):
+                    whole.add(part)
         except FileNotFoundError:
             return None
-        return data
+        return whole.data()
 
     def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
         """In one request or, if it is large, in an upload of several parts that shows when it is complete."""

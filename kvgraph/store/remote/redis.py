@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from kvgraph.errors import StoreError
-from kvgraph.store.remote.base import Address, Listed, RemoteError, RemoteFull, Space
+from kvgraph.store.remote.base import LARGEST, Address, Listed, RemoteError, RemoteFull, Space, Whole
 from kvgraph.store.remote.store import RemoteStore
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 PART = 8 << 20  # bytes; Redis copies a value as one piece
 AT_ONCE = 4  # parts in a pipeline
+PIECE = 1 << 20  # bytes of one answer: the client copies an answer while it holds Python's lock, which stops the model
 ASKED = 1000  # keys that are listed, or asked for their sizes, at once
 EXPIRES = 600_000  # milliseconds until a part without a record goes
 
@@ -58,29 +59,34 @@ class Redis:
                 **{name: value for name, value in credentials.items() if value},  # those of a URL win
                 socket_timeout=address.timeout,
                 socket_connect_timeout=address.timeout,
+                socket_read_size=PIECE,
                 retry=Retry(NoBackoff(), 0),  # trying again is the circuit breaker's business
             )
         except ValueError as error:
             raise StoreError(f"{address.shown} isn't the address of a Redis server: {error}") from None
 
-    def get(self, name: str) -> bytearray | None:
+    def get(self, name: str) -> memoryview | None:
         """Its parts joined; None, and the record removed, if one is gone."""
         return self._asked(self._get, name)
 
-    def _get(self, name: str) -> bytearray | None:
+    def _get(self, name: str) -> memoryview | None:
         found = self._record(name)
         if found is None:
             return None
         size, parts = found
-        data = bytearray()
+        whole = Whole(size)
         for at in range(0, len(parts), AT_ONCE):
             pipeline = self._client.pipeline(transaction=False)
-            for part in parts[at : at + AT_ONCE]:
-                pipeline.get(part)
-            for found_part in pipeline.execute():
-                data += found_part or b""
-        if len(data) == size:
-            return data
+            for number, part in enumerate(parts[at : at + AT_ONCE], at):
+                length = min(PART, size - number * PART)
+                for begin in range(0, length, PIECE):
+                    pipeline.getrange(part, begin, min(begin + PIECE, length) - 1)
+            for piece in pipeline.execute():
+                whole.add(piece)
+            if whole.filled != min(size, (at + AT_ONCE) * PART):  # one is gone, or isn't ours
+                break
+        if whole.filled == size:
+            return whole.data()
         self._client.unlink(self._head(name), *parts)
         return None
 
@@ -193,7 +199,7 @@ class Redis:
         """(bytes, names of the parts) of a record."""
         found = self._client.get(self._head(name))
         size, _, identity = (found if isinstance(found, bytes) else b"").decode("ascii", "replace").partition(" ")
-        if not (size.isdigit() and len(size) < 15 and identity):
+        if not (size.isdigit() and len(size) < 15 and 0 < int(size) <= LARGEST and identity):
             return None
         return int(size), self._parts(name, identity, int(size))
 

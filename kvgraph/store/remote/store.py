@@ -17,10 +17,10 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from kvgraph.errors import StoreError
-from kvgraph.store import format
+from kvgraph.store import format, signing
 from kvgraph.store.base import EVENTS, Found, Store, is_key, one_by_one, tenant_id
 from kvgraph.store.catalog import Catalog
-from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
+from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
 from kvgraph.store.remote.base import TIMEOUT, Remote, RemoteError, RemoteFull, Space
 from kvgraph.store.remote.breaker import Absent, Breaker
 from kvgraph.store.remote.catalog import RemoteCatalog
@@ -56,8 +56,9 @@ class RemoteStore:
         self.tenant = tenant_id(tenant)
         self.breaker = Breaker()
         self._remote = remote
+        self._secret = signing.secret()
         self._absent = Absent()
-        self._bad: set[str] = set()  # keys whose record there is bad: a put replaces it
+        self._bad: set[str] = set()  # keys whose record there is bad or untrusted: a put replaces it
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._threads = _Threads(name)
@@ -95,7 +96,7 @@ class RemoteStore:
 
         Raises StoreError if the place doesn't answer or is full.
         """
-        parts = format.encode(record, self.fingerprint, self.tenant)
+        parts = format.encode(record, self.fingerprint, self.tenant, self._secret)
         key = record.key
         try:
             if key not in self._bad and self._write(self._remote.contains, key):
@@ -184,12 +185,12 @@ class RemoteStore:
         try:
             if not data:
                 raise BadRecord("is empty")
-            found = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
-            record = format.decode(found, key, self.fingerprint, tenant=self.tenant)
+            found = torch.frombuffer(bytearray(data) if isinstance(data, bytes) else data, dtype=torch.uint8)
+            record = format.decode(found, key, self.fingerprint, tenant=self.tenant, secret=self._secret)
             self._count("read_bytes", len(data))
             return record
-        except BadRecord:
-            self._count("bad")
+        except (BadRecord, UntrustedRecord) as error:
+            self._count("bad" if isinstance(error, BadRecord) else "untrusted")
             with self._lock:
                 self._bad.add(key)
         except UnsupportedRecord:
