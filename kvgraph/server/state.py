@@ -17,12 +17,12 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from kvgraph import methods
+from kvgraph.data.library import LIBRARY, Library
 from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
 from kvgraph.server import logs
 from kvgraph.server.errors import APIError
-from kvgraph.server.library import LIBRARY, Library
 from kvgraph.server.metrics import Metrics
 from kvgraph.server.precompute import Precompute
 from kvgraph.server.runner import EngineThread

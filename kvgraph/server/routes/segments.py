@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvgraph import methods
 from kvgraph.data.chat import DOCUMENT, Document
+from kvgraph.data.library import DEFAULT_METHOD, State, StoredGraph, StoredSegment
 from kvgraph.edges import named_edges
 from kvgraph.engine.request import Request
 from kvgraph.engine.result import Usage
@@ -23,7 +24,6 @@ from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server import errors
 from kvgraph.server.errors import APIError
-from kvgraph.server.library import DEFAULT_METHOD, State, StoredGraph, StoredSegment
 from kvgraph.server.lifecycle import Call, TheCall
 from kvgraph.server.precompute import QUERY, encoded, encoding, keys_of, segment_plan
 from kvgraph.server.prompts import with_fields
