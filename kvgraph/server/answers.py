@@ -59,7 +59,7 @@ class AnswerForm:
             choice.sampled += update.sampled
             choice.result = update.result or choice.result
         choices = [self.choice(i, choice) for i, choice in enumerate(self.choices)]
-        return self.response(choices=choices, usage=self.usage(), **self.head)
+        return self.response(choices=choices, usage=self.usage(), citations=self.citations(), **self.head)
 
     async def chunks(self, updates: AsyncGenerator[tuple[int, Update]]) -> AsyncGenerator[BaseModel]:
         """The answer piece by piece, and the usage at the end if it was asked for."""
@@ -72,9 +72,20 @@ class AnswerForm:
                 choice.result = update.result or choice.result
                 if chunk := self.chunk(index, choice, update):
                     choice.begun = True
-                    yield self.part(choices=[chunk], usage=self.usage_so_far() if always else None, **self.head)
+                    ended = all(choice.result is not None for choice in self.choices)
+                    yield self.part(
+                        choices=[chunk],
+                        usage=self.usage_so_far() if always else None,
+                        citations=self.citations() if ended else None,
+                        **self.head,
+                    )
         if options.include_usage:
             yield self.part(choices=[], usage=self.usage(), **self.head)
+
+    def citations(self) -> list[schema.Citation] | None:
+        """What was found for the question; None if nothing was looked for."""
+        found = self.laid[0].citations
+        return None if found is None else list(found)
 
     def usage_so_far(self) -> schema.UsageOut:
         """Tokens of all choices while they grow."""

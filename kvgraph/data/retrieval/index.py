@@ -39,7 +39,7 @@ class Index:
     embedder: the name of the model of its embeddings, None if it has none. ids: of the passages, in the order given.
     """
 
-    def __init__(self, folder: Path, load: Callable[[str], Embedder] | None = None):
+    def __init__(self, folder: Path, load: Callable[[str], Embedder | None] | None = None):
         self.folder = folder
         note = _note(folder)
         here = folder / note["files"]
@@ -96,9 +96,9 @@ class Index:
         return index
 
     @classmethod
-    def open(cls, folder: Path, load: Callable[[str], Embedder] | None = None) -> Index:
-        """The index in a folder. load: gives the embedder of a name, at the first search that needs it; without it, words
-        alone are searched. Raises RetrievalError if there is none, or it is damaged.
+    def open(cls, folder: Path, load: Callable[[str], Embedder | None] | None = None) -> Index:
+        """The index in a folder. load: gives the embedder of a name, at the first search that needs it; without it, or if it
+        gives None, words alone are searched. Raises RetrievalError if there is none, or it is damaged.
         """
         return cls(folder, load)
 
@@ -115,11 +115,10 @@ class Index:
         """(number, similarity) of the passages nearest to the query, best first. Raises RetrievalError without a model."""
         if self._vectors is None or self.embedder is None:
             raise RetrievalError(f"the index {self.folder} has no embeddings; build it with a model")
-        if self._model is None:
-            if self._load is None:
-                raise RetrievalError(f"the index {self.folder} was opened without a model; it needs {self.embedder}")
-            self._model = self._load(self.embedder)
-        rows, products = nearest(self._model.questions([query]), self._vectors, count)
+        model = self._embeds()
+        if model is None:
+            raise RetrievalError(f"the index {self.folder} was opened without a model; it needs {self.embedder}")
+        rows, products = nearest(model.questions([query]), self._vectors, count)
         return [(int(row), float(score)) for row, score in zip(rows[0], products[0], strict=True)]
 
     def search(
@@ -131,7 +130,7 @@ class Index:
         many in all; a passage that is too long is left out. Deterministic: equal scores go by the order of the passages.
         """
         rankings = [[row for row, _ in self.by_words(query, POOL)]]
-        if self._vectors is not None and (self._model is not None or self._load is not None):
+        if self._embeds() is not None:
             rankings.append([row for row, _ in self.by_vectors(query, POOL)])
         scores: dict[int, float] = {}
         for ranking in rankings:
@@ -147,6 +146,12 @@ class Index:
                 tokens = None if tokens is None else tokens - self._sizes[row]
                 hits.append(Hit(self.ids[row], self._titles[row], scores[row], via.get(row, "")))
         return hits
+
+    def _embeds(self) -> Embedder | None:
+        """The model for questions, loaded when it is first needed."""
+        if self._model is None and self._load is not None and self.embedder is not None:
+            self._model, self._load = self._load(self.embedder), None
+        return None if self.embedder is None else self._model
 
     def _expand(self, scores: dict[int, float], sources: Sources, hops: int) -> dict[int, str]:
         """Fuse in the ranking of what the best passages lead to; returns what led to those that are new, by number.
