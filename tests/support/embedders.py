@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 
 
 class Words:
@@ -25,6 +24,7 @@ class Words:
 
 def write_encoder(folder: Path) -> Path:
     """A tiny random BERT with a tokenizer of single letters, as a Hugging Face folder."""
+    import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 

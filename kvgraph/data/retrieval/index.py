@@ -28,12 +28,14 @@ POOL = 100  # passages of each ranking that are fused
 RRF = 60  # of reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009): a passage at rank r gets 1 / (60 + r)
 SEEDS = 10  # passages whose sources are looked at
 HOPS = 2  # edges from a passage that was found to one that it leads to
+FADE = 0.5  # of a score, at each edge
+LED = 0.5  # weight of the ranking along the graph, so that an edge alone brings nothing before what it came from
 
 Sources = Mapping[str, Iterable[str]] | Callable[[str], Iterable[str]]
 """The ids that a passage reads, by its id."""
 
 
-class Index:
+class SearchIndex:
     """Passages that can be searched, opened from a folder (`build`, `open`). Safe to use from several threads.
 
     embedder: the name of the model of its embeddings, None if it has none. ids: of the passages, in the order given.
@@ -63,7 +65,7 @@ class Index:
         passages: Iterable[Retrievable],
         embedder: Embedder | None = None,
         progress: Callable[[str], None] = lambda text: None,
-    ) -> Index:
+    ) -> SearchIndex:
         """Make the index of these passages, in their order, in place of what the folder held; returns it.
 
         embedder: without one, words alone are searched. progress: told what takes long. Raises RetrievalError: no passages,
@@ -96,7 +98,7 @@ class Index:
         return index
 
     @classmethod
-    def open(cls, folder: Path, load: Callable[[str], Embedder | None] | None = None) -> Index:
+    def open(cls, folder: Path, load: Callable[[str], Embedder | None] | None = None) -> SearchIndex:
         """The index in a folder. load: gives the embedder of a name, at the first search that needs it; without it, or if it
         gives None, words alone are searched. Raises RetrievalError if there is none, or it is damaged.
         """
@@ -156,8 +158,7 @@ class Index:
     def _expand(self, scores: dict[int, float], sources: Sources, hops: int) -> dict[int, str]:
         """Fuse in the ranking of what the best passages lead to; returns what led to those that are new, by number.
 
-        A passage gets a share of the scores of those that read it: equal shares of what its reader has, over the edges of
-        each hop.
+        A passage gets equal shares of half the score of each of those that read it.
         """
         read = sources if callable(sources) else lambda id: sources.get(id, ())
         found, via = set(scores), {}
@@ -168,19 +169,19 @@ class Index:
             for row in _ordered(frontier):
                 near = [self._numbers[id] for id in read(self.ids[row]) if id in self._numbers]
                 for source in near:
-                    after[source] = after.get(source, 0.0) + frontier[row] / len(near)
+                    after[source] = after.get(source, 0.0) + FADE * frontier[row] / len(near)
                     if source not in found:
                         via.setdefault(source, self.ids[row])
             for row, score in after.items():
                 reached[row] = reached.get(row, 0.0) + score
             frontier = after
-        _fuse(scores, list(islice(_ordered(reached), POOL)))
+        _fuse(scores, list(islice(_ordered(reached), POOL)), LED)
         return via
 
 
-def _fuse(scores: dict[int, float], ranking: Sequence[int]) -> None:
+def _fuse(scores: dict[int, float], ranking: Sequence[int], weight: float = 1.0) -> None:
     for rank, row in enumerate(ranking, 1):
-        scores[row] = scores.get(row, 0.0) + 1 / (RRF + rank)
+        scores[row] = scores.get(row, 0.0) + weight / (RRF + rank)
 
 
 def _ordered(scores: Mapping[int, float]) -> list[int]:

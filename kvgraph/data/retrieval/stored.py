@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kvgraph.data.library import Library, StoredGraph
 from kvgraph.data.retrieval.base import Embedder, Hit, RetrievalError
-from kvgraph.data.retrieval.index import INDEX, Index
+from kvgraph.data.retrieval.index import INDEX, SearchIndex
 
 log = logging.getLogger("kvgraph.data")
 
@@ -45,14 +45,14 @@ class GraphIndexes:
         self._temporary: Path | None = None
         self._lock = threading.Lock()
         self._building: dict[int, threading.Lock] = {}
-        self._open: OrderedDict[int, tuple[Path, _Stamp, Index]] = OrderedDict()  # by the graph's row
+        self._open: OrderedDict[int, tuple[Path, _Stamp, SearchIndex]] = OrderedDict()  # by the graph's row
         self._embedders: dict[str, Embedder | None] = {}
 
     def search(self, graph: StoredGraph, query: str, top: int, tokens: int | None = None) -> list[Hit]:
-        """The best segments of a graph for a query, also those that the best ones read. See `Index.search`."""
+        """The best segments of a graph for a query, also those that the best ones read. See `SearchIndex.search`."""
         return self.of(graph).search(query, top, partial(self._library.sources, graph), tokens)
 
-    def of(self, graph: StoredGraph) -> Index:
+    def of(self, graph: StoredGraph) -> SearchIndex:
         """The index of a graph, built if there is none. Raises RetrievalError."""
         with self._lock:
             turn = self._building.setdefault(graph.row, threading.Lock())
@@ -88,12 +88,12 @@ class GraphIndexes:
     def _home(self, graph: StoredGraph) -> Path | None:
         return None if self._folder is None else index_folder(self._folder, graph.tenant, graph.id)
 
-    def _found(self, graph: StoredGraph) -> tuple[Path, Index]:
+    def _found(self, graph: StoredGraph) -> tuple[Path, SearchIndex]:
         """The index in the graph's own folder if it is of these segments, else a new one of their words."""
         home = self._home(graph)
         if home is not None and (home / INDEX).is_file():
             try:
-                index = Index.open(home, self._embedder)
+                index = SearchIndex.open(home, self._embedder)
                 if list(index.ids) == self._library.members(graph):
                     return home, index
                 log.warning("the index %s is of other segments than graph %r; words alone are searched", home, graph.id)
@@ -102,14 +102,14 @@ class GraphIndexes:
             home = None  # another model's graph of this name may own it
         if home is not None:
             try:
-                return home, Index.build(home, self._library.texts(graph))
+                return home, SearchIndex.build(home, self._library.texts(graph))
             except RetrievalError as error:
                 log.warning("can't keep an index: %s", error)
         with self._lock:
             if self._temporary is None:
                 self._temporary = Path(tempfile.mkdtemp(prefix="kvgraph-indexes-"))
             folder = self._temporary / str(graph.row)
-        return folder, Index.build(folder, self._library.texts(graph))
+        return folder, SearchIndex.build(folder, self._library.texts(graph))
 
     def _embedder(self, name: str) -> Embedder | None:
         with self._lock:

@@ -164,7 +164,7 @@ class SearchIn(Strict):
     tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
 
 
-class Found(Citation):
+class FoundSegment(Citation):
     """A segment that was found, with its text."""
 
     object: Literal["segment"] = "segment"
@@ -176,7 +176,7 @@ class SearchOut(BaseModel):
     """What was found, best first."""
 
     object: Literal["list"] = "list"
-    data: list[Found]
+    data: list[FoundSegment]
 
 
 class Deleted(BaseModel):
@@ -322,13 +322,13 @@ async def get_graph(id: InPath, server: TheServer, caller: TheCaller) -> GraphOu
 async def search_graph(id: InPath, body: SearchIn, call: TheCall) -> SearchOut:
     """Find segments of a graph: by words, by embeddings if it was indexed with a model, and along its edges."""
 
-    def found(server: Server, tenant: str) -> list[Found]:
+    def found(server: Server, tenant: str) -> list[FoundSegment]:
         graph = server.library.graph(tenant, id)
         made = []
         for hit in server.indexes.search(graph, body.query, body.top, body.tokens):
             segment = server.library.segment(tenant, hit.id)
             more = {"text": segment.text, "tokens": len(segment.tokens), "via": hit.via or None}
-            made.append(Found(**hit._asdict() | more))
+            made.append(FoundSegment(**hit._asdict() | more))
         return made
 
     async with call.admitted():
