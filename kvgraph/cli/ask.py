@@ -167,9 +167,10 @@ def _usage(result: Result) -> str:
 
 def _as_json(result: Result, hits: list[Hit] | None) -> dict[str, object]:
     usage = asdict(result.usage) | {"document_tokens_computed": result.usage.document_tokens_computed}
-    return {
+    cited: dict[str, object] = {} if hits is None else {"citations": [hit._asdict() for hit in hits]}
+    return cited | {
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "usage": usage,
-    } | ({} if hits is None else {"citations": [hit._asdict() for hit in hits]})
+    }

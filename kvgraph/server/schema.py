@@ -422,8 +422,8 @@ class UsageOut(BaseModel):
 
 
 class Citation(BaseModel):
-    """A segment that was found for the question, and given to the model. via: the segment that reads it, by which it was
-    found; without it, the question found it. score: compares the citations of one answer.
+    """A segment that was found for the question, and given to the model. via: the segment that led to it, which reads it;
+    without it, the question did. score: compares the citations of one answer.
     """
 
     id: str

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 
 from kvgraph import demo, models
 from kvgraph.cli import chat as chat_command
@@ -22,6 +23,9 @@ from kvgraph.data.chat import Document
 from kvgraph.data.library import LIBRARY, Library, StoredSegment
 from kvgraph.engine.engine import Engine
 from kvgraph.methods import GraphKV
+
+# The command line sets this before transformers is imported; in this process it may have been imported already.
+transformers.utils.logging.disable_progress_bar()
 
 TEXTS = {
     "cape": ("Lighthouse", "The lighthouse stands on the north cape. It was built of basalt."),
@@ -126,7 +130,8 @@ def test_lines_from_a_pipe_are_turns(run, monkeypatch, model, store):
     monkeypatch.setattr(conversation.Indexed, "prompt", noting)
     lines = "Where do ships pass?\n\n  What is bread?  \nzebra"
     out, err = talk(run, monkeypatch, lines, model, "--index", "sea", "--store", store, "--retrieve", 1)
-    assert re.findall(r"\[1\] .*", out) == ["[1] Ships (ships)", "[1] Bread (bread)"] and err == ""
+    assert re.findall(r"\[1\] .*", out) == ["[1] Ships (ships)", "[1] Bread (bread)"]
+    assert err.count("\n") == 1 and "doesn't declare tuning" in err
     assert [question for _, question in seen] == ["Where do ships pass?", "What is bread?", "zebra"]
     said = seen[-1][0]
     assert [message["role"] for message in said] == ["user", "assistant"] * 2

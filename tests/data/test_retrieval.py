@@ -140,11 +140,34 @@ def test_what_was_found_leads_to_what_it_reads(tmp_path):
     reads = {"p3": ["p2", "gone"], "p2": ["p0"]}
     plain = made.search("Who is Orla?", 4)
     assert [hit.id for hit in plain] == ["p3"]
-    assert [(hit.id, hit.via) for hit in made.search("Who is Orla?", 4, reads, hops=1)] == [("p3", ""), ("p2", "p3")]
     found = made.search("Who is Orla?", 4, reads)
+    assert [(hit.id, hit.via) for hit in found] == [("p3", ""), ("p2", "p3")]
+    assert found[1].score == pytest.approx(0.97 * found[0].score)
+    found = made.search("Who is Orla?", 4, reads, hops=2)
     assert [(hit.id, hit.via) for hit in found] == [("p3", ""), ("p2", "p3"), ("p0", "p2")]
-    assert found == made.search("Who is Orla?", 4, lambda id: reads.get(id, ()))
-    assert made.search("Who is Orla?", 4, {"p3": ["p3"], "p2": ["p3"]})[0].id == "p3"  # a circle ends
+    assert found == made.search("Who is Orla?", 4, lambda id: reads.get(id, ()), hops=2)
+    assert made.search("Who is Orla?", 4, {"p3": ["p3"], "p2": ["p3"]}, hops=3) == plain  # a circle ends
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sets(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=20), st.integers(1, 3), st.integers(1, 9))
+def test_a_source_stands_behind_its_best_reader(index_of_eight, edges, hops, top):
+    reads = {f"p{i}": [f"p{s}" for s, r in sorted(edges) if r == i] for i in range(8)}
+    plain, found = index_of_eight.search("w1 w2", 8), index_of_eight.search("w1 w2", 8, reads, hops=hops)
+    assert found[0] == plain[0]
+    before, after = {hit.id: hit.score for hit in plain}, {hit.id: hit.score for hit in found}
+    assert before.keys() <= after.keys() and all(after[id] >= score for id, score in before.items())
+    for hit in found:
+        if hit.via:
+            assert hit.id in reads[hit.via] and hit.score == pytest.approx(0.97 * after[hit.via])
+        else:
+            assert hit.score == before[hit.id]
+    assert index_of_eight.search("w1 w2", top, reads, hops=hops) == found[:top]
+
+
+@pytest.fixture(scope="module")
+def index_of_eight(tmp_path_factory) -> SearchIndex:
+    return SearchIndex.build(tmp_path_factory.mktemp("eight"), corpus(*texts(8)))
 
 
 def test_a_budget_of_tokens_leaves_out_what_is_too_long(tmp_path):

@@ -133,6 +133,7 @@ def test_what_cannot_be_searched_is_refused(http, path, body, status, param):
 
 
 def test_a_chat_reads_what_was_found_and_cites_it(http):
+    chat(http, "bread?", **retrieve(1))  # computes what stands before documents in every chat
     answer = chat(http, "Where do ships pass?", **retrieve(2))
     assert [(c["id"], c["title"]) for c in answer["citations"]] == [("ships", "Ships"), ("cape", "Lighthouse")]
     used = answer["usage"]["kvgraph"]
@@ -163,18 +164,19 @@ def test_a_stream_cites_at_its_end(http, n):
 
 
 def test_a_later_turn_finds_the_documents_of_earlier_ones_in_the_store(http):
+    """Only what was said is computed."""
     first = chat(http, "Where do ships pass?", **retrieve(2))
     said = first["choices"][0]["message"]["content"]
-    second = chat(http, "Where do ships pass?", said, "And what is bread?", **retrieve(1))
+    turns = ["Where do ships pass?", said, "And what is bread?"]
+    second = chat(http, *turns, **retrieve(1))
     assert [c["id"] for c in second["citations"]] == ["bread"]
-    third = chat(http, "Where do ships pass?", said, "Bread?", "Baked.", "Do ships pass at night?", **retrieve(2))
-    assert {c["id"] for c in third["citations"]} == {"ships", "cape"}
-    for answer in (second, third):
-        assert answer["usage"]["kvgraph"]["document_tokens_computed"] == 0
-    documents = chat(http, "x", kvgraph={"graph": "sea", "segments": ["ships", "cape"]})["usage"]
-    alone = chat(http, "x", **retrieve(1))["usage"]  # no documents: nothing shares a word with x
-    reused = third["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert reused >= documents["prompt_tokens"] - alone["prompt_tokens"]
+    again = chat(http, *turns, "Baked.", "Do ships pass at night?", **retrieve(2))
+    assert {c["id"] for c in again["citations"]} == {"ships", "cape"}
+    for answer, before in ((second, turns[:2]), (again, [*turns, "Baked."])):
+        spoken = sum(len(f"assistant: {text}\n\n".encode()) for text in before) + len("user: ")
+        assert answer["usage"]["kvgraph"]["document_tokens_computed"] <= spoken
+    documents = sum(len(f"{TEXTS[id][0]}\n{TEXTS[id][1]}\n\n") for id in ("ships", "cape"))
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= documents
 
 
 def test_the_plan_shows_what_would_be_read(http):

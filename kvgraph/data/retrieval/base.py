@@ -36,7 +36,7 @@ class Retrievable(Protocol):
 class Hit(NamedTuple):
     """A passage that was found. score: higher is better; it compares hits of one search.
 
-    via: the id of the passage that led to it along the graph, "" if the question did.
+    via: the id of the passage that led here, which reads it; "" if the question did.
     """
 
     id: str
