@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import jsonschema_rs
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from hypothesis_jsonschema import from_schema
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
@@ -112,6 +114,99 @@ def test_every_answer_is_valid_under_its_schema(engine, schema, seed):
     result = ask(engine, Grammar.json_schema(schema), seed, logit_bias=closing(engine))
     assert result.finish_reason == "stop", result.text[-200:]
     jsonschema_rs.validate(schema, json.loads(result.text), validate_formats=True)
+
+
+def meta(inner: dict[str, Any] | None) -> dict[str, Any]:
+    """A schema of schemas: keywords of all kinds side by side, also those that contradict each other or can't be enforced."""
+    count = {"type": "integer", "minimum": 0, "maximum": 4}
+    number = {"type": "integer", "minimum": -30, "maximum": 60}
+    fields: dict[str, Any] = {
+        "type": {"enum": ["string", "integer", "number", "boolean", "null", "array", "object", ["string", "null"]]},
+        "enum": {"type": "array", "items": {"enum": [0, 1.5, "a", 'é"\\', None, True, [1], {"b": 2}]}, "minItems": 1, "maxItems": 3},
+        "minimum": number,
+        "exclusiveMaximum": number,
+        "multipleOf": {"enum": [1, 2, 5, 0.5]},
+        "minLength": count,
+        "maxLength": count,
+        "pattern": {"enum": ["^[a-f]{2,4}$", "\\d", "^x"]},
+        "format": {"enum": ["date", "date-time", "email", "uuid", "ipv4"]},
+        "title": {"type": "string", "maxLength": 3},
+    }  # fmt: skip
+    if inner is not None:
+        listed = {"type": "array", "items": inner, "minItems": 1, "maxItems": 3}
+        named = {"type": "object", "properties": dict.fromkeys("abé", inner), "additionalProperties": False}
+        fields |= {
+            "properties": named,
+            "patternProperties": {"type": "object", "properties": {"^x": inner}, "additionalProperties": False},
+            "required": {"type": "array", "items": {"enum": ["a", "b", "é", "z"]}, "uniqueItems": True},
+            "additionalProperties": {"anyOf": [{"type": "boolean"}, inner]},
+            "minProperties": count,
+            "items": inner,
+            "prefixItems": listed,
+            "minItems": count,
+            "maxItems": count,
+            "uniqueItems": {"type": "boolean"},
+            "contains": inner,
+            "anyOf": listed,
+            "oneOf": listed,
+            "allOf": listed,
+            "not": inner,
+        }
+    required = (
+        {"required": ["type"]} if inner is not None else {"anyOf": [{"required": ["type"]}, {"required": ["enum"]}]}
+    )
+    return {"type": "object", "properties": fields, "additionalProperties": False, "maxProperties": 5, **required}
+
+
+ANY_SCHEMA = from_schema(meta(meta(meta(None))))
+
+
+@settings(max_examples=1000 if SOAK else 30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schema=ANY_SCHEMA, seed=st.integers(0, 1 << 30))
+def test_an_answer_is_valid_under_any_schema_that_isnt_refused(engine, schema, seed):
+    """Whatever keywords stand together."""
+    try:
+        result = ask(engine, Grammar.json_schema(schema), seed, logit_bias=closing(engine))
+    except GrammarError as error:
+        assert str(error) and "\n" not in str(error)
+        event("refused")
+        return
+    event("answered")
+    assert result.finish_reason == "stop", result.text[-200:]
+    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    validator.validate(json.loads(result.text))
+
+
+@settings(max_examples=300 if SOAK else 20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), schema=schemas())
+def test_what_is_valid_may_be_answered(engine, data, schema):
+    """A guide is no narrower than its schema: of objects, in the order of the properties."""
+    value = data.draw(from_schema(without_formats(schema)))
+    found = engine.scheduler.guides.guide(Grammar.json_schema(without_formats(schema)))
+    tokens = engine.tokenize(json.dumps(in_order(schema, value), ensure_ascii=False))
+    assert found.matcher.try_consume_tokens(tokens) == len(tokens), (schema, value)
+
+
+def without_formats(schema: Any) -> Any:
+    """The schema without formats, which the two libraries read differently."""
+    if isinstance(schema, list):
+        return [without_formats(part) for part in schema]
+    if isinstance(schema, dict):
+        return {key: without_formats(part) for key, part in schema.items() if key != "format"}
+    return schema
+
+
+def in_order(schema: Any, value: Any) -> Any:
+    """A value whose objects have their members in the order of the schema's properties, as answers have."""
+    if isinstance(value, list):
+        parts = schema.get("prefixItems") or [schema.get("items", {})] * len(value)
+        return [in_order(part, item) for part, item in zip(parts, value, strict=True)]
+    if isinstance(value, dict) and "properties" in schema:
+        return {name: in_order(part, value[name]) for name, part in schema["properties"].items() if name in value}
+    for part in schema.get("anyOf", ()):
+        if jsonschema_rs.is_valid(without_formats(part), value):
+            return in_order(part, value)
+    return value
 
 
 def expressions() -> st.SearchStrategy[str]:
