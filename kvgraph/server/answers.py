@@ -75,15 +75,13 @@ class AnswerForm:
                 choice = self.choices[index]
                 choice.tokens += len(update.sampled)
                 choice.result = update.result or choice.result
-                new = list(self.chunk(index, choice, update))
                 ended = all(choice.result is not None for choice in self.choices)
-                last = new[-1] if new and ended else None
-                for chunk in new:
+                for chunk in self.chunk(index, choice, update):
                     choice.begun = True
                     yield self.part(
                         choices=[chunk],
                         usage=self.usage_so_far() if always else None,
-                        citations=self.citations() if chunk is last else None,
+                        citations=self.citations() if ended and getattr(chunk, "finish_reason", None) else None,
                         **self.head,
                     )
         await self._shadow()
