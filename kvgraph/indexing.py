@@ -281,7 +281,7 @@ def _changes(
     engine: Engine, library: Library, there: StoredGraph, corpus: PlannedCorpus, page_of: Mapping[str, str]
 ) -> Changes:
     part = library.part(there)
-    before = Versions.of(engine, there.method.plan(part.graph(QUERY)))
+    before = _stored(engine, library, there)
     old = {segment.id: before.of_segment.get(i, [""])[-1] for i, segment in enumerate(part.segments)}
     new = {segment.id: corpus.versions.of_segment[i][-1] for i, segment in enumerate(corpus.segments)}
     fresh, gone = new.keys() - old.keys(), old.keys() - new.keys()
@@ -295,11 +295,15 @@ def _changes(
 
 
 def _stale(engine: Engine, library: Library, graph: StoredGraph, needed: set[str]) -> list[str]:
-    """Keys of a stored graph's records that are neither needed nor another graph's own version of a shared segment."""
-    part, shared = library.part(graph), library.shared(graph)
-    before = Versions.of(engine, graph.method.plan(part.graph(QUERY)))
-    kept = {before.of_segment[i][0] for i, s in enumerate(part.segments) if s.id in shared and i in before.of_segment}
-    return [key for key in before.tokens if key not in needed and key not in kept]
+    """Keys of a stored graph's records that are neither needed nor another graph's."""
+    for other in library.sharing(graph):
+        needed = needed.union(_stored(engine, library, other).tokens)
+    return [key for key in _stored(engine, library, graph).tokens if key not in needed]
+
+
+def _stored(engine: Engine, library: Library, graph: StoredGraph) -> Versions:
+    """The versions of a stored graph."""
+    return Versions.of(engine, graph.method.plan(library.part(graph).graph(QUERY)))
 
 
 # -- what it would take -----------------------------------------------------------------------------------------------

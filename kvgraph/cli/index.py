@@ -181,7 +181,7 @@ def _compared(changes: Changes) -> str:
     if not changes.new and not changes.gone and not changes.readers:
         return "nothing changed since it was indexed"
     return (
-        f"changed since it was indexed: {len(changes.pages):,} pages with {changes.new:,} new chunks and {changes.gone:,} gone; "
+        f"changed since it was indexed: {len(changes.pages):,} pages, with {changes.new:,} new chunks and {changes.gone:,} gone; "
         f"{changes.readers:,} more read something else now; {changes.same:,} are as before"
     )
 

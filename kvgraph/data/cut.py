@@ -155,7 +155,7 @@ class _Cutter:
                 group.append(unit)
                 size += unit.tokens
         groups = [part for group in groups for part in self.fitting(group)]
-        chunk_of = {}  # by the number of a unit
+        chunk_of: dict[int, int] = {}  # by the number of a unit
         for number, group in enumerate(groups):
             for _ in group:
                 chunk_of[len(chunk_of)] = number

@@ -125,7 +125,7 @@ def _record(record: dict[str, Any], name: str, where: str) -> SourcePage:
         kept = {field: value for field, value in record.items() if isinstance(value, str | int | float)}
         text = "\n".join(f"{field}: {value}" for field, value in kept.items())
     title = record.get("title")
-    listed = next((record[field] for field in ("links", "cites") if isinstance(record.get(field), list)), [])
+    listed: list[Any] = next((record[field] for field in ("links", "cites") if isinstance(record.get(field), list)), [])
     url = record.get("url")
     return SourcePage(
         id,

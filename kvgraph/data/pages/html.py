@@ -6,6 +6,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
+from kvgraph.data.pages import plain
 from kvgraph.data.pages.base import (
     CHARSET,
     SNIFFED,
@@ -26,16 +27,18 @@ BLOCKS = {
 }
 BLOCKS |= {*"form fieldset address details summary header footer caption center".split()}
 STARTS = {"li": "item", "tr": "row", "pre": "code", "dt": "term"} | dict.fromkeys(HEADINGS, "heading")
+LAID_OUT = ("table", "ul", "ol", "dl", "pre", *HEADINGS)  # a row with one of these is there for layout
+TAG = re.compile(r"<[^<>]{0,10000}>")
 MAIN = "//main | //*[@role='main'] | //article"
 
 
 def read(raw: bytes, id: str, where: str, say: Say) -> SourcePage:
     """The page of an HTML file. Its title is its first heading of level 1, else its <title>, else the file's name."""
     declared = CHARSET.search(raw[:SNIFFED])
-    return page(decoded(raw, where, say, declared[1].decode() if declared else ""), id, where)
+    return page(decoded(raw, where, say, declared[1].decode() if declared else ""), id, where, say)
 
 
-def page(text: str, id: str, where: str) -> SourcePage:
+def page(text: str, id: str, where: str, say: Say) -> SourcePage:
     """The page of HTML as text."""
     try:
         from lxml import etree, html
@@ -46,6 +49,9 @@ def page(text: str, id: str, where: str) -> SourcePage:
     if not text.strip():
         return SourcePage(id, name, (), where)
     root = etree.fromstring(text.encode(), parser)
+    if any(entry.type_name == "ERR_RESOURCE_LIMIT" for entry in parser.error_log):
+        say(f"{where} is nested too deep; it is read without its structure")
+        return SourcePage(id, name, plain.elements(TAG.sub("\n\n", text)), where)
     if root is None:
         return SourcePage(id, name, (), where)
     titles = root.xpath("//title")
@@ -69,6 +75,7 @@ class _Walk:
         self.links: list[str] = []
         self.kinds: list[tuple[Any, str]] = []  # elements that are open and say what their text is
         self.code = 0  # open <pre>
+        self.row: Any = None  # the open row of a table; nothing in it ends an element
 
     def over(self, root: Any, etree: Any) -> None:
         """Gather what is in a tree."""
@@ -98,21 +105,26 @@ class _Walk:
         )
 
     def _start(self, node: Any, tag: str) -> None:
-        if tag in BLOCKS or tag in STARTS:
+        if self.row is None and (tag in BLOCKS or tag in STARTS):
             self.flush()
-        if tag in STARTS and not (tag != "tr" and self._kind() == "row"):
-            self.kinds.append((node, STARTS[tag]))
+            if tag in STARTS and (tag != "tr" or next(node.iter(*LAID_OUT), None) is None):
+                self.kinds.append((node, STARTS[tag]))
+                self.row = node if tag == "tr" else None
+        elif tag in BLOCKS or tag in STARTS:
+            self.parts.append(" ")
         self.code += tag == "pre"
         self.anchors += filter(None, (node.get("id"), node.get("name") if tag == "a" else None))
         if tag == "a" and node.get("href"):
             self.links.append(node.get("href").strip())
         if tag == "br":
             self.parts.append("\n")
-        if tag in ("td", "th") and self.parts and "".join(self.parts[-2:]).strip():
+        if tag in ("td", "th") and self.row is not None and "".join(self.parts[-2:]).strip():
             self.parts.append(" | ")
 
     def _end(self, node: Any, tag: str) -> None:
-        if tag in BLOCKS or tag in STARTS:
+        if self.row is node:
+            self.row = None
+        if self.row is None and (tag in BLOCKS or tag in STARTS):
             self.flush()
         if self.kinds and self.kinds[-1][0] is node:
             self.kinds.pop()
@@ -126,7 +138,7 @@ class _Walk:
             self.parts.append(text if self.code else re.sub(r"\s+", " ", text))
 
     def flush(self) -> None:
-        """End the element that is being gathered. Within a row of a table nothing ends but the row."""
+        """End the element that is being gathered."""
         kind = self._kind()
         text = "".join(self.parts)
         text = text.strip("\n").rstrip() if self.code else "\n".join(map(words, text.split("\n"))).strip()

@@ -41,7 +41,7 @@ def _message(raw: bytes, name: str, where: str, say: Say) -> SourcePage:
     links = unique(f"{MESSAGE}{reply.strip('<>')}" for reply in reversed(replies))
     found = [PageElement("\n".join(head), links=links)] if head or links else []
     if body is not None:
-        raw_text = body.get_payload(decode=True) or b""
+        raw_text: Any = body.get_payload(decode=True) or b""
         charset = body.get_content_charset() or "utf-8"
         try:
             text = raw_text.decode(charset, "replace")
@@ -49,7 +49,7 @@ def _message(raw: bytes, name: str, where: str, say: Say) -> SourcePage:
             text = raw_text.decode("utf-8", "replace")
         text = text.replace("\r\n", "\n").replace("\0", "\ufffd")
         is_html = body.get_content_type() == "text/html"
-        found += html.page(text, name, where).elements if is_html else plain.elements(text)
+        found += html.page(text, name, where, say).elements if is_html else plain.elements(text)
     attached = sum(1 for _ in message.iter_attachments())
     if attached:
         say(f"{where}: {attached} attachments aren't read")

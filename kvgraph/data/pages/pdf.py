@@ -37,5 +37,5 @@ def read(raw: bytes, id: str, where: str, say: Say) -> SourcePage:
             found.append(PageElement(element.text, anchors=anchors, links=element.links))
     if failed:
         say(f"{where}: can't read page {', '.join(failed[:3])}{f' and {len(failed) - 3} more' if failed[3:] else ''}")
-    title = words(str((reader.metadata or {}).get("/Title") or ""))
+    title = words(str(reader.metadata.title or "")) if reader.metadata else ""
     return SourcePage(id, title or PurePosixPath(id).stem, tuple(found), where)
