@@ -184,6 +184,14 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_read(tmp_path):
         assert words in told, told
 
 
+def test_what_sphinx_makes_beside_its_pages_is_left_out(tmp_path):
+    for name in ("index.html", "_static/x.js", "_sources/index.rst.txt", "sub/_images/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    found, said = read(tmp_path)
+    assert list(found) == ["index.html"] and len(said) == 1 and said[0].startswith("3 files in _downloads, _images")
+
+
 def test_pages_of_one_id_are_told_apart(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "x", "text": "1"}\n{"id": "x", "text": "2"}\n')
     found, said = read(tmp_path)

@@ -37,6 +37,7 @@ READERS: dict[str, Reader] = {
 RECORDS = tuple(filter(None, io.SUFFIXES))
 TRIPLES = (".tsv", ".nt")
 MAILBOXES = (".mbox", ".mbx")
+SPHINX = {"_sources", "_static", "_images", "_downloads"}  # folders beside its HTML: sources again, and what pages load
 TEXT_FIELDS = ("text", "body", "content", "abstract")
 
 
@@ -48,8 +49,14 @@ def read(source: str | Path, say: Say) -> Iterator[SourcePage]:
     root = Path(source)
     if not root.exists():
         raise PageError(f"there is no file or folder {root}")
+    files = io.files(root, PageError) if root.is_dir() else [root]
+    beside = {file for file in files if not SPHINX.isdisjoint(file.relative_to(root).parts[:-1])}
+    if beside:
+        say(
+            f"{len(beside):,} files in {', '.join(sorted(SPHINX))} are left out: Sphinx makes these folders beside its pages"
+        )
     seen: dict[str, int] = {}
-    for file in io.files(root, PageError) if root.is_dir() else [root]:
+    for file in (file for file in files if file not in beside):
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
         for page in _file(file, name, say):
             if not page.elements:
