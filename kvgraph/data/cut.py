@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from kvgraph.data.chat import DOCUMENT, Document
@@ -91,7 +92,8 @@ def cut(page: SourcePage, count: Count, budget: int) -> list[TextChunk]:
 
 class _Cutter:
     def __init__(self, page: SourcePage, count: Count, budget: int):
-        self.page, self.count, self.budget = page, count, budget
+        self.page, self.budget = page, budget
+        self.count = lru_cache(maxsize=1 << 12)(count)  # titles are counted again and again, and elements twice
 
     def title(self, path: Sequence[_Heading]) -> str:
         names = [heading.text for heading in path if heading.text != self.page.title]
