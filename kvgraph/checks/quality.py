@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from kvgraph.data import io
 from kvgraph.errors import GraphError
@@ -30,6 +31,26 @@ class Quality:
     tokens: int
     nll: float
     full_nll: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A method beside `full`, at the same tokens of an answer.
+
+    kl: nats a token by which the method's next-token distribution differs from `full`'s, KL(full || method). agreement:
+    the share of tokens where both have the same most likely next token.
+    """
+
+    tokens: int
+    kl: float
+    agreement: float
+
+
+def compared(composed: Tensor, plain: Tensor) -> Fidelity:
+    """Compare log-probabilities [n, V] of a method and of `full` at the same n tokens."""
+    kl = kl_div(composed.double(), plain.double(), reduction="none", log_target=True)
+    agreement = (composed.argmax(-1) == plain.argmax(-1)).double()
+    return Fidelity(len(plain), float(kl.sum(-1).mean()), float(agreement.mean()))
 
 
 def quality(

@@ -315,13 +315,15 @@ class Engine:
         salt: str | None = None,
         proceed: bool = False,
         echo: bool = False,
+        answer_logprobs: bool = False,
     ) -> Request:
         """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
 
         encode_only: stop when every cached span is encoded. answer: score these tokens instead of decoding; all but the
         last of them end the plan's prompt span. salt: another tenant's than the engine's. proceed: the text follows the
         prompt's without a break (see `TextStream`). echo: score the prompt span too; Request.scored has its tokens from the
-        second on, with log-probabilities if they are asked for. Raises PlanError or CapacityError if the request could
+        second on, with log-probabilities if they are asked for. answer_logprobs: keep the whole distribution at every token
+        of `answer`. Raises PlanError or CapacityError if the request could
         never run, and GrammarError.
         """
         params = params or SamplingParams()
@@ -347,6 +349,7 @@ class Engine:
             answer=live.tokens[1:] if echo else tuple(answer),
             echo=echo,
             keep_logits=first_logits,
+            keep_answer=answer_logprobs,
             submitted=time.perf_counter() - usage.probe,
             usage=usage,
             guide=None if params.grammar is None else self.scheduler.guides.guide(params.grammar),

@@ -138,6 +138,7 @@ class Request:
     encode_only: bool  # finish as soon as everything its prompt span reads is encoded
     answer: tuple[int, ...]  # scored instead of decoding; all but its last token end the prompt span
     keep_logits: bool
+    keep_answer: bool  # the distribution at every token of `answer`
     echo: bool  # decode on after the answer, which is all of the prompt span but its first token
     submitted: float
     usage: Usage
@@ -156,6 +157,7 @@ class Request:
     sampled: list[Sampled] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     scored: list[Sampled] = field(default_factory=list)  # of the answer given, if log-probabilities are wanted
+    distributions: list[Tensor] = field(default_factory=list)  # at the answer's tokens, if they are kept
     greedy: bool = True  # whether every scored token was the most likely
     first_logits: Tensor | None = None
     first_token_at: float = 0.0

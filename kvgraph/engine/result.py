@@ -60,6 +60,7 @@ class Result:
     first_logits: [V] float32, from which the first token was chosen; kept if asked for.
     scores: [n] float32, log-probabilities of given answer tokens (`Engine.score`).
     greedy: whether each of these was the most likely token.
+    answer_logprobs: [n, V] float32, log-probabilities of all tokens at each of these; kept if asked for.
     """
 
     text: str
@@ -70,6 +71,7 @@ class Result:
     first_logits: Tensor | None = field(default=None, compare=False)  # tensors have no truth value
     scores: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
     greedy: bool = True
+    answer_logprobs: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass

@@ -306,6 +306,8 @@ class Scheduler:
         for row, target in zip(logits, request.answer[len(request.scores) :], strict=False):
             logprobs = torch.log_softmax(row.float(), -1)
             request.scores.append(logprobs[target].clone())
+            if request.keep_answer:
+                request.distributions.append(logprobs.cpu())
             if (n := request.params.logprobs) is not None:
                 request.scored.append(Sampled(target, float(logprobs[target]), likeliest(logprobs, n)))
             request.greedy = request.greedy and int(row.argmax()) == target
@@ -366,6 +368,7 @@ class Scheduler:
             request.first_logits,
             torch.stack(request.scores).cpu() if request.scores else torch.empty(0),
             request.greedy,
+            torch.stack(request.distributions) if request.distributions else None,
         )
 
     # -- admission ----------------------------------------------------------------------------------------------------

@@ -6,17 +6,19 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
 
+from kvgraph.checks.quality import Fidelity
 from kvgraph.engine.request import Request
 from kvgraph.engine.result import Result
 from kvgraph.engine.sampling import Sampled
-from kvgraph.server import schema
+from kvgraph.server import logs, schema
 from kvgraph.server.prompts import PreparedPrompt, max_tokens, prompt_list
 from kvgraph.server.runner import Update
+from kvgraph.server.shadow import Answered
 from kvgraph.server.state import Server
 from kvgraph.server.tokens import Offsets
 
@@ -43,6 +45,7 @@ class AnswerForm:
     def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt], ignored: list[str]):
         self.server, self.body, self.laid, self.ignored = server, body, laid, ignored
         self.silent = max_tokens(body) == 0
+        self.fidelity: Fidelity | None = None  # with `full`, if the request asks for it
         self.choices = [Choice(request) for prompt in laid for request in prompt.requests]
         self.head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
@@ -58,6 +61,7 @@ class AnswerForm:
             choice.text.append(update.text)
             choice.sampled += update.sampled
             choice.result = update.result or choice.result
+        await self._shadow()
         choices = [self.choice(i, choice) for i, choice in enumerate(self.choices)]
         return self.response(choices=choices, usage=self.usage(), **self.head)
 
@@ -73,8 +77,21 @@ class AnswerForm:
                 if chunk := self.chunk(index, choice, update):
                     choice.begun = True
                     yield self.part(choices=[chunk], usage=self.usage_so_far() if always else None, **self.head)
+        await self._shadow()
         if options.include_usage:
             yield self.part(choices=[], usage=self.usage(), **self.head)
+
+    async def _shadow(self) -> None:
+        """Compare the first choice with `full`: now, if the request asks for it, or maybe later."""
+        first, prompt, exchange = self.choices[0].result, self.laid[0], logs.current.get()
+        if first is None or self.silent:
+            return
+        who = "" if exchange is None else exchange.id
+        asked = Answered(prompt.graph, prompt.method, prompt.salt, tuple(first.token_ids), who)
+        if self.body.kvgraph.shadow:
+            self.fidelity = await self.server.shadow.compare(asked)
+        else:
+            self.server.shadow.offer(asked)
 
     def usage_so_far(self) -> schema.UsageOut:
         """Tokens of all choices while they grow."""
@@ -106,6 +123,7 @@ class AnswerForm:
             decode=u.decode,
             dropped=[name for prompt in self.laid for name in prompt.dropped],
             ignored=self.ignored,
+            shadow=None if self.fidelity is None else schema.Shadowed(**asdict(self.fidelity)),
         )
         return schema.UsageOut(
             prompt_tokens=prompt,

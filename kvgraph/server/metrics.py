@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kvgraph import __version__
+from kvgraph.checks.quality import Fidelity
 from kvgraph.engine.engine import Engine
 from kvgraph.server.runner import EngineJob, EngineThread, Update
 from kvgraph.store.base import Store
@@ -24,6 +25,7 @@ from kvgraph.store.base import Store
 PATIENCE = 0.5  # seconds a scrape waits for the size of a store; then it shows the previous size
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
 QUICK = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)  # a token
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 
 
@@ -68,6 +70,22 @@ class Metrics:
             "kvgraph_inter_token_seconds", "From one token of an answer to the next.", registry=registry, buckets=QUICK
         )
 
+        self._shadow = Counter(
+            "kvgraph_shadow", "Answers chosen for a comparison with full, by what came of it.", ("method", "outcome"),
+            registry=registry,
+        )  # fmt: skip
+        self._shadow_kl = Histogram(
+            "kvgraph_shadow_kl_nats", "KL(full || method) of an answer's first tokens, a token.", ("method",),
+            registry=registry, buckets=NATS,
+        )  # fmt: skip
+        self._shadow_tokens = Counter(
+            "kvgraph_shadow_tokens", "Tokens of answers that were compared with full.", ("method",), registry=registry
+        )
+        self._shadow_agreeing = Counter(
+            "kvgraph_shadow_agreeing_tokens", "Of these, tokens whose most likely successor is full's too.",
+            ("method",), registry=registry,
+        )  # fmt: skip
+
     def observe(self, runner: EngineThread) -> None:
         """Show gauges of this runner, its engine and the engine's stores too."""
         self._state.runner = runner
@@ -78,8 +96,18 @@ class Metrics:
         self._http.labels(route, known, f"{status // 100}xx").inc()
         self._http_seconds.labels(route).observe(seconds)
 
+    def count_shadow(self, method: str, outcome: str, found: Fidelity | None = None) -> None:
+        """An answer was chosen to be compared with `full`. outcome: compared, skipped, or given up for a request."""
+        self._shadow.labels(method, outcome).inc()
+        if found is not None:
+            self._shadow_kl.labels(method).observe(found.kl)
+            self._shadow_tokens.labels(method).inc(found.tokens)
+            self._shadow_agreeing.labels(method).inc(round(found.agreement * found.tokens))
+
     def saw(self, job: EngineJob, update: Update) -> None:
-        """Something new of a job, on the event loop."""
+        """Something new of a job, on the event loop. Nobody waits for a comparison's tokens, so they aren't counted."""
+        if job.request.keep_answer:
+            return
         now, tokens = time.perf_counter(), len(update.sampled)
         if tokens:
             if job.last_token_at is None:

@@ -48,7 +48,7 @@ log = logging.getLogger("kvgraph.server")
 class PreparedPrompt:
     """A prompt ready to be asked: its graph, method and plan, and one engine request a choice.
 
-    dropped: the names of documents that were left out because they didn't fit.
+    dropped: the names of documents that were left out because they didn't fit. salt: of the tenant who asks.
     """
 
     graph: ContextGraph
@@ -56,6 +56,7 @@ class PreparedPrompt:
     plan: Plan
     requests: tuple[Request, ...]
     dropped: tuple[str, ...] = ()
+    salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,7 @@ def _fitting(
             for i in range(body.n)
         )
         return PreparedPrompt(
-            fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:])
+            fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:]), caller.salt
         )
 
     best, low, high, middle = None, 0, total, total

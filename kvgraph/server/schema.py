@@ -155,7 +155,8 @@ class GraphOptions(BaseModel):
     method: full, block, kvlink, graph-kv, ... or a preset; fields may also follow a colon ("graph-kv:rounds=2"). edges:
     pairs [source, reader] of documents by index or id, or a name: all, chain, top-k:3, last-k:3, layers:1-3, star:0.
     graph: the name of a stored graph (`POST /v1/graphs`); segments: those of its segments that the question is about, by
-    id, in the order given. prefix: text before the documents, for completions. timeout: seconds, at most the server's.
+    id, in the order given. prefix: text before the documents, for completions. shadow: compare the answer's first tokens
+    with `full`; the usage has the result. timeout: seconds, at most the server's.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, json_schema_extra=_nullable)
@@ -165,6 +166,7 @@ class GraphOptions(BaseModel):
     graph: Name | None = None
     segments: list[Name] | None = None
     prefix: str | None = None
+    shadow: bool = False
     timeout: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="before")
@@ -378,13 +380,24 @@ class CompletionRequest(Generation):
         return self
 
 
+class Shadowed(BaseModel):
+    """The first tokens of the answer, scored by the method and by `full`.
+
+    kl: nats a token, KL(full || method). agreement: the share of tokens at which both have the same most likely one.
+    """
+
+    tokens: int
+    kl: float
+    agreement: float
+
+
 class Details(BaseModel):
     """The cost of this request, beyond OpenAI's usage. Times are seconds since the request was queued.
 
     computed_tokens ran through the model before the first token of the answer; of them document_tokens_computed are the
     documents'. reused_tokens: by where they came from: memory, disk, or shared with a request that runs now. dropped:
     documents left out because they didn't fit (setting `overflow`). ignored: fields of the request that kvgraph doesn't
-    know (setting `unknown_fields`).
+    know (setting `unknown_fields`). shadow: if the request asked for it, and unless `full` has no room for the prompt.
     """
 
     method: str
@@ -398,6 +411,7 @@ class Details(BaseModel):
     decode: float
     dropped: list[str] = []
     ignored: Annotated[list[str], Field(exclude_if=lambda names: not names)] = []
+    shadow: Annotated[Shadowed | None, Field(exclude_if=lambda told: told is None)] = None
 
 
 class PromptDetails(BaseModel):

@@ -73,6 +73,7 @@ class Settings(BaseSettings):
     unknown_fields: Literal["report", "refuse"] = "report"  # of a request; report: in its usage, and in the log
     overflow: Literal["refuse", "drop"] = "refuse"  # drop: leave out the last documents until the request fits
 
+    shadow: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of requests that are compared with `full`
     cors_origins: list[str] = []  # web pages that may use the API: "https://example.org", or "*" for all
     api_keys: list[APIKey] = []  # none: everybody may ask, as one tenant
     default_max_tokens: PositiveInt = 512

@@ -27,6 +27,7 @@ from kvgraph.server.metrics import Metrics
 from kvgraph.server.precompute import Precompute
 from kvgraph.server.runner import EngineThread
 from kvgraph.server.settings import Settings, SettingsError
+from kvgraph.server.shadow import Shadow
 from kvgraph.server.tenants import Caller, Tenants
 from kvgraph.server.tokens import TokenNames
 from kvgraph.server.tracing import Tracing
@@ -79,6 +80,7 @@ class Server:
         self._runner: EngineThread | None = None
         self._library: Library | None = None
         self._precompute: Precompute | None = None
+        self._shadow: Shadow | None = None
         self._loading: asyncio.Task | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -97,6 +99,7 @@ class Server:
             self.metrics.observe(runner)
             self._engine, self._runner = engine, runner
             self._precompute = Precompute(runner, self._library, self.workers)
+            self._shadow = Shadow(runner, self.workers, self.metrics, self.settings.shadow)
             await self._precompute.resume()
         except Exception as error:
             self.failure = error
@@ -113,6 +116,8 @@ class Server:
             await asyncio.gather(self._loading, return_exceptions=True)
         if self._precompute is not None:
             await self._precompute.stop()
+        if self._shadow is not None:
+            await self._shadow.stop()
         deadline = time.monotonic() + self.settings.grace
         while self.in_work and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -163,6 +168,11 @@ class Server:
     def precompute(self) -> Precompute:
         """What encodes stored graphs. Raises APIError 503 while there is no engine."""
         return _loaded(self._precompute)
+
+    @property
+    def shadow(self) -> Shadow:
+        """What compares answers with `full`. Raises APIError 503 while there is no engine."""
+        return _loaded(self._shadow)
 
     # -- what is served -----------------------------------------------------------------------------------------------
 
