@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -202,6 +203,18 @@ def test_pages_of_one_id_are_told_apart(tmp_path):
 def test_a_source_that_is_not_there(tmp_path):
     with pytest.raises(PageError, match="there is no file or folder"):
         list(pages.read(tmp_path / "none", print))
+
+
+def test_pipes_and_links_that_lead_nowhere_are_left_out(tmp_path):
+    os.mkfifo(tmp_path / "pipe.md")
+    (tmp_path / "gone.md").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    (tmp_path / "good.md").write_text("# Good")
+    found, said = read(tmp_path)
+    assert list(found) == ["good.md"]
+    assert [line.split("/")[-1] for line in said] == [
+        f"{name} is left out: it is not an ordinary file" for name in ("gone.md", "pipe.md")
+    ]
 
 
 def test_a_file_beyond_the_limit_is_not_held_in_memory(tmp_path):

@@ -72,6 +72,9 @@ def read(source: str | Path, say: Say) -> Iterator[SourcePage]:
 
 def _file(path: Path, name: str, say: Say) -> Iterator[SourcePage]:
     kind = io.suffix(path)
+    if not path.is_file():  # a pipe would be waited for, a link may lead nowhere
+        say(f"{path} is left out: it is not an ordinary file")
+        return
     try:
         if kind in MAILBOXES:
             yield from mail.read(path, say)
