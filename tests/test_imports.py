@@ -29,7 +29,7 @@ ORDER = (
     ("engine",),
     ("demo",),
     ("__init__",),
-    ("train", "eval"),
+    ("train", "eval", "indexing"),
     ("server",),
     ("integrations",),
     ("cli",),

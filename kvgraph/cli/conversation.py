@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,15 +28,10 @@ Retrieve = Annotated[int, typer.Option(min=1, max=1000, help="With --index: how 
 
 def model_of(store: Path | None, index: str | None) -> str:
     """The model of an index, or else that of `kvgraph demo`."""
-    from kvgraph import demo
-    from kvgraph.data.retrieval.stored import INDEXES
+    from kvgraph import demo, indexing
 
-    if store is not None and index is not None:
-        try:
-            note = json.loads((store / INDEXES / f"{index}.json").read_text(encoding="utf-8"))
-            return str(note["model"])
-        except (OSError, ValueError, LookupError, TypeError):
-            pass
+    if store is not None and index is not None and index in indexing.names(store):
+        return str(indexing.described(store, index)["model"])
     return str(demo.adapter())
 
 

@@ -370,15 +370,13 @@ class Library:
             self._db.execute("DELETE FROM graphs WHERE row = ?", (graph.row,))
             self._drop_unused(rows)
 
-    def shared(self, graph: StoredGraph) -> set[str]:
-        """Ids of the graph's segments that another graph has too."""
-        with self._reading():
-            rows = self._db.execute(
-                "SELECT id FROM segments JOIN members ON segment = segments.row WHERE graph = ? AND EXISTS "
-                "(SELECT 1 FROM members AS others WHERE others.segment = segments.row AND others.graph <> members.graph)",
-                (graph.row,),
-            ).fetchall()
-        return {id for (id,) in rows}
+    def sharing(self, graph: StoredGraph) -> list[StoredGraph]:
+        """Other graphs of the tenant that have some of the graph's segments."""
+        return self._graphs(
+            "tenant = ? AND row <> ? AND row IN (SELECT others.graph FROM members AS others JOIN members AS own "
+            "ON others.segment = own.segment WHERE own.graph = ?) ORDER BY row",
+            *(graph.tenant, graph.row, graph.row),
+        )
 
     def part(self, graph: StoredGraph, chosen: Sequence[str | int] | None = None) -> GraphPart:
         """What a query over the chosen segments (by id, or by number in the graph; None: all) needs of the graph.

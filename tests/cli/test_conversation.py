@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from kvgraph import demo, models
+from kvgraph import demo, indexing, models
 from kvgraph.cli import chat as chat_command
 from kvgraph.cli import conversation
 from kvgraph.data.chat import Document
@@ -84,7 +84,7 @@ def test_an_index_names_its_model(run, model, store):
     """`kvgraph index` notes it beside the library."""
     note = Path(store) / "indexes" / "sea.json"
     note.parent.mkdir(exist_ok=True)
-    note.write_text(json.dumps({"model": model}))
+    note.write_text(json.dumps({"format": indexing.FORMAT, "model": model}))
     try:
         out, _ = asked(run, "ask", "bread?", "--index", "sea", "--store", store)
         assert out.endswith("[1] Bread (bread)\n")
