@@ -281,6 +281,11 @@ def test_what_cannot_be_indexed_or_opened_is_one_line(tmp_path):
     words_file.write_text("[")
     with pytest.raises(RetrievalError, match="is damaged"):
         SearchIndex.open(tmp_path / "x")
+    SearchIndex.build(tmp_path / "cut", SEA, Words())
+    (vectors_file,) = (tmp_path / "cut").glob("*/vectors.float16")
+    os.truncate(vectors_file, 2 * 64 * 3)
+    with pytest.raises(RetrievalError, match="3 embeddings of 4 passages"):
+        SearchIndex.open(tmp_path / "cut")
     (tmp_path / "x/index.json").write_text('{"format": 99}')
     with pytest.raises(RetrievalError, match="isn't one of this version"):
         SearchIndex.open(tmp_path / "x")

@@ -49,6 +49,8 @@ class SearchIndex:
             self._words = words.WordIndex(here)
             self.embedder: str | None = note["embedder"]
             self._vectors = None if self.embedder is None else mapped(here / f"{VECTORS}.float16", note["width"])
+            if self._vectors is not None and len(self._vectors) != len(self.ids):
+                raise ValueError(f"{len(self._vectors)} embeddings of {len(self.ids)} passages")
         except (OSError, ValueError, LookupError) as error:
             raise RetrievalError(
                 f"the index {folder} is damaged ({io.first_line(error)}); delete the folder and build it again"
@@ -256,7 +258,7 @@ def _known(folder: Path, here: Path, embedder: Embedder) -> dict[bytes, tuple[np
                 continue
             vectors = mapped(old / f"{VECTORS}.float16", embedder.width)
             digests = np.load(old / DIGESTS)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             continue  # a build that was killed at its start; it has nothing to give
         for row, digest in enumerate(digests[: len(vectors)]):
             found.setdefault(digest.tobytes(), (vectors, row))
