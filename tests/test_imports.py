@@ -29,8 +29,9 @@ ORDER = (
     ("engine",),
     ("demo",),
     ("__init__",),
-    ("train", "eval"),
+    ("train", "eval", "indexing"),
     ("server",),
+    ("integrations",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -43,36 +43,41 @@ def parse(spec: str) -> Method:
     Raises GraphError, listing the known names or fields, for an unknown one.
     """
     name, _, rest = spec.partition(":")
-    changes: dict[str, Any] = {}
+    return get(name, **values(rest, f"method {spec[:80]!r}"))
+
+
+def values(rest: str, what: str) -> dict[str, Any]:
+    """The fields of "field=value,field=value". what: begins an error's message. Raises GraphError."""
+    found: dict[str, Any] = {}
     while rest:
         item, _, after = rest.partition(",")
-        field, equals, text = item.partition("=")
-        if equals and text.lstrip()[:1] in ("[", '"'):  # it may contain commas
-            changes[field.strip()], after = _json(rest.partition("=")[2].lstrip(), spec)
+        field, equals, value = item.partition("=")
+        if equals and value.lstrip()[:1] in ("[", '"'):  # it may contain commas
+            found[field.strip()], after = _json(rest.partition("=")[2].lstrip(), what)
         elif equals:
-            changes[field.strip()] = _value(text.strip())
+            found[field.strip()] = _value(value.strip())
         elif item:
-            raise GraphError(f"method {spec[:80]!r}: {item!r} isn't FIELD=VALUE")
+            raise GraphError(f"{what}: {item!r} isn't FIELD=VALUE")
         rest = after
-    return get(name, **changes)
+    return found
 
 
 def format(method: Method) -> str:
     """The text that `parse` reads as this method: its name, and the fields that differ from the default."""
-    values = ((field, getattr(method, field.name)) for field in fields_of(method))
-    changed = [f"{field.name}={_text(value)}" for field, value in values if value != field.default]
+    pairs = ((field, getattr(method, field.name)) for field in fields_of(method))
+    changed = [f"{field.name}={text(value)}" for field, value in pairs if value != field.default]
     return method.name + (":" if changed else "") + ",".join(changed)
 
 
-def _json(text: str, spec: str) -> tuple[Any, str]:
+def _json(text: str, what: str) -> tuple[Any, str]:
     """(the JSON value that a text begins with, the text after the comma that follows it)."""
     try:
         value, length = _JSON.raw_decode(text)
     except (ValueError, RecursionError):
-        raise GraphError(f"method {spec[:80]!r}: {text[:40]!r} isn't JSON") from None
+        raise GraphError(f"{what}: {text[:40]!r} isn't JSON") from None
     behind = text[length:].lstrip()
     if behind and behind[0] != ",":
-        raise GraphError(f"method {spec[:80]!r}: a comma is missing before {behind[:40]!r}")
+        raise GraphError(f"{what}: a comma is missing before {behind[:40]!r}")
     return _tuples(value), behind[1:]
 
 
@@ -90,7 +95,8 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A field's value as `values` reads it."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

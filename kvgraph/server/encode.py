@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callab
 from contextlib import aclosing
 
 from kvgraph import methods
+from kvgraph.data.library import Library, State, StoredGraph
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.request import Request
 from kvgraph.engine.result import Usage
@@ -17,7 +18,6 @@ from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.plan import Plan
-from kvgraph.server.library import Library, State, StoredGraph
 from kvgraph.server.runner import EngineJob, EngineThread, Stopped
 from kvgraph.server.tenants import Caller
 from kvgraph.server.workers import Workers

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from kvgraph.data.library import LibraryError, NotStoredError, TakenError
 from kvgraph.errors import CapacityError, GraphError, KVGraphError, ModelError, PlanError, StoreError
 from kvgraph.server import logs
 from kvgraph.server.runner import Stopped
@@ -82,6 +83,12 @@ def as_api_error(error: BaseException) -> APIError:
     """Any error as one with a status. Errors that a client can fix are 4xx; unexpected ones are 500 without details."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, NotStoredError):
+        return APIError(404, str(error), param=error.param)
+    if isinstance(error, TakenError):
+        return APIError(409, str(error), param=error.param, code="conflict")
+    if isinstance(error, LibraryError):
+        return APIError(400, str(error), param=error.param)
     if isinstance(error, CapacityError | PlanError):
         return APIError(400, str(error), code="context_length_exceeded")
     if isinstance(error, Stopped):

@@ -18,13 +18,15 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from kvgraph import methods
+from kvgraph.data.library import LIBRARY, Library
+from kvgraph.data.retrieval.stored import GraphIndexes
 from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
+from kvgraph.models.embedder import SentenceEmbedder
 from kvgraph.server import logs
 from kvgraph.server.encode import GraphEncoder
 from kvgraph.server.errors import APIError
-from kvgraph.server.library import LIBRARY, Library
 from kvgraph.server.metrics import Metrics
 from kvgraph.server.responses.kept import Kept
 from kvgraph.server.runner import EngineThread
@@ -102,6 +104,7 @@ class Server:
         self._engine: Engine | None = None
         self._runner: EngineThread | None = None
         self._library: Library | None = None
+        self._indexes: GraphIndexes | None = None
         self._encoder: GraphEncoder | None = None
         self._shadow: Shadow | None = None
         self._loading: asyncio.Task | None = None
@@ -117,6 +120,7 @@ class Server:
             engine = await _on_daemon(lambda: self._load(self.settings))
             file = library_file(self.settings)
             self._library = await asyncio.to_thread(Library, file, engine.model.fingerprint)
+            self._indexes = GraphIndexes(self._library, file and file.parent, SentenceEmbedder)
             runner = EngineThread(engine, self.metrics.saw)
             runner.start()
             self.metrics.observe(runner)
@@ -154,6 +158,8 @@ class Server:
             await asyncio.to_thread(self._engine.close)
         if self._library is not None:
             await asyncio.to_thread(self._library.close)
+        if self._indexes is not None:
+            await asyncio.to_thread(self._indexes.close)
         await self.tracing.close()
         self.workers.close()
 
@@ -186,6 +192,11 @@ class Server:
     def library(self) -> Library:
         """Stored segments and graphs. Raises APIError 503 while there is no engine to encode them with."""
         return _loaded(self._library)
+
+    @property
+    def indexes(self) -> GraphIndexes:
+        """The search indexes of stored graphs. Raises APIError 503 while there is no engine."""
+        return _loaded(self._indexes)
 
     @property
     def encoder(self) -> GraphEncoder:

@@ -10,6 +10,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
+import test_eval_tasks_edges as edges
 import test_eval_tasks_more as more
 import test_eval_tasks_qa as qa
 import torch
@@ -45,6 +46,10 @@ def data_of(name: str, small: dict[str, Path], tmp_path: Path) -> Data:  # noqa:
         else:
             source = qa.sample(name)
         data = read(get(name), source, ITEMS)
+    elif name == "linked-docs":
+        data = read(get(name), edges.documentation(tmp_path / "docs"), ITEMS)
+    elif name in edges.SAMPLES:
+        data = read(get(name), edges.sample(name), ITEMS)
     elif name in small:
         data = read(get(name), small[name], ITEMS)
     else:

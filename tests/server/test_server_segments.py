@@ -13,11 +13,11 @@ import pytest
 
 import serving
 from kvgraph import demo
+from kvgraph.data.library import Library, StoredSegment
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import GraphKV
-from kvgraph.server.library import Library, StoredSegment
 from kvgraph.server.settings import SettingsError
 from kvgraph.store.disk import DiskStore
 

@@ -6,6 +6,7 @@ from kvgraph.data.task import Task, TaskError
 from kvgraph.data.tasks.arxiv_qa import ARXIV_QA
 from kvgraph.data.tasks.blockqa import BLOCK_2WIKI, BLOCK_HOTPOTQA, BLOCK_NQ, BLOCK_TRIVIAQA
 from kvgraph.data.tasks.hotpotqa import HOTPOTQA
+from kvgraph.data.tasks.linked_docs import LINKED_DOCS
 from kvgraph.data.tasks.longbench_v2 import LONGBENCH_V2
 from kvgraph.data.tasks.morehopqa import MOREHOPQA
 from kvgraph.data.tasks.multi_news import MULTI_NEWS
@@ -16,6 +17,7 @@ from kvgraph.data.tasks.ruler import RULER
 from kvgraph.data.tasks.samsum import SAMSUM
 from kvgraph.data.tasks.scisumm import SCISUMM
 from kvgraph.data.tasks.topics import TOPICS
+from kvgraph.data.tasks.triples import EXPLA_GRAPHS, WIKI2_TRIPLES
 from kvgraph.data.tasks.triviaqa import TRIVIAQA
 from kvgraph.data.tasks.unarxive import UNARXIVE
 from kvgraph.data.tasks.wiki2 import WIKI2
@@ -50,6 +52,9 @@ TASKS: Registry[Task] = Registry(
             SCISUMM,
             UNARXIVE,
             TOPICS,
+            EXPLA_GRAPHS,
+            WIKI2_TRIPLES,
+            LINKED_DOCS,
             WORLD_HOPS,
             WORLD_CHUNKS,
         )

@@ -21,12 +21,11 @@ from typing import Any, Literal
 
 from kvgraph import methods
 from kvgraph.data.chat import Document
-from kvgraph.errors import StoreError
+from kvgraph.errors import KVGraphError, StoreError
 from kvgraph.graph import ContextGraph, Text
 from kvgraph.methods import Method
-from kvgraph.server.errors import APIError
 
-log = logging.getLogger("kvgraph.server")
+log = logging.getLogger("kvgraph.data")
 
 State = Literal["pending", "running", "ready", "failed"]
 
@@ -56,6 +55,22 @@ CREATE TABLE edges (
     PRIMARY KEY (graph, reader, source)
 ) WITHOUT ROWID;
 """
+
+
+class LibraryError(KVGraphError):
+    """The library can't do what was asked. param: the field of a server's request that asked for it, if it was one."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class NotStoredError(LibraryError):
+    """There is no such segment or graph."""
+
+
+class TakenError(LibraryError):
+    """An id belongs to something else, or what should go is in use."""
 
 
 @dataclass(frozen=True)
@@ -136,22 +151,20 @@ class Library:
     def add(self, tenant: str, segments: Iterable[StoredSegment], most: int) -> list[StoredSegment]:
         """Keep segments, all or none, at most `most` of a tenant; returns them as kept. Idempotent.
 
-        Raises APIError 409 when an id is taken by other tokens, and 400 beyond `most`.
+        Raises TakenError when an id belongs to other tokens, and LibraryError beyond `most`.
         """
         with self._changing():
             kept = [self._add(tenant, segment) for segment in segments]
             (count,) = self._one("SELECT count(*) FROM segments WHERE model = ? AND tenant = ?", self._model, tenant)
             if count > most:
-                raise APIError(400, f"there would be {count} segments, but at most {most} are kept; delete some first")
+                raise LibraryError(f"there would be {count} segments, but at most {most} are kept; delete some first")
             return kept
 
     def _add(self, tenant: str, segment: StoredSegment) -> StoredSegment:
         there = self._find(tenant, segment.id)
         if there is not None:
             if there.tokens != segment.tokens:
-                raise APIError(
-                    409, f"segment {segment.id!r} exists with another text; DELETE it first", code="conflict"
-                )
+                raise TakenError(f"segment {segment.id!r} exists with another text; DELETE it first")
             return there
         created = time.time()
         self._db.execute(
@@ -161,11 +174,11 @@ class Library:
         return StoredSegment(segment.id, segment.tokens, segment.title, segment.text, created)
 
     def segment(self, tenant: str, id: str, param: str | None = None) -> StoredSegment:
-        """A stored segment. Raises APIError 404; `param` names the request's field."""
+        """A stored segment. Raises NotStoredError; `param` names the request's field."""
         with self._reading():
             found = self._find(tenant, id)
         if found is None:
-            raise APIError(404, f"there is no segment {id!r}; store it with PUT /v1/segments", param=param)
+            raise NotStoredError(f"there is no segment {id!r}; store it with PUT /v1/segments", param=param)
         return found
 
     def _find(self, tenant: str, id: str) -> StoredSegment | None:
@@ -176,7 +189,7 @@ class Library:
         return None if row is None else StoredSegment(row[0], _unpacked(row[1]), *row[2:])
 
     def document(self, tenant: str, segment: str) -> Document:
-        """A stored segment as a document. Raises APIError 404."""
+        """A stored segment as a document. Raises NotStoredError."""
         found = self.segment(tenant, segment, "documents")
         return Document(found.text, found.title, found.id, found.tokens)
 
@@ -191,7 +204,7 @@ class Library:
         return [StoredSegment(row[0], _unpacked(row[1]), *row[2:]) for row in rows]
 
     def remove(self, tenant: str, id: str) -> StoredSegment:
-        """Take a segment out; returns it. Raises APIError 404, or 409 while a graph uses it."""
+        """Take a segment out; returns it. Raises NotStoredError, or TakenError while a graph uses it."""
         with self._changing():
             segment = self.segment(tenant, id)
             used = self._one(
@@ -200,7 +213,7 @@ class Library:
                 *(self._model, tenant, id),
             )
             if used is not None:
-                raise APIError(409, f"graph {used[0]!r} uses segment {id!r}; DELETE the graph first", code="conflict")
+                raise TakenError(f"graph {used[0]!r} uses segment {id!r}; DELETE the graph first")
             self._db.execute(
                 "DELETE FROM segments WHERE model = ? AND tenant = ? AND id = ?", (self._model, tenant, id)
             )
@@ -222,49 +235,108 @@ class Library:
         """Keep a graph of stored segments, in state "pending". One that is there with the same content stays as it is,
         but one that failed is pending again. Without an id it is named after its content.
 
-        Raises APIError 409 when the id is taken by another graph, 404 for unknown segments.
+        Raises TakenError when the id belongs to another graph, NotStoredError for unknown segments.
         """
-        fields = _written(method)
         with self._changing():
             rows = [self._row_of(tenant, segment) for segment in segments]
-            content = json.dumps([fields, rows, sorted(edges)])
-            digest = hashlib.sha256(content.encode()).hexdigest()
+            digest = _digest(method, rows, edges)
             id = id or f"graph-{digest[:24]}"
-            there = self._one(
-                "SELECT row, digest FROM graphs WHERE model = ? AND tenant = ? AND id = ?", self._model, tenant, id
+            there = self._there(tenant, id)
+            if there is None:
+                self._insert(tenant, id, digest, method, rows, edges, spans, tokens)
+            elif there[1] != digest:
+                raise TakenError(f"graph {id!r} exists with other content; DELETE it first")
+            self._db.execute(
+                "UPDATE graphs SET state = 'pending', error = NULL WHERE model = ? AND tenant = ? AND id = ? "
+                "AND state = 'failed'",
+                (self._model, tenant, id),
             )
-            if there is not None:
-                if there[1] != digest:
-                    raise APIError(409, f"graph {id!r} exists with other content; DELETE it first", code="conflict")
-                self._db.execute(
-                    "UPDATE graphs SET state = 'pending', error = NULL WHERE row = ? AND state = 'failed'", there[:1]
-                )
-                return self.graph(tenant, id)
-            columns = (self._model, tenant, id, digest, fields, len(rows), len(edges), spans, tokens, time.time())
-            graph = self._db.execute(
-                "INSERT INTO graphs (model, tenant, id, digest, method, segments, edges, spans, tokens, created) "
-                f"VALUES ({', '.join('?' * len(columns))})",
-                columns,
-            ).lastrowid
-            members = [(graph, place, row) for place, row in enumerate(rows)]
-            self._db.executemany("INSERT INTO members (graph, place, segment) VALUES (?, ?, ?)", members)
-            pairs = [(graph, reader, source) for source, reader in edges]
-            self._db.executemany("INSERT INTO edges (graph, reader, source) VALUES (?, ?, ?)", pairs)
             return self.graph(tenant, id)
+
+    def replace_graph(
+        self,
+        tenant: str,
+        id: str,
+        method: Method,
+        segments: Iterable[StoredSegment],
+        edges: Sequence[tuple[int, int]],
+        *,
+        spans: int,
+        tokens: int,
+    ) -> StoredGraph:
+        """Keep a graph with its segments, in place of the graph of this id if there is one, all or nothing.
+
+        Segments of the earlier graph that no graph has any more are taken out. The same content changes nothing.
+        Raises TakenError when a segment's id belongs to other tokens.
+        """
+        with self._changing():
+            rows = []
+            for segment in segments:
+                self._add(tenant, segment)
+                rows.append(self._row_of(tenant, segment.id))
+            digest = _digest(method, rows, edges)
+            there = self._there(tenant, id)
+            if there is None or there[1] != digest:
+                before = () if there is None else self._rows_of(there[0])
+                if there is not None:
+                    self._db.execute("DELETE FROM graphs WHERE row = ?", there[:1])
+                self._insert(tenant, id, digest, method, rows, edges, spans, tokens)
+                self._drop_unused(before)
+            return self.graph(tenant, id)
+
+    def _there(self, tenant: str, id: str) -> tuple[int, str] | None:
+        """(row, digest) of a graph."""
+        return self._one(
+            "SELECT row, digest FROM graphs WHERE model = ? AND tenant = ? AND id = ?", self._model, tenant, id
+        )
+
+    def _insert(
+        self,
+        tenant: str,
+        id: str,
+        digest: str,
+        method: Method,
+        rows: Sequence[int],
+        edges: Sequence[tuple[int, int]],
+        spans: int,
+        tokens: int,
+    ) -> None:
+        fields = _written(method)
+        columns = (self._model, tenant, id, digest, fields, len(rows), len(edges), spans, tokens, time.time())
+        graph = self._db.execute(
+            "INSERT INTO graphs (model, tenant, id, digest, method, segments, edges, spans, tokens, created) "
+            f"VALUES ({', '.join('?' * len(columns))})",
+            columns,
+        ).lastrowid
+        members = [(graph, place, row) for place, row in enumerate(rows)]
+        self._db.executemany("INSERT INTO members (graph, place, segment) VALUES (?, ?, ?)", members)
+        pairs = [(graph, reader, source) for source, reader in edges]
+        self._db.executemany("INSERT INTO edges (graph, reader, source) VALUES (?, ?, ?)", pairs)
+
+    def _rows_of(self, graph: int) -> list[int]:
+        """The rows of a graph's segments."""
+        return [row for (row,) in self._db.execute("SELECT segment FROM members WHERE graph = ?", (graph,))]
+
+    def _drop_unused(self, rows: Iterable[int]) -> None:
+        """Take those of these segments out that no graph has."""
+        self._db.executemany(
+            "DELETE FROM segments WHERE row = ? AND NOT EXISTS (SELECT 1 FROM members WHERE segment = segments.row)",
+            ((row,) for row in rows),
+        )
 
     def _row_of(self, tenant: str, segment: str) -> int:
         row = self._one(
             "SELECT row FROM segments WHERE model = ? AND tenant = ? AND id = ?", self._model, tenant, segment
         )
         if row is None:
-            raise APIError(404, f"there is no segment {segment!r}; store it with PUT /v1/segments", param="segments")
+            raise NotStoredError(f"there is no segment {segment!r}; store it with PUT /v1/segments", param="segments")
         return row[0]
 
     def graph(self, tenant: str, id: str, param: str | None = None) -> StoredGraph:
-        """A stored graph's state. Raises APIError 404; `param` names the request's field."""
+        """A stored graph's state. Raises NotStoredError; `param` names the request's field."""
         found = self._graphs("tenant = ? AND id = ?", tenant, id)
         if not found:
-            raise APIError(404, f"there is no graph {id!r}; store it with POST /v1/graphs", param=param)
+            raise NotStoredError(f"there is no graph {id!r}; store it with POST /v1/graphs", param=param)
         return found[0]
 
     def graphs(self, tenant: str, after: str, limit: int) -> list[StoredGraph]:
@@ -291,16 +363,26 @@ class Library:
                 "UPDATE graphs SET state = ?, done = ?, error = ? WHERE row = ?", (state, done, error, graph.row)
             )
 
-    def remove_graph(self, graph: StoredGraph) -> None:
-        """Take a graph out; its segments stay."""
+    def remove_graph(self, graph: StoredGraph, unused_segments: bool = False) -> None:
+        """Take a graph out. Its segments stay, or with `unused_segments` those that another graph has."""
         with self._changing():
+            rows = self._rows_of(graph.row) if unused_segments else ()
             self._db.execute("DELETE FROM graphs WHERE row = ?", (graph.row,))
+            self._drop_unused(rows)
+
+    def sharing(self, graph: StoredGraph) -> list[StoredGraph]:
+        """Other graphs of the tenant that have some of the graph's segments."""
+        return self._graphs(
+            "tenant = ? AND row <> ? AND row IN (SELECT others.graph FROM members AS others JOIN members AS own "
+            "ON others.segment = own.segment WHERE own.graph = ?) ORDER BY row",
+            *(graph.tenant, graph.row, graph.row),
+        )
 
     def part(self, graph: StoredGraph, chosen: Sequence[str | int] | None = None) -> GraphPart:
         """What a query over the chosen segments (by id, or by number in the graph; None: all) needs of the graph.
 
         That is the chosen segments in this order, then what their versions were computed from: sources up to the
-        method's `reach` edges away. Their keys are those of the whole graph. Raises APIError 404 for a segment that isn't in the graph.
+        method's `reach` edges away. Their keys are those of the whole graph. Raises NotStoredError for a segment that isn't in the graph.
         """
         with self._reading():
             places = range(graph.segments) if chosen is None else [self._place(graph, ref) for ref in chosen]
@@ -311,6 +393,37 @@ class Library:
                 tuple((index[source], index[reader]) for source, reader in pairs),
                 tuple(index[place] for place in places),
             )
+
+    def members(self, graph: StoredGraph) -> list[str]:
+        """The ids of a graph's segments, in its order."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT id FROM members JOIN segments ON segments.row = segment WHERE graph = ? ORDER BY place",
+                (graph.row,),
+            )
+            return [id for (id,) in rows]
+
+    def texts(self, graph: StoredGraph) -> list[StoredSegment]:
+        """A graph's segments, in its order, with their titles and texts."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT id, tokens, title, text, created FROM members JOIN segments ON segments.row = segment "
+                "WHERE graph = ? ORDER BY place",
+                (graph.row,),
+            )
+            return [StoredSegment(row[0], _unpacked(row[1]), *row[2:]) for row in rows]
+
+    def sources(self, graph: StoredGraph, id: str) -> list[str]:
+        """The ids of the segments that one of a graph reads, in the graph's order; empty for one that it hasn't."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT source.id FROM segments AS reader JOIN members AS at ON at.segment = reader.row AND at.graph = ? "
+                "JOIN edges ON edges.graph = at.graph AND edges.reader = at.place JOIN members AS from_ ON "
+                "from_.graph = at.graph AND from_.place = edges.source JOIN segments AS source ON source.row = from_.segment "
+                "WHERE reader.model = ? AND reader.tenant = ? AND reader.id = ? ORDER BY edges.source",
+                (graph.row, self._model, graph.tenant, id),
+            )
+            return [source for (source,) in rows]
 
     def _ancestors(self, graph: StoredGraph, places: Iterable[int]) -> tuple[dict[int, None], list[tuple[int, int]]]:
         """The places and all that is within the method's reach before them, and the edges on the way."""
@@ -336,7 +449,7 @@ class Library:
             *(graph.row, self._model, graph.tenant, ref),
         )
         if row is None:
-            raise APIError(404, f"graph {graph.id!r} has no segment {ref!r}", param="kvgraph.segments")
+            raise NotStoredError(f"graph {graph.id!r} has no segment {ref!r}", param="kvgraph.segments")
         return row[0]
 
     def _members(self, graph: StoredGraph, places: Iterable[int]) -> Iterator[StoredSegment]:
@@ -359,7 +472,7 @@ class Library:
             try:
                 yield
             except UnicodeEncodeError:
-                raise APIError(400, "an id isn't valid Unicode: it contains half of a surrogate pair") from None
+                raise LibraryError("an id isn't valid Unicode: it contains half of a surrogate pair") from None
             except sqlite3.Error as error:
                 raise StoreError(f"the library of segments can't be used now: {error}") from None
 
@@ -397,6 +510,11 @@ def _opened(file: Path | None) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _digest(method: Method, rows: Sequence[int], edges: Sequence[tuple[int, int]]) -> str:
+    """A graph's content in short; rows: of its segments."""
+    return hashlib.sha256(json.dumps([_written(method), rows, sorted(edges)]).encode()).hexdigest()
 
 
 def _written(method: Method) -> str:
