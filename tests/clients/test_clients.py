@@ -135,7 +135,7 @@ def test_guidellm_measures(server, folder, tmp_path):
         finish(process, 300)
         (measured,) = json.loads((tmp_path / f"{i}.json").read_text())["benchmarks"]
         totals = measured["metrics"]["request_totals"]
-        assert (totals["successful"], totals["errored"]) == (3, 0), totals
+        assert totals["successful"] == totals["total"] > 0, totals  # its last request may not be counted
         assert measured["metrics"]["output_token_count"]["successful"]["mean"] == 8
 
 
