@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvgraph.store.selection.checks import percent
@@ -26,4 +27,4 @@ class KeyNorm:
 
     def scores(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
         """Minus the norm of the key."""
-        return -keys.float().norm(dim=2)
+        return -torch.linalg.vector_norm(keys.float(), dim=2)
