@@ -27,4 +27,5 @@ class KeyNorm:
 
     def scores(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
         """Minus the norm of the key."""
-        return -torch.linalg.vector_norm(keys.float(), dim=2)
+        norms: Tensor = torch.linalg.vector_norm(keys.float(), dim=2)
+        return -norms
