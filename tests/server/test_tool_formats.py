@@ -313,6 +313,22 @@ def test_a_template_without_tools_gets_text():
     assert "Sunny." in messages[2]["content"]
 
 
-def test_functions_without_parameters_take_none():
-    assert Function("f").schema() == {"type": "object", "properties": {}, "additionalProperties": False}
-    assert Function("f", parameters={"properties": {"a": {}}}).schema()["type"] == "object"
+def test_functions_take_what_they_declare():
+    none = {"type": "object", "properties": {}, "additionalProperties": False}
+    assert Function("f").schema() == Function("f", parameters={"type": "object", "properties": {}}).schema() == none
+    inner = {"type": "object", "properties": {"x": {"type": "object"}}}
+    found = Function("f", parameters={"properties": {"a": {"items": inner}}, "$defs": {"b": inner}}).schema()
+    shut = {**inner, "additionalProperties": False}
+    assert found == {
+        "properties": {"a": {"items": shut}},
+        "$defs": {"b": shut},
+        "type": "object",
+        "additionalProperties": False,
+    }
+    for given_schema in (
+        {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "string"}},
+        {"type": "object", "properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]},
+        {"type": "object", "properties": {"a": {"allOf": [{"properties": {"b": {}}}, {"properties": {"c": {}}}]}}},
+        {"type": "object"},
+    ):
+        assert Function("f", parameters=given_schema).schema() == given_schema

@@ -29,10 +29,9 @@ class Function:
         return {"name": self.name, **described, "parameters": self.parameters or {"type": "object", "properties": {}}}
 
     def schema(self) -> dict[str, Any]:
-        """The schema of its arguments, which are an object whatever it says. Without parameters there are none."""
-        if self.parameters is None:
-            return {"type": "object", "properties": {}, "additionalProperties": False}
-        return {**self.parameters, "type": "object"}
+        """The schema of its arguments, which are an object whatever it says, and only those that are declared."""
+        parameters = {"properties": {}} if self.parameters is None else self.parameters
+        return closed({**parameters, "type": "object"})
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,43 @@ def grammar(
         rules = [f"start: region{'*' if asked.parallel else '?'} TEXT", f"open{lark.lazy(form.opens[0])}"]
         rules.append(f"region: open {lark.region(asked.callable, asked.parallel)}")
     return Grammar("lark", "\n".join(filter(None, (*rules, r"TEXT: /(.|\n)*/", *lark.rules.values()))))
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with no other properties than those named, where it says nothing of others: functions take no more.
+
+    One whose parts add up to an object stays as it is, because no part names all properties.
+    """
+    found: dict[str, Any] = schema if _adds_up(schema) else _closed(schema)
+    return found
+
+
+def _adds_up(schema: Any) -> bool:
+    """Whether an object of this schema may be described in several places."""
+    if isinstance(schema, list):
+        return any(map(_adds_up, schema))
+    if not isinstance(schema, dict):
+        return False
+    beside = ("anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas")
+    here = "allOf" in schema or ("properties" in schema and any(name in schema for name in beside))
+    return here or any(map(_adds_up, schema.values()))
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for name, value in schema.items():
+        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            found[name] = {key: _closed(part) for key, part in value.items()}
+        elif name in ("items", "prefixItems", "anyOf", "oneOf"):
+            found[name] = _closed(value)
+    others = ("additionalProperties", "unevaluatedProperties", "patternProperties")
+    if "properties" in schema and not any(name in schema for name in others):
+        found["additionalProperties"] = False
+    return found
 
 
 class _Lark:
