@@ -59,7 +59,12 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         for link in chunk.links:
             name = link.rpartition("#")[2]
             target = table.target(reader, link)
-            if target is not None and target in sources and ANCHOR.fullmatch(name) and (answer := _defined(table.chunks[target].text, name)):
+            if (
+                target is not None
+                and target in sources
+                and ANCHOR.fullmatch(name)
+                and (answer := _defined(table.chunks[target].text, name))
+            ):
                 yield _record(table, reader, sources, name, answer)
                 break
 
