@@ -59,18 +59,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         for link in chunk.links:
             name = link.rpartition("#")[2]
             target = table.target(reader, link)
-<<<<<<< .merge_file_1e3XIt
-            if (
-                target is not None
-                and target in sources
-                and ANCHOR.fullmatch(name)
-                and (answer := _defined(table.chunks[target].text, name))
-            ):
-=======
             if target is None or target not in sources or not ANCHOR.fullmatch(name):
                 continue
             if answer := _defined(table.chunks[target].text, name):
->>>>>>> .merge_file_4Gifmy
                 yield _record(table, reader, sources, name, answer)
                 break
 
