@@ -116,7 +116,8 @@ class Index:
         found = self.db.execute("SELECT bytes, pinned FROM totals").fetchone()
         if found is None:
             raise sqlite3.DatabaseError("index without totals")
-        return found
+        total, pinned = found
+        return total, pinned
 
     def pinned(self) -> set[str]:
         """Keys of the pinned records."""
