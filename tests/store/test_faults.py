@@ -332,7 +332,7 @@ def test_a_full_disk(tmp_path):
     with tmpfs(tmp_path / "kv", "4m") as folder:
         store = DiskStore(folder)
         kept = []
-        with pytest.raises(StoreError, match="the disk is full; .* `kvgraph store prune`"):
+        with pytest.raises(StoreError, match="the disk is full; .* `kvgraph store gc`"):
             for number in range(UNIVERSE):
                 store.put(make(key_of(number)))
                 kept.append(number)
