@@ -22,6 +22,7 @@ from kvgraph.errors import StoreError
 from kvgraph.store import DiskStore
 from kvgraph.store.disk import index as index_module
 from kvgraph.store.disk import store as disk_module
+from kvgraph.store.disk.files import write_atomically
 from soak import SOAK
 from store_worker import UNIVERSE, got, key_of, make, same
 
@@ -152,7 +153,7 @@ def test_leftovers_of_living_writers_stay(tmp_path):
         verified.wait(10)
         yield b"whole"
 
-    writer = threading.Thread(target=disk_module.write_atomically, args=(folder / "file", buffers()))
+    writer = threading.Thread(target=write_atomically, args=(folder / "file", buffers()))
     writer.start()
     assert alive.wait(10)
     assert store.verify().temporary == 1

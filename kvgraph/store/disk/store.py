@@ -24,10 +24,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ from kvgraph.store import format, signing
 from kvgraph.store.base import EVENTS, Entry, Found, Store, is_key, tenant_id
 from kvgraph.store.catalog import VerifyReport
 from kvgraph.store.codecs.registry import spec_of
+from kvgraph.store.disk.files import TEMPORARY, StagedFile, remove_if_abandoned, stage, write_atomically
 from kvgraph.store.disk.index import Index
 from kvgraph.store.disk.mounts import is_remote
 from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
@@ -44,7 +45,6 @@ T = TypeVar("T")
 
 STORE_FORMAT = "kvgraph-store 1"
 SUFFIX = ".safetensors"
-TEMPORARY = ".tmp-"
 TOUCH_EVERY = 30.0  # seconds between writes of last uses to the index
 SYNCS = 16  # files of a batch that are synced at once
 TOUCH_AT_MOST = 1024  # last uses waiting to be written
@@ -834,84 +834,11 @@ class _OfTenant:
         self._store.close()
 
 
-class StagedFile:
-    """A file under a temporary name, locked, so that `remove_if_abandoned` can tell that its writer is alive."""
-
-    def __init__(self, path: Path, temporary: Path, file: BinaryIO):
-        self.path, self.temporary, self.file = path, temporary, file
-
-    def commit(self) -> os.stat_result:
-        """Rename it to its own name, so that others see all of it, even after a crash. Raises OSError."""
-        with self.file:
-            try:
-                os.fsync(self.file.fileno())
-                self.temporary.rename(self.path)
-            except BaseException:
-                self.temporary.unlink(missing_ok=True)
-                raise
-            info = os.fstat(self.file.fileno())
-        _sync_folder(self.path.parent)
-        return info
-
-    def discard(self) -> None:
-        """Remove it."""
-        with self.file:
-            self.temporary.unlink(missing_ok=True)
-
-
 class _Staged(NamedTuple):
     """A record's row, and its file that isn't there yet."""
 
     entry: Entry
     file: StagedFile
-
-
-def stage(path: Path, buffers: Sequence[bytes | memoryview]) -> StagedFile:
-    """Write what is to become a file; `commit` shows it. Raises OSError."""
-    if not path.parent.is_dir():
-        path.parent.mkdir(exist_ok=True)
-        _sync_folder(path.parent.parent)
-    while True:
-        temporary = path.parent / f"{TEMPORARY}{os.urandom(8).hex()}"
-        file = open(temporary, "xb")  # `commit` closes it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink == 0:  # taken for abandoned between its creation and its lock
-                file.close()
-                continue
-            file.writelines(buffers)
-            file.flush()
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            with suppress(OSError):
-                file.close()
-            raise
-        return StagedFile(path, temporary, file)
-
-
-def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.stat_result:
-    """Write a file so that others see all of it under its name or nothing, even after a crash. Raises OSError."""
-    return stage(path, buffers).commit()
-
-
-def remove_if_abandoned(path: Path, only_look: bool = False) -> bool:
-    """Remove a temporary file whose writer is dead; whether it was."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not only_look:
-                path.unlink()
-    except OSError:  # locked by its writer, or gone
-        return False
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_record(folder: str, name: str) -> bool:
