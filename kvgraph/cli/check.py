@@ -86,7 +86,7 @@ def check(
     from kvgraph.checks.quality import read_items
     from kvgraph.engine.engine import Engine, composed
 
-    chosen = None if data is None and method is None else methods.parse(method or "full")
+    chosen = None if data is None and method is None else methods.parse("full" if method is None else method)
     items = read_items(data, limit) if data else []
     engine = Engine.load(
         model,

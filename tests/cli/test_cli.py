@@ -440,7 +440,7 @@ def test_the_example_with_citations_computes_documents_once(model, tmp_path, cap
 MISTAKES = [
     (2, "No such command", ["nonsense"]),
     (2, "--nonsense", ["encode", "{model}", "{documents}", "--nonsense"]),
-    (2, "Missing", ["ask", "{model}"]),
+    (2, "needs --documents", ["ask", "{model}"]),
     (2, "needs --store", ["encode", "{model}", "{documents}"]),
     (2, "isn't a size", ["encode", "{model}", "{documents}", "--store", "{tmp}/kv", "--kv-budget", "lots"]),
     (2, "isn't a duration", ["store", "gc", "--store", "{tmp}", "--older-than", "7"]),
