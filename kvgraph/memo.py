@@ -27,9 +27,14 @@ def remember(name: str, key: str, value: Any) -> None:
         io.write_json(path, {**_read(name), key: value}, indent=None)
 
 
+def folder() -> Path:
+    """The user's cache folder. Raises RuntimeError where there is no home folder, as in a container with an unknown user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvgraph"
+
+
 def _path(name: str) -> Path:
-    """Raises RuntimeError where there is no home folder, as in a container with an unknown user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvgraph" / f"{name}.json"
+    """Raises RuntimeError where there is no home folder."""
+    return folder() / f"{name}.json"
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -202,11 +202,13 @@ class _Renderer:
         return messages
 
     def _lost(self, messages: Messages) -> list[int]:
-        """The indices of messages whose content isn't rendered. The content itself may also occur elsewhere."""
+        """The indices of messages whose content or calls aren't rendered. The content itself may also occur elsewhere."""
         marks = [f"kvgraph{os.urandom(8).hex()}" if message.get("content") else "" for message in messages]
         marked = [{**m, "content": mark} if mark else m for m, mark in zip(messages, marks, strict=True)]
+        called = [f"kvgraph{os.urandom(8).hex()}" if message.get("tool_calls") else "" for message in messages]
+        marked = [_calling(m, mark) if mark else m for m, mark in zip(marked, called, strict=True)]
         text = self(marked, answer=self.answer)
-        return [i for i, mark in enumerate(marks) if mark not in text]
+        return [i for i, found in enumerate(zip(marks, called, strict=True)) if any(mark not in text for mark in found)]
 
     def __call__(self, messages: Messages, *, answer: bool, **more: Any) -> str:
         try:
@@ -298,6 +300,12 @@ def _ends(count: int) -> Iterator[int]:
         yield end
         if end == 64 * step:
             step *= 8
+
+
+def _calling(message: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A message whose last call is one of a function of this name."""
+    *calls, last = message["tool_calls"]
+    return {**message, "tool_calls": [*calls, {**last, "function": {**last["function"], "name": name}}]}
 
 
 def _pieces(text: str, cuts: Sequence[int]) -> tuple[str, ...]:

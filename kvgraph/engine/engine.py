@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
+from functools import partial
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, overload
 
@@ -315,6 +316,7 @@ class Engine:
         salt: str | None = None,
         proceed: bool = False,
         echo: bool = False,
+        shown: Collection[int] = (),
         answer_logprobs: bool = False,
     ) -> Request:
         """A request that is ready for `enqueue`: what it takes to hash a plan happens here, without any lock.
@@ -323,8 +325,8 @@ class Engine:
         last of them end the plan's prompt span. salt: another tenant's than the engine's. proceed: the text follows the
         prompt's without a break (see `TextStream`). echo: score the prompt span too; Request.scored has its tokens from the
         second on, with log-probabilities if they are asked for. answer_logprobs: keep the whole distribution at every token
-        of `answer`. Raises PlanError or CapacityError if the request could
-        never run, and GrammarError.
+        of `answer`. shown: special tokens that the text has. Raises PlanError or CapacityError if the request could never run,
+        and GrammarError.
         """
         params = params or SamplingParams()
         keys = self.keys(plan, salt)
@@ -342,7 +344,10 @@ class Engine:
             ends=frozenset(params.stop_token_ids) if params.ignore_eos else ends,
             sampler=Sampler(params, prompt_tokens(plan), ends),
             stream=TextStream(
-                self.detokenize, params.stop, params.min_tokens, live.tokens[-BEFORE:] if proceed else ()
+                partial(self.detokenize, shown=shown),
+                params.stop,
+                params.min_tokens,
+                live.tokens[-BEFORE:] if proceed else (),
             ),
             sequence=TokenSequence(live, pool_keys, max(0, new - 1)),
             encode_only=encode_only,
@@ -422,9 +427,13 @@ class Engine:
             raise GraphError("this model has no tokenizer; give token ids instead of text")
         return list(self.model.tokenizer.encode(check_text(text), add_special_tokens=False))
 
-    def detokenize(self, tokens: list[int]) -> str:
-        """Text of token ids, without special tokens; empty for a model without a tokenizer."""
-        return "" if self.model.tokenizer is None else self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+    def detokenize(self, tokens: list[int], shown: Collection[int] = ()) -> str:
+        """Text of token ids, without special tokens but those in `shown`; empty for a model without a tokenizer."""
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            return ""
+        runs = groupby(tokens, key=lambda token: token in shown) if shown else [(False, tokens)]
+        return "".join(tokenizer.decode(list(run), skip_special_tokens=not there) for there, run in runs)
 
     # -- store --------------------------------------------------------------------------------------------------------
 

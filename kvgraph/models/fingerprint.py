@@ -45,17 +45,21 @@ def fingerprint_of(
     adapter: Any = None,
 ) -> str:
     """SHA-256 of all that can change KV: weights, config, dtype, rotation, layers, adapter and our numerics. Not the path."""
-    config = {k: v for k, v in hf.config.to_dict().items() if k not in _NOT_KV}
     facts = {
         "numerics": GPU_16_BIT_NUMERICS if hf.device.type == "cuda" and hf.dtype.itemsize == 2 else ATTENTION_NUMERICS,
         "weights": sorted(weights),
-        "config": config,
+        "config": kv_config(hf),
         "dtype": str(hf.dtype),
         "rope": [(r.inv_freq.tolist(), r.interleaved) for r in rotaries],
         "layers": [asdict(layer) for layer in layers],
         "adapter": adapter,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def kv_config(hf: PreTrainedModel) -> dict[str, Any]:
+    """The fields of a model's config that can change KV."""
+    return {k: v for k, v in hf.config.to_dict().items() if k not in _NOT_KV}
 
 
 def state_hash(hf: PreTrainedModel) -> str:
@@ -70,21 +74,22 @@ def file_hash(path: Path) -> str:
     """xxh3-128 of a file's content. A large file's is remembered by its path, size, times and inode, and by samples."""
     status = path.stat()
     if status.st_size <= WHOLE:
-        return _whole(path)
+        return whole(path)
     key = str(path.resolve())
     # Sizes and times alone don't tell files apart: layers of images, archives and object stores give them all the same.
     now = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, _sampled(path)]
     known = memo.recall("weights", key)
     if isinstance(known, list) and known[:-1] == now:
         return str(known[-1])
-    found = _whole(path)
+    found = whole(path)
     # A file written this instant could change again under the same time stamps, so it isn't remembered yet.
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:
         memo.remember("weights", key, [*now, found])
     return found
 
 
-def _whole(path: Path) -> str:
+def whole(path: Path) -> str:
+    """xxh3-128 of all bytes of a file."""
     h = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 24):

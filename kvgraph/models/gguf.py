@@ -65,7 +65,8 @@ def read_once() -> Iterator[None]:
 
     names = "GGUFReader", "get_tensor_name_map"
     plain = [getattr(gguf, name) for name in names]
-    once = lru_cache(maxsize=1)(HeaderReader), lru_cache(maxsize=8)(gguf.get_tensor_name_map)
+    reader = lru_cache(maxsize=1)(HeaderReader)
+    once = (lambda path, *_: reader(str(path))), lru_cache(maxsize=8)(gguf.get_tensor_name_map)
     try:
         for name, cached in zip(names, once, strict=True):
             setattr(gguf, name, cached)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvgraph.errors import ModelError
-from kvgraph.models import adapters, gguf
+from kvgraph.models import adapters, converted, gguf
 from kvgraph.models.adapter import IMPLEMENTATION, Model, Trainable
 from kvgraph.models.angles import exact_angles
 from kvgraph.models.config import card, declared
@@ -54,15 +54,21 @@ def load(
         adapter, name = name, adapters.base_of(adapters.folder_of(name))
     merging = None if adapter is None else adapters.folder_of(adapter)
     file = gguf.gguf_in(Path(name).expanduser())
-    with gguf.read_once() if file else nullcontext():
-        hf, folder, files = (
-            _from_gguf(file, wanted, allow_untested) if file else _from_folder(name, wanted, allow_untested)
-        )
-        tokenizer = _tokenizer(file or folder, name)
-    facts = None
-    if merging is not None:
-        facts = adapters.facts_of(merging)
-        hf = adapters.merged(hf, merging)
+    facts = None if merging is None else adapters.facts_of(merging)
+    copy = converted.copy_of(file, facts, wanted) if file else None
+    if file and copy and (copied := copy.read()) is not None:
+        (hf, tokenizer), folder, files = copied, file.parent, [file]
+        refuse(hf.config, allow_untested)
+    else:
+        with gguf.read_once() if file else nullcontext():
+            hf, folder, files = (
+                _from_gguf(file, wanted, allow_untested) if file else _from_folder(name, wanted, allow_untested)
+            )
+            tokenizer = _tokenizer(file or folder, name)
+        if merging is not None:
+            hf = adapters.merged(hf, merging)
+        if copy:
+            copy.write(hf, tokenizer)
     with one_line(f"can't put {name} on {target}"):
         hf.to(target)  # type: ignore[arg-type]
     model = _build(hf, tokenizer, shown, [file_hash(f) for f in files], allow_untested, facts)

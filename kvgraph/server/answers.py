@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from kvgraph.server.runner import Update
 from kvgraph.server.shadow import Answered
 from kvgraph.server.state import Server
 from kvgraph.server.tokens import Offsets
+from kvgraph.server.tools.reading import AnswerReader, CallBegun, Event, Said, Thought, message
 
 
 @dataclass
@@ -74,7 +75,7 @@ class AnswerForm:
                 choice = self.choices[index]
                 choice.tokens += len(update.sampled)
                 choice.result = update.result or choice.result
-                if chunk := self.chunk(index, choice, update):
+                for chunk in self.chunk(index, choice, update):
                     choice.begun = True
                     yield self.part(choices=[chunk], usage=self.usage_so_far() if always else None, **self.head)
         await self._shadow()
@@ -137,8 +138,8 @@ class AnswerForm:
         """A complete choice."""
         raise NotImplementedError
 
-    def chunk(self, index: int, choice: Choice, update: Update) -> BaseModel | None:
-        """What is new of a choice, if that is worth a chunk."""
+    def chunk(self, index: int, choice: Choice, update: Update) -> Iterator[BaseModel]:
+        """What is new of a choice, in as many chunks as that takes."""
         raise NotImplementedError
 
 
@@ -148,25 +149,58 @@ class ChatAnswer(AnswerForm):
     prefix = "chatcmpl"
     response, part = schema.ChatResponse, schema.ChatChunk
 
+    def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt], ignored: list[str]):
+        super().__init__(server, body, laid, ignored)
+        self._readers = [laid[0].reading.reader() for _ in self.choices]
+
     def choice(self, index: int, choice: Choice) -> schema.ChatChoice:
         """A message."""
         assert choice.result is not None
+        reader = self._readers[index]
+        said = message([*reader.feed("".join(choice.text)), *reader.end()])
+        calls = [
+            schema.ToolCallOut(id=call.id, function=schema.FunctionOut(name=call.name, arguments=call.arguments))
+            for call in said.calls
+        ]
         return schema.ChatChoice(
             index=index,
-            message=schema.AnswerMessage(content="".join(choice.text)),
+            message=schema.AnswerMessage(
+                content=said.text if said.text or not calls else None,
+                reasoning_content=said.thoughts or None,
+                tool_calls=calls or None,
+            ),
             logprobs=self._logprobs(choice.sampled),
-            finish_reason=finish_reason(choice.result),
+            finish_reason=self._reason(choice.result, reader),
         )
 
-    def chunk(self, index: int, choice: Choice, update: Update) -> schema.ChatChunkChoice | None:
-        """What is new in a message; the first chunk tells the role."""
-        first = not choice.begun
-        ended = None if update.result is None else finish_reason(update.result)
+    def chunk(self, index: int, choice: Choice, update: Update) -> Iterator[schema.ChatChunkChoice]:
+        """What is new in a message; the first chunk tells the role, and a call isn't told in the last."""
+        reader = self._readers[index]
+        events = reader.feed(update.text)
+        ended = None
+        if update.result is not None:
+            events += reader.end()
+            ended = self._reason(update.result, reader)
         logprobs = self._logprobs(update.sampled) if update.sampled else None
-        if not (update.text or logprobs or ended or first):
-            return None
-        delta = schema.Delta(role="assistant" if first else None, content=update.text or ("" if first else None))
-        return schema.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=ended)
+        deltas = [_delta(event) for event in events]
+        if ended and deltas and deltas[-1].tool_calls:
+            deltas.append(schema.Delta())
+        if not deltas and (logprobs or ended or not choice.begun):
+            deltas.append(schema.Delta(content=None if choice.begun else ""))
+        for i, delta in enumerate(deltas):
+            if not choice.begun:
+                delta.role = "assistant"
+            yield schema.ChatChunkChoice(
+                index=index,
+                delta=delta,
+                logprobs=None if i else logprobs,
+                finish_reason=ended if i == len(deltas) - 1 else None,
+            )
+
+    def _reason(self, result: Result, reader: AnswerReader) -> schema.FinishReason:
+        """Why the answer ended: for its calls, if it has any and wasn't cut short."""
+        reason = finish_reason(result)
+        return "tool_calls" if reader.calls and reason == "stop" else reason
 
     def _logprobs(self, sampled: Sequence[Sampled]) -> schema.ChatLogprobs | None:
         if not self.body.logprobs:
@@ -205,12 +239,12 @@ class TextAnswer(AnswerForm):
         assert choice.result is not None
         return self._written(index, choice, "".join(choice.text), choice.sampled)
 
-    def chunk(self, index: int, choice: Choice, update: Update) -> schema.TextChoice | None:
+    def chunk(self, index: int, choice: Choice, update: Update) -> Iterator[schema.TextChoice]:
         """What is new in a text."""
-        if not (update.text or update.sampled or update.result):
-            return None
-        written = self._written(index, choice, update.text, update.sampled)
-        return written if written.text or written.logprobs or written.finish_reason else None
+        if update.text or update.sampled or update.result:
+            written = self._written(index, choice, update.text, update.sampled)
+            if written.text or written.logprobs or written.finish_reason:
+                yield written
 
     def _written(self, index: int, choice: Choice, text: str, sampled: Sequence[Sampled]) -> schema.TextChoice:
         """New text and tokens, after the prompt if nothing was written and it is to be shown."""
@@ -257,6 +291,20 @@ class TextAnswer(AnswerForm):
         """The likeliest tokens by name, and the chosen one."""
         top = dict(sampled.top) | ({sampled.token: logprob} if sampled.top else {})
         return dict(zip(self.server.tokens.names(list(top)), map(finite, top.values()), strict=True))
+
+
+def _delta(event: Event) -> schema.Delta:
+    """What is new, as a part of a message."""
+    if isinstance(event, Said):
+        return schema.Delta(content=event.text)
+    if isinstance(event, Thought):
+        return schema.Delta(reasoning_content=event.text)
+    if isinstance(event, CallBegun):
+        function = schema.FunctionOut(name=event.name)
+        call = schema.ToolCallDelta(index=event.index, id=event.id, type="function", function=function)
+    else:
+        call = schema.ToolCallDelta(index=event.index, function=schema.FunctionOut(arguments=event.text))
+    return schema.Delta(tool_calls=[call])
 
 
 def finite(logprob: float) -> float:

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kvgraph import methods
-from kvgraph.data.chat import DOCUMENT, ChatError, Document, chat, opening
+from kvgraph.data.chat import DOCUMENT, ChatError, Document, Messages, Prompt, chat, opening
 from kvgraph.edges import named_edges
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.guide import Grammar, GrammarError
@@ -34,7 +34,13 @@ from kvgraph.server.schema import (
     Message,
     StoredDocument,
     StructuredOutputs,
+    ToolChosen,
+    ToolsAllowed,
 )
+from kvgraph.server.tools.asked import Function, ToolUse
+from kvgraph.server.tools.asked import grammar as tools_grammar
+from kvgraph.server.tools.dialect import Dialect, dialect_of, told_of, with_system
+from kvgraph.server.tools.reading import PLAIN, Reading
 
 if TYPE_CHECKING:
     from kvgraph.server.state import Server
@@ -48,7 +54,8 @@ log = logging.getLogger("kvgraph.server")
 class PreparedPrompt:
     """A prompt ready to be asked: its graph, method and plan, and one engine request a choice.
 
-    dropped: the names of documents that were left out because they didn't fit. salt: of the tenant who asks.
+    dropped: the names of documents that were left out because they didn't fit. salt: of the tenant who asks. reading: how
+    answers are to be read.
     """
 
     graph: ContextGraph
@@ -57,6 +64,16 @@ class PreparedPrompt:
     requests: tuple[Request, ...]
     dropped: tuple[str, ...] = ()
     salt: str = ""
+    reading: Reading = PLAIN
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """A chat as the server takes it up. thinking: the prompt ends within the thoughts before an answer."""
+
+    dialect: Dialect
+    asked: ToolUse | None = None
+    thinking: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,10 +96,15 @@ def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionReques
     if isinstance(body, ChatRequest):
         if body.kvgraph.prefix is not None:
             raise APIError(400, "kvgraph.prefix isn't for chats; send a system message", param="kvgraph.prefix")
-        graphs = [chat_graph(server, body.messages, body, context.documents, context.names)]
-    else:
-        graphs = [_plain_graph(server, body, prompt, context) for prompt in prompt_list(body.prompt)]
-    return [_fitting(server, caller, body, graph, context) for graph in graphs]
+        asked = asked_of(body)
+        prompt = chat_prompt(server, body.messages, body, context.documents, asked)
+        dialect = dialect_of(server.tokenizer)
+        thinking = dialect.thoughts is not None and prompt.query.rstrip().endswith(dialect.thoughts.begin)
+        talk = _Talk(dialect, asked, thinking)
+        graph = _tokenized(server.engine, prompt.graph((), context.names))
+        return [_fitting(server, caller, body, graph, context, talk)]
+    graphs = [_plain_graph(server, body, prompt, context) for prompt in prompt_list(body.prompt)]
+    return [_fitting(server, caller, body, graph, context, _Talk(Dialect())) for graph in graphs]
 
 
 def method_of(server: Server, options: GraphOptions) -> Method:
@@ -102,7 +124,7 @@ def with_fields(method: Method, given: dict[str, Any] | None, where: str = "") -
     return methods.with_fields(method, given or {})
 
 
-def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
+def sampling(server: Server, body: Generation, choice: int, kept_to: Grammar | None) -> SamplingParams:
     """The sampling parameters of a choice; choice i gets seed + i. OpenAI's default temperature is 1."""
     wanted = max_tokens(body)
     logprobs: int | None = None
@@ -129,7 +151,7 @@ def sampling(server: Server, body: Generation, choice: int) -> SamplingParams:
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
-        grammar=grammar(server, body),
+        grammar=kept_to,
     )
 
 
@@ -150,6 +172,93 @@ def grammar(server: Server, body: Generation) -> Grammar | None:
         where = f"at {inside!r} of its schema: " if inside else ""
         raise APIError(400, f"{param} can't be used: {where}{error}", param=param, code="invalid_value") from None
     return made
+
+
+def asked_of(body: ChatRequest) -> ToolUse | None:
+    """What a chat asks of tools; None where it gives none, or they may not be called. Raises APIError 400."""
+    choice = body.tool_choice
+    functions = tuple(
+        Function(f.name, f.description or "", f.parameters, f.strict) for f in (tool.function for tool in body.tools)
+    )
+    names = [function.name for function in functions]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            param = f"tools.{i}.function.name"
+            raise APIError(400, f"{param}: there are two functions {name!r}", param=param, code="invalid_value")
+    if choice in ("none", "auto") and (choice == "none" or not functions):
+        return None
+    if not functions:
+        raise APIError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
+    allowed, where, mode = names, "", choice if isinstance(choice, str) else "required"
+    if isinstance(choice, ToolsAllowed):
+        mode = choice.allowed_tools.mode
+        allowed, where = [tool.function.name for tool in choice.allowed_tools.tools], ".allowed_tools.tools"
+    elif isinstance(choice, ToolChosen):
+        allowed, where = [choice.function.name], ".function.name"
+    if unknown := [name for name in allowed if name not in names]:
+        param = f"tool_choice{where}"
+        raise APIError(400, f"{param}: {unknown[0]!r} isn't one of the tools", param=param, code="invalid_value")
+    parallel = body.parallel_tool_calls and not isinstance(choice, ToolChosen)
+    return ToolUse(functions, "auto" if mode == "auto" else "required", frozenset(allowed), parallel)
+
+
+def _kept_to(server: Server, body: Generation, talk: _Talk) -> tuple[Grammar | None, Reading]:
+    """The grammar of the answers, if they have one, and how they are to be read. Raises APIError 400."""
+    asked, dialect = talk.asked, talk.dialect
+    if asked is None:
+        kept_to = grammar(server, body)
+        return kept_to, Reading(thoughts=dialect.thoughts, thinking=talk.thinking and kept_to is None)
+    text = grammar(server, body) if not asked.forced else None  # of which a forced call leaves nothing
+    if text is not None and text.kind != "json_schema":
+        both = "tools and a grammar both say what the answer must be; give one, or tool_choice none"
+        raise APIError(400, both, param="tools", code="invalid_value")
+    reading = asked.reading(dialect.forced, dialect.thoughts, talk.thinking, text is not None)
+    if not asked.guided(text is not None):
+        return None, reading
+    before = dialect.thoughts.end if dialect.thoughts and talk.thinking else None
+    made = partial(
+        tools_grammar,
+        form=dialect.forced,
+        special=partial(special_token, server.tokenizer),
+        before=before,
+        answer=None if text is None else text.text,
+    )
+    try:
+        server.engine.scheduler.guides.guide(whole := made(asked))
+    except GrammarError as error:
+        raise _unusable(server, asked, made, error) from None
+    return whole, reading
+
+
+def _unusable(server: Server, asked: ToolUse, made: Callable[[ToolUse], Grammar], error: GrammarError) -> APIError:
+    """The error of the first function whose calls can't be kept to its schema."""
+    guides = server.engine.scheduler.guides
+    for i, function in enumerate(asked.functions):
+        if function.name not in asked.allowed:
+            continue
+        param = f"tools.{i}.function.parameters"
+        try:
+            guides.guide(Grammar.json_schema(function.schema()))
+            guides.guide(made(asked.only(function.name)))
+        except GrammarError as found:
+            inside = "/".join(map(str, found.path))
+            where = f"at {inside!r} of its schema: " if inside else ""
+            return APIError(400, f"{param} can't be used: {where}{found}", param=param, code="invalid_value")
+    return APIError(400, f"tools can't be used: {error}", param="tools", code="invalid_value")
+
+
+def special_token(tokenizer: Any, text: str) -> int | None:
+    """The special token of a text; None where texts show it, or there is none."""
+    token = tokenizer.convert_tokens_to_ids(text)
+    added = None if token is None else tokenizer.added_tokens_decoder.get(token)
+    return token if added is not None and added.special and added.content == text else None
+
+
+def _shown(server: Server, reading: Reading) -> tuple[int, ...]:
+    """Special tokens that an answer is read by."""
+    marks = [] if reading.thoughts is None else [reading.thoughts.begin, reading.thoughts.end]
+    marks += [] if reading.format is None else reading.format.marks
+    return tuple(token for mark in marks if (token := special_token(server.tokenizer, mark)) is not None)
 
 
 def _grammars(body: Generation) -> Iterator[tuple[str, Callable[[], Grammar]]]:
@@ -260,14 +369,14 @@ def _stored_graph(server: Server, caller: Caller, body: Generation) -> _Context:
     return _Context(documents, [d.id for d in documents], part.edges, graph.method, part.chosen)
 
 
-def chat_graph(
+def chat_prompt(
     server: Server,
     messages: Sequence[Message],
     options: ChatOptions,
     documents: Sequence[Document] = (),
-    names: Sequence[str] = (),
-) -> ContextGraph:
-    """A chat over documents as a tokenized graph without edges. Raises APIError for what can't be rendered."""
+    asked: ToolUse | None = None,
+) -> Prompt:
+    """A chat over documents as its template renders it. Raises APIError for what can't be rendered."""
     variables = server.settings.chat_template_kwargs | options.chat_template_kwargs
     # Names of other arguments; `chat_template` among them would be a program of the client's.
     other = {"messages", *inspect.signature(server.tokenizer.apply_chat_template).parameters}
@@ -279,19 +388,42 @@ def chat_graph(
     if options.continue_final_message and messages[-1].role != "assistant":
         param = "continue_final_message"
         raise APIError(400, "only a final message of the assistant can be continued", param=param)
+    rendered, tools = _with_tools(server, [message.rendered() for message in messages], asked)
     try:
-        prompt = chat(
+        return chat(
             server.tokenizer,
-            [message.rendered() for message in messages],
+            rendered,
             documents,
             template=server.settings.document_template,
             answer=options.add_generation_prompt,
             proceed=options.continue_final_message,
             **variables,
+            **tools,
         )
     except ChatError as error:
         raise APIError(400, str(error), param="messages", code="invalid_value") from None
-    return _tokenized(server.engine, prompt.graph((), names))
+
+
+def _with_tools(server: Server, messages: Messages, asked: ToolUse | None) -> tuple[Messages, dict[str, Any]]:
+    """Messages, and the tools, as the template takes them. Raises APIError 400 where it has no place for a free choice."""
+    if asked is None and not any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
+        return messages, {}
+    dialect = dialect_of(server.tokenizer)
+    taken = dialect.messages(messages)
+    if asked is None:
+        return taken, {}
+    if not asked.forced and not (dialect.tools and dialect.format):
+        why = "has no place for tools" if not dialect.tools else "writes calls in a form that can't be read"
+        raise APIError(
+            400,
+            f"the model's chat template {why}, so the model can't choose one; ask for a call by tool_choice (required, or "
+            "a function), or serve the model with a chat_template that has",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    if dialect.tools:
+        return taken, {"tools": asked.told()}
+    return with_system(taken, told_of([function.told() for function in asked.callable])), {}
 
 
 def _plain_graph(server: Server, body: CompletionRequest, prompt: str | list[int], context: _Context) -> ContextGraph:
@@ -341,9 +473,11 @@ def _tokenized(engine: Engine, graph: ContextGraph) -> ContextGraph:
 
 
 def _fitting(
-    server: Server, caller: Caller, body: Generation, graph: ContextGraph, context: _Context
+    server: Server, caller: Caller, body: Generation, graph: ContextGraph, context: _Context, talk: _Talk
 ) -> PreparedPrompt:
     """The prompt over all documents, or, under the policy "drop", over as many of the first as fit."""
+    kept_to, reading = _kept_to(server, body, talk)
+    shown = _shown(server, reading)
     whole = _with_edges(graph, context, len(graph.segments if context.chosen is None else context.chosen))
     total = len(whole.read)
 
@@ -354,11 +488,24 @@ def _fitting(
         proceed = isinstance(body, CompletionRequest)  # its text follows the prompt's without a break
         echo = isinstance(body, CompletionRequest) and body.echo
         made = (
-            server.engine.prepare(plan, sampling(server, body, i), salt=caller.salt, proceed=proceed, echo=echo)
+            server.engine.prepare(
+                plan,
+                sampling(server, body, i, kept_to),
+                salt=caller.salt,
+                proceed=proceed,
+                echo=echo,
+                shown=shown,
+            )
             for i in range(body.n)
         )
         return PreparedPrompt(
-            fitted, context.method, plan, tuple(made), tuple(whole.names[i] for i in whole.read[kept:]), caller.salt
+            fitted,
+            context.method,
+            plan,
+            tuple(made),
+            tuple(whole.names[i] for i in whole.read[kept:]),
+            caller.salt,
+            reading,
         )
 
     best, low, high, middle = None, 0, total, total

@@ -7,6 +7,7 @@ refused, and those that change no answer. The latter are accepted; unknown ones 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -24,15 +25,10 @@ Edge = Annotated[tuple[Ref, Ref], Field(strict=False)]  # JSON has lists, and no
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, with the values that ask for nothing
     # OpenAI's
     "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's and other servers'
@@ -51,6 +47,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, wit
     "truncate_prompt_tokens": (-1,),
     "typical_p": (1,),
     "use_beam_search": (False,),
+}
+FUNCTIONS: dict[str, tuple[Any, ...]] = {"functions": ([],), "function_call": ("none", "auto")}  # tools' older names
+TOOLS: dict[str, tuple[Any, ...]] = {  # fields of chats alone
+    "parallel_tool_calls": (True, False),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
 }
 IGNORED = (  # who asks and for what, which changes no answer
     "metadata",
@@ -111,11 +113,13 @@ def unsupported(name: str, hint: str = "") -> PydanticCustomError:
     return PydanticCustomError("unsupported_parameter", "{param} isn't supported" + hint, {"param": name})
 
 
-def taken(data: dict[str, Any], refused: dict[str, tuple[Any, ...]], ignored: tuple[str, ...] = ()) -> dict[str, Any]:
+def taken(
+    data: dict[str, Any], refused: dict[str, tuple[Any, ...]], ignored: tuple[str, ...] = (), hint: str = ""
+) -> dict[str, Any]:
     """A JSON object without the fields that ask for nothing. Raises the error of one that asks for something."""
     for name, values in refused.items():
         if data.get(name) is not None and not any(same(data[name], value) for value in values):
-            raise unsupported(name)
+            raise unsupported(name, hint)
     return {name: value for name, value in data.items() if name not in refused and name not in ignored}
 
 
@@ -188,8 +192,9 @@ def _with_neutral(document: dict[str, Any]) -> None:
     _nullable(document)
     fields = document["properties"]
     fields["logit_bias"]["anyOf"].append({"type": "array", "maxItems": 0})
-    fields.update({name: {"enum": [*values, None]} for name, values in UNSUPPORTED.items()})
-    fields.update({name: {} for name in (*IGNORED, "tools")})  # tools: none are used if tool_choice says so
+    neutral = UNSUPPORTED | FUNCTIONS | ({} if "tools" in fields else TOOLS)
+    fields.update({name: {"enum": [*values, None]} for name, values in neutral.items()})
+    fields.update({name: {} for name in IGNORED})
 
 
 class JSONSchema(Sent):
@@ -266,8 +271,7 @@ class Generation(Sent):
         """Take out what clients may send and asks for nothing here."""
         if not isinstance(data, dict):
             return data
-        if data.get("tool_choice") == "none":
-            data = {name: value for name, value in data.items() if name not in ("tools", "tool_choice")}
+        data = taken(data, FUNCTIONS, hint="; send `tools` and `tool_choice`")
         if data.get("best_of") is not None and data["best_of"] != data.get("n", 1):
             raise unsupported("best_of", "; ask for `n` answers")
         data = {
@@ -284,11 +288,37 @@ class TextPart(Sent):
     cache_control: Any = None  # what is read again is found again in any case
 
 
+class FunctionCalled(Sent):
+    """A function and its arguments: JSON as a text, or an object."""
+
+    name: Name
+    arguments: str | dict[str, Any] = "{}"
+
+
+class ToolCall(Sent):
+    """A call that an earlier answer asked for."""
+
+    id: str = ""
+    index: int | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCalled
+
+    def rendered(self) -> dict[str, Any]:
+        """What the chat template gets, but for the spelling of the arguments."""
+        given = self.function.arguments
+        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": self.function.name, "arguments": arguments},
+        }
+
+
 class Message(Sent):
     """One message. Roles are those of the model's chat template.
 
-    reasoning_content: the thoughts before an earlier answer, for templates that read them. tool_call_id: the call that a
-    tool's message answers.
+    reasoning_content: the thoughts before an earlier answer, for templates that read them. tool_calls: those that an
+    earlier answer asked for. tool_call_id: the call that a tool's message answers.
     """
 
     role: Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")]
@@ -296,6 +326,7 @@ class Message(Sent):
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] = []
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
@@ -304,7 +335,15 @@ class Message(Sent):
         """Take out what answers that are sent back hold, and asks for nothing."""
         if not isinstance(data, dict):
             return data
-        return taken(data, {"tool_calls": ([],), "function_call": (), "audio": ()}, OF_ANSWERS)
+        data = taken(data, {"function_call": ()}, hint="; send `tool_calls`")
+        return taken(data, {"audio": ()}, OF_ANSWERS)
+
+    @model_validator(mode="after")
+    def _called_by_answers(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            message, where = "{param} are those of the assistant's messages", {"param": "tool_calls"}
+            raise PydanticCustomError("invalid_value", message, where)
+        return self
 
     @property
     def text(self) -> str:
@@ -313,10 +352,81 @@ class Message(Sent):
             return "".join(part.text for part in self.content)
         return self.content or self.refusal or ""
 
-    def rendered(self) -> dict[str, str]:
-        """What the chat template gets."""
-        fields = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
+    def rendered(self) -> dict[str, Any]:
+        """What the chat template gets, but for the spelling of calls."""
+        calls = [call.rendered() for call in self.tool_calls]
+        fields = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": calls,
+            "tool_call_id": self.tool_call_id,
+        }
         return {"role": self.role, "content": self.text} | {name: value for name, value in fields.items() if value}
+
+
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+
+
+class FunctionIn(Sent):
+    """A function that the model may call. parameters: a JSON schema of an object; without it, there are none.
+
+    strict: arguments are valid under the schema also where the model chooses to call; those of forced calls always are.
+    """
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+
+class ToolIn(Sent):
+    """A tool. There is one kind: a function."""
+
+    type: Literal["function"]
+    function: FunctionIn
+
+
+class FunctionChosen(Sent):
+    """A function by name."""
+
+    name: FunctionName
+
+
+class ToolChosen(Sent):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionChosen
+
+
+class AllowedTools(Sent):
+    """Those of the tools that may be called, and whether one of them must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolChosen], Field(min_length=1, max_length=1000)]
+
+
+class ToolsAllowed(Sent):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice(choice: Any) -> str:
+    """Which kind of `tool_choice` this is."""
+    if isinstance(choice, str):
+        return "mode"
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+    return "ToolsAllowed" if kind == "allowed_tools" else "ToolChosen"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("mode")]
+    | Annotated[ToolChosen, Tag("ToolChosen")]
+    | Annotated[ToolsAllowed, Tag("ToolsAllowed")],
+    Discriminator(_choice),
+]
 
 
 class ChatOptions(Sent):
@@ -343,9 +453,16 @@ class ChatOptions(Sent):
 
 
 class ChatRequest(Generation, ChatOptions):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`.
+
+    tool_choice: whether the model may call the tools (auto), mustn't (none, and it isn't told of them), or must call some
+    (required) or one by name. parallel_tool_calls: whether there may be several calls.
+    """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    tools: Annotated[list[ToolIn], Field(max_length=1000)] = []
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -370,7 +487,11 @@ class CompletionRequest(Generation):
     @model_validator(mode="before")
     @classmethod
     def _of_chats(cls, data: Any) -> Any:
-        return taken(data, {"add_special_tokens": (True,)}) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        if data.get("tool_choice") == "none":
+            data = {name: value for name, value in data.items() if name not in ("tools", "tool_choice")}
+        return taken(data, {"add_special_tokens": (True,)} | TOOLS)
 
     @model_validator(mode="after")
     def _some_answer(self) -> CompletionRequest:
@@ -462,14 +583,31 @@ class TextLogprobs(BaseModel):
     text_offset: list[int]
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class FunctionOut(BaseModel):
+    """A function to be called, with its arguments as JSON. In a stream, parts of both."""
+
+    name: Annotated[str | None, Unless] = None
+    arguments: str = ""
+
+
+class ToolCallOut(BaseModel):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionOut
 
 
 class AnswerMessage(BaseModel):
-    """The assistant's message."""
+    """The assistant's message. reasoning_content: its thoughts, where the chat template separates them."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: Annotated[str | None, Unless] = None
+    tool_calls: Annotated[list[ToolCallOut] | None, Unless] = None
 
 
 class ChatChoice(BaseModel):
@@ -514,11 +652,22 @@ class CompletionResponse(BaseModel):
     usage: Annotated[UsageOut | None, Unless] = None
 
 
+class ToolCallDelta(BaseModel):
+    """The new part of a call: first its id and name, then parts of its arguments."""
+
+    index: int
+    id: Annotated[str | None, Unless] = None
+    type: Annotated[Literal["function"] | None, Unless] = None
+    function: FunctionOut
+
+
 class Delta(BaseModel):
     """The new part of a streamed message."""
 
     role: Annotated[Literal["assistant"] | None, Unless] = None
     content: Annotated[str | None, Unless] = None
+    reasoning_content: Annotated[str | None, Unless] = None
+    tool_calls: Annotated[list[ToolCallDelta] | None, Unless] = None
 
 
 class ChatChunkChoice(BaseModel):

@@ -33,6 +33,27 @@ def test_gate_passes_in_16_bits(family, dtype):
     assert all(c.passed for c in check.gate(model, composed(model)))
 
 
+def test_in_16_bits_a_doubtful_first_draw_is_drawn_again():
+    model = models.wrap(families.FAMILIES["llama"]().to(torch.bfloat16))
+    plain, asked = composed(model), []
+
+    def off(by: list[float]) -> list[check.Case]:
+        """The gate's cases where the n-th of a case's draws is off by so many standard deviations."""
+        asked.clear()
+
+        def logits(plan):
+            asked.append(plan)
+            found = plain(plan).clone()
+            found[0] += by[(len({id(plan) for plan in asked}) - 1) % len(by)] * found.std()
+            return found
+
+        return check.gate(model, logits)
+
+    assert all(case.passed for case in off([0.1])) and len({id(plan) for plan in asked}) == 7
+    assert not any(case.passed for case in off([1.0, 1.0, 1.0])) and len({id(plan) for plan in asked}) == 21
+    assert all(case.passed for case in off([1.0, 0.1, 0.1])) and len({id(plan) for plan in asked}) == 21
+
+
 def break_rotation(monkeypatch):
     from kvgraph.attention.rope import Rotary
 

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import jsonschema_rs
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as kinds
@@ -112,6 +113,118 @@ def test_every_answer_is_valid_under_its_schema(engine, schema, seed):
     result = ask(engine, Grammar.json_schema(schema), seed, logit_bias=closing(engine))
     assert result.finish_reason == "stop", result.text[-200:]
     jsonschema_rs.validate(schema, json.loads(result.text), validate_formats=True)
+
+
+def any_schemas() -> st.SearchStrategy[dict[str, Any]]:
+    """Keywords of all kinds side by side, also such as contradict each other or can't be enforced."""
+    count, number = st.integers(0, 4), st.integers(-30, 60)
+    values = st.sampled_from([0, 1.5, "a", 'é"\\', None, True, [1], {"b": 2}])
+    types = ["string", "integer", "number", "boolean", "null", "array", "object"]
+    simple: dict[str, st.SearchStrategy[Any]] = {
+        "type": st.sampled_from([*types, ["string", "null"]]),
+        "enum": st.lists(values, min_size=1, max_size=3),
+        "const": values,
+        "minimum": number,
+        "exclusiveMaximum": number,
+        "multipleOf": st.sampled_from([1, 2, 5, 0.5]),
+        "minLength": count,
+        "maxLength": count,
+        "pattern": st.sampled_from(["^[a-f]{2,4}$", "\\d", "^x"]),
+        "format": st.sampled_from(["date", "date-time", "email", "uuid", "ipv4"]),
+        "title": st.text(max_size=3),
+    }
+
+    def some(fields: dict[str, st.SearchStrategy[Any]], least: int = 0) -> st.SearchStrategy[dict[str, Any]]:
+        names = st.lists(st.sampled_from(sorted(fields)), unique=True, min_size=least, max_size=4)
+        return names.flatmap(lambda chosen: st.fixed_dictionaries({name: fields[name] for name in chosen}))
+
+    def deeper(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+        listed = st.lists(inner, min_size=1, max_size=3)
+        parts: dict[str, st.SearchStrategy[Any]] = {
+            "properties": st.dictionaries(st.sampled_from("abé"), inner, max_size=3),
+            "patternProperties": st.dictionaries(st.just("^x"), inner, max_size=1),
+            "required": st.lists(st.sampled_from("abéz"), unique=True),
+            "additionalProperties": st.booleans() | inner,
+            "minProperties": count,
+            "maxProperties": count,
+            "items": inner | st.booleans(),
+            "prefixItems": listed,
+            "minItems": count,
+            "maxItems": count,
+            "uniqueItems": st.booleans(),
+            "contains": inner,
+            "anyOf": listed,
+            "oneOf": listed,
+            "allOf": listed,
+            "not": inner,
+        }
+        typed = some(parts, 1).flatmap(lambda found: some(simple).map(lambda more: more | found))
+        kinds = st.sampled_from(["array", "object"])
+        return st.tuples(typed, kinds | st.none()).map(lambda t: t[0] if t[1] is None else t[0] | {"type": t[1]})
+
+    return st.recursive(some(simple, 1), deeper, max_leaves=6)
+
+
+@settings(max_examples=1000 if SOAK else 30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schema=any_schemas(), seed=st.integers(0, 1 << 30))
+def test_an_answer_is_valid_under_any_schema_that_isnt_refused(engine, schema, seed):
+    """Whatever keywords stand together."""
+    try:
+        result = ask(engine, Grammar.json_schema(schema), seed, logit_bias=closing(engine))
+    except GrammarError as error:
+        assert str(error) and "\n" not in str(error)
+        event("refused")
+        return
+    event("answered")
+    assert result.finish_reason == "stop", result.text[-200:]
+    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    validator.validate(json.loads(result.text))
+
+
+@settings(max_examples=1000 if SOAK else 20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), schema=schemas())
+def test_what_is_valid_may_be_answered(engine, data, schema):
+    """A guide is no narrower than its schema: of objects, in the order of the properties."""
+    value = data.draw(values(schema))
+    jsonschema_rs.validate(schema, value, validate_formats=True)
+    found = engine.scheduler.guides.guide(Grammar.json_schema(schema))
+    tokens = engine.tokenize(json.dumps(value, ensure_ascii=False))
+    assert found.matcher.try_consume_tokens(tokens) == len(tokens) and found.matcher.is_accepting(), value
+
+
+def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that are valid under one of `schemas`."""
+    if "anyOf" in schema:
+        return st.one_of([values(part) for part in schema["anyOf"]])
+    if "enum" in schema or "const" in schema:
+        return st.sampled_from(schema.get("enum", [schema.get("const")]))
+    if schema["type"] == "object":
+        fields = schema.get("properties", {})
+        chosen = {name: values(part) for name, part in fields.items()}
+        left_out = st.sets(st.sampled_from(sorted(set(fields) - set(schema.get("required", ()))) or [""]))
+        return st.tuples(st.fixed_dictionaries(chosen), left_out).map(
+            lambda t: {name: t[0][name] for name in fields if name not in t[1]}
+        )
+    if "prefixItems" in schema:
+        return st.tuples(*map(values, schema["prefixItems"])).map(list)
+    if schema["type"] == "array":
+        return st.lists(values(schema["items"]), min_size=schema["minItems"], max_size=schema["maxItems"])
+    if schema["type"] == "string":
+        formats = {
+            "date": st.dates().map(str),
+            "uuid": st.uuids().map(str),
+            "ipv4": st.ip_addresses(v=4).map(str),
+        }
+        if "format" in schema:
+            return formats[schema["format"]]
+        if "pattern" in schema:
+            return st.from_regex(schema["pattern"].replace("\\d", "[0-9]").removesuffix("$"), fullmatch=True)
+        text = st.characters(exclude_categories=["Cs"])
+        return st.text(text, min_size=schema.get("minLength", 0), max_size=schema.get("maxLength", 8))
+    if schema["type"] == "integer":
+        return st.integers(schema["minimum"], schema["maximum"])
+    floats = st.floats(-1e9, 1e9, allow_nan=False).filter(lambda x: "e" not in repr(x))
+    return {"boolean": st.booleans(), "null": st.none(), "number": floats | st.integers(-1000, 1000)}[schema["type"]]
 
 
 def expressions() -> st.SearchStrategy[str]:

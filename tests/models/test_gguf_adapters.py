@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 import families
 import gguf_files
 from kvgraph import ContextGraph, Engine, ModelError, models
+from kvgraph.models import converted
 from kvgraph.models import gguf as reading
 
 pytestmark = [
@@ -76,6 +77,59 @@ def test_what_is_not_quantised_keeps_its_dtype_and_other_bytes_are_another_model
     assert a.dtype == torch.float32 and a.fingerprint != b.fingerprint
 
 
+@pytest.fixture
+def copies(tmp_path, monkeypatch) -> Path:
+    """Where copies of converted models are, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kvgraph" / "gguf"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_is_the_model_it_was_converted_from(family, copies, tmp_path, monkeypatch):
+    name, changes = FAMILIES[family]
+    gguf_files.write(build(name, **changes), tmp_path / "m.gguf", Kind.Q4_1)
+    first = models.load(tmp_path / "m.gguf")
+    assert len(list(copies.iterdir())) == 1
+    monkeypatch.setattr(reading, "load_weights", None)  # from here on nothing is converted
+    again = models.load(tmp_path / "m.gguf")
+    assert torch.equal(logits(again), logits(first)) and again.dtype == first.dtype
+    assert again.fingerprint == first.fingerprint and again.eos_ids == first.eos_ids
+    assert again.tokenizer.chat_template == first.tokenizer.chat_template
+    for text in ("hello", "<s> hell\n\n é", ""):
+        ids = first.tokenizer.encode(text)
+        assert again.tokenizer.encode(text) == ids and again.tokenizer.decode(ids) == first.tokenizer.decode(ids)
+    with pytest.raises(ModelError, match="can't load"):  # other numbers are another copy
+        models.load(tmp_path / "m.gguf", dtype="float32")
+
+
+def test_a_damaged_copy_is_made_anew(copies, tmp_path):
+    gguf_files.write(build(), tmp_path / "m.gguf")
+    wanted = logits(models.load(tmp_path / "m.gguf"))
+    (copy,) = copies.iterdir()
+    weights = (copy / "model.safetensors").read_bytes()
+    for damaged in (weights[:-8], weights[:-8] + bytes(8), b""):
+        (copy / "model.safetensors").write_bytes(damaged)
+        assert torch.equal(logits(models.load(tmp_path / "m.gguf")), wanted)
+        assert (copy / "model.safetensors").read_bytes() == weights
+    (copy / "config.json").write_text((copy / "config.json").read_text().replace("96", "95"))
+    assert torch.equal(logits(models.load(tmp_path / "m.gguf")), wanted)
+
+
+def test_few_copies_are_kept_and_none_of_large_models(copies, tmp_path, monkeypatch):
+    for i in range(converted.COPIES + 2):
+        gguf_files.write(build(rms_norm_eps=1e-6 * (i + 1)), tmp_path / f"{i}.gguf")
+        models.load(tmp_path / f"{i}.gguf")
+    assert len(list(copies.iterdir())) == converted.COPIES
+    shutil.rmtree(copies)
+    monkeypatch.setattr(converted, "LARGEST", 1000)
+    models.load(tmp_path / "0.gguf")
+    assert not copies.exists()
+    monkeypatch.setattr(converted, "LARGEST", 1 << 30)
+    copies.parent.mkdir(exist_ok=True)
+    copies.write_text("a file where the folder should be")
+    models.load(tmp_path / "0.gguf")
+
+
 def test_an_engine_runs_a_gguf_file(tmp_path):
     gguf_files.write(build(), tmp_path / "m.gguf", Kind.Q8_0)
     with Engine.load(tmp_path / "m.gguf", dtype="float32") as engine:  # the gate passes
@@ -83,7 +137,7 @@ def test_an_engine_runs_a_gguf_file(tmp_path):
     assert 1 <= len(found.token_ids) <= 4
 
 
-def test_what_can_not_be_read_is_said_in_one_line(tmp_path, monkeypatch):
+def test_what_can_not_be_read_is_said_in_one_line(copies, tmp_path, monkeypatch):
     gguf_files.write(build(), tmp_path / "strange.gguf", architecture="strange")
     with pytest.raises(ModelError, match="can't read the config of .*strange.gguf: .*strange.* not supported"):
         models.load(tmp_path / "strange.gguf")
@@ -152,6 +206,16 @@ def test_a_base_and_its_adapters_never_share_a_record(base, tmp_path):
         with Engine.load(base, adapter=given, store=tmp_path / "store") as engine:
             used.append(engine.generate(graph, "block", max_tokens=1).usage.reused_tokens.get("disk", 0))
     assert used[:2] == [0, 0] and used[2] == used[3] > 0
+
+
+def test_a_copy_holds_the_adapter_too(copies, base, tmp_path, monkeypatch):
+    file, folder = base.parent / "m.gguf", adapter(base, tmp_path / "adapter")
+    plain, first = models.load(file), models.load(file, adapter=folder)
+    assert len(list(copies.iterdir())) == 2
+    monkeypatch.setattr(reading, "load_weights", None)
+    again = models.load(file, adapter=folder)
+    assert torch.equal(logits(again), logits(first)) and not torch.equal(logits(first), logits(plain))
+    assert again.fingerprint == first.fingerprint and torch.equal(logits(models.load(file)), logits(plain))
 
 
 def test_a_folder_that_is_only_an_adapter_names_its_base(base, tmp_path):

@@ -79,7 +79,6 @@ def test_thoughts_go_to_the_template(server):
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, "tool_calls"),
         ({"function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
         ({"audio": {"id": "a"}}, "audio"),
     ],
@@ -87,7 +86,7 @@ def test_thoughts_go_to_the_template(server):
 def test_history_that_would_change_the_answer_is_refused(server, message, param):
     told = chat(server, 400, messages=[USER, ANSWER | message, USER])
     assert (told["param"], told["code"]) == (f"messages.1.{param}", "unsupported_parameter")
-    assert told["message"] == f"messages.1.{param} isn't supported"
+    assert told["message"].startswith(f"messages.1.{param} isn't supported")
 
 
 def test_a_developer_is_the_system_to_a_template_without_one(server):
@@ -157,7 +156,6 @@ def test_what_asks_for_nothing_is_taken(server, fields):
         {"suffix": "end"},
         {"echo": True},
         {"add_special_tokens": True},
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"use_beam_search": True},
         {"best_of": 3},
     ],
@@ -214,7 +212,7 @@ def test_unknown_fields_may_be_refused(model):
         ({"documents": [{"data": {"text": "x"}}]}, "documents.0.text", "missing_required_parameter", "is missing"),
         ({"documents": [{"segment": "s", "text": "x"}]}, "documents.0.text", "unknown_parameter", "is not a known field"),
         ({"kvgraph": {"edges": [[0]]}}, "kvgraph.edges.0.1", "missing_required_parameter", "is missing"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tools isn't supported"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "missing_required_parameter", "is missing"),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -415,7 +415,7 @@ def test_models(client):
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None, ""),
         ({"logit_bias": {"1": 200}}, "logit_bias.1", "less than or equal to 100"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None, "tools isn't supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "has no place for tools"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"extra_body": {"kvgraph": {"method": "magic"}}}, None, "there is no method 'magic'"),
         ({"extra_body": {"kvgraph": {"depth": 2}}}, None, "neither an option nor a field of full"),

@@ -80,8 +80,8 @@ async def _worked(call: Call, name: str | None, work: Any, *arguments: Any) -> A
 
 def _tokenized(server: Server, body: TokenizeRequest) -> Tokenized:
     if body.messages is not None:
-        graph = prompts.chat_graph(server, body.messages, body)
-        tokens = [int(token) for piece in (*graph.prefix, graph.query) for token in piece]
+        prompt = prompts.chat_prompt(server, body.messages, body)
+        tokens = [token for piece in (*prompt.prefix, prompt.query) for token in server.engine.tokenize(piece)]
     elif body.add_special_tokens:
         tokens = prompts.with_bos(server, server.engine.tokenize(body.prompt or ""))
     else:
