@@ -1,8 +1,10 @@
-"""What every codec saves and costs: bytes, time, logits, and answers of the shipped model about an invented world.
+"""The savings and costs of every codec and of every share of tokens kept: bytes, time, logits, and the shipped model's
+answers about a synthetic world.
 
-Sizes and times are of a random 124 M model's documents in bfloat16, in files on this machine's disk; a figure of load
-covers reading, checking and unpacking a record whose file is in the page cache. Logits and answers are of the world model
-in float32, by `block` on worlds it wasn't trained on; the likelihood is of the right answer's tokens.
+Sizes and times are for documents of a random 124 M model in bfloat16, in files on this machine's disk. Load times cover
+reading, checking and unpacking a record whose file is in the page cache. Logits and answers are those of the world model in
+float32 with `block`, on worlds it wasn't trained on. The likelihood is that of the right answer's tokens. A selection keeps
+whole numbers of fewer tokens; its "pack" is the choice of these tokens, by random queries.
 """
 
 from __future__ import annotations
@@ -17,19 +19,25 @@ from benchmarks.common import SMALL, LlamaConfig, LlamaForCausalLM, arguments, i
 from kvgraph import ContextGraph, Engine, SamplingParams, demo, models
 from kvgraph.store.codecs.registry import packed, parse
 from kvgraph.store.disk import DiskStore
+from kvgraph.store.selection.base import selected
+from kvgraph.store.selection.registry import SELECTIONS, parse_selection
 from kvgraph.train.mixture import WorldSource
 
 SPECS = ("raw", "zstd", "fp8", "int8", "kivi", "kivi+zstd", "gear", "kivi:bits=2", "gear:bits=2")
+SELECTED = tuple(f"{name}:keep={keep}" for name in SELECTIONS for keep in (75, 50, 25))
 SEED = 20_261
 
 
 def sizes(spec: str, model: models.Model, records: list[Any], tokens: int, folder: str) -> dict[str, float]:
-    """Bytes of 1,000 tokens on disk and seconds of packing, writing and loading them."""
-    codec, store = parse(spec), DiskStore(folder, fingerprint=spec)
+    """Bytes of 1,000 tokens on disk, and the seconds for packing, writing and loading them."""
+    selection = parse_selection(spec) if spec in SELECTED else None
+    codec, store = parse("raw" if selection else spec), DiskStore(folder, fingerprint=spec)
     pack, load = [], []
+    heads = model.hf.config.num_attention_heads
+    queries = [torch.randn(heads, min(32, len(records[0])), layer.key_dim) for layer in model.layers]
     for record in records:
         started = time.perf_counter()
-        kept = record if spec == "raw" else packed(record, codec)
+        kept = selected(record, selection, queries) if selection else record if spec == "raw" else packed(record, codec)
         pack.append(time.perf_counter() - started)
         store.put(kept)
     size = sum(entry.size for entry in store.ls())
@@ -47,8 +55,9 @@ def sizes(spec: str, model: models.Model, records: list[Any], tokens: int, folde
 
 
 def answers(spec: str, world: models.Model, source: WorldSource, corpora: int) -> tuple[float, float, torch.Tensor]:
-    """Mean negative log-likelihood of an answer's token, accuracy, and the logits after every query."""
-    with Engine(world, kv_budget=1 << 30, codec=spec) as engine:
+    """The mean negative log-likelihood of an answer's tokens, the accuracy, and the logits after every query."""
+    option = {"select": spec} if spec in SELECTED else {"codec": spec}
+    with Engine(world, kv_budget=1 << 30, **option) as engine:
         requests, queries = [], []
         for number in range(corpora):
             example = source[number]
@@ -66,13 +75,13 @@ def answers(spec: str, world: models.Model, source: WorldSource, corpora: int) -
 
 
 def main() -> None:
-    args = arguments(__doc__, documents=6, length=500, corpora=24)
+    args = arguments(__doc__, documents=6, length=500, corpora=24, model="")
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     model = models.wrap(LlamaForCausalLM(LlamaConfig(**SMALL)).eval())
     torch.set_default_dtype(default)
-    world = models.load(str(demo.model()), dtype="float32")
+    world = models.load(args.model or str(demo.model()), dtype="float32")
     source = WorldSource("hops", world.tokenizer, SEED, held_out=True)
     with Engine(model, kv_budget=1 << 31) as engine:
         graph = ContextGraph([ids(args.length, i) for i in range(args.documents)], query=[5])
@@ -80,21 +89,24 @@ def main() -> None:
         keys = [key for key in engine.keys(engine.plan(graph, "block")) if key is not None]
         records = [engine.scheduler.memory.pooled(key) for key in keys]
     rows, exact = [], None
-    for spec in SPECS:
+    for spec in (*SPECS, *SELECTED):
         with tempfile.TemporaryDirectory() as folder:
-            row: dict[str, Any] = {"codec": spec, **sizes(spec, model, records, args.documents * args.length, folder)}
+            row: dict[str, Any] = {
+                "codec or selection": spec,
+                **sizes(spec, model, records, args.documents * args.length, folder),
+            }
         nll, right, logits = answers(spec, world, source, args.corpora)
         exact = logits if exact is None else exact
         row["logit error"] = float(((logits - exact).abs().amax(1) / exact.std(1)).median())
         rows.append(row | {"answer NLL": nll, "accuracy %": 100 * right})
-    by = {row["codec"]: row for row in rows}
+    by = {row["codec or selection"]: row for row in rows}
     goals = {
         "kivi is smaller than bf16": (by["kivi"]["smaller"], "3.5 or more"),
-        "points kivi costs": (by["raw"]["accuracy %"] - by["kivi"]["accuracy %"], "1 at most"),
+        "points lost by kivi": (by["raw"]["accuracy %"] - by["kivi"]["accuracy %"], "1 at most"),
         "kivi:bits=2 is smaller than bf16": (by["kivi:bits=2"]["smaller"], "6 or more"),
-        "gear's logit error, of kivi's": (by["gear"]["logit error"] / by["kivi"]["logit error"], "below 1"),
+        "gear's logit error / kivi's": (by["gear"]["logit error"] / by["kivi"]["logit error"], "below 1"),
     }
-    report(f"Codecs; {len(logits)} questions", rows, args, goals)
+    report(f"Codecs and selections; {len(logits)} questions", rows, args, goals)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the model under test, medians of interleaved sides, a table and a JSON file."""
+"""Shared by all benchmarks: the model under test, medians of interleaved sides, a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def hf_model(device: str = "cpu") -> Any:
 
 
 def engine_on(hf: Any, **options: Any) -> Engine:
-    """An engine on the same weights (not a copy), in a module of its own: the other side's stays as Hugging Face made it."""
+    """An engine on the same weights, not a copy, in a module of its own: the other side's module stays unchanged."""
     config = copy.deepcopy(hf.config)
     with torch.device("meta"):
         twin = LlamaForCausalLM(config)
@@ -86,7 +86,7 @@ def sync(device: str) -> None:
 
 
 def interleaved(sides: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of every side, `repeats` times in turn after one warm-up each, so that a drifting machine hits all alike."""
+    """Seconds of every side: `repeats` runs in turn, after one warm-up each, so that a drifting machine affects all sides alike."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(repeats + 1):
         for name, run in sides.items():
@@ -106,7 +106,7 @@ def median(values: list[float]) -> float:
 def report(
     title: str, rows: list[dict[str, Any]], args: argparse.Namespace, goals: dict[str, tuple[float, str]] | None = None
 ) -> None:
-    """Print rows as an aligned table, and figures against their goals; write both, with the environment, as JSON."""
+    """Print rows as an aligned table, and figures with their goals; write both, with the environment, as JSON."""
     table = Table(title=title, title_justify="left")
     columns = list(dict.fromkeys(k for row in rows for k in row))
     for column in columns:
@@ -129,7 +129,7 @@ def report(
 
 
 def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
+    """The processor's name, if the system provides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -138,7 +138,7 @@ def cpu_name() -> str:
 
 
 def text(value: Any) -> str:
-    """A number as a person wants to read it in a table."""
+    """A number as text for a table."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"

@@ -15,7 +15,7 @@ from kvgraph.engine.sampling import SamplingParams
 
 
 def decode_rate(engine: Engine, graphs: list[ContextGraph], new: int, device: str) -> tuple[float, int]:
-    """Tokens a second of all requests together once every first token is there, and the peak KV bytes (capacity)."""
+    """Tokens per second of all requests together after every first token, and the peak KV bytes (capacity)."""
     engine.scheduler.peak_bytes = 0
     params = SamplingParams(max_tokens=new, ignore_eos=True)
     requests = [engine.submit(engine.plan(g, "block"), params) for g in graphs]
@@ -33,7 +33,8 @@ def decode_rate(engine: Engine, graphs: list[ContextGraph], new: int, device: st
 
 @torch.inference_mode()
 def hf_rate(hf: Any, context: list[int], cache: DynamicCache, query: list[int], new: int, device: str) -> float:
-    """Decode rate of HF generate over the same context, already in its cache: time of `new` tokens minus time of one."""
+    """The decode rate of HF generate over the same context, which is already in its cache: the time of `new` tokens minus that
+    of one."""
     tokens = torch.tensor([[*context, *query]], device=hf.device)
 
     def run(n: int) -> float:

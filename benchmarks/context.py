@@ -1,7 +1,7 @@
 """TTFT as the context grows from 1k to 32k tokens, kvgraph warm against full prefill: a table, a plot, and peak memory.
 
-The sides run one after the other at each size; above 8k tokens full prefill runs once. Scratch is the peak of memory in
-use beyond what was in use before, KV that stays not counted.
+The sides run one after the other at each size; above 8k tokens full prefill runs once. Scratch is the peak of memory use
+above its level before the run, without the KV that is kept.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def measured(run: Callable[[], Any], repeats: int, device: str) -> tuple[float, float]:
-    """Median seconds of `repeats` runs (after a warm-up, if there are several) and the bytes they needed at their peak."""
+    """The median seconds of `repeats` runs (after a warm-up, if there are several), and their peak bytes."""
     before = reset_peak(device)
     if repeats > 1:
         seconds = median(interleaved({"run": run}, repeats, device)["run"])
@@ -65,11 +65,11 @@ def measured(run: Callable[[], Any], repeats: int, device: str) -> tuple[float, 
 
 
 def reset_peak(device: str) -> int:
-    """Forget the peak so far; returns the bytes in use now."""
+    """Reset the peak; returns the bytes in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide what a run needs
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps for later would hide the run's own
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 

@@ -1,4 +1,4 @@
-"""Evaluating questions over shared documents: requests batched through the scheduler against one by one, same answers."""
+"""Evaluation of questions over shared documents: requests batched by the scheduler, against one by one. Answers are equal."""
 
 from __future__ import annotations
 

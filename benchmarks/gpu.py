@@ -3,9 +3,9 @@
     python -m benchmarks.gpu --json gpu.json                  # everything, under 8 minutes on an H100
     python -m benchmarks.gpu --only limits,correct,ttft       # parts
 
-Each part writes its figures to the JSON file as soon as it has them, so a run that is cut short still counts. A part that
-fails is recorded with its error, and the others go on. Beside each figure stands its limit: the bytes that must move over
-the copy rate measured in this run, or the operations over the matrix rate measured in this run.
+Each part writes its figures to the JSON file at once, so an interrupted run still has results. A part that fails is recorded
+with its error, and the others continue. Each figure is given with its limit: the bytes to move divided by the copy rate
+measured in this run, or the operations divided by the matrix rate measured in this run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Figures = dict[str, Any]
 
 
 class Bench:
-    """The models and limits that parts share; each is made when a part first asks for it."""
+    """The models and limits that parts share; each is made on first use."""
 
     def __init__(self, quick: bool):
         self.quick = quick
@@ -85,7 +85,7 @@ def timed(run: Callable[[], Any], repeats: int) -> float:
 
 
 def weight_bytes(hf: Any) -> int:
-    """Bytes of weights that one forward reads: all but the embedding, of which it reads a few rows."""
+    """Bytes of weights that one forward reads: all except the embedding, of which it reads only a few rows."""
     embedding = hf.get_input_embeddings().weight
     tied = hf.get_output_embeddings().weight is embedding
     total = sum(p.numel() * p.element_size() for p in hf.parameters())
@@ -93,13 +93,13 @@ def weight_bytes(hf: Any) -> int:
 
 
 def flops_per_token(hf: Any) -> int:
-    """Multiply-adds of the layers' matrices, times two; without the output head, which encoding doesn't run."""
+    """Twice the multiply-adds of the layers' matrices, without the output head, which encoding doesn't run."""
     return 2 * sum(p.numel() for p in hf.model.layers.parameters())
 
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    """Steps of any size run kernel by kernel inside."""
+    """A block in which steps of any size run kernel by kernel, without CUDA graphs."""
     before, runner.GRAPH_TOKENS = runner.GRAPH_TOKENS, 0
     try:
         yield
@@ -108,7 +108,7 @@ def without_graphs() -> Iterator[None]:
 
 
 def profile(run: Callable[[], Any], rows: int = 14) -> list[str]:
-    """Where the device time of `run` goes: kernels by their total time, and the host's share."""
+    """A profile of `run`: kernels by their total time, and the host's share."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -132,7 +132,7 @@ def profile(run: Callable[[], Any], rows: int = 14) -> list[str]:
 
 
 def limits(bench: Bench) -> Figures:
-    """What the card does at best: bf16 matrix products, and copies."""
+    """The card's best rates: bf16 matrix products, and copies."""
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     product = timed(lambda: [a @ b for _ in range(10)], 5) / 10
     source = torch.randn(1 << 30, device=DEVICE, dtype=torch.bfloat16)
@@ -163,7 +163,7 @@ def limits(bench: Bench) -> Figures:
 
 
 def correct(bench: Bench) -> Figures:
-    """The engine against its dense form by transformers' own attention, in bf16, and whether a step waits for the card."""
+    """The engine against the dense form with transformers' own attention, in bf16, and whether a step waits for the card."""
     return against_dense(torch.bfloat16)
 
 
@@ -173,7 +173,7 @@ def dtypes(bench: Bench) -> Figures:
 
 
 def against_dense(dtype: torch.dtype) -> Figures:
-    """Largest difference of next-token logits from a dense forward, in standard deviations of those; cold and warm."""
+    """The largest difference of next-token logits from a dense forward, in standard deviations of the latter; cold and warm."""
     graph = ContextGraph([ids(n, n, 4096) for n in (57, 130, 33, 200)], query=ids(11, 1, 4096), prefix=ids(9, 2, 4096))
     edges = ContextGraph(graph.segments, graph.query, graph.prefix, all_pairs(4))
     line = ContextGraph(graph.segments, graph.query, graph.prefix, chain(4))
@@ -232,7 +232,7 @@ def waits(engine: Engine, plans: dict[str, Any]) -> int:
 
 
 def ttft(bench: Bench) -> Figures:
-    """32 documents x 1,000 tokens, a question of 50: full prefill by Hugging Face, kvgraph with the KV on the device."""
+    """32 documents x 1,000 tokens and a question of 50: full prefill by Hugging Face, and kvgraph with the KV on the device."""
     hf, vocab = bench.hf(), LARGE["vocab_size"]
     graph = ContextGraph([ids(LENGTH, i, vocab) for i in range(DOCUMENTS)], query=ids(QUERY, 999, vocab))
     flat = torch.tensor([[t for s in graph.segments for t in s] + list(graph.query)], device=DEVICE)
@@ -275,7 +275,7 @@ def ttft(bench: Bench) -> Figures:
 
 
 def decode(bench: Bench) -> Figures:
-    """Tokens a second at 32k context: one row, and 16 rows on the same documents."""
+    """Tokens per second at 32k context: one row, and 16 rows on the same documents."""
     vocab, found = LARGE["vocab_size"], {}
     segments = [ids(LENGTH, i, vocab) for i in range(DOCUMENTS)]
     engine = bench.engine()
@@ -316,7 +316,7 @@ def sampling(tokens: int) -> Any:
 
 
 def encode(bench: Bench) -> Figures:
-    """Encoding documents of 500 tokens, against the rate of dense matrix products."""
+    """Encoding documents of 500 tokens, compared with the rate of dense matrix products."""
     count, hf, vocab = (64 if bench.quick else 256), bench.hf(), LARGE["vocab_size"]
     engine = bench.engine()
     engine.encode(ContextGraph([ids(500, 7000 + i, vocab) for i in range(16)]), "block")
@@ -362,7 +362,7 @@ def tiers(bench: Bench) -> Figures:
 
 
 def cold(model: Any, graph: ContextGraph, method: Any) -> float:
-    """Seconds to the first token of a plan, nothing of which is stored; the better of two runs after a warm-up."""
+    """Seconds to the first token of a plan with nothing stored; the better of two runs after a warm-up."""
     times = []
     for _ in range(3):
         engine = Engine(model, kv_budget=20 << 30)
@@ -375,13 +375,13 @@ def cold(model: Any, graph: ContextGraph, method: Any) -> float:
 
 
 def flat(tokens: int) -> ContextGraph:
-    """A plain prompt of so many tokens."""
+    """A plain prompt of a given number of tokens."""
     vocab = LARGE["vocab_size"]
     return ContextGraph([], query=ids(9, 5, vocab), prefix=[ids(tokens - 9, 3, vocab)])
 
 
 def levels(bench: Bench) -> Figures:
-    """Cold rounds of graph-kv over 200 chunks of 100 tokens against one flat prefill of as many tokens (1B shape)."""
+    """Cold rounds of graph-kv over 200 chunks of 100 tokens, against one flat prefill of the same number of tokens (1B shape)."""
     model, vocab, method = bench.engine("1B").model, LARGE["vocab_size"], methods.get("graph-kv", rounds=2)
     edges = [(a, b) for b in range(200) for a in range(max(0, b - 2), b)]
     graph = ContextGraph([ids(100, i, vocab) for i in range(200)], ids(9, 5, vocab), edges=edges)
@@ -391,7 +391,7 @@ def levels(bench: Bench) -> Figures:
 
 
 def messages(bench: Bench) -> Figures:
-    """Cold chats of many short messages against one message of as many tokens (1B shape)."""
+    """Cold chats of many short messages, against one message with the same number of tokens (1B shape)."""
     model, vocab, found = bench.engine("1B").model, LARGE["vocab_size"], {}
     for count, length in ((41, 22), (301, 10)) if bench.quick else ((41, 22), (1001, 10)):
         chat = ContextGraph([], query=ids(9, 5, vocab), prefix=[ids(length, i, vocab) for i in range(count)])
@@ -401,7 +401,7 @@ def messages(bench: Bench) -> Figures:
 
 
 def hugging_face(bench: Bench) -> Figures:
-    """Hugging Face's decoding at 32k context, with a dynamic cache."""
+    """Decoding by Hugging Face at 32k context, with a dynamic cache."""
     hf, vocab = bench.hf(), LARGE["vocab_size"]
     cache, times = DynamicCache(), []
     with torch.inference_mode():

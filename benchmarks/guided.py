@@ -1,4 +1,4 @@
-"""16 requests that decode together, free and kept to a JSON schema: tokens a second of all of them."""
+"""16 requests that decode together, without constraint and constrained to a JSON schema: tokens per second of all of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCHEMA = {  # with no end before a request's last token
 
 
 def tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Bytes and merges learnt from numbers in words and figures, with as many ids as the model has rows."""
+    """A tokenizer of bytes, and merges learnt from numbers in words and digits, with as many ids as the model has rows."""
     made = tokenizers.Tokenizer(kinds.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 
 def rate(engine: Engine, graphs: list[ContextGraph], params: SamplingParams, device: str) -> float:
-    """Tokens a second of all requests together, once every first token is there."""
+    """Tokens per second of all requests together, after every first token."""
     requests = [engine.submit(engine.plan(graph, "block"), params) for graph in graphs]
     while not all(request.token_ids for request in requests):
         engine.step()

@@ -1,7 +1,7 @@
-"""How far logits move in bf16 and fp16: composed, and by a plain forward, both against a float32 forward.
+"""How far logits move in bf16 and fp16: composed, and in a plain forward, both compared with a float32 forward.
 
-One tiny random model a family; the difference of next-token logits in standard deviations, worst over the gate's cases.
-The composed column should look like the plain one: 16-bit rounding of the model itself, in another order.
+There is one tiny random model per family. The difference of next-token logits is given in standard deviations, the largest over
+the gate's cases. The composed column should be like the plain one: it is the same 16-bit rounding in another order.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What methods cost a real model on real questions, as it comes and with the adapter that ships with kvgraph.
+"""The quality cost of methods for a real model on real questions, without and with the adapter that ships with kvgraph.
 
     python -m benchmarks.quality SHARED_DATA --items 24 --rows quality.rows.jsonl --json benchmarks/results/quality.json
 
-Each item is asked by every method: the answer's negative log-likelihood (nats a token), whether the generated answer contains
-a right one (substring EM), the tokens of its encoded documents, and, once these are encoded, the tokens that a question
-computes and the time to its first token. All methods of an item share one engine, nothing is kept between items.
-Nothing that the adapter was trained on is asked: of the multi-hop training samples only the twelfth that its data held out.
-A run that was stopped goes on where it was (--rows).
+Each item is asked by every method. Recorded are the answer's negative log-likelihood (nats per token), whether the generated
+answer contains a right one (substring EM), the tokens of the item's encoded documents, and, once these are encoded, the tokens
+that a question computes and the time to its first token. All methods of an item share one engine; nothing is kept between
+items. The adapter wasn't trained on any of the questions: of the multi-hop training samples, only the twelfth that its data
+held out is used. An interrupted run resumes (--rows).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from kvgraph.progress import Progress
 from runs.smollm2_data import asked, is_held_out, names, over_stories
 
 NQ = "nq/nq-open-10_total_documents_gold_at_{}.jsonl.gz"
-WAYS = {  # what a row is called: (method, edges)
+WAYS = {  # the name of a row: (method, edges)
     "full": ("full", ""),
     "block": ("block", ""),
     "kvlink": (demo.KVLINK, ""),
@@ -65,7 +65,7 @@ class Asked(NamedTuple):
 
 
 def sets(data: Path, count: int) -> dict[str, list[Asked]]:
-    """Up to `count` items of every set, at random but always the same."""
+    """Up to `count` items of every set, drawn at random with a fixed seed."""
     multi_hop = {"hotpotqa": "hotpot_train_100", "2wikimultihopqa": "2wiki_train_500", "musique": "musique_train_100"}
     found = {
         f"nq, gold {place}": _items("nq", data / NQ.format(position))
@@ -104,7 +104,7 @@ def _stories(data: Path) -> Iterator[Asked]:
 
 
 def edges_of(spec: str, one: Asked) -> tuple[Edge, ...] | None:
-    """The edges that a row names. None where the documents have no links and the row asks for them."""
+    """The edges that a row names; None if the row asks for links and the documents have none."""
     item = one.item
     if spec not in ("links", "random"):
         return prompt.edges_of(item, spec) if spec else ()
@@ -151,7 +151,7 @@ def measured(engine: Engine, one: Asked, way: str) -> dict[str, Any] | None:
 
 
 def run(engines: dict[str, models.Model], found: dict[str, list[Asked]], rows: Path) -> list[dict[str, Any]]:
-    """Ask what isn't in `rows` yet. Items of all sets take turns, so that a run that is stopped has some of each."""
+    """Ask what isn't in `rows` yet. Items of all sets take turns, so that an interrupted run has some of each."""
     done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     known = {(row["set"], row["id"], row["state"], row["way"]) for row in done}
     longest = max(map(len, found.values()))
@@ -219,7 +219,7 @@ def main() -> None:
         "--rows", type=Path, default=Path("quality.rows.jsonl"), help="what was measured, one line each"
     )
     parser.add_argument("--json", type=Path, help="also write the table here")
-    parser.add_argument("--table-only", action="store_true", help="make the table of what there is")
+    parser.add_argument("--table-only", action="store_true", help="only make the table from existing rows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

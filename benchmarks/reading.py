@@ -1,8 +1,9 @@
-"""Decoding while another request reads its documents cold: from disk, from Redis, from an S3 server on this machine.
+"""Decoding while another request reads its documents cold: from disk, from Redis, or from an S3 server on this machine.
 
-16 requests decode; then a request comes whose documents are in the store and in nobody's memory. The time between two
-tokens of the 16, undisturbed and while it reads, and that request's time to first token. Its records hold random numbers:
-what they say doesn't matter to who waits for them. A store without Redis's or moto's server is left out.
+16 requests decode. Then a request arrives whose documents are in the store but not in memory. Measured are the time between
+two tokens of the 16, undisturbed and during the read, and the new request's time to first token. The records hold random
+numbers, since their values don't affect the timing. Stores whose server (Redis, moto) isn't installed are left out.
+Both servers run with a low priority, because elsewhere they would have a machine of their own.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def forget(folder: Path) -> None:
 
 @contextmanager
 def places(folder: Path) -> Iterator[dict[str, Any]]:
-    """Where records are read from, by name."""
+    """The stores that records are read from, by name."""
     found: dict[str, Any] = {"disk": folder / "kv"}
     servers: list[Any] = []
     try:
@@ -67,6 +68,8 @@ def places(folder: Path) -> Iterator[dict[str, Any]]:
             found["s3"] = "s3://bucket/kv?timeout=60"
         except (AssertionError, ImportError) as error:
             print(f"without S3: {error}")
+        for server in servers:
+            os.setpriority(os.PRIO_PROCESS, server.process.pid, 10)
         yield found
     finally:
         for server in servers:
@@ -74,7 +77,7 @@ def places(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def between(engine: Engine, until: Any, least: int = 0) -> list[float]:
-    """Seconds of steps until something is so, and at least so many."""
+    """Seconds of each step until a condition holds, and at least a given number of them."""
     times: list[float] = []
     while not until() or len(times) < least:
         started = time.perf_counter()

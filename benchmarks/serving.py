@@ -1,4 +1,4 @@
-"""Many streaming clients of one server over a shared corpus, some of which leave early; then the same, one at a time."""
+"""Many streaming clients of one server over a shared corpus, some of which leave early; then one client at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ READY = 120.0  # seconds a server may take to load its model and pass its gate
 
 @dataclass(frozen=True)
 class Ask:
-    """A question over documents of the corpus, by number, with a method; `tokens` long, whatever comes."""
+    """A question over documents of the corpus, given by number, with a method. The answer always has `tokens` tokens."""
 
     documents: tuple[int, ...]
     method: str
@@ -42,7 +42,7 @@ class Ask:
     tokens: int
 
     def body(self) -> dict[str, Any]:
-        """The JSON of a streamed completion; logprobs=0 makes each chunk list its tokens, whether or not they have text."""
+        """The JSON of a streamed completion. logprobs=0 makes each chunk list its tokens, even those without text."""
         return {
             "model": "model",
             "prompt": self.question,
@@ -56,7 +56,7 @@ class Ask:
         }
 
     def answer(self, engine: Engine) -> Result:
-        """What an engine answers, without any server, with the two likeliest tokens of every step."""
+        """The engine's answer, without a server, with the two likeliest tokens of every step."""
         names = [f"doc {i}" for i in range(len(self.documents))]
         segments = [f"{CORPUS[i]}\n\n" for i in self.documents]
         graph = ContextGraph(segments, self.question, edges=named_edges(self.edges, names))
@@ -65,10 +65,10 @@ class Ask:
 
 @dataclass
 class Served:
-    """How a request went for its client. Times are seconds on one clock, `arrivals` those of its tokens.
+    """A request as its client saw it. Times are seconds on one clock; `arrivals` are those of its tokens.
 
-    end: finished; left (the client did); refused (an HTTP status that is an error); error (an event that says so, in a
-    stream); closed (the connection, before the stream's end).
+    end: finished; left (by the client); refused (with an HTTP error status); error (an error event in the stream); closed
+    (the connection closed before the stream's end).
     """
 
     ask: Ask
@@ -80,7 +80,7 @@ class Served:
 
 
 def asks(count: int, seed: int = 0, tokens: tuple[int, int] = (16, 48)) -> list[Ask]:
-    """Different questions over three of the corpus' documents each, in the corpus' order."""
+    """Different questions over three documents of the corpus each, in the corpus' order."""
     rng = random.Random(seed)
     made = []
     for i in range(count):
@@ -100,9 +100,9 @@ async def load(
     seed: int = 0,
     served: list[Served] | None = None,
 ) -> list[Served]:
-    """So many clients for so long, each asking one thing after the other; a refused or broken connection ends a client.
+    """Run `clients` clients for `seconds`, each with one request after the other. A refused or broken connection ends a client.
 
-    served: a list to fill, for those who want to see how it goes; it is also what is returned.
+    served: a list to fill, to watch the progress; it is also returned.
     """
     rng = random.Random(seed)
     served = [] if served is None else served
@@ -126,7 +126,7 @@ async def load(
 
 
 async def _stream(client: httpx.AsyncClient, served: Served, most: int | None) -> None:
-    """Ask once, and note what comes; the client leaves after `most` events."""
+    """Send one request and record its events; the client leaves after `most` events."""
     async with client.stream("POST", "/v1/completions", json=served.ask.body()) as response:
         if response.status_code != 200:
             served.end, served.detail = "refused", f"{response.status_code} {(await response.aread()).decode()}"
@@ -138,13 +138,13 @@ async def _stream(client: httpx.AsyncClient, served: Served, most: int | None) -
                 return
             if line == "data: [DONE]":
                 served.end = "finished"
-            elif line:
+            elif line.startswith("data: "):  # a comment is a sign of life
                 seen += 1
                 _take(served, json.loads(line.removeprefix("data: ")))
 
 
 def _take(served: Served, event: dict[str, Any]) -> None:
-    """Note what an event brings."""
+    """Record an event."""
     if "error" in event:
         served.end, served.detail = "error", event["error"]["message"]
         return
@@ -154,7 +154,7 @@ def _take(served: Served, event: dict[str, Any]) -> None:
 
 
 def figures(side: str, served: Sequence[Served], seconds: float) -> dict[str, Any]:
-    """A row of the table: throughput, and how long clients wait for the first and between other tokens."""
+    """A row of the table: throughput, the wait for the first token, and the time between further tokens."""
     first = [s.arrivals[0] - s.started for s in served if s.arrivals]
     between = [b - a for s in served for a, b in zip(s.arrivals, s.arrivals[1:], strict=False)]
     return {

@@ -54,7 +54,7 @@ GPU = [  # (what, part, figure, goal)
 
 
 def gpu() -> list[str]:
-    """The figures of one GPU, before the kernels and CUDA graphs of `kvgraph.attention.cuda` and after."""
+    """The figures of one GPU, before and after the kernels and CUDA graphs of `kvgraph.attention.cuda`."""
     before, after = (json.loads((HERE / f"results/{name}.json").read_text()) for name in ("gpu-before", "gpu"))
     environment = after["environment"]
     lines = [

@@ -1,7 +1,8 @@
-"""Training steps on many questions about shared documents: packed on one layout of them, against one question a sequence.
+"""Training steps on many questions about shared documents: packed on one layout of the documents, against one question per
+sequence.
 
-Every side runs forward and backward over the same questions, and none has padding. The third side packs too, but every
-question brings its documents along, as an ordinary packer would. Losses and gradients are equal; the sides run in turn.
+Every side runs forward and backward over the same questions without padding. The third side packs too, but repeats the
+documents for every question, like an ordinary packer. Losses and gradients are equal; the sides run in turn.
 """
 
 from __future__ import annotations

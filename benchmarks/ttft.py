@@ -1,7 +1,7 @@
 """Time to first token of 10 documents x 400 tokens and a 30-token query: full prefill, the floor, kvgraph warm.
 
-floor: a Hugging Face forward of the query over an already composed contiguous cache. kvgraph is timed from token ids to
-the first token: plan, keys, look-up, composition, forward, sampling. From disk: each repetition is a new process.
+The floor is a Hugging Face forward of the query over an already composed contiguous cache. kvgraph is timed from token ids to
+the first token: plan, keys, look-up, composition, forward, sampling. From disk, each repetition is a new process.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def child(args: Any, graph: Any) -> None:
-    """A new process on a warm disk store: its first request over these documents, then the same from memory."""
+    """A new process on a warm disk store: the first request over these documents, then the same from memory."""
     hf = hf_model(args.device)
     engine = engine_on(hf, store=args.child)
     engine.generate(

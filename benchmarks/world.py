@@ -2,14 +2,14 @@
 
     python -m benchmarks.world MODEL [MODEL ...] --before BASE [BASE ...] --out benchmarks/results/world.json
 
-Several models are several seeds of one recipe; `--before` are the models that their mixed training began with. All are
-asked the same questions about corpora with held-out names, whichever the method and however a corpus is told
-(docs/reference/world.md), so every difference is paired.
+Several models are several seeds of one recipe. `--before` names the models that their mixed training started from. All
+models get the same questions about corpora with held-out names, with every method and every form of the corpus
+(docs/reference/world.md), so all differences are paired.
 
-Answers are judged without generating them: the documents and all questions about them are one packed forward, and an
-answer is right if each of its tokens, the full stop too, is the likeliest. That is when greedy decoding gives it. A sample
-of every case is asked again through the engine, as `kvgraph eval` does, and the command ends with an error if one of those
-answers is judged otherwise.
+Answers are judged without generating them. The documents and all questions about them are one packed forward, and an answer
+is right if each of its tokens, including the full stop, is the likeliest: then greedy decoding gives it. A sample of every
+case is asked again through the engine, as in `kvgraph eval`. If any of those answers is judged differently, the command ends
+with an error.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ from kvgraph.train.mixture import WorldSource, with_edges
 from kvgraph.train.pack import Packed, pack
 
 AFTER, BEFORE = "after", "before"
-SEED = 1_000_000  # of the corpora; training and its evaluation have others
-CORPORA = {HOPS: 140, CHUNKS: 110}  # enough for 500 questions of every type
+SEED = 1_000_000  # seed of the corpora; training and its evaluation use others
+CORPORA = {HOPS: 140, CHUNKS: 110}  # enough corpora for 500 questions of every type
 WORLDS = {
     HOPS: "hops,questions=16,types=1-hop+2-hop+3-hop+comparison+comparison",
     CHUNKS: "chunks,questions=12",
 }
 TOGETHER = 8  # corpora in one forward
-TIE = 1e-3  # logits closer than this may come in another order from the engine; such answers aren't compared
-CHECKED = 8  # questions of every case that are asked through the engine
+TIE = 1e-3  # logits closer than this may have another order in the engine; these answers aren't compared
+CHECKED = 8  # questions of every case that are also asked through the engine
 MARKS = "<!-- the world table -->", "<!-- end of the world table -->"  # in a model card
 
 
@@ -73,13 +73,13 @@ SPECS = {
     "graph-kv": "graph-kv",
     **{name: f"graph-kv:rounds={rounds}" for rounds, name in ROUNDS.items()},
     PCW: "pcw",
-    "epic, 2 tokens": "epic:k=2",  # documents are so short that its usual 16 would be all of them
+    "epic, 2 tokens": "epic:k=2",  # documents are so short that the usual 16 would be whole documents
     "prompt-cache": "prompt-cache",
     "ape": "ape",
     "cacheblend": "cacheblend",
 }
 TRAINED = ("full", "block", "kvlink, 4 links", "graph-kv")  # that the world's recipes train
-EDGES = {  # what graph-kv's edges are in chunks, by settings of the world
+EDGES = {  # the edges of graph-kv in chunks, as settings of the world
     "edges=reversed": "reversed edges",
     "edges=random": "random edges",
     "edges=wrong,share=0.5": "half of edges wrong",
@@ -87,7 +87,7 @@ EDGES = {  # what graph-kv's edges are in chunks, by settings of the world
     "edges=dropped,share=0.5": "half of edges dropped",
     "edges=dropped": "all edges dropped (pcw)",
 }
-TOLD = {  # what could be said in plain text instead
+TOLD = {  # substitutes for edges in plain text
     "prefix=id": "document ids in the text",
     "prefix=name": "names in the text",
     "order=sorted": "chunks sorted by document",
@@ -95,7 +95,7 @@ TOLD = {  # what could be said in plain text instead
 
 
 class Case(NamedTuple):
-    """A method on one kind of world, told in one way. row: its name in the table; settings: of the world."""
+    """A method on one kind of world in one form. row: its name in the table; settings: of the world."""
 
     kind: str
     row: str
@@ -104,12 +104,12 @@ class Case(NamedTuple):
 
     @property
     def order(self) -> str:
-        """Of chunks, which column of the table it is; what the edges sort was shuffled before."""
+        """For chunks, the column of the table. Corpora sorted by edges were shuffled before."""
         return KEPT if f"order={KEPT}" in self.settings else SHUFFLED
 
     @property
     def follows(self) -> bool:
-        """Whether it is counted how often the answer is what wrong edges say."""
+        """Whether to count how often the answer follows wrong edges."""
         return "edges=wrong" in self.settings
 
 
@@ -119,7 +119,7 @@ def cases() -> Iterator[Case]:
         if name != "kvlink, 1 link":
             yield Case(HOPS, name, spec)
     for name, spec in SPECS.items():
-        if name not in (PCW, *ROUNDS.values()):  # edges of chunks are one deep, so further rounds change nothing
+        if name not in (PCW, *ROUNDS.values()):  # edges of chunks have depth one, so further rounds change nothing
             yield from _both_orders(name, spec)
         if name == "graph-kv":
             for settings, what in EDGES.items():
@@ -138,8 +138,7 @@ def _both_orders(row: str, spec: str, settings: str = "") -> Iterator[Case]:
 
 
 class Wanted(NamedTuple):
-    """What is known of a question. follows: it isn't counted whether the answer is right, but whether it is the other one
-    that wrong edges say."""
+    """The facts about a question. follows: count whether the answer is the one that wrong edges give, not whether it is right."""
 
     kind: str
     corpus: str
@@ -148,8 +147,8 @@ class Wanted(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The questions of a case, those about one corpus in one example, in the order of `wanted`. packed: all of them laid
-    out, unless that depends on the model."""
+    """The questions of a case, with those about one corpus in one example, in the order of `wanted`. packed: all of them laid
+    out, unless the layout depends on the model."""
 
     method: Method
     examples: list[Example]
@@ -158,7 +157,7 @@ class Asked(NamedTuple):
 
 
 def asked(case: Case, tokens: Any, corpora: int) -> Asked:
-    """The questions of a case about so many corpora; `tokens` is the model's tokenizer."""
+    """The questions of a case about a number of corpora; `tokens` is the model's tokenizer."""
     method = methods.parse(case.spec)
     source = WorldSource(",".join(filter(None, (WORLDS[case.kind], case.settings))), tokens, SEED, held_out=True)
     examples, wanted = [], []
@@ -177,7 +176,7 @@ def asked(case: Case, tokens: Any, corpora: int) -> Asked:
 
 
 def laid_out(examples: Sequence[Example], chosen: Sequence[Method]) -> list[Packed]:
-    """The examples, each by a method of its own, several in a sequence."""
+    """The examples, each with its own method, packed several to a sequence."""
     items = list(zip(examples, chosen, strict=True))
     return [pack(items[i : i + TOGETHER], 1 << 30)[0] for i in range(0, len(items), TOGETHER)]
 
@@ -186,7 +185,7 @@ def laid_out(examples: Sequence[Example], chosen: Sequence[Method]) -> list[Pack
 
 
 class Learned(NamedTuple):
-    """A model under test: an engine on it, and the same as training sees it."""
+    """A model under test: an engine on it, and the same model as training sees it."""
 
     name: str
     engine: Engine
@@ -194,7 +193,7 @@ class Learned(NamedTuple):
 
 
 def load(folder: str) -> Learned:
-    """The model in a folder, in float32. Ends the program where there is none or it doesn't speak the world's language."""
+    """The model in a folder, in float32. Ends the program if there is none or it doesn't have the world's tokenizer."""
     try:
         model = models.load(folder, dtype="float32")
     except ModelError as error:
@@ -203,15 +202,15 @@ def load(folder: str) -> Learned:
         sys.exit(
             f"{folder} hasn't the world's tokenizer; train a model of the world first (docs/reference/training.md)"
         )
-    model.tuned_for = tuple(methods.METHODS)  # no warnings: how much worse untuned methods are is what is measured
+    model.tuned_for = tuple(methods.METHODS)  # no warnings: this measures how much worse untuned methods are
     return Learned(folder, Engine(model), models.trainable(model.hf))
 
 
 def answered(model: Learned, asked: Asked) -> list[float]:
-    """For each question by how much the answer leads: its logit - the best other one, of the token where that is least.
+    """The margin of each answer: its logit minus the best other one, for the token with the smallest difference.
 
-    Above 0 greedy decoding gives this answer, below 0 another. By a method that no mask expresses (ape) it is infinite: the engine alone can run it, and
-    doesn't tell more.
+    Above 0, greedy decoding gives this answer; below 0, another. For a method that no mask expresses (ape), the margin is
+    infinite with its sign: only the engine can run it, and it doesn't give the margin.
     """
     if not asked.method.trains_by_mask:
         return _through_engine(model, asked)
@@ -223,13 +222,13 @@ def answered(model: Learned, asked: Asked) -> list[float]:
 
 
 def _leads(model: Learned, packed: Packed) -> torch.Tensor:
-    """The logit of every token to be learned - the best other one."""
+    """For every token to learn, its logit minus the best other one."""
     found, targets = logits(model.trainable, packed), packed.targets[:, None]
     return (found.gather(1, targets) - found.scatter(1, targets, -math.inf).amax(1, keepdim=True)).squeeze(1)
 
 
 def _selecting(model: Learned, example: Example, method: Method) -> Method:
-    """The method itself or, if it asks the model which tokens to recompute, the one that knows: all questions share it."""
+    """The method itself or, if the model selects the tokens to recompute, the method with that selection, for all questions."""
     if not method.needs_probe:
         return method
     return method.selecting(deviations(model.engine.model, example.graph, 1 << 30)[0])
@@ -245,7 +244,7 @@ def _through_engine(model: Learned, asked: Asked) -> list[float]:
 
 
 def compared(model: Learned, asked: Asked, found: Sequence[float]) -> tuple[int, int]:
-    """Ask a sample through the engine, as `kvgraph eval` does: (answers compared, those that are judged otherwise).
+    """Ask a sample through the engine, as `kvgraph eval` does: (answers compared, answers judged differently).
 
     Ties aren't compared.
     """
@@ -265,7 +264,7 @@ def compared(model: Learned, asked: Asked, found: Sequence[float]) -> tuple[int,
 
 
 def cells(case: Case, stage: str, asked: Asked, found: Sequence[Sequence[float]]) -> Iterator[dict[str, Any]]:
-    """A cell a type of question, as JSON has it; `found` has the margins of every model."""
+    """A cell for each type of question, as JSON values; `found` has the margins of every model."""
     for kind in TYPES[case.kind]:
         rows = [i for i, row in enumerate(asked.wanted) if row.kind == kind and not row.follows]
         told = [i for i, row in enumerate(asked.wanted) if row.kind == kind and row.follows]
@@ -280,7 +279,7 @@ def cells(case: Case, stage: str, asked: Asked, found: Sequence[Sequence[float]]
 
 
 def _shares(found: Sequence[Sequence[float]], rows: Sequence[int]) -> list[float]:
-    """For each question the share of models that answer it right."""
+    """For each question, the share of models that answer it right."""
     return [sum(margins[i] > 0 for margins in found) / len(found) for i in rows]
 
 
@@ -295,7 +294,7 @@ def tables(found: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, str]]]]:
 
 
 def _rows(cells: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Lines of one table: the floors of guessing, then a line a row of the table."""
+    """Lines of one table: the floors of guessing, then a line for each row."""
     rows: dict[str, dict[str, str]] = {"guessing": {"% right": "guessing"}}
     for cell in cells:
         column = _column(cell)
@@ -308,7 +307,7 @@ def _rows(cells: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _column(cell: dict[str, Any]) -> str:
-    """ "pronoun, shuffled"; where there is no order just the type of question."""
+    """ "pronoun, shuffled"; only the type of question if there is no order."""
     order = {KEPT: "in order", SHUFFLED: "shuffled"}.get(cell["order"])
     return f"{cell['question']}, {order}" if order else str(cell["question"])
 
@@ -321,8 +320,8 @@ def _shown(cell: dict[str, Any]) -> str:
 
 
 def goals(found: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """What was wanted of the one model that ships, the first: {figure: (measured, goal)}. The lowest or the highest of
-    several cells is named."""
+    """The goals of the model that ships, which is the first: {figure: (measured, goal)}. Of several cells, the lowest or the
+    highest counts and is named."""
     after = [cell for cell in found if cell["stage"] == AFTER]
 
     def share(cell: dict[str, Any]) -> float:
@@ -357,8 +356,8 @@ def goals(found: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
 
 
 def measure(after: Sequence[str], before: Sequence[str], share: float = 1.0) -> dict[str, Any]:
-    """All cells for these model folders, with what was checked; with several also `alone`, the same of the first ones.
-    share: of the corpora, for a quick look.
+    """All cells for these model folders, with the results of the check; for several models also `alone`, the same for the first
+    ones. share: of the corpora, for a quick look.
 
     Ends the program with an error if the engine judges an answer otherwise.
     """
@@ -393,7 +392,7 @@ def measure(after: Sequence[str], before: Sequence[str], share: float = 1.0) -> 
 
 
 def markdown(found: dict[str, Any]) -> list[str]:
-    """What the numbers are, then the tables, as lines of Markdown."""
+    """A paragraph about the numbers, then the tables, as lines of Markdown."""
     lines = [explained(found)]
     for title, rows in tables(found):
         columns = list(rows[0])
@@ -403,7 +402,7 @@ def markdown(found: dict[str, Any]) -> list[str]:
 
 
 def explained(found: dict[str, Any]) -> str:
-    """What the numbers are, in one paragraph."""
+    """A paragraph about the numbers."""
     after = len(found["models"][AFTER])
     counts = [cell["n"] for cell in found["cells"]]
     sentences = [
@@ -422,7 +421,7 @@ def explained(found: dict[str, Any]) -> str:
 
 
 def write_card(folder: str | Path, found: dict[str, Any]) -> None:
-    """Put the tables between the marks of the model card in a model's folder; the rest of the card stays as it is."""
+    """Put the tables between the marks of the model card in a model's folder; the rest of the card is unchanged."""
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not all(text.count(mark) == 1 for mark in MARKS):
@@ -434,8 +433,10 @@ def write_card(folder: str | Path, found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of models of one recipe, one a seed")
-    parser.add_argument("--before", nargs="+", default=[], metavar="BASE", help="what their mixed training began with")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of models of one recipe, one per seed")
+    parser.add_argument(
+        "--before", nargs="+", default=[], metavar="BASE", help="the models that their mixed training started from"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write everything here, as JSON")
     parser.add_argument(
         "--card", action="store_true", help="put the tables of the first MODEL, alone, into its README.md"

@@ -1,4 +1,4 @@
-"""kvgraph: precompute the KV cache of every text segment once, and compose those caches along a graph.
+"""kvgraph: encode every text segment into a KV cache once, and compose those caches along a graph.
 
 The public names below are imported when first used, so that graphs, plans and stores work without loading a model library.
 """

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,6 +28,7 @@ import numpy as np
 from kvgraph.errors import PlanError
 
 KEY_FORMAT = b"kvgraph-key-1"
+SIZES = tuple(size.to_bytes(8, "little") for size in range(200))  # of a place's line, which has a key and four numbers
 
 
 class Place(NamedTuple):
@@ -118,8 +120,14 @@ class Plan:
     method: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        known: dict[int, Place] = {}
-        object.__setattr__(self, "spans", tuple(_checked(i, s, self.spans, known) for i, s in enumerate(self.spans)))
+        checked: list[Span] = []
+        before: tuple[Place, ...] = ()  # the places of the last cached span as they were given
+        for i, span in enumerate(self.spans):
+            same = len(before) if span.sees[: len(before)] == before else 0
+            places = checked[-1].sees if same else ()
+            checked.append(_checked(i, span, self.spans, places))
+            before = span.sees if span.cached and not span.groups and isinstance(span.sees, tuple) else ()
+        object.__setattr__(self, "spans", tuple(checked))
         if not self.spans:
             raise PlanError("a plan needs at least one span: the prompt span")
         if self.spans[-1].cached:
@@ -142,8 +150,9 @@ class Plan:
         positions relative to the span's first, its places with their own keys, as a multiset, and its groups.
         """
         keys: list[str | None] = []
+        lines = _Lines()
         for span in self.spans:
-            keys.append(_key(span, keys, fingerprint, salt) if span.cached else None)
+            keys.append(_key(span, lines.of(span, keys), fingerprint, salt) if span.cached else None)
         return keys
 
     def dense(self) -> Dense:
@@ -162,11 +171,11 @@ def pruned(spans: Sequence[Span], method: str = "") -> Plan:
     return Plan(tuple(kept), method)
 
 
-def _checked(index: int, span: Span, earlier: Sequence[Span], known: dict[int, Place]) -> Span:
+def _checked(index: int, span: Span, earlier: Sequence[Span], known: tuple[Place, ...]) -> Span:
     """The span with its places normalised (hi filled in); raises PlanError naming the span and the rule it breaks.
 
-    known: by its id, each place that a cached span of the plan gave, normalised. The spans of a long chain share their
-    places, so each is checked once, and one is the same object for all its readers.
+    known: the first of its places, normalised. Each span of a long chain sees what the one before it sees, so each place
+    is checked once, and is the same object for all its readers.
     """
     who = f"span {index}" + (f" ({span.name})" if span.name else "")
     if not span.tokens:
@@ -183,15 +192,8 @@ def _checked(index: int, span: Span, earlier: Sequence[Span], known: dict[int, P
     if not ascending:
         raise PlanError(f"{who}: positions must be strictly ascending")
     groups = tuple(_group(group, f"{who}: group {i}") for i, group in enumerate(span.groups, 1))
-    places = []
-    for given in span.sees:
-        place = known.get(id(given))
-        if place is None:
-            place = _checked_place(given, index, span, len(groups), earlier, who)
-            if isinstance(given, Place) and not place.group and earlier[place.span].cached:
-                known[id(given)] = place
-        places.append(place)
-    return replace(span, sees=tuple(places), groups=groups)
+    more = (_checked_place(given, index, span, len(groups), earlier, who) for given in span.sees[len(known) :])
+    return replace(span, sees=(*known, *more), groups=groups)
 
 
 def _checked_place(
@@ -243,8 +245,8 @@ def _integers(values: Sequence[int], what: str) -> Any:
     return values
 
 
-def _key(span: Span, keys: Sequence[str | None], fingerprint: str, salt: str) -> str:
-    start = span.start
+def _key(span: Span, places: bytes, fingerprint: str, salt: str) -> str:
+    """The key of a span. places: what `_Lines` gives for those that it sees."""
     h = hashlib.sha256()
 
     def add(data: bytes) -> None:  # length-prefixed, so that no two different inputs give the same bytes
@@ -258,14 +260,41 @@ def _key(span: Span, keys: Sequence[str | None], fingerprint: str, salt: str) ->
     if isinstance(span.positions, range) and span.positions.step == 1:
         add(b"range")
     else:
-        relative = np.asarray(span.positions, dtype="<i8") - start
+        relative = np.asarray(span.positions, dtype="<i8") - span.start
         add(b"range" if relative[-1] == len(span) - 1 else relative.tobytes())
-    seen = sorted([(keys[p.span] or "", p.at - start, p.lo, p.hi or 0, p.group) for p in span.sees])
-    lines = [(f"{c} {at} {lo} {hi} {g}" if g else f"{c} {at} {lo} {hi}").encode() for c, at, lo, hi, g in seen]
-    h.update(b"".join([len(line).to_bytes(8, "little") + line for line in lines]))  # what `add` does, at once
+    h.update(places)
     for weights in span.groups:  # 16 bytes, so it can't be taken for a place
         add(np.array(weights, dtype="<f8").tobytes())
     return h.hexdigest()
+
+
+class _Lines:
+    """The part of a key that its places are: a line for each, "key at lo hi group", sorted, each after its length.
+
+    Each span of a long chain sees all before it, so a chain's keys are made of a number of lines that grows with its
+    square. Here a line costs little: a span that sees what the one before it sees, and more, only adds to a sorted list.
+    """
+
+    def __init__(self) -> None:
+        self._sees: tuple[Place, ...] = ()  # of the span before
+        self._sorted: list[tuple[str, int, int, int, int]] = []  # (key, at, lo, hi, group)
+        self._written: list[tuple[bytes, int, bytes]] = []  # the same: what a line has before `at`, `at`, and after it
+
+    def of(self, span: Span, keys: Sequence[str | None]) -> bytes:
+        """The lines of a span's places. keys: of the spans before it."""
+        same = len(self._sees)
+        if span.sees[:same] != self._sees:
+            same, self._sorted, self._written = 0, [], []
+        self._sees, start = span.sees, span.start
+        for p in span.sees[same:]:
+            place = (keys[p.span] or "", p.at, p.lo, p.hi or 0, p.group)
+            index = bisect_left(self._sorted, place)
+            self._sorted.insert(index, place)
+            rest = " ".join(map(str, place[2:] if p.group else place[2:4]))
+            self._written.insert(index, (f"{place[0]} ".encode(), p.at, f" {rest}".encode()))
+        return b"".join(
+            [SIZES[len(line := b"%b%d%b" % (before, at - start, after))] + line for before, at, after in self._written]
+        )
 
 
 class Laid(NamedTuple):

@@ -1,4 +1,7 @@
-"""Sizes as people write them: the same on the command line, in the environment and in configuration files. Pure Python."""
+"""Sizes as people write them: the same on the command line, in the environment and in configuration files. Pure Python.
+
+pydantic's ByteSize isn't used: it takes 4G as 4 · 1000³, and the core works without pydantic.
+"""
 
 from __future__ import annotations
 

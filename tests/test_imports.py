@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "kvgraph"
 # Modules and packages directly under kvgraph/. Each may import what is in a line above its own, and itself.
 ORDER = (
     ("errors",),
-    ("progress", "registry", "units"),
+    ("places", "progress", "registry", "units"),
     ("graph",),
     ("edges",),
     ("plan",),
@@ -31,6 +31,7 @@ ORDER = (
     ("__init__",),
     ("train", "eval", "indexing"),
     ("server",),
+    ("integrations",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
@@ -38,6 +39,7 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 PURE = {
     "errors",
     "memo",
+    "places",
     "progress",
     "registry",
     "units",

@@ -9,7 +9,7 @@ Shapes: T tokens, H query heads, G key/value heads, R = H / G, D and Dv head siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -198,7 +198,10 @@ def tables(
             reader = np.repeat(np.arange(len(who)), np.diff(np.append(starts, len(pair))))
             inside = group[pair] > 0
             more[reader[inside], group[pair][inside] - 1] = scale[pair][inside] - 1
-    table = lambda found, width: np.array(found, dtype=np.int64).reshape(-1, width)  # noqa: E731
+
+    def table(found: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
+        return np.array(found, dtype=np.int64).reshape(-1, width)
+
     return Window(
         shifts, pairs, table(rows_of, 6), moves, table(small, 8), table(large, 8), merged, entries, more.astype(np.float32),
         slots, masks, sharp,
@@ -448,7 +451,10 @@ class CudaStep:
     @property
     def sizes(self) -> Sizes:
         """The capacities that this step needs."""
-        most = lambda measure: max(measure(t) for t in self.tables)  # noqa: E731
+
+        def most(measure: Callable[[Window], int]) -> int:
+            return max(measure(t) for t in self.tables)
+
         return Sizes(
             self.size, len(self.want), most(lambda t: len(t.shifts)), most(lambda t: len(t.pairs)),
             most(lambda t: len(t.blocks)), most(lambda t: len(t.small)), most(lambda t: len(t.large)),

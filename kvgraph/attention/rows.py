@@ -27,6 +27,11 @@ class View:
 
     __slots__ = ("at", "first", "hi", "last", "lo", "positions", "shown", "source", "weights")
 
+    @property
+    def whole(self) -> bool:
+        """Whether every token between lo and hi has its keys and values there."""
+        return isinstance(self.source, RowKV) or self.source.kept is None
+
     def __init__(
         self,
         source: Record | RowKV,
@@ -49,6 +54,9 @@ class View:
         self.positions = positions[lo:hi]  # as the source counts them: from its first token, or where it was gathered
         self.first = at + int(self.positions[0])
         self.last = at + int(self.positions[-1])
+        if isinstance(source, Record) and source.kept is not None:  # seen whole, from behind: see `Scheduler.check`
+            assert lo == 0 and hi == len(source) and not gaps, "a slice of a span of which some tokens were left out"
+            self.hi = source.held
 
 
 class RowKV:
@@ -78,6 +86,16 @@ class RowKV:
         self.keys, self.values = tuple(keys), tuple(values)
         self.positions = np.empty(capacity, dtype=np.int64)
         self.capacity, self.length, self.nbytes = capacity, 0, buffer.numel() * buffer.element_size()
+        self.window = 0  # of its last tokens, the queries are kept
+        self.queries: list[torch.Tensor] = []  # of every layer, [H, W, D] float32, scaled
+
+    def observe(self, layer: int, queries: torch.Tensor, scale: float) -> None:
+        """Keep the last queries of a step's new tokens [H, T, D], with those before them."""
+        latest = queries[:, -self.window :].float() * scale
+        if layer == len(self.queries):
+            self.queries.append(latest)
+        else:
+            self.queries[layer] = torch.cat([self.queries[layer], latest], 1)[:, -self.window :]
 
     def record(self, key: str) -> Record:
         """The finished KV as a record, without a copy. The row's first position must be 0 (its own frame)."""
@@ -117,9 +135,9 @@ def on_device(record: Record, device: torch.device) -> Record:
     if source.type == device.type:
         return record
     shapes = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(record.keys, record.values, strict=True)]
-    arrived = RowKV(shapes, len(record), record.keys[0].dtype, device)
+    arrived = RowKV(shapes, record.held, record.keys[0].dtype, device)
     if source.type == "cpu":
-        staging = RowKV(shapes, len(record), record.keys[0].dtype, source, pinned=torch.cuda.is_available())
+        staging = RowKV(shapes, record.held, record.keys[0].dtype, source, pinned=torch.cuda.is_available())
         for mine, theirs in zip((*staging.keys, *staging.values), (*record.keys, *record.values), strict=True):
             mine.copy_(theirs)
         arrived.buffer.copy_(staging.buffer, non_blocking=True)
@@ -143,7 +161,7 @@ def gathered(
     A chat of a thousand messages is then one span to attend to, not a thousand. Views in groups, with gaps, or whose
     positions aren't one after another stay. rotaries: of every layer. The copy costs one more rounding of 16-bit keys.
     """
-    plain = sorted((v for v in views if v.weights is None and v.shown is None), key=lambda v: v.first)
+    plain = sorted((v for v in views if v.weights is None and v.shown is None and v.whole), key=lambda v: v.first)
     total = sum(v.hi - v.lo for v in plain)
     if len(plain) < MANY or total > SHORT * len(plain) or any(a.last >= b.first for a, b in pairwise(plain)):
         return views

@@ -107,6 +107,8 @@ class Step:
             n = row.kv.length
             row.kv.keys[layer][:, n : n + here.stop - here.start] = k[:, here]
             row.kv.values[layer][:, n : n + here.stop - here.start] = v[:, here]
+            if row.kv.window:
+                row.kv.observe(layer, q[:, here], scale)
         parts = self._parts[self.layers[layer].window]
         inside, keys = self._in_chains(layer, q, k)
         out, lse = self.backend(inside, [seen.of(layer, (keys, v)) for seen in parts.primary], scale, softcap)

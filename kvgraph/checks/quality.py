@@ -1,10 +1,10 @@
-"""What a method costs a model: how likely given answers are under it and under `full`, on identical tokens."""
+"""What a method, and a codec, cost a model: how likely given answers are with them and without, on identical tokens."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,18 @@ Score = Callable[[ContextGraph, Text, str | Method], Tensor]
 
 @dataclass(frozen=True)
 class Quality:
-    """Mean negative log-likelihood (nats a token) of given answers under a method and under `full`."""
+    """Mean negative log-likelihood (nats a token) of given answers under a method and under `full`.
+
+    codec_nll: under the method, where a codec has packed what is read; None if none was asked for.
+    """
 
     method: str
     items: int
     tokens: int
     nll: float
     full_nll: float
+    codec: str = "raw"
+    codec_nll: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,23 +59,33 @@ def compared(composed: Tensor, plain: Tensor) -> Fidelity:
 
 
 def quality(
-    score: Score, method: str | Method, items: Iterable[tuple[ContextGraph, Text]], progress: bool | None = None
+    score: Score,
+    method: str | Method,
+    items: Iterable[tuple[ContextGraph, Text]],
+    progress: bool | None = None,
+    coded: tuple[str, Score] | None = None,
 ) -> Quality:
-    """Score every (graph, answer) with `method` and with `full` on identical tokens."""
+    """Score every (graph, answer) with `method` and with `full` on identical tokens.
+
+    coded: a codec, and what scores with records that it has packed: that with `method` too.
+    """
     pairs = list(items)
     if not pairs:
         raise GraphError("no items to measure: the data file is empty")
-    sums, tokens = [0.0, 0.0], 0
+    sums, tokens = [0.0, 0.0, 0.0], 0
     name = method if isinstance(method, str) else method.name
     with Progress(f"scoring {name} against full", len(pairs), enabled=progress) as bar:
         for graph, answer in pairs:
             plain = ContextGraph(graph.segments, query=graph.query, prefix=graph.prefix)
             scores = [score(graph, answer, method), score(plain, answer, "full")]
+            if coded is not None:
+                scores.append(coded[1](graph, answer, method))
             for i, s in enumerate(scores):
                 sums[i] -= float(s.sum())
             tokens += len(scores[0])
             bar.advance(1)
-    return Quality(name, len(pairs), tokens, sums[0] / tokens, sums[1] / tokens)
+    found = Quality(name, len(pairs), tokens, sums[0] / tokens, sums[1] / tokens)
+    return found if coded is None else replace(found, codec=coded[0], codec_nll=sums[2] / tokens)
 
 
 def read_items(path: Path, limit: int | None = None) -> list[tuple[ContextGraph, str]]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from kvgraph import __version__
-from kvgraph.cli import ask, bench, check, data, demo, encode, explain, index, report, serve, store, train, tune
+from kvgraph.cli import ask, bench, chat, check, data, demo, encode, explain, index, report, serve, store, train, tune
 from kvgraph.cli import eval as evaluation
 from kvgraph.errors import KVGraphError
 
@@ -27,6 +27,7 @@ UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of it that
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(encode.encode)
 app.command()(ask.ask)
+app.command()(chat.chat)
 app.command()(explain.explain)
 app.command()(check.check)
 app.command()(bench.bench)
@@ -99,7 +100,7 @@ def _explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, UsageError):
         context: Any = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "kvgraph"
-        return USAGE, f"{error.format_message().rstrip('.')}; see `{command} --help`"  # type: ignore[attr-defined]
+        return USAGE, f"{error.format_message().rstrip('.')}; see `{command} --help`"  # type: ignore[attr-defined]  # every error of click has it
     if isinstance(error, OSError) and error.strerror:
         return OTHER, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, ModuleNotFoundError):  # the serve command handles the server's own
@@ -158,7 +159,7 @@ def _warn_in_one_line() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             _say(f"{record.levelname.lower()}: {record.getMessage()}")
 
-    warnings.showwarning = show  # type: ignore[assignment]
+    warnings.showwarning = show  # type: ignore[assignment]  # Python allows it
     logger = logging.getLogger("kvgraph")
     logger.handlers = [Handler()]
     logger.propagate = False

@@ -13,7 +13,17 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBudget, ModelName
+from kvgraph.cli.common import (
+    Adapter,
+    AllowUntested,
+    CodecName,
+    Device,
+    Dtype,
+    Json,
+    KVBudget,
+    ModelName,
+    StorePlaces,
+)
 
 if TYPE_CHECKING:
     from kvgraph.checks.gate import Case
@@ -40,6 +50,8 @@ def check(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --data: use only the first items.")] = None,
+    store: StorePlaces = None,
+    codec: CodecName = "raw",
     as_json: Json = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -55,21 +67,26 @@ def check(
     under the method than under full, on identical tokens. A model that wasn't tuned for a method usually loses some
     likelihood.
 
+    With --codec, it says what the codec costs the same answers: they are scored a second time, from records that it packed.
+
     With --documents there is nothing to prepare: it asks to quote passages of your own documents.
 
     \b
       kvgraph check ./llama
       kvgraph check ./llama --method block --data questions.jsonl
+      kvgraph check ./llama --method block --data questions.jsonl --codec kivi:bits=2
       kvgraph check ./llama --method block --documents docs --adapter docs-adapter
     """
-    if (method is None) != (data is None and documents is None):
+    if (method is None) != (data is None and documents is None) and (codec == "raw" or data is None):
         raise typer.BadParameter("--method and --data (or --documents) belong together")
+    if codec != "raw" and data is None:
+        raise typer.BadParameter("--codec needs --data: what it costs is measured on answers")
     from kvgraph.checks.gate import gate
     from kvgraph.checks.quality import quality as measured
     from kvgraph.checks.quality import read_items
     from kvgraph.engine.engine import Engine, composed
 
-    chosen = None if method is None else methods.parse(method)
+    chosen = None if data is None and method is None else methods.parse(method or "full")
     items = read_items(data, limit) if data else []
     engine = Engine.load(
         model,
@@ -79,10 +96,15 @@ def check(
         allow_untested=allow_untested,
         check=False,
         kv_budget=kv_budget,
-        store=None,
+        store=None if chosen is None else store,
     )
     cases = gate(engine.model, composed(engine.model))
-    quality = None if chosen is None else measured(engine.scores, chosen, items)
+    quality = None
+    if chosen is not None:
+        packed = Engine(engine.model, store=store, kv_budget=kv_budget, codec=codec) if codec != "raw" else None
+        quality = measured(engine.scores, chosen, items, coded=None if packed is None else (codec, packed.scores))
+        for used in filter(None, (engine, packed)):
+            used.close()
     passed = all(case.passed for case in cases)
     if as_json:
         found = {
@@ -140,15 +162,23 @@ def _print_quality(quality: Quality) -> None:
     difference = quality.nll - quality.full_nll
     ratio = math.exp(difference)
     table = common.table("method", "answers", "tokens", "nll / token", "perplexity")
-    for name, nll in (("full", quality.full_nll), (quality.method, quality.nll)):
+    rows = [("full", quality.full_nll), (quality.method, quality.nll)]
+    if quality.codec_nll is not None:
+        rows.append((f"{quality.method}, {quality.codec}", quality.codec_nll))
+    for name, nll in rows:
         table.add_row(
             name, f"{quality.items:,}", f"{quality.tokens:,}", f"{nll:.4f}", f"{math.exp(min(nll, 700)):,.2f}"
         )
     typer.echo("")
     common.show(table)
-    typer.echo(
-        f"difference {difference:+.4f} nats per token, perplexity ×{ratio:.3f}: {_meaning(quality.method, difference)}"
-    )
+    if quality.codec_nll is None or quality.method != "full":
+        typer.echo(
+            f"difference {difference:+.4f} nats per token, perplexity ×{ratio:.3f}: {_meaning(quality.method, difference)}"
+        )
+    if quality.codec_nll is not None:
+        lost = quality.codec_nll - quality.nll
+        costs = "costs nothing to speak of" if lost < CLOSE else "costs a little" if lost < 0.1 else "costs a lot"
+        typer.echo(f"codec {quality.codec}: {lost:+.4f} nats per token; it {costs} on these answers.")
 
 
 def _meaning(method: str, difference: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from kvgraph import units
 from kvgraph.data import corpus
 from kvgraph.edges import named_edges
 from kvgraph.graph import ContextGraph, Text
+from kvgraph.places import VARIABLE, StorePlace, places_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,16 +62,34 @@ AllowUntested = Annotated[
     bool, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")
 ]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the exactness gate (`kvgraph check`) while loading.")]
+
+
+def without_passwords(places: list[str] | None) -> list[str] | None:
+    """Places as they were given. A password among the words of a command is refused: `ps` shows it to everybody."""
+    for place in map(StorePlace, places or ()):
+        if place.has_password:
+            raise typer.BadParameter(
+                f"everybody on this machine can read the password in the URL of {place}; put the URL into the variable "
+                f"{VARIABLE}, or a Redis password into KVGRAPH_REDIS_PASSWORD"
+            )
+    return places
+
+
+def _given_or_set(places: list[str] | None) -> list[str] | None:
+    """Places as they were given, or of the environment."""
+    return without_passwords(places) or places_of(os.environ.get(VARIABLE, "")) or None
+
+
+_STORE_HELP = (
+    "Folder or URL (redis://HOST/0, s3://BUCKET/PREFIX, gs://, az://) of the store of KV records; repeated, they are tiers "
+    f"from fastest to slowest [default: the variable {VARIABLE}]."
+)
 StorePlaces = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--store",
-        metavar="PLACE",
-        help="Folder or URL (redis://HOST/0, s3://BUCKET/PREFIX, gs://, az://) of the store of KV records; repeated, they "
-        "are tiers from fastest to slowest.",
-    ),
+    list[str] | None, typer.Option("--store", metavar="PLACE", help=_STORE_HELP, callback=_given_or_set)
 ]
-StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of the store of KV records.")]
+ServedPlaces = Annotated[  # a server's settings read the environment themselves
+    list[str] | None, typer.Option("--store", metavar="PLACE", help=_STORE_HELP, callback=without_passwords)
+]
 CodecName = Annotated[
     str,
     typer.Option(

@@ -10,7 +10,7 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, KVBudget, NoCheck, StoreFolder
+from kvgraph.cli.common import Adapter, AllowUntested, CodecName, Device, Dtype, KVBudget, NoCheck, StorePlaces
 
 if TYPE_CHECKING:
     from kvgraph.eval.ablate import Table
@@ -43,7 +43,8 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Each run is written to DIR/TASK/METHOD; interrupted runs resume."),
     ] = None,
-    store: StoreFolder = None,
+    store: StorePlaces = None,
+    codec: CodecName = "raw",
     edges: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +73,7 @@ def evaluate(
 
     Each item's answer, scores and costs are written to results.jsonl, and means with 95 % confidence intervals to
     summary.json. You can stop at any time: the same command resumes. With --store, a run reads the documents that
-    earlier runs encoded.
+    earlier runs encoded. With --codec, answers are those of records that the codec has packed, stored or not.
 
     \b
       kvgraph eval --task hotpotqa --method full --method graph-kv --model ./llama --data hotpot.jsonl --out runs
@@ -93,8 +94,9 @@ def evaluate(
     from kvgraph.data.items import read
     from kvgraph.eval import ablate as ablations
     from kvgraph.eval.run import evaluate, slug
+    from kvgraph.store.codecs.registry import parse as parse_codec
 
-    names = ablations.parse(ablate)
+    names, lossless = ablations.parse(ablate), parse_codec(codec).lossless
 
     chosen = tasks.get(task)
     if edges is not None and not any(m.reads_edges for m in parsed):
@@ -111,11 +113,11 @@ def evaluate(
     summaries = []
 
     def open_engine() -> Engine:
-        return Engine(loaded, store=store, kv_budget=kv_budget)
+        return Engine(loaded, store=store, kv_budget=kv_budget, codec=codec)
 
     try:
         for spec, parsed_method in zip(specs, parsed, strict=True):
-            folder = out / chosen.name / slug(spec)
+            folder = out / chosen.name / (slug(spec) if lossless else f"{slug(spec)}+{slug(codec)}")
             if names:
                 table = ablations.run(
                     open_engine, chosen, parsed_method, found.items, names, folder / "ablations", **options
@@ -154,7 +156,7 @@ def _show(summaries: list[Summary]) -> None:
         score, timing, probed = summary["scores"][headline], summary["timing"], summary["tokens"]["probe"]
         made.add_row(
             summary["task"],
-            summary["method"]["spec"],
+            ", ".join(filter(None, (summary["method"]["spec"], summary.get("codec")))),
             f"{100 * score['mean']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]",
             f"{score['n']:,}",
             f"{summary['errors']:,}",

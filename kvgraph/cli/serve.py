@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvgraph.cli.common import parse_size, unescaped
+from kvgraph.cli.common import ServedPlaces, parse_size, unescaped
 from kvgraph.errors import KVGraphError
 
 
@@ -22,9 +22,18 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one [default: 8771].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cpu].")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder that keeps KV records between runs.")] = None,
+    store: ServedPlaces = None,
     store_size: Annotated[
-        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="The store's limit [default: none].")
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="The limit of each of its folders [default: none]."),
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="How records are kept, as in `kvgraph ask` [default: raw].")] = None,
+    library: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where segments and graphs are kept [default: library.sqlite in the store's first folder].",
+        ),
     ] = None,
     kv_budget: Annotated[
         int | None,
@@ -60,6 +69,7 @@ def serve(
 
     \b
       kvgraph serve --model ./llama --store kv
+      kvgraph serve --model ./llama --store kv --store redis://127.0.0.1:6379/0
       open http://127.0.0.1:8771/            # the playground
       curl http://127.0.0.1:8771/v1/models
     """
@@ -76,8 +86,10 @@ def serve(
         port=port,
         dtype=dtype,
         device=device,
-        store=store,
+        store=store or None,
         store_size=store_size,
+        codec=codec,
+        library=library,
         kv_budget=kv_budget,
         method=method,
         served_name=served_name,

@@ -91,7 +91,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     described = [field for field in fields(Config) if get_origin(hints[field.name]) is Annotated]
     made = [_option(field, *get_args(hints[field.name])) for field in described]
-    command.__signature__ = signature.replace(parameters=[*plain, *made])  # type: ignore[attr-defined]
+    command.__signature__ = signature.replace(parameters=[*plain, *made])  # type: ignore[attr-defined]  # typer reads it
     command.__annotations__ = {p.name: p.annotation for p in (*plain, *made)}
     return command
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -46,11 +47,14 @@ from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
 from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
+from kvgraph.store.selection.base import Selection, selected
+from kvgraph.store.selection.registry import fingerprint_selected, parse_selection
 
 log = logging.getLogger("kvgraph.engine")
 
 BEFORE = 8  # tokens of a prompt that its continuation is decoded with
 WRITES = 64  # records that may wait to be written; beyond this, encoding waits for the disk
+BATCH = 64 << 20  # bytes of records that are handed to the store together
 PATIENCE = 0.01  # seconds that a step waits for the store when nothing else can run; then others may have the lock
 IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
@@ -81,7 +85,8 @@ class Engine:
     requests and cached spans together (default: half of the free memory, or 80 % of the free GPU memory).
     max_step_tokens: tokens of one packed forward. salt: separates tenants; it is part of every key. codec: how records are
     kept, as text such as "kivi:bits=2" (see `kvgraph.store.codecs.registry`). What a lossy one loses is lost before a
-    span's first use, so answers don't depend on where a record came from; its records have keys of their own.
+    span's first use, so answers don't depend on where a record came from; its records have keys of their own. select:
+    which tokens of a span are kept, as text such as "snapkv:keep=50" (see `kvgraph.store.selection.registry`); None: all.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Engine:
         max_step_tokens: int | None = None,
         salt: str = "",
         codec: str | Codec = "raw",
+        select: str | Selection | None = None,
     ):
         for name, value in (("kv_budget", kv_budget), ("max_step_tokens", max_step_tokens)):
             if value is not None and not (isinstance(value, int) and value > 0):
@@ -105,10 +111,15 @@ class Engine:
             raise KVGraphError(f"store must be a folder, a URL, a list of them, or a store, not {type(store).__name__}")
         self.model, self.salt = model, salt
         self.codec = parse(codec) if isinstance(codec, str) else codec
-        self.fingerprint = fingerprint_with(model.fingerprint, self.codec)
+        selection = parse_selection(select) if isinstance(select, str) else select
+        self.selection = None if selection is None or selection.keep == 100 else selection
+        if self.selection is not None:
+            _check_selectable(model, self.selection)
+        self.fingerprint = fingerprint_selected(fingerprint_with(model.fingerprint, self.codec), self.selection)
         if isinstance(store, str | Path | Sequence):
-            store = open_store(store, self.fingerprint, tenant=salt)
+            store = open_store(store, self.fingerprint)
         self.store = store
+        self._stores: dict[str, Store] = {} if store is None else {"": store}  # by tenant, see `_store_of`
         self.stored_bytes = 0  # of KV that were handed to the store, as it keeps them
         self.store_errors = 0
         self.store_error: StoreError | None = None  # the first one
@@ -120,13 +131,17 @@ class Engine:
             step_tokens,
             self.loader,
             self._save,
-            None if self.codec.lossless else self._settle,
+            None if self.codec.lossless and self.selection is None else self._settle,
+            self.selection,
         )
         self._lock = threading.RLock()
         self._uncached = count()
         self._warned: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "kvgraph-writer") if self.store is not None else None
         self._writes: list[Future[None]] = []
+        self._pending: deque[tuple[str, Record | list[str]]] = (
+            deque()
+        )  # (salt, record to keep or keys to remove), in order
 
     @classmethod
     def load(
@@ -143,6 +158,7 @@ class Engine:
         max_step_tokens: int | None = None,
         salt: str = "",
         codec: str | Codec = "raw",
+        select: str | Selection | None = None,
     ) -> Engine:
         """Load a Hugging Face causal LM from a folder, hub name or GGUF file, run the gate, and return an engine on it.
 
@@ -153,7 +169,15 @@ class Engine:
         loaded = load_model(
             model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=check
         )
-        return cls(loaded, store=store, kv_budget=kv_budget, max_step_tokens=max_step_tokens, salt=salt, codec=codec)
+        return cls(
+            loaded,
+            store=store,
+            kv_budget=kv_budget,
+            max_step_tokens=max_step_tokens,
+            salt=salt,
+            codec=codec,
+            select=select,
+        )
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -359,6 +383,7 @@ class Engine:
             usage=usage,
             guide=None if params.grammar is None else self.scheduler.guides.guide(params.grammar),
             link=link_of(plan, pool_keys, len(plan.spans) - 1),
+            salt=self.salt if salt is None else salt,
         )
         self.scheduler.check(request)
         return request
@@ -437,15 +462,21 @@ class Engine:
 
     # -- store --------------------------------------------------------------------------------------------------------
 
-    def tier(self, key: str) -> str | None:
-        """Where a span's KV is now: "memory", the store's first tier that has it, or None. Changes nothing."""
+    @property
+    def writing(self) -> int:
+        """Records that wait to be written to the store, and the one being written."""
+        return sum(not write.done() for write in list(self._writes))
+
+    def tier(self, key: str, salt: str | None = None) -> str | None:
+        """Where a tenant's span's KV is now: "memory", the store's first tier that has it, or None. Changes nothing."""
         if self.scheduler.memory.pool.contains(key):
             return self.scheduler.memory.pool.name
-        tiers = () if self.store is None else self.store.tiers
+        store = self._store_of(self.salt if salt is None else salt)
+        tiers = () if store is None else store.tiers
         return next((tier.name for tier in tiers if tier.contains(key)), None)
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """Drop records from memory and, after pending writes, from the store.
+    def forget(self, keys: Iterable[str], salt: str | None = None) -> None:
+        """Drop a tenant's records from memory and, after pending writes, from the store.
 
         Records that a request needs now stay in memory until they are evicted like any other. The call doesn't wait for
         the store; records that it can't remove are logged.
@@ -456,7 +487,8 @@ class Engine:
                 if key not in self.scheduler.memory.holds:
                     self.scheduler.memory.pool.delete(key)
             if self._writer is not None:
-                self._writes.append(self._writer.submit(self._erase, keys))
+                self._pending.append((self.salt if salt is None else salt, keys))
+                self._writes.append(self._writer.submit(self._work_off))
 
     def flush(self) -> None:
         """Wait until every encoded record has been offered to the store, and every forgotten one removed."""
@@ -527,45 +559,87 @@ class Engine:
                 self.cancel(request)
             raise
 
-    def _fetch(self, key: str) -> Found | None:
-        found = None if self.store is None else self.store.get(key)
+    def _store_of(self, salt: str) -> Store | None:
+        """The store for a tenant's records."""
+        if self.store is not None and salt not in self._stores:
+            self._stores[salt] = self.store.for_tenant(salt)
+        return self._stores.get(salt)
+
+    def _fetch(self, key: str, salt: str) -> Found | None:
+        store = self._store_of(salt)
+        found = None if store is None else store.get(key)
         if found is None:
             return None
         record, tier = found
+        if not self._fits(record):
+            return None
         return on_device(replace(record, packed=None), self.model.device), tier
 
-    def _settle(self, record: Record) -> Record:
-        """A lossy codec's losses come before a record's first use: whoever finds it later reads the same numbers."""
-        return packed(record, self.codec)
+    def _fits(self, record: Record) -> bool:
+        """Whether a record can be of this model. A checksum doesn't say so, and attention doesn't ask."""
+        layers, sides = self.model.layers, (record.keys, record.values)
+        return len(record.keys) == len(record.values) == len(layers) and all(
+            k.dtype == v.dtype == self.model.dtype
+            and (k.shape[0], k.shape[2]) == (layer.kv_heads, layer.key_dim)
+            and (v.shape[0], v.shape[2]) == (layer.kv_heads, layer.value_dim)
+            for layer, k, v in zip(layers, *sides, strict=True)
+        )
 
-    def _save(self, record: Record) -> None:
+    def _settle(self, record: Record, queries: list[Tensor]) -> Record:
+        """What is lost is lost before a record's first use: whoever finds it later reads the same numbers."""
+        if self.selection is not None:
+            record = selected(record, self.selection, queries)
+        return record if self.codec.lossless else packed(record, self.codec)
+
+    def _save(self, record: Record, salt: str) -> None:
         """Hand a record to the writer thread. If its queue is full, encoding waits for the disk."""
         if self._writer is None:
             return
         self._writes = [w for w in self._writes if not w.done()]
         while len(self._writes) >= WRITES:
             self._writes.pop(0).result()
-        self._writes.append(self._writer.submit(self._write, record))
+        self._pending.append((salt, record))
+        self._writes.append(self._writer.submit(self._work_off))
 
-    def _write(self, record: Record) -> None:
-        assert self.store is not None
+    def _work_off(self) -> None:
+        """Do what is pending next: keep the records in a row of one tenant, or remove some. Another call may have done it."""
+        records: list[Record] = []
+        whose, size = "", 0
+        while self._pending and size < BATCH:
+            salt, work = self._pending[0]
+            if records and (salt != whose or not isinstance(work, Record)):
+                break
+            self._pending.popleft()
+            if not isinstance(work, Record):
+                return self._erase(work, salt)
+            records.append(work)
+            whose, size = salt, size + work.nbytes
+        if records:
+            self._write(records, whose)
+
+    def _write(self, records: list[Record], salt: str) -> None:
+        store = self._store_of(salt)
+        assert store is not None
         try:
-            record = on_device(record, torch.device("cpu"))
-            if record.packed is None and self.codec.name != "raw":
-                record = packed(record, self.codec)
-            self.store.put(record)
-            self.stored_bytes += record.stored_bytes
+            records = [on_device(record, torch.device("cpu")) for record in records]
+            if self.codec.name != "raw":
+                records = [record if record.packed else packed(record, self.codec) for record in records]
+            errors: dict[str, Exception] = dict(store.put_all(records))
         except Exception as error:  # it is a cache: a record that can't be written is computed again later
-            self.store_errors += 1
-            if self.store_errors == 1:
-                self.store_error = error if isinstance(error, StoreError) else StoreError(repr(error))
-                log.warning("the store can't keep records, continuing without it: %s", error)
+            errors = {record.key: error for record in records}
+        self.stored_bytes += sum(record.stored_bytes for record in records if record.key not in errors)
+        self.store_errors += len(errors)
+        if errors and self.store_error is None:
+            first = next(iter(errors.values()))
+            self.store_error = first if isinstance(first, StoreError) else StoreError(repr(first))
+            log.warning("the store can't keep records, continuing without it: %s", first)
 
-    def _erase(self, keys: Iterable[str]) -> None:
-        assert self.store is not None
+    def _erase(self, keys: Iterable[str], salt: str) -> None:
+        store = self._store_of(salt)
+        assert store is not None
         try:
             for key in keys:
-                self.store.delete(key)
+                store.delete(key)
         except StoreError as error:
             log.warning("the store can't remove records: %s", error)
 
@@ -630,3 +704,11 @@ def _outside() -> int:
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame, depth = frame.f_back, depth + 1
     return depth
+
+
+def _check_selectable(model: models.Model, selection: Selection) -> None:
+    """Raise KVGraphError for a model whose records can't have fewer tokens."""
+    if any(layer.window is not None for layer in model.layers):
+        raise KVGraphError(f"selection {selection.name} needs a model without sliding windows; leave it out")
+    if model.device.type != "cpu":
+        raise KVGraphError(f"selection {selection.name} works on CPUs only so far; leave it out, or use device cpu")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,38 +23,64 @@ log = logging.getLogger("kvgraph.engine")
 THREADS = 4  # records read at once; unpacking and checking them takes processor time from the model
 DEADLINE = 10.0  # seconds after which a span is computed instead; remote tiers give up sooner
 PAGE = 4096
+BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds, of `Durations`
+
+
+class Durations:
+    """How long something took, many times: a histogram. counts[i]: of durations up to BOUNDS[i]; the last one: above all."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS) + 1)
+        self.total = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
+        self.total += seconds
 
 
 class Loader:
     """Fetches records in threads. `start` and `cancel` are called under the engine's lock, `wait` without it.
 
-    fetch(key): the record and its tier's name, or None. It may take long, and an exception counts as a miss. threads: 0
-    fetches at once, in the thread that starts it.
+    fetch(key, salt): the record and its tier's name, or None. It may take long, and an exception counts as a miss.
+    threads: 0 fetches at once, in the thread that starts it.
+
+    counts: of loads, by how they ended: "found", "missing", "failed", "late" (it was given up, and the span computed),
+        "cancelled" (nobody needed it any more). Of lookahead: "ahead" (begun), "ahead_used" (what came was needed).
+    seconds: from a load's start until it was there, by the tier that had it.
     """
 
-    def __init__(self, fetch: Callable[[str], Found | None], threads: int = THREADS):
+    def __init__(self, fetch: Callable[[str, str], Found | None], threads: int = THREADS):
         self.fetch = fetch
-        self.counts: Counter[str] = Counter()  # loads by how they ended: "found", "missing", "failed", "late"
+        self.counts: Counter[str] = Counter()
+        self.seconds: dict[str, Durations] = {}
+        self._lock = threading.Lock()  # guards what threads count
         self._finished: deque[tuple[str, Found | None]] = deque()
         self._news = threading.Event()
         self._pool = ThreadPoolExecutor(threads, "kvgraph-loader") if threads else None
         self._futures: dict[str, Future[None]] = {}
 
-    def start(self, key: str) -> None:
-        """Begin to fetch a record; `finished` has it when it has come."""
+    @property
+    def pending(self) -> int:
+        """Loads that have begun, or wait for a thread."""
+        return len(self._futures)
+
+    def start(self, key: str, salt: str = "") -> None:
+        """Begin to fetch a tenant's record; `finished` has it when it has come."""
+        now = time.perf_counter()
         try:
             if self._pool is not None:
-                self._futures[key] = self._pool.submit(self._load, key)
+                self._futures[key] = self._pool.submit(self._load, key, salt, now)
                 return
         except RuntimeError:  # closed
             pass
-        self._load(key)
+        self._load(key, salt, now)
 
     def cancel(self, key: str) -> None:
         """Nobody waits for it any more. A read that has begun ends by itself; what it brings is dropped."""
         future = self._futures.pop(key, None)
-        if future is not None:
-            future.cancel()
+        if future is not None and future.cancel():
+            self.count("cancelled")
 
     def finished(self) -> list[tuple[str, Found | None]]:
         """What has come since the last time, each once."""
@@ -72,16 +100,24 @@ class Loader:
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 
-    def _load(self, key: str) -> None:
+    def count(self, what: str) -> None:
+        """One more of `counts`."""
+        with self._lock:
+            self.counts[what] += 1
+
+    def _load(self, key: str, salt: str, started: float) -> None:
         found = None
         try:
-            found = self.fetch(key)
-            self.counts["missing" if found is None else "found"] += 1
+            found = self.fetch(key, salt)
             if found is not None:
                 _touch(found)
+                seconds = time.perf_counter() - started
+                with self._lock:
+                    self.seconds.setdefault(found[1], Durations()).add(seconds)
+            self.count("missing" if found is None else "found")
         except BaseException as error:  # it is a cache: what can't be read is computed
             found = None
-            self.counts["failed"] += 1
+            self.count("failed")
             if self.counts["failed"] == 1:
                 log.warning("the store can't be read, computing instead: %r", error)
         self._finished.append((key, found))

@@ -111,6 +111,7 @@ class Encoding:
     persistent: bool  # whether it goes to the store as well as the pool
     order: tuple[int, int] = (0, 0)  # of the request that needed it first, and of the span in its plan
     link: str = ""  # the key of the span whose chain this continues, see `continues`
+    salt: str = ""  # of the tenant whose span it is
     waiters: set[Request] = field(default_factory=set)
 
 
@@ -121,6 +122,7 @@ class Loading:
     key: str
     nbytes: int
     deadline: float  # on the clock of time.monotonic; then it is computed
+    ahead: bool = False  # begun before anybody was admitted who needs it, and nobody has needed it since
     waiters: dict[Request, int] = field(default_factory=dict)  # -> the span's index in the request's plan
 
 
@@ -145,6 +147,7 @@ class Request:
     guide: Guide | None = None  # if the answer has a grammar
     number: int = 0  # of its submission
     link: str = ""  # see Encoding
+    salt: str = ""  # of the tenant it belongs to
     missing: set[str] = field(default_factory=set)  # encodings and records it waits for
     loads: set[str] = field(default_factory=set)  # of them, records that are being read
     absent: list[int] = field(

@@ -48,6 +48,11 @@ class Usage:
         """Computed tokens other than the prompt span's: 0 if every document came from a store."""
         return self.computed_tokens - self.live_tokens
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose KV was reused."""
+        return max(0, min(self.prompt_tokens - self.live_tokens, sum(self.reused_tokens.values())))
+
 
 @dataclass
 class Result:

@@ -30,8 +30,10 @@ from kvgraph.engine.runner import runner_for
 from kvgraph.engine.sampling import Sampled, likeliest
 from kvgraph.errors import PlanError
 from kvgraph.models import Model
+from kvgraph.plan import Plan
 from kvgraph.store.base import Found
 from kvgraph.store.record import Record
+from kvgraph.store.selection.base import Selection, kept_tokens
 
 AHEAD = 8  # the part of the budget, 1 / AHEAD, that records may take that nobody was admitted to use yet
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
@@ -40,8 +42,9 @@ Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its
 class Scheduler:
     """Requests in, results out; `step()` runs one packed forward. Not thread-safe: the engine guards it.
 
-    loader: reads records of the backing store; None: there is none. save(record): hand a new record to it.
-    settle(record): what a new record becomes before anything reads it; None: it stays as it is.
+    loader: reads records of the backing store; None: there is none. save(record, salt): hand a tenant's new record to it.
+    settle(record, queries): what a new record becomes before anything reads it; None: it stays as it is. queries: of its
+    last tokens, if the selection looks at them. selection: which tokens of a span are kept; None: all.
     """
 
     def __init__(
@@ -50,12 +53,13 @@ class Scheduler:
         budget: int,
         max_step_tokens: int,
         loader: Loader | None,
-        save: Callable[[Record], None],
-        settle: Callable[[Record], Record] | None = None,
+        save: Callable[[Record, str], None],
+        settle: Callable[[Record, list[Tensor]], Record] | None = None,
+        selection: Selection | None = None,
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
-        self.loader, self.save, self.settle = loader, save, settle
+        self.loader, self.save, self.settle, self.selection = loader, save, settle, selection
         self.runner = runner_for(model)
         self.guides = Guides(model)
         self._numbers = counter()
@@ -81,6 +85,8 @@ class Scheduler:
             if not 0 <= min(span.tokens) <= max(span.tokens) < self.model.vocab_size:
                 last = self.model.vocab_size - 1
                 raise PlanError(f"{span.name or 'a span'} holds a token id outside the vocabulary (0..{last})")
+        if self.selection is not None:
+            _check_selected(plan, self.selection)
         self.memory.check(request)
 
     def submit(self, request: Request) -> None:
@@ -193,6 +199,8 @@ class Scheduler:
             if sequence.kv is None:
                 sequence.kv = RowKV(self.shapes, sequence.capacity, self.model.dtype, self.model.device)
                 sequence.kv.positions[: len(sequence.positions)] = sequence.positions
+                if self.selection is not None and isinstance(owner, Encoding) and owner.persistent:
+                    sequence.kv.window = self.selection.window
             lead = lead + sequence.span.start - sequence.span.sees[-1].at if joined else 0
             views = () if joined else self._views(sequence)
             here = slice(sequence.done, sequence.done + count)
@@ -245,7 +253,7 @@ class Scheduler:
         assert encoding.sequence.kv is not None
         record = encoding.sequence.kv.record(encoding.key)
         if self.settle is not None and encoding.persistent:
-            record = self.settle(record)
+            record = self.settle(record, encoding.sequence.kv.queries)
         del self.encodings[encoding.key]
         self.memory.keep(replace(record, packed=None))
         while encoding.waiters:
@@ -254,7 +262,7 @@ class Scheduler:
             if not request.missing:
                 self._ready(request)
         if encoding.persistent:
-            self.save(record)  # last, because it may wait for the disk and be interrupted there
+            self.save(record, encoding.salt)  # last, because it may wait for the disk and be interrupted there
 
     def _best(self, work: list[Work], logits: Tensor, counts: list[int]) -> dict[Request, tuple[int, float]]:
         """The most likely token and its logit, of each request that takes it, with one read from the device for all."""
@@ -403,13 +411,19 @@ class Scheduler:
             request.resolved.add(key)
             if key in self.memory.pool:
                 ahead = self.ahead.pop(key, None)
+                if ahead is not None and self.loader is not None:
+                    self.loader.count("ahead_used")
                 self._reused(request, index, "memory" if ahead is None else ahead[0])
                 continue
             request.missing.add(key)
             if key in self.encodings:
                 self._reused(request, index, "shared")
             elif self.loader is not None and span.cached and key not in absent:
-                self._load(self.loader, key, len(span)).waiters[request] = index
+                loading = self._load(self.loader, key, len(span), request.salt)
+                if loading.ahead:
+                    loading.ahead = False
+                    self.loader.count("ahead_used")
+                loading.waiters[request] = index
                 request.loads.add(key)
                 continue
             else:
@@ -428,11 +442,12 @@ class Scheduler:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def _load(self, loader: Loader, key: str, tokens: int) -> Loading:
+    def _load(self, loader: Loader, key: str, tokens: int, salt: str, ahead: bool = False) -> Loading:
         """The read of a record, begun if it isn't under way."""
         if key not in self.loading:
-            self.loading[key] = Loading(key, tokens * self.memory.per_token, time.monotonic() + DEADLINE)
-            loader.start(key)
+            held = tokens if self.selection is None else kept_tokens(self.selection, tokens)
+            self.loading[key] = Loading(key, held * self.memory.per_token, time.monotonic() + DEADLINE, ahead)
+            loader.start(key, salt)
         return self.loading[key]
 
     def _collect(self) -> None:
@@ -444,7 +459,7 @@ class Scheduler:
         for late in [loading for loading in self.loading.values() if now > loading.deadline]:
             ended.append((self.loading.pop(late.key), None))
             self.loader.cancel(late.key)
-            self.loader.counts["late"] += 1
+            self.loader.count("late")
         waited: dict[Request, None] = {}
         for loading, found in ended:
             if loading is not None:  # somebody still waits, or it was read ahead
@@ -457,6 +472,8 @@ class Scheduler:
 
     def _loaded(self, loading: Loading, found: Found | None) -> None:
         """A record has come, or there is none."""
+        if found is not None and found[0].nbytes != loading.nbytes:  # it isn't of this span's tokens
+            found = None
         if found is not None:
             self.memory.make_room(found[0].nbytes)
             self.memory.keep(found[0])
@@ -507,7 +524,8 @@ class Scheduler:
                 taken += len(span) * self.memory.per_token
                 if taken > self.memory.budget // AHEAD:
                     return
-                self._load(self.loader, key, len(span))
+                self._load(self.loader, key, len(span), request.salt, ahead=True)
+                self.loader.count("ahead")
             request.looked_ahead = True
 
     def _encoding(self, request: Request, index: int) -> Encoding:
@@ -518,6 +536,7 @@ class Scheduler:
             persistent=spans[index].cached,
             order=(request.number, index),
             link=link_of(request.plan, request.keys, index),
+            salt=request.salt,
         )
 
     def _ready(self, request: Request) -> None:
@@ -534,3 +553,18 @@ class Scheduler:
 def _read(request: Request) -> set[int]:
     """The spans that the prompt span reads."""
     return {place.span for place in request.plan.prompt.sees}
+
+
+def _check_selected(plan: Plan, selection: Selection) -> None:
+    """Raise PlanError if a plan reads a part of a span that has lost tokens, or stands between its tokens."""
+    for reader in plan.spans:
+        for place in reader.sees:
+            source = plan.spans[place.span]
+            if not source.cached or kept_tokens(selection, len(source)) == len(source):
+                continue
+            whole = place.lo == 0 and place.hi == len(source) and not reader.groups
+            if not whole or place.at + source.positions[-1] - source.start >= reader.start:
+                raise PlanError(
+                    f"selection {selection.name} leaves out tokens of {source.name or 'a span'}, but this plan reads a "
+                    "part of it, or from between its tokens; use another method, or no selection"
+                )

@@ -42,6 +42,7 @@ from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
+from kvgraph.store.codecs.registry import spec_of
 
 CONFIG = "config.json"
 WINDOW = 32  # requests in the engine at once
@@ -347,6 +348,8 @@ def _config(
         "edges": edges if edges != "none" else None,
         "ablation": ablation,
     }
+    if not engine.codec.lossless:
+        config["codec"] = spec_of(engine.codec)
     return json.loads(json.dumps(config))  # as it is read back: lists instead of tuples
 
 

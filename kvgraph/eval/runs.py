@@ -60,8 +60,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method as it was given: a spec such as "graph-kv:rounds=2"."""
-        return self.summary["method"]["spec"]
+        """The method as it was given, a spec such as "graph-kv:rounds=2", and the codec if that changes answers."""
+        return ", ".join(filter(None, (self.summary["method"]["spec"], self.summary.get("codec"))))
 
     @property
     def model(self) -> str:

@@ -60,7 +60,7 @@ def read_once() -> Iterator[None]:
 
         def _get(self, offset: Any, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if isinstance(self.data, np.memmap):
-                self.data = np.asarray(self.data)  # type: ignore[assignment]
+                self.data = np.asarray(self.data)  # type: ignore[assignment]  # read from here on like an array
             return super()._get(offset, dtype, count, override_order)
 
     names = "GGUFReader", "get_tensor_name_map"

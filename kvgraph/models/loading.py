@@ -70,7 +70,7 @@ def load(
         if copy:
             copy.write(hf, tokenizer)
     with one_line(f"can't put {name} on {target}"):
-        hf.to(target)  # type: ignore[arg-type]
+        hf.to(target)  # type: ignore[arg-type]  # stubs know no device of text
     model = _build(hf, tokenizer, shown, [file_hash(f) for f in files], allow_untested, facts)
     for carded in filter(None, (folder, merging)):
         try:

@@ -21,7 +21,7 @@ from kvgraph.server.runner import Update
 from kvgraph.server.shadow import Answered
 from kvgraph.server.state import Server
 from kvgraph.server.tokens import Offsets
-from kvgraph.server.tools.reading import AnswerReader, CallBegun, Event, Said, Thought, message
+from kvgraph.server.tools.reading import CallBegun, Event, Said, Thought, message
 
 
 @dataclass
@@ -37,9 +37,13 @@ class Choice:
 
 
 class AnswerForm:
-    """What the answers to chat and plain completions share. silent: the request wants no new token."""
+    """What the answers to chat and plain completions share. silent: the request wants no new token.
+
+    operation: what OpenTelemetry's GenAI conventions call it.
+    """
 
     prefix: str
+    operation: str
     response: Callable[..., BaseModel]
     part: Callable[..., BaseModel]
 
@@ -48,7 +52,7 @@ class AnswerForm:
         self.silent = max_tokens(body) == 0
         self.fidelity: Fidelity | None = None  # with `full`, if the request asks for it
         self.choices = [Choice(request) for prompt in laid for request in prompt.requests]
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": server.settings.name,
@@ -64,7 +68,7 @@ class AnswerForm:
             choice.result = update.result or choice.result
         await self._shadow()
         choices = [self.choice(i, choice) for i, choice in enumerate(self.choices)]
-        return self.response(choices=choices, usage=self.usage(), **self.head)
+        return self.response(choices=choices, usage=self.usage(), citations=self.citations(), **self.head)
 
     async def chunks(self, updates: AsyncGenerator[tuple[int, Update]]) -> AsyncGenerator[BaseModel]:
         """The answer piece by piece, and the usage at the end if it was asked for."""
@@ -75,12 +79,23 @@ class AnswerForm:
                 choice = self.choices[index]
                 choice.tokens += len(update.sampled)
                 choice.result = update.result or choice.result
+                ended = all(choice.result is not None for choice in self.choices)
                 for chunk in self.chunk(index, choice, update):
                     choice.begun = True
-                    yield self.part(choices=[chunk], usage=self.usage_so_far() if always else None, **self.head)
+                    yield self.part(
+                        choices=[chunk],
+                        usage=self.usage_so_far() if always else None,
+                        citations=self.citations() if ended and getattr(chunk, "finish_reason", None) else None,
+                        **self.head,
+                    )
         await self._shadow()
         if options.include_usage:
             yield self.part(choices=[], usage=self.usage(), **self.head)
+
+    def citations(self) -> list[schema.Citation] | None:
+        """What was found for the question; None if nothing was looked for."""
+        found = self.laid[0].citations
+        return None if found is None else list(found)
 
     async def _shadow(self) -> None:
         """Compare the first choice with `full`: now, if the request asks for it, or maybe later."""
@@ -110,7 +125,7 @@ class AnswerForm:
         for result in results:
             for tier, n in result.usage.reused_tokens.items():
                 reused[tier] = reused.get(tier, 0) + n
-        cached = sum(max(0, min(u.prompt_tokens - u.live_tokens, sum(u.reused_tokens.values()))) for u in firsts)
+        cached = sum(u.cached_tokens for u in firsts)
         u, with_documents = firsts[0], any(prompt.graph.segments for prompt in self.laid)
         details = schema.Details(
             method=self.laid[0].method.name,
@@ -134,6 +149,14 @@ class AnswerForm:
             kvgraph=details,
         )
 
+    def reason(self, index: int, result: Result) -> schema.FinishReason:
+        """Why a choice ended."""
+        return finish_reason(result)
+
+    def reasons(self) -> list[str]:
+        """Why each choice ended that has."""
+        return [self.reason(i, choice.result) for i, choice in enumerate(self.choices) if choice.result is not None]
+
     def choice(self, index: int, choice: Choice) -> BaseModel:
         """A complete choice."""
         raise NotImplementedError
@@ -146,7 +169,7 @@ class AnswerForm:
 class ChatAnswer(AnswerForm):
     """The answer to a chat."""
 
-    prefix = "chatcmpl"
+    prefix, operation = "chatcmpl", "chat"
     response, part = schema.ChatResponse, schema.ChatChunk
 
     def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt], ignored: list[str]):
@@ -170,7 +193,7 @@ class ChatAnswer(AnswerForm):
                 tool_calls=calls or None,
             ),
             logprobs=self._logprobs(choice.sampled),
-            finish_reason=self._reason(choice.result, reader),
+            finish_reason=self.reason(index, choice.result),
         )
 
     def chunk(self, index: int, choice: Choice, update: Update) -> Iterator[schema.ChatChunkChoice]:
@@ -180,7 +203,7 @@ class ChatAnswer(AnswerForm):
         ended = None
         if update.result is not None:
             events += reader.end()
-            ended = self._reason(update.result, reader)
+            ended = self.reason(index, update.result)
         logprobs = self._logprobs(update.sampled) if update.sampled else None
         deltas = [_delta(event) for event in events]
         if ended and deltas and deltas[-1].tool_calls:
@@ -197,10 +220,10 @@ class ChatAnswer(AnswerForm):
                 finish_reason=ended if i == len(deltas) - 1 else None,
             )
 
-    def _reason(self, result: Result, reader: AnswerReader) -> schema.FinishReason:
-        """Why the answer ended: for its calls, if it has any and wasn't cut short."""
+    def reason(self, index: int, result: Result) -> schema.FinishReason:
+        """Why an answer ended: for its calls, if it has any and wasn't cut short."""
         reason = finish_reason(result)
-        return "tool_calls" if reader.calls and reason == "stop" else reason
+        return "tool_calls" if self._readers[index].calls and reason == "stop" else reason
 
     def _logprobs(self, sampled: Sequence[Sampled]) -> schema.ChatLogprobs | None:
         if not self.body.logprobs:
@@ -225,7 +248,7 @@ class ChatAnswer(AnswerForm):
 class TextAnswer(AnswerForm):
     """The continuation of a prompt, maybe after the prompt itself."""
 
-    prefix = "cmpl"
+    prefix, operation = "cmpl", "text_completion"
     response, part = schema.CompletionResponse, schema.CompletionResponse
 
     def __init__(self, server: Server, body: Any, laid: list[PreparedPrompt], ignored: list[str]):

@@ -12,7 +12,7 @@ from kvgraph import __version__
 from kvgraph.engine.engine import Engine
 from kvgraph.server import handlers, playground
 from kvgraph.server.middleware import BodyLimit, Observed
-from kvgraph.server.routes import compat, health, inspect, metrics, openai, segments, tokenize
+from kvgraph.server.routes import compat, health, inspect, metrics, openai, responses, segments, tokenize
 from kvgraph.server.settings import Settings
 from kvgraph.server.state import Server, load_engine
 
@@ -37,7 +37,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Engine] = load_eng
     )
     app.state.server = server
     handlers.install(app)
-    for module in (openai, tokenize, segments, compat, health, metrics, inspect, playground):
+    for module in (openai, responses, tokenize, segments, compat, health, metrics, inspect, playground):
         app.include_router(module.router)
     app.add_middleware(
         BodyLimit, most=settings.max_request_bytes, together=settings.max_body_bytes, seconds=settings.body_timeout

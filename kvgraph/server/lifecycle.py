@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 from kvgraph.engine import request as engine_request
 from kvgraph.server import errors, logs
 from kvgraph.server.errors import APIError
+from kvgraph.server.logs import Inference
 from kvgraph.server.runner import EngineJob, Update, merged
 from kvgraph.server.state import Server, TheCaller, TheServer
 from kvgraph.server.tenants import Caller
@@ -62,6 +63,13 @@ class Call:
             self._deadline = self.server.deadline(timeout)
             yield
 
+    def generates(self, operation: str, **more: Any) -> Inference:
+        """Note, for metrics and traces, that this request generates; for its fields see `logs.Inference`."""
+        inference = Inference(operation, **more)
+        if (exchange := logs.current.get()) is not None:
+            exchange.inference = inference
+        return inference
+
     async def prepared(self, work: Callable[..., T], *arguments: Any) -> T:
         """The result of something that takes long and needs no engine. Raises ClientLeft, and APIError 504."""
         return await self.collected(done_by(self._deadline, self.server.workers.run(work, *arguments)))
@@ -83,9 +91,9 @@ class Call:
         """The result of `work`, which is cancelled when the client leaves. Raises ClientLeft, and APIError 504."""
         return await unless_gone(self._http, done_by(self._deadline, work))
 
-    def streamed(self, chunks: AsyncGenerator[BaseModel]) -> EventStream:
-        """The response that sends chunks as server-sent events."""
-        return EventStream(self._http, events(chunks), self._held.pop_all(), self._deadline)
+    def streamed(self, chunks: AsyncGenerator[BaseModel], opening: int = 0, *, named: bool = False) -> EventStream:
+        """The response that sends chunks as server-sent events. opening, named: see `events`."""
+        return EventStream(self._http, events(chunks, opening, named=named), self._held.pop_all(), self._deadline)
 
 
 async def call_of(http: Request, server: TheServer, caller: TheCaller) -> Call:
@@ -173,25 +181,29 @@ class EventStream(StreamingResponse):
                     await unless_gone(self._http, self.stream_response(send))
 
 
-async def events(chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
-    """Chunks as server-sent events, and comments before the first.
+async def events(chunks: AsyncGenerator[BaseModel], opening: int = 0, *, named: bool = False) -> AsyncGenerator[str]:
+    """Chunks as server-sent events, and comments before the first token.
 
-    An error in the middle is an event of its own, after which nothing follows.
+    opening: the number of chunks that come before the first token. named: each event has the name of its chunk's type,
+    and the last chunk is the end; else "[DONE]" is. An error in the middle is an event of its own, after which nothing
+    follows.
     """
     try:
         async with aclosing(chunks):
-            first = asyncio.ensure_future(anext(chunks, None))
-            try:
-                while not (await asyncio.wait({first}, timeout=ALIVE_EVERY))[0]:
-                    yield ": the answer hasn't begun\n\n"
-                if (chunk := first.result()) is not None:
-                    yield event(chunk.model_dump())
-            finally:
-                first.cancel()
-                await asyncio.gather(first, return_exceptions=True)
+            for _ in range(opening + 1):
+                awaited = asyncio.ensure_future(anext(chunks, None))
+                try:
+                    while not (await asyncio.wait({awaited}, timeout=ALIVE_EVERY))[0]:
+                        yield ": the answer hasn't begun\n\n"
+                    if (chunk := awaited.result()) is not None:
+                        yield event(chunk.model_dump(), named=named)
+                finally:
+                    awaited.cancel()
+                    await asyncio.gather(awaited, return_exceptions=True)
             async for chunk in chunks:
-                yield event(chunk.model_dump())
-        yield "data: [DONE]\n\n"
+                yield event(chunk.model_dump(), named=named)
+        if not named:
+            yield "data: [DONE]\n\n"
     except Exception as error:
         yield event(errors.body(errors.report(error)))
 
@@ -200,6 +212,7 @@ async def events(chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
 LINE_ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}
 
 
-def event(data: Any) -> str:
-    """One server-sent event, on one line whoever splits it."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':')).translate(LINE_ENDS)}\n\n"
+def event(data: Any, *, named: bool = False) -> str:
+    """One server-sent event, its data on one line whoever splits it. named: after its type."""
+    name = f"event: {data['type']}\n" if named else ""
+    return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':')).translate(LINE_ENDS)}\n\n"

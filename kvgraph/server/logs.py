@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +19,22 @@ if TYPE_CHECKING:
     from kvgraph.server.runner import EngineJob
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass
+class Inference:
+    """What a request that generates asks for, in the words of OpenTelemetry's GenAI conventions.
+
+    operation: "chat" or "text_completion". choices: of each prompt. output: "text" or "json". reasons: gives why each
+    choice ended.
+    """
+
+    operation: str
+    streamed: bool = False
+    choices: int = 1
+    output: str = "text"
+    response_id: str | None = None
+    reasons: Callable[[], list[str]] = list
 
 
 @dataclass(eq=False)
@@ -31,6 +48,7 @@ class Exchange:
     error: str | None = None  # the code of the error it ended with, also where a stream had begun with 200
     left: bool = False  # the client went before its answer was complete
     trace: str | None = None
+    inference: Inference | None = None  # for requests that generate
 
     @property
     def first_token_at(self) -> float | None:

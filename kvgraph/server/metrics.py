@@ -13,18 +13,32 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import generate_latest as written
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from kvgraph import __version__
 from kvgraph.checks.quality import Fidelity
 from kvgraph.engine.engine import Engine
+from kvgraph.engine.loader import BOUNDS, Loader
+from kvgraph.server.logs import Exchange
 from kvgraph.server.runner import EngineJob, EngineThread, Update
 from kvgraph.store.base import Store
 
 PATIENCE = 0.5  # seconds a scrape waits for the size of a store; then it shows the previous size
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
 QUICK = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+# Of OpenTelemetry's GenAI conventions, which name the metrics gen_ai.server.* and advise these buckets
+DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+GEN_AI = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model", "gen_ai_response_model")
+PROVIDER = "kvgraph"
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)  # a token
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 
@@ -69,6 +83,19 @@ class Metrics:
         self._between = Histogram(
             "kvgraph_inter_token_seconds", "From one token of an answer to the next.", registry=registry, buckets=QUICK
         )
+        self._model = model
+        self._inference_seconds = Histogram(
+            "gen_ai_server_request_duration_seconds", "From a request's head to the end of its answer.",
+            (*GEN_AI, "error_type"), registry=registry, buckets=DURATION,
+        )  # fmt: skip
+        self._first_token = Histogram(
+            "gen_ai_server_time_to_first_token_seconds", "From a request's head to its first token, if it ended well.",
+            GEN_AI, registry=registry, buckets=FIRST_TOKEN,
+        )  # fmt: skip
+        self._per_token = Histogram(
+            "gen_ai_server_time_per_output_token_seconds", "Mean of an answer's tokens after its first, if it ended well.",
+            GEN_AI, registry=registry, buckets=PER_TOKEN,
+        )  # fmt: skip
 
         self._shadow = Counter(
             "kvgraph_shadow", "Answers chosen for a comparison with full, by what came of it.", ("method", "outcome"),
@@ -95,6 +122,20 @@ class Metrics:
         known = method if method in METHODS else "other"
         self._http.labels(route, known, f"{status // 100}xx").inc()
         self._http_seconds.labels(route).observe(seconds)
+
+    def count_inference(self, exchange: Exchange, error: str | None, seconds: float) -> None:
+        """A request has ended; if it was one that generates, count it. error: the code of what ended it."""
+        if exchange.inference is None:
+            return
+        labels = (exchange.inference.operation, PROVIDER, self._model, self._model)
+        self._inference_seconds.labels(*labels, error or "").observe(seconds)
+        if error is not None:
+            return
+        if (first := exchange.first_token_at) is not None:
+            self._first_token.labels(*labels).observe(first - exchange.started)
+        for job in exchange.jobs:
+            if (each := job.time_per_token) is not None:
+                self._per_token.labels(*labels).observe(each)
 
     def count_shadow(self, method: str, outcome: str, found: Fidelity | None = None) -> None:
         """An answer was chosen to be compared with `full`. outcome: compared, skipped, or given up for a request."""
@@ -182,15 +223,27 @@ class _Gauges(Collector):
             ("misses", "Records not found."),
             ("bad", "Corrupt records, moved to quarantine."),
             ("unreadable", "Records that couldn't be opened or read by this version."),
+            ("untrusted", "Records that aren't signed with this server's KVGRAPH_STORE_KEY."),
             ("index_errors", "Times the index couldn't be used."),
             ("errors", "Calls of a remote store that failed."),
             ("timeouts", "Calls of a remote store without an answer in time."),
             ("skipped", "Calls of a remote store that weren't made, because those before them had failed."),
+            ("read_bytes", "Bytes of records found, as the tier keeps them."),
+            ("written_bytes", "Bytes of records kept, as the tier keeps them."),
         ):
             counted = CounterMetricFamily(f"kvgraph_store_{event}", help, labels=("tier",))
             for store in stores:
                 counted.add_metric((store.name,), store.counts()[event])
             yield counted
+        answers = GaugeMetricFamily(
+            "kvgraph_store_available", "0 while a tier isn't asked, because earlier calls failed.", labels=("tier",)
+        )
+        for store in stores:
+            answers.add_metric((store.name,), float(store.available))
+        yield answers
+        if engine.loader is not None:
+            yield from _of_loader(engine.loader)
+        yield GaugeMetricFamily("kvgraph_store_writes_pending", "Records that wait to be kept.", value=engine.writing)
         failed = engine.store_errors
         yield CounterMetricFamily("kvgraph_store_write_errors", "Records that couldn't be kept.", value=failed)
         held = GaugeMetricFamily("kvgraph_store_bytes", "Record files, of all processes.", labels=("tier",))
@@ -201,6 +254,32 @@ class _Gauges(Collector):
             if store.capacity is not None:
                 most.add_metric((store.name,), store.capacity)
         yield from (held, most)
+
+
+def _of_loader(loader: Loader) -> Iterator[Metric]:
+    """Loads by outcome, how long they took by tier, those under way, and what lookahead did."""
+    counts = dict(loader.counts)
+    outcomes = CounterMetricFamily("kvgraph_loads", "Records asked for, by how it ended.", labels=("outcome",))
+    for outcome in ("found", "missing", "failed", "late", "cancelled"):
+        outcomes.add_metric((outcome,), counts.get(outcome, 0))
+    yield outcomes
+    taken = HistogramMetricFamily(
+        "kvgraph_load_seconds", "From asking for a record until it is in memory, by tier.", labels=("tier",)
+    )
+    for tier, durations in dict(loader.seconds).items():
+        buckets, total = [], 0
+        for bound, n in zip((*map(str, BOUNDS), "+Inf"), durations.counts, strict=True):
+            total += n
+            buckets.append((bound, total))
+        taken.add_metric((tier,), buckets, durations.total)
+    yield taken
+    yield GaugeMetricFamily("kvgraph_loads_pending", "Records being read, or waiting for it.", value=loader.pending)
+    ahead = CounterMetricFamily(
+        "kvgraph_lookahead", "Records read for requests that wait for memory: begun, and used.", labels=("what",)
+    )
+    ahead.add_metric(("begun",), counts.get("ahead", 0))
+    ahead.add_metric(("used",), counts.get("ahead_used", 0))
+    yield ahead
 
 
 def _tiers(engine: Engine) -> tuple[Store, ...]:

@@ -64,7 +64,9 @@ class Observed:
             told = LEFT if exchange.left or not status else status
             route = getattr(inner.get("route"), "path", "unknown")
             self.server.metrics.count_http(route, scope["method"], told, seconds)
-            self.server.tracing.end(span, scope["method"], route, told, exchange)
+            failed = exchange.error or (str(told) if told >= LEFT else None)
+            self.server.metrics.count_inference(exchange, failed, seconds)
+            self.server.tracing.end(span, scope["method"], route, told, failed, exchange)
             self._log(scope, told, seconds, exchange)
             logs.current.reset(token)
 

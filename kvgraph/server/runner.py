@@ -53,6 +53,12 @@ class EngineJob:
         self._news = asyncio.Event()
         self._handed_out = 0  # sampled tokens; used by the engine thread alone
 
+    @property
+    def time_per_token(self) -> float | None:
+        """Mean seconds of each token after the first; None for an answer of fewer than two."""
+        first, last, more = self.request.first_token_at, self.last_token_at, len(self.request.token_ids) - 1
+        return (last - first) / more if first and last is not None and more > 0 else None
+
     async def updates(self) -> AsyncIterator[Update]:
         """Updates as steps give them; raises what ended the request, or Stopped. Leaving early cancels it."""
         try:

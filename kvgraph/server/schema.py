@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+MOST_MESSAGES = 10_000  # of a chat
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Pattern = Annotated[str, Field(min_length=1)]  # also a text to choose; `LONGEST` of `kvgraph.engine.guide` is the most
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -65,7 +66,15 @@ IGNORED = (  # who asks and for what, which changes no answer
     "store",
     "user",
 )
-OF_ANSWERS = ("annotations", "id", "parsed", "provider_specific_fields", "status", "type")  # in messages sent back
+OF_ANSWERS = (
+    "annotations",
+    "id",
+    "parsed",
+    "phase",
+    "provider_specific_fields",
+    "status",
+    "type",
+)  # in messages sent back
 
 
 def without_nulls(data: Any) -> Any:
@@ -159,8 +168,9 @@ class GraphOptions(BaseModel):
     method: full, block, kvlink, graph-kv, ... or a preset; fields may also follow a colon ("graph-kv:rounds=2"). edges:
     pairs [source, reader] of documents by index or id, or a name: all, chain, top-k:3, last-k:3, layers:1-3, star:0.
     graph: the name of a stored graph (`POST /v1/graphs`); segments: those of its segments that the question is about, by
-    id, in the order given. prefix: text before the documents, for completions. shadow: compare the answer's first tokens
-    with `full`; the usage has the result. timeout: seconds, at most the server's.
+    id, in the order given; retrieve: how many of its segments to find for the question (a chat's last user message, or the
+    prompt) instead. prefix: text before the documents, for completions. shadow: compare the answer's first tokens with
+    `full`; the usage has the result. timeout: seconds, at most the server's.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, json_schema_extra=_nullable)
@@ -169,6 +179,7 @@ class GraphOptions(BaseModel):
     edges: Name | list[Edge] | None = None
     graph: Name | None = None
     segments: list[Name] | None = None
+    retrieve: Annotated[int, Field(ge=1, le=1000)] | None = None
     prefix: str | None = None
     shadow: bool = False
     timeout: Annotated[float, Field(gt=0)] | None = None
@@ -229,26 +240,17 @@ class StructuredOutputs(Sent):
     json_object: Literal[True] | None = None
 
 
-class Generation(Sent):
-    """Fields shared by chat and plain completions.
-
-    One of response_format, structured_outputs and the fields guided_* (as older servers of vLLM name them) may say what
-    the answer must be.
-    """
-
-    model_config = ConfigDict(json_schema_extra=_with_neutral)
+class Sampling(Sent):
+    """What all requests that generate share: the documents they read, how these are composed, how tokens are chosen."""
 
     model: str
     documents: list[DocumentIn] = []
     kvgraph: GraphOptions = GraphOptions()
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1)] = 1
     stop: Name | Annotated[list[Name], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
@@ -258,8 +260,22 @@ class Generation(Sent):
     min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] = []
     ignore_eos: bool = False
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+
+
+class Generation(Sampling):
+    """Fields shared by chat and plain completions.
+
+    One of response_format, structured_outputs and the fields guided_* (as older servers of vLLM name them) may say what
+    the answer must be.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_with_neutral)
+
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: Pattern | None = None
     guided_choice: Annotated[list[Pattern], Field(min_length=1, max_length=1000)] | None = None
@@ -286,6 +302,12 @@ class TextPart(Sent):
     type: Literal["text", "input_text", "output_text"]
     text: str
     cache_control: Any = None  # what is read again is found again in any case
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral(cls, data: Any) -> Any:
+        """Take out what parts of answers hold that are sent back."""
+        return taken(data, {}, ("annotations", "logprobs", "parsed")) if isinstance(data, dict) else data
 
 
 class FunctionCalled(Sent):
@@ -459,7 +481,7 @@ class ChatRequest(Generation, ChatOptions):
     (required) or one by name. parallel_tool_calls: whether there may be several calls.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     tools: Annotated[list[ToolIn], Field(max_length=1000)] = []
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
@@ -554,6 +576,21 @@ class UsageOut(BaseModel):
     kvgraph: Annotated[Details | None, Unless] = None
 
 
+class Citation(BaseModel):
+    """A segment that was found for the question, and given to the model. via: the segment that led to it, which reads it;
+    without it, the question did. score: compares the citations of one answer.
+    """
+
+    id: str
+    title: str
+    score: float
+    via: Annotated[str | None, Unless] = None
+
+
+Citations = Annotated[list[Citation] | None, Unless]
+"""Of `kvgraph.retrieve`, best first. In a stream, they come with the chunk that ends the last choice."""
+
+
 class TopLogprob(BaseModel):
     """A likely token."""
 
@@ -629,6 +666,7 @@ class ChatResponse(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageOut
+    citations: Citations = None
 
 
 class TextChoice(BaseModel):
@@ -650,6 +688,7 @@ class CompletionResponse(BaseModel):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Annotated[UsageOut | None, Unless] = None
+    citations: Citations = None
 
 
 class ToolCallDelta(BaseModel):
@@ -689,6 +728,7 @@ class ChatChunk(BaseModel):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Annotated[UsageOut | None, Unless] = None
+    citations: Citations = None
 
 
 class ModelCard(BaseModel):

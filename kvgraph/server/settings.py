@@ -15,22 +15,45 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PositiveInt,
     SecretStr,
     ValidationError,
     field_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from kvgraph import methods
 from kvgraph.data.chat import check_template
-from kvgraph.errors import KVGraphError
+from kvgraph.errors import KVGraphError, StoreError
+from kvgraph.places import StorePlace, places_of
+from kvgraph.store.codecs.registry import parse as parse_codec
 from kvgraph.units import parse_size
 
 log = logging.getLogger("kvgraph.server")
 
 Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _places(given: Any) -> Any:
+    """Folders and URLs of a store, of a text or a list of texts. Raises ValueError."""
+    try:
+        listed = places_of(given) if isinstance(given, str) else [given] if isinstance(given, Path) else given
+        if not isinstance(listed, list | tuple) or not all(isinstance(p, str | Path | StorePlace) for p in listed):
+            raise ValueError("it must be a folder or a URL, or a list of them")
+        return [p if isinstance(p, StorePlace) else StorePlace(_expanded(str(p))) for p in listed]
+    except StoreError as error:
+        raise ValueError(str(error)) from None
+
+
+Shown = Annotated[StorePlace, PlainSerializer(str)]  # no dump of the settings has a password
 
 
 class SettingsError(KVGraphError, ValueError):
@@ -60,8 +83,10 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8771
     dtype: str = "auto"
     device: str = "cpu"
-    store: Path | None = None
-    store_size: Size | None = None  # the store's limit; least recently used records go first
+    store: Annotated[list[Shown], NoDecode, BeforeValidator(_places)] = []  # folders and URLs, fastest first
+    store_size: Size | None = None  # the limit of each of its folders; least recently used records go first
+    codec: str = "raw"  # how records are kept
+    library: Path | None = None  # file of segments and graphs; default: library.sqlite in the store's first folder
     kv_budget: Size | None = None
     max_step_tokens: PositiveInt | None = None
     allow_untested: bool = False
@@ -85,6 +110,7 @@ class Settings(BaseSettings):
     max_request_bytes: Size = 8 << 20
     max_body_bytes: Size = 256 << 20  # bodies of all requests being read or answered; beyond it 429
     body_timeout: Seconds = 60.0  # how long a client may take to send a request's body
+    max_kept_bytes: Size = 64 << 20  # responses kept of a tenant, in memory; the oldest go first
     max_pending: PositiveInt = 256  # requests in work or waiting; more get 429
     timeout: Seconds = 600.0  # a request may take
     grace: Seconds = 30.0  # requests in work get on shutdown
@@ -98,7 +124,16 @@ class Settings(BaseSettings):
             methods.parse(value)
         return value
 
-    @field_validator("store", "chat_template")
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, value: str) -> str:
+        try:
+            parse_codec(value)
+        except StoreError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("library", "chat_template")
     @classmethod
     def _at_home(cls, value: Path | None) -> Path | None:
         return None if value is None else Path(_expanded(str(value)))
@@ -124,6 +159,11 @@ class Settings(BaseSettings):
     def name(self) -> str:
         """What clients call the model."""
         return self.served_name or Path(self.model).name or self.model
+
+    @property
+    def folder(self) -> Path | None:
+        """The first folder among the store's places."""
+        return next((Path(place.text) for place in self.store if not place.is_url), None)
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> Settings:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -18,13 +19,16 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from kvgraph import methods
 from kvgraph.data.library import LIBRARY, Library
+from kvgraph.data.retrieval.stored import GraphIndexes
 from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
+from kvgraph.models.embedder import SentenceEmbedder
 from kvgraph.server import logs
+from kvgraph.server.encode import GraphEncoder
 from kvgraph.server.errors import APIError
 from kvgraph.server.metrics import Metrics
-from kvgraph.server.precompute import Precompute
+from kvgraph.server.responses.kept import Kept
 from kvgraph.server.runner import EngineThread
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.shadow import Shadow
@@ -32,6 +36,7 @@ from kvgraph.server.tenants import Caller, Tenants
 from kvgraph.server.tokens import TokenNames
 from kvgraph.server.tracing import Tracing
 from kvgraph.server.workers import Workers
+from kvgraph.store.codecs.registry import fingerprint_with, parse
 from kvgraph.store.open import open_store
 
 log = logging.getLogger("kvgraph.server")
@@ -56,9 +61,28 @@ def load_engine(settings: Settings) -> Engine:
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"can't read the chat template {settings.chat_template}: {error}") from None
     store = None
-    if settings.store is not None:
-        store = open_store(settings.store, model.fingerprint, capacity_bytes=settings.store_size)
-    return Engine(model, store=store, kv_budget=settings.kv_budget, max_step_tokens=settings.max_step_tokens)
+    if settings.store:
+        fingerprint = fingerprint_with(model.fingerprint, parse(settings.codec))
+        places = [place.text for place in settings.store]
+        store = open_store(places, fingerprint, capacity_bytes=settings.store_size)
+    return Engine(
+        model,
+        store=store,
+        kv_budget=settings.kv_budget,
+        max_step_tokens=settings.max_step_tokens,
+        codec=settings.codec,
+    )
+
+
+def library_file(settings: Settings) -> Path | None:
+    """Where segments and graphs are kept: a file of this machine, whatever the store's tiers are. None: in memory."""
+    if settings.library is not None or settings.folder is None:
+        if settings.library is None and settings.store:
+            log.warning(
+                "segments and graphs are in memory, because no tier of the store is a folder; give --library FILE"
+            )
+        return settings.library
+    return settings.folder / LIBRARY
 
 
 class Server:
@@ -70,6 +94,7 @@ class Server:
         self.tracing = Tracing(settings)
         self.metrics = Metrics(settings.name, lambda: self.ready)
         self.workers = Workers()
+        self.responses = Kept(settings.max_kept_bytes)
         self.started = time.time()
         self.failure: BaseException | None = None  # why loading failed
         self.on_failure: Callable[[], None] = lambda: None
@@ -79,7 +104,8 @@ class Server:
         self._engine: Engine | None = None
         self._runner: EngineThread | None = None
         self._library: Library | None = None
-        self._precompute: Precompute | None = None
+        self._indexes: GraphIndexes | None = None
+        self._encoder: GraphEncoder | None = None
         self._shadow: Shadow | None = None
         self._loading: asyncio.Task | None = None
 
@@ -92,15 +118,16 @@ class Server:
     async def _open(self) -> None:
         try:
             engine = await _on_daemon(lambda: self._load(self.settings))
-            file = None if self.settings.store is None else self.settings.store / LIBRARY
+            file = library_file(self.settings)
             self._library = await asyncio.to_thread(Library, file, engine.model.fingerprint)
+            self._indexes = GraphIndexes(self._library, file and file.parent, SentenceEmbedder)
             runner = EngineThread(engine, self.metrics.saw)
             runner.start()
             self.metrics.observe(runner)
             self._engine, self._runner = engine, runner
-            self._precompute = Precompute(runner, self._library, self.workers)
+            self._encoder = GraphEncoder(runner, self._library, self.workers)
             self._shadow = Shadow(runner, self.workers, self.metrics, self.settings.shadow)
-            await self._precompute.resume()
+            await self._encoder.resume()
         except Exception as error:
             self.failure = error
             log.error("can't serve %s: %s", self.settings.model, error, exc_info=not isinstance(error, KVGraphError))
@@ -114,8 +141,8 @@ class Server:
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
-        if self._precompute is not None:
-            await self._precompute.stop()
+        if self._encoder is not None:
+            await self._encoder.stop()
         if self._shadow is not None:
             await self._shadow.stop()
         deadline = time.monotonic() + self.settings.grace
@@ -131,6 +158,8 @@ class Server:
             await asyncio.to_thread(self._engine.close)
         if self._library is not None:
             await asyncio.to_thread(self._library.close)
+        if self._indexes is not None:
+            await asyncio.to_thread(self._indexes.close)
         await self.tracing.close()
         self.workers.close()
 
@@ -165,9 +194,14 @@ class Server:
         return _loaded(self._library)
 
     @property
-    def precompute(self) -> Precompute:
+    def indexes(self) -> GraphIndexes:
+        """The search indexes of stored graphs. Raises APIError 503 while there is no engine."""
+        return _loaded(self._indexes)
+
+    @property
+    def encoder(self) -> GraphEncoder:
         """What encodes stored graphs. Raises APIError 503 while there is no engine."""
-        return _loaded(self._precompute)
+        return _loaded(self._encoder)
 
     @property
     def shadow(self) -> Shadow:

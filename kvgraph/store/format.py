@@ -7,6 +7,7 @@ they are read.
 
 from __future__ import annotations
 
+import hmac
 import json
 import math
 import os
@@ -20,11 +21,12 @@ import torch
 import xxhash
 
 from kvgraph.errors import StoreError
-from kvgraph.store.base import is_key
+from kvgraph.store.base import is_key, is_tenant
 from kvgraph.store.codecs.base import CODES, DTYPES, Codec
 from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.codecs.registry import parse, spec_of
-from kvgraph.store.record import BadRecord, PackedKV, Record, UnsupportedRecord
+from kvgraph.store.record import BadRecord, PackedKV, Record, UnsupportedRecord, UntrustedRecord
+from kvgraph.store.signing import DIGITS, signature
 
 VERSION = "1"
 ALIGN = 64  # bytes; a cache line
@@ -32,8 +34,11 @@ OPENINGS = 5  # tries to open a file that others replace at the same time
 MAX_HEADER = 1 << 20  # bytes; 100 layers take 20 kB
 
 MAGIC = b'{"__metadata__":{"kvgraph":"'  # the first bytes of the JSON of every version
+START = 8 + MAX_HEADER  # bytes at the front of a file that hold its header, whatever it says
 PREFIX = MAGIC + VERSION.encode() + b'","xxh3_128":"'
 SEALED = 8 + len(PREFIX) + 32  # the checksum's 32 hex digits end here; it covers everything from here to the end
+SIGNATURE = b'","signature":"'  # follows the checksum in a signed record
+SIGNED = SEALED + len(SIGNATURE) + DIGITS  # the signature covers bytes 0 to 8, and everything from here to the end
 
 INTS: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 ITEMSIZE = {code: dtype.itemsize for code, dtype in DTYPES.items()}
@@ -56,15 +61,17 @@ class Header:
     fingerprint: str
     codec: Codec
     dtype: torch.dtype | None  # of the KV once unpacked; None: that of the tensors
+    tenant: str  # see `kvgraph.store.base.tenant_id`
     tokens: int
     data: int
     tensors: dict[str, TensorInfo]
 
 
-def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
+def encode(record: Record, fingerprint: str = "", tenant: str = "", secret: bytes = b"") -> list[bytes | memoryview]:
     """The record's file as buffers to write one after the other. Contiguous CPU tensors aren't copied.
 
-    fingerprint: the model's, or empty. Raises StoreError for a record that the format can't hold.
+    fingerprint: the model's, or empty. tenant: what stands for it (`kvgraph.store.base.tenant_id`), or empty. secret: to
+    sign the record with, or empty. Raises StoreError for a record that the format can't hold.
     """
     _check_encodable(record)
     packed = record.packed or PackedKV("raw", Raw().pack(record))
@@ -76,13 +83,17 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
     # Positions come last, so that KV starts aligned for any number of tokens.
     positions = np.ascontiguousarray(record.positions.numpy(), dtype="<i8")
     table.append(("positions", "I64", [len(record)], positions.nbytes))
+    kept = [np.ascontiguousarray(t.numpy(), dtype="<i4") for t in record.kept or ()]
+    table += [(f"positions.{i}", "I32", list(t.shape), t.nbytes) for i, t in enumerate(kept)]
 
     header: dict[str, Any] = {
         "__metadata__": {
             "kvgraph": VERSION,
             "xxh3_128": "0" * 32,
+            **({"signature": "0" * DIGITS} if secret else {}),
             "key": record.key,
             "fingerprint": fingerprint,
+            **({"tenant": tenant} if tenant else {}),
             "codec": packed.codec,
             "tokens": str(len(record)),
             **({} if packed.codec == "raw" else {"dtype": CODES[record.keys[0].dtype]}),
@@ -98,8 +109,10 @@ def encode(record: Record, fingerprint: str = "") -> list[bytes | memoryview]:
         raise StoreError(f"a record's header of {len(text)} bytes is over the format's limit of {MAX_HEADER}")
 
     head = bytearray(len(text).to_bytes(8, "little") + text)
+    buffers += [t.view(np.uint8).reshape(-1).data for t in (positions, *kept)]
+    if secret:
+        head[SIGNED - DIGITS : SIGNED] = signature(secret, [bytes(head[:8]), bytes(head[SIGNED:]), *buffers])
     checksum = xxhash.xxh3_128(bytes(head[SEALED:]))
-    buffers.append(positions.view(np.uint8).data)
     for buffer in buffers:
         checksum.update(buffer)
     head[SEALED - 32 : SEALED] = checksum.hexdigest().encode("ascii")
@@ -127,32 +140,66 @@ def map_file(path: str | Path) -> tuple[torch.Tensor, os.stat_result]:
     raise OSError(f"{path} was replaced each time it was opened")
 
 
+def read_file(path: str | Path, most: int | None = None) -> tuple[torch.Tensor, os.stat_result]:
+    """As `map_file`, but read into memory now, at most so many bytes: what happens to the file later changes nothing."""
+    with open(path, "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise BadRecord("isn't a regular file")
+        data = bytearray(info.st_size if most is None else min(most, info.st_size))
+        size = file.readinto(data)
+    if size == 0:
+        raise BadRecord("is empty")
+    return torch.frombuffer(data, dtype=torch.uint8, count=size), info
+
+
 def identity(info: os.stat_result) -> tuple[int, int, int]:
     """A value that distinguishes versions of a file without reading it."""
     return info.st_ino, info.st_mtime_ns, info.st_size
 
 
-def decode(data: torch.Tensor, key: str, fingerprint: str = "", verify: bool = True) -> Record:
+def decode(
+    data: torch.Tensor,
+    key: str,
+    fingerprint: str = "",
+    verify: bool = True,
+    tenant: str | None = None,
+    secret: bytes = b"",
+) -> Record:
     """The record in `data` (uint8 [bytes], a whole file); its KV are views of it, kept alive by them.
 
     key: the one asked for. fingerprint: the model's, if it is to be compared; a record that states none passes, since
-    the key covers it. verify: compare the checksum, and refuse NaN and infinity. Raises BadRecord, UnsupportedRecord; never returns other KV.
+    the key covers it. tenant: what stands for the one who asks; None for anybody's. verify: compare the checksum, and
+    refuse NaN and infinity. secret: what the record must be signed with; empty: signatures aren't looked at. Raises
+    BadRecord, UnsupportedRecord, UntrustedRecord; never returns other KV.
     """
-    if verify:
+    if secret:
+        check_signature(data, secret)  # covers what the checksum covers
+    elif verify:
         check_sum(data)
     header = read_header(data)
     if header.key != key:
         raise BadRecord(f"holds the record {header.key}")
     if fingerprint and header.fingerprint not in ("", fingerprint):
         raise BadRecord(f"was written for the model with fingerprint {header.fingerprint}")
+    if tenant is not None and header.tenant not in ("", tenant):
+        raise UnsupportedRecord("belongs to another tenant")
 
-    kv = {name: _tensor(data, header, info) for name, info in header.tensors.items() if name != "positions"}
-    keys, values = header.codec.unpack(kv, header.tokens, header.dtype)
-    _check_kv(keys, values, header.tokens)
+    kv = {name: _tensor(data, header, info) for name, info in header.tensors.items() if not _is_positions(name)}
+    positions = _positions(data, header)
+    kept = _kept(data, header, positions)
+    held = kept[0].shape[1] if kept else header.tokens
+    try:
+        keys, values = header.codec.unpack(kv, held, header.dtype)
+    except (RuntimeError, ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:
+        raise BadRecord(f"can't be unpacked: {type(error).__name__}") from error
+    _check_kv(keys, values, held)
+    if kept and [t.shape[0] for t in kept] != [t.shape[0] for t in keys]:
+        raise BadRecord("has positions of other layers and heads than its keys")
     if verify and not all(map(_is_finite, (*keys, *values))):
         raise BadRecord("holds numbers that aren't finite")
     packed = None if isinstance(header.codec, Raw) else PackedKV(spec_of(header.codec), kv)
-    return Record(key, keys, values, _positions(data, header), packed)
+    return Record(key, keys, values, positions, packed, kept)
 
 
 def _tensor(data: torch.Tensor, header: Header, info: TensorInfo) -> torch.Tensor:
@@ -178,10 +225,22 @@ def check_sum(data: torch.Tensor) -> None:
         raise BadRecord("is damaged: its checksum doesn't match")
 
 
-def read_header(data: torch.Tensor) -> Header:
-    """Parse and check the header of a whole file (uint8 [bytes]): all of it, but not the checksum nor any tensor data.
+def check_signature(data: torch.Tensor, secret: bytes) -> None:
+    """Compare the signature of a whole file (uint8 [bytes]). Raises BadRecord, UnsupportedRecord, UntrustedRecord."""
+    raw = data.numpy()
+    _front(raw)
+    front = raw[SEALED:SIGNED].tobytes()
+    signed = front.startswith(SIGNATURE)
+    if signed and hmac.compare_digest(front[-DIGITS:], signature(secret, [raw[:8].tobytes(), raw[SIGNED:].data])):
+        return
+    check_sum(data)  # is it damaged, or whole and somebody else's?
+    raise UntrustedRecord("has a signature made with another secret" if signed else "isn't signed")
 
-    Raises BadRecord, UnsupportedRecord.
+
+def read_header(data: torch.Tensor, size: int | None = None) -> Header:
+    """Parse and check the header of a file (uint8 [bytes]): all of it, but not the checksum nor any tensor data.
+
+    data: the whole file, or its first bytes, at least START or all there are, of `size`. Raises BadRecord, UnsupportedRecord.
     """
     raw = data.numpy()
     length = int.from_bytes(_front(raw)[:8], "little")
@@ -199,16 +258,19 @@ def read_header(data: torch.Tensor) -> Header:
         codec = parse(meta.get("codec", ""))
     except StoreError as error:
         raise UnsupportedRecord(f"is stored with codec {meta.get('codec')!r}: {error}") from None
-    if any(name.startswith("positions.") for name in table):
-        raise UnsupportedRecord("has positions per layer and head, which this version doesn't read")
     key, tokens, fingerprint = meta.get("key", ""), meta.get("tokens", ""), meta.get("fingerprint")
     if not is_key(key) or not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10) or fingerprint is None:
         raise BadRecord("has malformed metadata")
+    tenant = meta.get("tenant", "")
+    if tenant and not is_tenant(tenant):
+        raise BadRecord(f"states a tenant {tenant[:40]!r}, which has 16 hex digits")
     dtype = meta.get("dtype")
     if dtype is not None and dtype not in _KV_DTYPES:
         raise BadRecord(f"states the dtype {dtype!r}, which KV can't have")
     dtype = None if dtype is None else DTYPES[dtype]
-    header = Header(key, fingerprint, codec, dtype, int(tokens), begin, _table(table, raw.nbytes - begin))
+    header = Header(
+        key, fingerprint, codec, dtype, tenant, int(tokens), begin, _table(table, (size or raw.nbytes) - begin)
+    )
     _check_tensors(header)
     return header
 
@@ -275,6 +337,30 @@ def _positions(data: torch.Tensor, header: Header) -> torch.Tensor:
     return torch.from_numpy(positions)
 
 
+def _is_positions(name: str) -> bool:
+    return name == "positions" or name.startswith("positions.")
+
+
+def _kept(data: torch.Tensor, header: Header, positions: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Positions [G, K] int32 of the tokens that every layer and head holds, copied; None if that is all of them."""
+    infos = {name: info for name, info in header.tensors.items() if name.startswith("positions.")}
+    if not infos:
+        return None
+    if infos.keys() != {f"positions.{layer}" for layer in range(len(infos))}:
+        raise BadRecord("doesn't hold the positions of every layer")
+    width = infos["positions.0"].shape[-1]
+    kept = []
+    for layer in range(len(infos)):
+        info = infos[f"positions.{layer}"]
+        if info.dtype != "I32" or len(info.shape) != 2 or info.shape[1] != width or not width < header.tokens:
+            raise BadRecord(f"has positions of dtype {info.dtype} and shape {list(info.shape)}, which is impossible")
+        found = _tensor(data, header, info).clone()
+        if bool((found.diff(dim=1) <= 0).any()) or not bool(torch.isin(found, positions.int()).all()):
+            raise BadRecord("holds tokens at positions that don't ascend or aren't the span's")
+        kept.append(found)
+    return tuple(kept)
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether it contains neither NaN nor infinity. The sum shows it in one pass, unless it overflows."""
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
@@ -292,8 +378,10 @@ def _check_encodable(record: Record) -> None:
         raise StoreError(f"record {record.key[:12]} has dtype {found}; the store keeps float32, float16 or bfloat16")
     if any(t.device.type != "cpu" for t in kv):
         raise StoreError(f"record {record.key[:12]} isn't in CPU memory; move it there before it is stored")
+    if (record.held < len(record)) != (record.kept is not None):
+        raise StoreError(f"record {record.key[:12]} has KV of {record.held} tokens, but {len(record)} positions")
     for t in kv:
-        if t.dim() != 3 or t.shape[1] != len(record) or 0 in t.shape:
+        if t.dim() != 3 or t.shape[1] != record.held or 0 in t.shape or t.shape[1] > len(record):
             raise StoreError(f"record {record.key[:12]} has KV of shape {list(t.shape)} for {len(record)} tokens")
         if not _is_finite(t):
             raise StoreError(f"record {record.key[:12]} contains NaN or infinite numbers; it isn't stored")

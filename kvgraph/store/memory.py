@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvgraph.store.base import EVENTS, Found, Store
+from kvgraph.errors import StoreError
+from kvgraph.store.base import EVENTS, Found, Store, one_by_one
 from kvgraph.store.record import Record
 
 
@@ -47,6 +49,15 @@ class MemoryStore:
         """Itself."""
         return (self,)
 
+    @property
+    def available(self) -> bool:
+        """Always."""
+        return True
+
+    def for_tenant(self, tenant: str) -> Store:
+        """Itself: keys cover the tenant, and nothing in memory is listed."""
+        return self
+
     def get(self, key: str) -> Found | None:
         """The record and "memory", or None. Evicts nothing; makes it the most recently used."""
         with self._lock:
@@ -54,6 +65,7 @@ class MemoryStore:
             if entry is None and (entry := self._idle.get(key)) is not None:
                 self._idle.move_to_end(key)
             self._counts["misses" if entry is None else "hits"] += 1
+            self._counts["read_bytes"] += 0 if entry is None else entry.nbytes
             return None if entry is None else (entry.record, self.name)
 
     def put(self, record: Record) -> None:
@@ -73,6 +85,11 @@ class MemoryStore:
             self._evict_to(self._most - nbytes)
             self._idle[record.key] = _Entry(record, nbytes)
             self.bytes += nbytes
+            self._counts["written_bytes"] += nbytes
+
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        """One by one."""
+        return one_by_one(self.put, records)
 
     def evict_to(self, size: int) -> None:
         """Evict least recently used records until at most `size` bytes are held, or only pinned ones. Idempotent."""
@@ -111,7 +128,7 @@ class MemoryStore:
             return True
 
     def counts(self) -> dict[str, int]:
-        """Hits and misses."""
+        """Hits, misses and bytes."""
         with self._lock:
             return dict(self._counts)
 

@@ -7,11 +7,26 @@ from pathlib import Path
 
 from kvgraph.errors import StoreError
 from kvgraph.store.base import Store
+from kvgraph.store.catalog import Catalog
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.remote.registry import open_remote
+from kvgraph.store.remote.store import RemoteStore
 from kvgraph.store.tiered import TieredStore
 
 Where = str | Path
+
+
+def open_catalog(where: Where, make: bool = False) -> Catalog:
+    """All records in a folder, which must be a store unless it is to be made, or at a URL. Raises StoreError."""
+    if "://" in str(where):
+        opened = open_remote(str(where), "")
+        if not isinstance(opened, RemoteStore):
+            raise StoreError(f"a {opened.name} store can't be listed")
+        return opened.catalog()
+    folder = Path(where)
+    if not make and not (folder / "VERSION").exists():  # looking at a store must not create one
+        raise StoreError(f"{folder} isn't a store" if folder.exists() else f"there is no store {folder}")
+    return DiskStore(folder)
 
 
 def open_store(
@@ -23,8 +38,7 @@ def open_store(
 ) -> Store:
     """The store in a folder, at a URL, or the tiers of several, for the records of one model.
 
-    capacity_bytes: of a folder; None for no limit. tenant: a salt; remote tiers keep each tenant's records apart. Raises
-    StoreError.
+    capacity_bytes: of a folder; None for no limit. tenant: a salt; each tenant's records are kept apart. Raises StoreError.
     """
     places = [where] if isinstance(where, str | Path) else list(where)
     if not places:
@@ -34,5 +48,5 @@ def open_store(
         if "://" in str(place):
             stores.append(open_remote(str(place), fingerprint, tenant))
         else:
-            stores.append(DiskStore(place, capacity_bytes, fingerprint=fingerprint))
+            stores.append(DiskStore(place, capacity_bytes, fingerprint=fingerprint).for_tenant(tenant))
     return stores[0] if len(stores) == 1 else TieredStore(stores)

@@ -16,6 +16,10 @@ class UnsupportedRecord(Exception):
     """The bytes may be fine, but this reader doesn't understand them: another version, codec or kind of positions."""
 
 
+class UntrustedRecord(Exception):
+    """The bytes are a record, but it isn't signed with this reader's secret."""
+
+
 @dataclass(frozen=True)
 class PackedKV:
     """A record's KV as a codec keeps them. codec: its text (see `kvgraph.store.codecs.registry`). tensors: by name, in
@@ -34,6 +38,9 @@ class Record:
     key: the span's Merkle key, 64 hex digits. keys[l], values[l]: [G, N, D], last dimension contiguous.
     positions: [N] int64, relative to the first token's. All tensors are read-only by agreement: many rows share them.
 
+    kept: positions [G, K] int32 of the tokens whose keys and values every layer and head holds, if a selection has
+    left some out. Keys and values are then [G, K, D]; `positions` still has all N. None: all are there.
+
     packed: the packed form that the KV was decoded from, if a codec was used. Stores write it unchanged, because
     packing decoded KV again could change it.
     """
@@ -43,9 +50,15 @@ class Record:
     values: tuple[torch.Tensor, ...]
     positions: torch.Tensor
     packed: PackedKV | None = field(default=None, compare=False, repr=False)
+    kept: tuple[torch.Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return self.positions.shape[0]
+
+    @property
+    def held(self) -> int:
+        """K: tokens whose keys and values are there; N unless a selection has left some out."""
+        return self.keys[0].shape[1]
 
     @property
     def nbytes(self) -> int:

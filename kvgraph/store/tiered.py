@@ -26,6 +26,15 @@ class TieredStore:
         """The tiers, fastest first."""
         return tuple(part for tier in self._tiers for part in tier.tiers)
 
+    @property
+    def available(self) -> bool:
+        """Whether all tiers are."""
+        return all(tier.available for tier in self._tiers)
+
+    def for_tenant(self, tenant: str) -> Store:
+        """The same tiers for a tenant's records."""
+        return TieredStore([tier.for_tenant(tenant) for tier in self._tiers])
+
     def get(self, key: str) -> Found | None:
         """The record and the name of the first tier that has it, or None.
 
@@ -52,6 +61,13 @@ class TieredStore:
                 failed = failed or error
         if failed is not None:
             raise failed
+
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        """Write through to every tier, one after the other."""
+        errors: dict[str, StoreError] = {}
+        for tier in self._tiers:
+            errors = tier.put_all(records) | errors
+        return errors
 
     def contains(self, key: str) -> bool:
         """Whether any tier has it. Changes nothing."""

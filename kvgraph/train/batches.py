@@ -36,9 +36,9 @@ AHEAD = 4  # chunks laid out ahead by each worker
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far a run's data is: optimizer steps taken, examples drawn of each component and left out of them.
+    """How far a run has come in its data: optimizer steps taken, and for each component the examples drawn and left out.
 
-    Nothing else is needed to go on with the same data.
+    Nothing else is needed to resume with the same data.
     """
 
     step: int = 0
@@ -50,8 +50,8 @@ class Cursor:
 class Batch:
     """The sequences of one optimizer step. totals: tokens to learn in all of them, (of answers, of documents).
 
-    progress: that of the run when the step is done. lessons: of a distillation, one a sequence; totals are then its rows,
-    (of methods, of `full`).
+    progress: the run's progress after the step. lessons: for a distillation, one for each sequence; totals then count
+    rows (of methods, of `full`).
     """
 
     progress: Cursor
@@ -62,7 +62,7 @@ class Batch:
 
 
 class Planned(NamedTuple):
-    """A stage with its sources open, to train on and to evaluate with, and how many steps it takes."""
+    """A stage with its open sources, for training and for evaluation, and its number of steps."""
 
     stage: Stage
     sources: list[Source]
@@ -76,9 +76,10 @@ class Planned(NamedTuple):
 
 
 def plan(config: Config, stages: Iterable[Stage], tokenizer: Any, limit: int | None = None) -> list[Planned]:
-    """The stages of a run, opened. An epoch is as many steps as take every example of its finite components once, on average.
+    """The stages of a run, opened. An epoch has the number of steps that draws every example of the finite components once
+    on average.
 
-    limit: positions that the model has; texts are cut to these too.
+    limit: the number of positions of the model. Texts are cut to it too.
     """
     planned = []
     for stage in stages:
@@ -97,12 +98,12 @@ def _sources(config: Config, stage: Stage, tokenizer: Any, split: str, limit: in
 
 
 def _room(most: int, component: Component) -> int:
-    """Tokens that an example may have, so that a text that is cut still fits with its methods' own tokens."""
+    """The maximum tokens of an example, such that a text cut to this length still fits with its methods' own tokens."""
     return most - max(len(method.own_tokens) for method in map(methods.parse, component.methods))
 
 
 class ShippedExample(NamedTuple):
-    """An example on its way from a worker: arrays, since tensors would each cost a shared file. held: laid out by `full`."""
+    """An example sent by a worker, as arrays: each tensor would take a shared file. held: laid out by `full`."""
 
     laid: dict[str, Any]
     taught: dict[str, Any] | None
@@ -110,9 +111,9 @@ class ShippedExample(NamedTuple):
 
 
 class _Attempts(IterableDataset):
-    """Chunks of a mixture's attempts, each (component, what was made). Workers take turns; together they give all, in order.
+    """Chunks of a mixture's attempts, each (component, its examples). Workers take turns; together they yield all, in order.
 
-    An error that a person can mend is the last item: it would lose its one line on its way out of a worker process.
+    An error that a person can fix is the last item: raised in a worker process, it would lose its one line.
     """
 
     def __init__(self, mixture: Mixture):
@@ -132,15 +133,15 @@ class _Attempts(IterableDataset):
 
 
 def _sent(drawn: Drawn) -> ShippedExample:
-    full = not drawn.method.needs_tuning  # `full`: held where it was
+    full = not drawn.method.needs_tuning  # `full`: to be kept unchanged
     return ShippedExample(drawn.laid.arrays(), None if drawn.taught is None else drawn.taught.arrays(), full)
 
 
 def ahead(config: Config, planned: list[Planned], progress: Cursor, limit: int, last: int) -> Iterator[Batch]:
-    """The steps of a run that come after its progress, in order. Other processes lay their examples out while this one trains:
-    a thread would hold up every small operation.
+    """The steps of a run after its progress, in order. Other processes lay out their examples while this one trains; a
+    thread would delay every small operation.
 
-    limit: positions that the model has. last: the step to end with. Raises KVGraphError where a step can't be made.
+    limit: the number of positions of the model. last: the last step to make. Raises KVGraphError if a step can't be made.
     """
     before = 0
     for stage in planned:
@@ -153,7 +154,7 @@ def ahead(config: Config, planned: list[Planned], progress: Cursor, limit: int, 
 
 
 def _steps(config: Config, planned: Planned, progress: Cursor, limit: int) -> Iterator[Batch]:
-    """The steps of a stage from here on; they never end."""
+    """The steps of a stage from here on, without end."""
     mixture = Mixture(
         planned.stage.components,
         planned.sources,
@@ -191,7 +192,7 @@ def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[Shippe
         num_workers=workers,
         prefetch_factor=AHEAD,
         worker_init_fn=_deaf,
-        multiprocessing_context="fork",  # sources and tokenizers go over as they are
+        multiprocessing_context="fork",  # sources and tokenizers are inherited as they are
     )
     for chunk in loader:
         if isinstance(chunk, KVGraphError):
@@ -215,21 +216,21 @@ def _packed(drawn: list[ShippedExample], length: int, progress: Cursor, examples
 def _lesson(
     group: list[int], laid: list[Packed], taught: Sequence[Packed | None], drawn: list[ShippedExample]
 ) -> Lesson:
-    """The teacher's side of the sequence that these examples make."""
+    """The teacher's side of the sequence packed from these examples."""
     rows = torch.tensor([len(laid[i].rows) for i in group])
     held = torch.tensor([drawn[i].held for i in group]).repeat_interleave(rows)
     return Lesson(concatenated([one for i in group if (one := taught[i]) is not None]), held)
 
 
 def _deaf(worker: int) -> None:
-    """In the worker: leave it to the trainer to react to signals, which a terminal sends to both."""
+    """In the worker: ignore signals. A terminal sends them to both processes, and the trainer reacts."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """What a component is evaluated with by one method: sequences, and how many targets each answer in them has."""
+    """The evaluation of a component by one method: sequences, and the number of targets of each answer in them."""
 
     name: str
     method: str
@@ -238,8 +239,8 @@ class ValidationSet:
 
 
 def validation_sets(config: Config, planned: Planned, limit: int) -> list[ValidationSet]:
-    """The evaluation of a stage: `config.evaluation` held-out examples of each component that has some that fit, by each of
-    its methods.
+    """The evaluation of a stage: for each component with held-out examples that fit, `config.evaluation` of them, by each
+    of its methods.
     """
     held_out = dict(zip(planned.stage.components, planned.held_out, strict=True))
     components = [component for component in held_out if component not in planned.unseen]
@@ -252,7 +253,7 @@ def validation_sets(config: Config, planned: Planned, limit: int) -> list[Valida
 
 
 def _validation_set(name: str, method: str, drawn: list[Drawn], length: int) -> ValidationSet:
-    """Examples packed in their order, so that it is known whose answers the targets of a sequence are."""
+    """Examples packed in their order, so that every target of a sequence can be attributed to its answer."""
     chunks: list[list[Drawn]] = []
     for one in drawn:
         if not chunks or sum(len(d.laid) for d in chunks[-1]) + len(one.laid) > length:
@@ -263,9 +264,9 @@ def _validation_set(name: str, method: str, drawn: list[Drawn], length: int) -> 
 
 
 def _answers(drawn: Drawn) -> list[int]:
-    """How many targets each answer of an example has."""
+    """The number of targets of each answer of an example."""
     questions, graph = drawn.example.questions, drawn.example.graph
     counts = [sum(question.learned) if question.learned else len(question.answer) for question in questions]
-    if sum(counts) != drawn.laid.counts[0]:  # the first token of an answer isn't learned where nothing stands before it
+    if sum(counts) != drawn.laid.counts[0]:  # the first token of an answer isn't learned if nothing precedes it
         counts = [len(join(Example(graph, [question]), drawn.method).answers) for question in questions]
     return [count for count in counts if count]

@@ -1,11 +1,11 @@
-"""Checkpoints: folders `step-000500` in a run's folder that are complete or not there at all.
+"""Checkpoints: folders `step-000500` in a run's folder. Each is either complete or absent.
 
 step-000500/model/         the model in Hugging Face's format, to be served
-step-000500/adapter/       of a run that trains one: the adapter by itself, in PEFT's format
+step-000500/adapter/       if the run trains one: the adapter by itself, in PEFT's format
 step-000500/state/         weights and optimizer in float32, in torch.distributed.checkpoint's format
 step-000500/progress.json  steps taken, examples drawn and left out
 step-000500/config.json    the run's configuration
-step-000500/origin.json    what it started from: a hash of the model's weights, and how long its data are
+step-000500/origin.json    what the run started from: a hash of the model's weights, and the length of its data
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def found(run: Path) -> list[Path]:
 
 @contextmanager
 def writing(run: Path, step: int, keep: int, *, main: bool) -> Iterator[Path]:
-    """A folder to write a checkpoint into, which takes its name once everything in it is on the disk; then all but the
-    latest `keep` are deleted. If writing fails, what was there before stays as it is.
+    """A folder to write a checkpoint into. It gets its name once its contents are on the disk; then all but the latest
+    `keep` checkpoints are deleted. If writing fails, nothing that was there before changes.
 
-    main: whether this process is the one that makes, names and deletes folders; the others wait for it.
+    main: whether this process creates, renames and deletes folders; the others wait for it.
     """
     place = run / f"step-{step:06d}"
     unfinished = run / f".{place.name}"
@@ -73,7 +73,7 @@ def writing(run: Path, step: int, keep: int, *, main: bool) -> Iterator[Path]:
 
 
 def save_state(folder: Path, module: nn.Module, optimizers: list[Optimizer], progress: Cursor, *, main: bool) -> None:
-    """Write everything that the next step depends on; every process writes its part."""
+    """Write the state that the next step depends on; every process writes its part."""
     with _alone_or_not() as alone:
         dcp.save(_tensors(module, optimizers)[0], checkpoint_id=folder / STATE, no_dist=alone)
     if main:
@@ -81,7 +81,7 @@ def save_state(folder: Path, module: nn.Module, optimizers: list[Optimizer], pro
 
 
 def load_state(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> Cursor:
-    """Read what `save_state` wrote, by as many processes or another number of them."""
+    """Read the state that `save_state` wrote, by any number of processes."""
     tensors, states = _tensors(module, optimizers)
     read_tensors(folder / STATE, tensors)
     set_optimizer_state_dict(module, optimizers, states)
@@ -94,17 +94,17 @@ def load_state(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> 
 
 
 def save_origin(folder: Path, base: str, data: Mapping[str, int]) -> None:
-    """Write what a run started from: a hash of the model's weights, and how many examples its components have."""
+    """Write what a run started from: a hash of the model's weights, and the number of examples of each component."""
     io.write_json(folder / ORIGIN, {"base": base, "data": dict(data)})
 
 
 def has_base(folder: Path) -> bool:
-    """Whether a checkpoint can tell if a model is the one that its run started from, wherever that lies now."""
+    """Whether a checkpoint can tell if a model is the one its run started from, even after that model has been moved."""
     return bool(_origin(folder).get("base"))
 
 
 def check_base(folder: Path, base: str) -> None:
-    """Raise TrainError where a model's weights have another hash than those that the run of a checkpoint started from."""
+    """Raise TrainError if a model's weights aren't those that the run of a checkpoint started from."""
     if _origin(folder).get("base", base) != base:
         raise TrainError(
             f"{folder} was trained from a model with other weights than the one given; give that one with --model"
@@ -112,7 +112,7 @@ def check_base(folder: Path, base: str) -> None:
 
 
 def check_data(folder: Path, data: Mapping[str, int]) -> None:
-    """Raise TrainError where a component has more or fewer examples than when the run of a checkpoint began."""
+    """Raise TrainError if a component has more or fewer examples than at the start of a checkpoint's run."""
     for name, count in _origin(folder).get("data", {}).items():
         if name in data and data[name] != count:
             raise TrainError(
@@ -122,7 +122,7 @@ def check_data(folder: Path, data: Mapping[str, int]) -> None:
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """What `save_origin` wrote; empty for checkpoints from before it did."""
+    """The contents that `save_origin` wrote; empty for checkpoints older than that function."""
     try:
         return dict(json.loads((folder / ORIGIN).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -134,7 +134,7 @@ def _origin(folder: Path) -> dict[str, Any]:
 
 
 def _tensors(module: nn.Module, optimizers: list[Optimizer]) -> tuple[dict[str, Any], Any]:
-    """(what is saved and loaded in place, the optimizers' states that it is part of)."""
+    """(the state to save, or to load in place; the optimizers' states within it)."""
     states = get_optimizer_state_dict(module, optimizers)
     weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
     return {"weights": weights, "optimizer": states["state"]}, states
@@ -168,7 +168,7 @@ def reason(error: BaseException) -> str:
 
 
 def _behind(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that led to it: torch.distributed.checkpoint keeps them inside, others come while files are closed."""
+    """The error and those that led to it: torch.distributed.checkpoint wraps some, and others arise while files are closed."""
     while error is not None:
         yield error
         failures = getattr(error, "failures", None)
@@ -194,7 +194,7 @@ def _delete(*folders: Path) -> None:
 
 
 def _to_disk(folder: Path, *, deep: bool = True) -> None:
-    """Wait until a folder, with deep everything in it, is on the disk."""
+    """Wait until a folder is on the disk; with deep, also everything in it."""
     for path in (*(folder.rglob("*") if deep else ()), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -30,14 +30,15 @@ class TrainError(KVGraphError, ValueError):
 class Component:
     """One kind of example in a mixture.
 
-    source: where they come from: "world:KIND,SETTINGS" (kvgraph.data.world) or a folder that `kvgraph data prepare` made,
-    relative to the configuration's `data`. weight: how often, against the other components. methods: as commands write
-    them; each example is trained by one of them, drawn evenly, or by `every` one. edges: for methods that read edges,
-    "links" (the data's own) or what `kvgraph.edges.named_edges` knows; one of them is drawn an example.
-    "random" is as many edges as the data's own, between segments drawn for every example.
-    recite: so many documents of every example are also asked for by their titles, to be quoted.
-    through_links: questions see the link tokens and not the documents, so that whatever they need has to pass through the
-    links (gist masking: Mu et al. 2023, arXiv 2304.08467). For kvlink only.
+    source: the origin of its examples: "world:KIND,SETTINGS" (kvgraph.data.world), or a folder that `kvgraph data prepare`
+        made, relative to the configuration's `data`.
+    weight: how often it is drawn, relative to the other components.
+    methods: as written on the command line. Each example is trained by one of them, drawn evenly, or by `every` one.
+    edges: for methods that read edges: "links" (the data's own), a name that `kvgraph.edges.named_edges` knows, or "random"
+        (as many edges as the data's own, between segments drawn for every example). One is drawn for each example.
+    recite: the number of documents per example that are also asked for by title, to be quoted.
+    through_links: questions see the link tokens and not the documents, so that all information has to pass through the
+        links (gist masking: Mu et al. 2023, arXiv 2304.08467). For kvlink only.
     """
 
     name: str
@@ -61,9 +62,9 @@ class Component:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with one mixture: so many optimizer steps, or so many epochs over the data of its components.
+    """A part of a run with one mixture. Its length is a number of optimizer steps, or of epochs over its components' data.
 
-    A component whose name the stage before has too goes on there in its data.
+    A component with the same name as one in the previous stage continues where that one stopped in its data.
     """
 
     components: tuple[Component, ...]
@@ -156,17 +157,17 @@ class Config:
             raise TrainError("a run needs at least one stage")
 
     def to_json(self) -> str:
-        """The whole configuration, to be read again by `from_json`."""
+        """The whole configuration, for `from_json`."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """What `to_json` wrote. Raises TrainError, naming the setting, for anything else."""
+        """The configuration that `to_json` wrote. Raises TrainError, naming the setting, for anything else."""
         from pydantic import TypeAdapter, ValidationError
 
         from kvgraph.data.schema import first_error
 
-        wrong = "this is no configuration of a training run"
+        wrong = "this isn't the configuration of a training run"
         try:
             given = json.loads(text)
             if isinstance(given, dict):

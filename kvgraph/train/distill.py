@@ -1,7 +1,7 @@
 """Tuning without labels: the model itself under `full` is the teacher, the model with an adapter under a method the student.
 
-Both read the same tokens, and the loss is the KL divergence of their next-token distributions on everything after the
-documents. No source: distillation of a model's own behaviour in another context is common (Snell et al. 2022, Learning by
+Both read the same tokens. The loss is the KL divergence of their next-token distributions on everything after the
+documents. This follows no single paper; distilling a model's own behaviour in another context is common (Snell et al. 2022, Learning by
 Distilling Context, arXiv 2209.15189).
 Shapes: N rows of a sequence, V vocabulary.
 """
@@ -22,10 +22,10 @@ from kvgraph.train.pack import Packed, lay
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the teacher reads beside a packed sequence.
+    """The teacher's counterpart of a packed sequence.
 
-    taught: its sequence, whose rows are those of the student's, one by one. held [N] bool: whether the student reads the row by
-    `full` too, to stay as it was.
+    taught: the teacher's sequence. Its rows correspond one by one to the student's.
+    held [N] bool: whether the student reads the row by `full` too, in order to stay as it was.
     """
 
     taught: Packed
@@ -39,9 +39,9 @@ class Lesson:
 
 
 def everything(example: Example) -> Example:
-    """The example with all that follows the documents to be learned, of each query all but the first token.
+    """The example with everything after the documents as targets, except the first token of each query.
 
-    What several queries begin with is learned once.
+    A beginning that several queries share is learned once.
     """
     made: list[Question] = []
     for question in example.questions:
@@ -52,16 +52,16 @@ def everything(example: Example) -> Example:
 
 
 def _common(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    """How many tokens two texts begin with."""
+    """The number of tokens that two texts have in common at their beginning."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
 
 
 def taught(example: Example, laid: Packed) -> Packed:
-    """What the teacher of an example reads, which `laid` is by some method: the same under `full`.
+    """The teacher's layout of an example that `laid` lays out by some method: the same example under `full`.
 
-    Raises PlanError where the method leaves other tokens to learn.
+    Raises PlanError if the method leaves other tokens to learn.
     """
     graph = example.graph
     plain = ContextGraph(graph.segments, (), graph.prefix, (), graph.names)
@@ -74,8 +74,8 @@ def taught(example: Example, laid: Packed) -> Packed:
 def loss(student: Tensor, teacher: Tensor, held: Tensor, *, hold: float, totals: tuple[int, int]) -> Tensor:
     """Mean KL(teacher || student) over the rows of methods + hold * that over the rows of `full`, in nats.
 
-    student, teacher [N, V]: logits; held [N] bool. totals: what to divide the two sums by, the rows of a whole optimizer step
-    (sums of `Lesson.counts`), so that the losses of its sequences add up.
+    student, teacher [N, V]: logits. held [N] bool. totals: the divisors of the two sums. They are the rows of a whole
+    optimizer step (sums of `Lesson.counts`), so that the losses of its sequences add up.
     """
     methods, full = totals
     each = kl(student, teacher)

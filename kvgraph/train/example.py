@@ -16,8 +16,8 @@ from kvgraph.plan import Place, Plan, Span
 class Question(NamedTuple):
     """Token ids of a query, which may be empty, and of the answer (or continuation) to learn.
 
-    learned: whether each token of the answer is to be learned; empty: all are. A conversation is an answer in which what
-    the user says isn't learned.
+    learned: whether each token of the answer is a target; empty: all are. A conversation is an answer in which the
+    user's turns aren't learned.
     """
 
     query: tuple[int, ...]
@@ -29,8 +29,8 @@ class Question(NamedTuple):
 class Example:
     """A tokenized graph without a query, and questions about it that don't see each other.
 
-    Raises GraphError for text, for a graph with a query of its own, without questions, and for an answer of which nothing
-    is learned.
+    Raises GraphError for a graph of text, a graph with a query of its own, an example without questions, and an answer
+    without any token to learn.
     """
 
     graph: ContextGraph
@@ -65,7 +65,7 @@ class Example:
 
         The prompt span holds the query and all but the answer's last token.
 
-        Raises GraphError where the method can't plan the graph.
+        Raises GraphError if the method can't plan the graph.
         """
         return [method.plan(self.graph.with_query((*q.query, *q.answer[:-1]))) for q in self.questions]
 
@@ -82,8 +82,8 @@ class Target(NamedTuple):
 class Joined:
     """The plans of one example as one list of spans.
 
-    spans: what the plans share, then one prompt span a question, before these the beginning that all of them have in
-    common. roots: the live ones. answers, documents: what to learn.
+    spans: the shared spans, then the beginning that all prompt spans have in common, then one prompt span for each
+    question. roots: the prompt spans. answers, documents: the targets.
     """
 
     spans: tuple[Span, ...]
@@ -93,12 +93,13 @@ class Joined:
 
 
 def join(example: Example, method: Method, *, documents: bool = False, through_links: bool = False) -> Joined:
-    """All questions of an example on one layout of its context, which is what the method makes of it.
+    """All questions of an example on one layout of its context, as the method plans it.
 
-    An answer's token is learned from the live token before it. documents: learn the segments' tokens too, each distinct
-    segment where it is first encoded, from its second token on. through_links: questions see what comes before them in the
-    prompt span, which is the links, and the prefix, but no document.
-    Raises GraphError where the method can't plan the graph; PlanError where its plan can't be trained.
+    Each token of an answer is learned from the token before it in the prompt span.
+    documents: learn the segments' tokens too. Each distinct segment is learned where it is first encoded, from its second
+        token on.
+    through_links: questions see the prefix and what precedes them in the prompt span (the links), but no document.
+    Raises GraphError if the method can't plan the graph, PlanError if its plan can't be trained.
     """
     shared, sees, lives, before = _lives(example, method)
     n = before if through_links else _common(lives) if len(lives) > 1 else 0
@@ -126,8 +127,8 @@ def join(example: Example, method: Method, *, documents: bool = False, through_l
 
 
 class _Lives(NamedTuple):
-    """What plans share: spans and the prompt span's places; each one's live (token, position) pairs, of which `before` come
-    before its query."""
+    """The shared part of several plans: the spans, and the prompt span's places; and for each plan the (token, position) pairs
+    of its prompt span, of which `before` precede the query."""
 
     shared: tuple[Span, ...]
     sees: tuple[Place, ...]
@@ -136,13 +137,13 @@ class _Lives(NamedTuple):
 
 
 def _lives(example: Example, method: Method) -> _Lives:
-    """What the plans of all questions share.
+    """The shared part of the plans of all questions.
 
-    The prompt span is what comes before the query, then the query, whatever it is. So two plans tell all: what the others
-    would be is put together from them. tests/train/test_train_pack.py compares that with `Example.plans`.
+    A prompt span is a part that doesn't depend on the query, followed by the query. Therefore two plans are enough, and
+    the others are put together from them. tests/train/test_train_pack.py compares the result with `Example.plans`.
     """
     asked = [(*question.query, *question.answer[:-1]) for question in example.questions]
-    planned = sorted(asked, key=len, reverse=True)[:2]  # the longest isn't empty, so it tells where queries start
+    planned = sorted(asked, key=len, reverse=True)[:2]  # the longest isn't empty, so it shows where queries start
     plans = [method.plan(example.graph.with_query(query)) for query in planned]
     shared, sees = plans[0].spans[:-1], plans[0].prompt.sees
     before, *others = (
@@ -168,20 +169,20 @@ def _live(tokens: Sequence[tuple[int, int]], sees: tuple[Place, ...], name: str)
 
 
 def _goes_on(live: Sequence[tuple[int, int]], at: int) -> bool:
-    """Whether the next live token stands right after token `at`, which is so but for an empty query: what comes before
-    the answer may then be a token recomputed in the middle of the documents.
+    """Whether the next token of the prompt span stands right after token `at`. Only with an empty query it may not: the token
+    before the answer may then be one that is recomputed in the middle of the documents.
     """
     return at + 1 == len(live) or live[at + 1][1] == live[at][1] + 1
 
 
 def _common(lives: Sequence[Sequence[tuple[int, int]]]) -> int:
-    """Tokens at the beginning that all prompt spans share, leaving each at least one of its own."""
+    """The number of tokens at the beginning that all prompt spans share, leaving each at least one token of its own."""
     shortest = min(map(len, lives)) - 1
     return next((i for i in range(shortest) if any(live[i] != lives[0][i] for live in lives)), shortest)
 
 
 def _document_targets(example: Example, spans: Sequence[Span]) -> list[Target]:
-    """The tokens of segments, without the first of each, where their text is first encoded."""
+    """The tokens of every segment except its first one, at the place where that text is first encoded."""
     left = {tuple(segment) for segment in example.graph.segments}
     found = []
     for i, span in enumerate(spans):

@@ -15,8 +15,8 @@ from kvgraph.train import checkpoint, model
 from kvgraph.train.config import Config, TrainError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Parts of Hugging Face's parameter names, and what torchtune and torchtitan have for them in a Llama. KVLink's code
-# trains torchtune's model.
+# Parts of Hugging Face's parameter names, and their names in torchtune's and torchtitan's Llama. KVLink's code trains
+# torchtune's model.
 TORCHTUNE = {
     "model.embed_tokens.": "tok_embeddings.",
     "model.layers.": "layers.",
@@ -50,12 +50,13 @@ NAMINGS: tuple[dict[str, str], ...] = ({}, TORCHTUNE, TORCHTITAN)
 
 def export(source: str | Path, out: str | Path, *, base: str | None = None, dtype: str | None = None) -> Path:
     """Write the model of a run's folder (its latest checkpoint), of a checkpoint, or of a torch.distributed.checkpoint
-    folder to a new folder `out`. Returns what it was made from.
+    folder to a new folder `out`. Returns the checkpoint or folder it was made from.
 
-    base: the model that a torch.distributed.checkpoint folder was trained from, for its configuration and tokenizer; or where
-    that of a run lies now. Give
-    such folders only from people you trust: PyTorch reads their index with pickle. dtype: float32, bfloat16 or float16
-    [default: that of the model it was trained from]. Raises TrainError, ModelError with the reason.
+    base: for a torch.distributed.checkpoint folder, the model it was trained from, which provides configuration and
+        tokenizer; for a run, the present place of its base model.
+    dtype: float32, bfloat16 or float16 [default: the base model's].
+    Use torch.distributed.checkpoint folders only from people you trust: PyTorch reads their index with pickle.
+    Raises TrainError or ModelError with the reason.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
     if dtype is not None and dtype not in DTYPES:
@@ -81,7 +82,7 @@ def export(source: str | Path, out: str | Path, *, base: str | None = None, dtyp
 
 
 def _checkpoint(source: Path) -> Path | None:
-    """The checkpoint of a run that is meant; None if the folder is one of torch.distributed.checkpoint by itself."""
+    """The checkpoint that a folder stands for; None if the folder itself is one of torch.distributed.checkpoint."""
     if (source / ".metadata").is_file():
         inside = source.name == checkpoint.STATE and (source.parent / checkpoint.MODEL).is_dir()
         return source.parent if inside else None
@@ -95,7 +96,7 @@ def _checkpoint(source: Path) -> Path | None:
 
 
 def _own(folder: Path, out: Path, dtype: torch.dtype, base: str | None) -> None:
-    """From the float32 weights of a checkpoint. base: where the model that it was trained from lies now, if it moved."""
+    """From the float32 weights of a checkpoint. base: the present place of the model it was trained from, if that has moved."""
     config = Config.read(folder / checkpoint.CONFIG)
     student = model.build(replace(config, model=base) if base else config)
     checkpoint.check_base(folder, student.base)
@@ -105,7 +106,7 @@ def _own(folder: Path, out: Path, dtype: torch.dtype, base: str | None) -> None:
 
 
 def _foreign(source: Path, out: Path, base: str | None, dtype: str | None) -> None:
-    """From a torch.distributed.checkpoint folder of any trainer that keeps Hugging Face's, torchtune's or torchtitan's names."""
+    """From a torch.distributed.checkpoint folder of any trainer that uses Hugging Face's, torchtune's or torchtitan's names."""
     if base is None:
         raise TrainError(f"{source} holds weights alone; give the model it was trained from with --base")
     loaded = models.load(base)
@@ -138,7 +139,7 @@ def _foreign(source: Path, out: Path, base: str | None, dtype: str | None) -> No
 def _leftover(keys: dict[str, str], there: Any, source: Path) -> str:
     """The key of an output head that the base shares with its embedding; "" where there is none.
 
-    Raises TrainError for other weights of the model that the base has no place for.
+    Raises TrainError if the checkpoint has other weights that the base has no place for.
     """
     used = set(keys.values())
     name, key = next(iter(keys.items()))
@@ -154,7 +155,7 @@ def _leftover(keys: dict[str, str], there: Any, source: Path) -> str:
 
 
 def _untie(hf: Any, weights: dict[str, Tensor], head: str, source: Path) -> None:
-    """Give the model an output head of its own where the checkpoint's isn't its embedding."""
+    """Give the model an output head of its own if the checkpoint's differs from its embedding."""
     embedding = "model.embed_tokens.weight"
     read = {head: torch.empty_like(weights[embedding])}
     checkpoint.read_tensors(source, read)
@@ -167,7 +168,7 @@ def _untie(hf: Any, weights: dict[str, Tensor], head: str, source: Path) -> None
 
 
 def _keys(names: list[str], there: Any, source: Path) -> tuple[dict[str, str], bool]:
-    """(the key of every parameter, whether they aren't Hugging Face's names). They may all stand below one more name."""
+    """(the key of every parameter, whether the names aren't Hugging Face's). All names may share one more prefix."""
     best: list[str] = names
     for naming in NAMINGS:
         wanted = {name: _renamed(name, naming) for name in names}
@@ -188,8 +189,8 @@ def _renamed(name: str, naming: dict[str, str]) -> str:
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
-    """A matrix of queries or keys [heads * D, hidden] whose rotation turns neighbours (torchtune, torchtitan), for one that
-    turns the two halves of a head (Hugging Face).
+    """Convert a query or key matrix [heads * D, hidden] from rotating neighbouring pairs (torchtune, torchtitan) to rotating
+    the two halves of a head (Hugging Face).
     """
     rows, hidden = weight.shape
     return weight.view(heads, rows // heads // 2, 2, hidden).transpose(1, 2).reshape(rows, hidden)

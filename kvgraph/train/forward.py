@@ -1,7 +1,8 @@
-"""A packed sequence through a model, to be backpropagated through: every layer's attention, the logits, and the loss.
+"""The forward pass of a packed sequence for training: every layer's attention, the logits, and the loss.
 
-Attention is PyTorch's: SDPA with an explicit mask an example, or FlexAttention with a block mask, which skips what
-nobody sees. With sinks it is spelled out, as is softcapping without FlexAttention. Attention dropout isn't applied.
+Attention is PyTorch's: SDPA with an explicit mask for each example, or FlexAttention with a block mask, which skips
+blocks that nothing sees. With sinks it is written out, as is softcapping without FlexAttention. Attention dropout isn't
+applied.
 Shapes: H query heads, G key/value heads, D, Dv head sizes, V vocabulary; T, N as in kvgraph.train.pack.
 """
 
@@ -20,15 +21,15 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from kvgraph.models import Attend, Trainable
 from kvgraph.train.pack import Packed
 
-# Not cuDNN's: it makes a plan for each new shape, and nearly every example has one of its own.
+# Not cuDNN's: it makes a plan for every new shape, and nearly every example has its own shape.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 def logits(model: Trainable, packed: Packed, *, module: Callable[..., Any] | None = None, flex: bool = False) -> Tensor:
     """Logits [N, V] float32 of packed.rows; `packed` lies on the model's device.
 
-    module: what to call instead of model.hf where something wraps it. flex: use FlexAttention, which skips what nobody sees.
-    On GPUs it is compiled for every T anew, so use `Packed.padded`; on the CPU it has no backward pass.
+    module: called instead of model.hf if something wraps it. flex: use FlexAttention. On GPUs it is compiled again for
+    every T, so use `Packed.padded`; on the CPU it has no backward pass.
     """
     return model.forward(packed.tokens, packed.positions, _attention(model, packed, flex), packed.rows, module)
 
@@ -38,8 +39,8 @@ def loss(
 ) -> Tensor:
     """Mean cross-entropy of the answers' tokens + document_weight * that of the documents' tokens.
 
-    logits [N, V]: of packed.rows. totals: what to divide the sums by, the numbers of answer and document tokens of a
-    whole optimizer step (sums of `Packed.counts`), so that the losses of its sequences add up; unless given, this one's.
+    logits [N, V]: of packed.rows. totals: the divisors of the sums. They are the numbers of answer and document tokens of a
+    whole optimizer step (sums of `Packed.counts`), so that the losses of its sequences add up; by default this one's.
     """
     answers, documents = totals or packed.counts
     each = cross_entropy(logits, packed.targets, reduction="none")
@@ -48,11 +49,11 @@ def loss(
 
 
 def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
-    """Every layer's attention; masks are made once for all layers of a window."""
+    """Every layer's attention. Masks are made once for all layers with the same window."""
     device = packed.tokens.device
 
     @cache
-    def masks(window: int | None, dtype: torch.dtype) -> list[Tensor]:  # float, as kernels want them in the end
+    def masks(window: int | None, dtype: torch.dtype) -> list[Tensor]:  # float, as kernels want them
         seen = [packed.visible(window, here) for here in packed.slices]
         return [torch.zeros(m.shape, dtype=dtype, device=device).masked_fill_(~m, -torch.inf) for m in seen]
 
@@ -84,12 +85,12 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
 def _masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """q [H, T, D], k [G, T, D], v [G, T, Dv], mask [T, T] -> [H, T, Dv]. sinks [H]: scores that take weight and give nothing."""
+    """q [H, T, D], k [G, T, D], v [G, T, Dv], mask [T, T] -> [H, T, Dv]. sinks [H]: scores that take weight and contribute no value."""
     if softcap is None and sinks is None:
-        shared = not q.is_cuda  # the GPU's kernel for masks takes no shared heads
+        shared = not q.is_cuda  # the GPU kernel with masks doesn't support shared heads
         k, v = (t if shared else t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
         q, k, v = q[None], k[None], v[None]
-        with torch.autocast(q.device.type, enabled=False):  # it would make 16 bits of them again
+        with torch.autocast(q.device.type, enabled=False):  # it would convert them to 16 bits again
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=shared)[0]
     dtype, (heads, length, _) = q.dtype, q.shape
     wide = torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,8 @@
-"""What composing costs a model and how much of it an adapter gives back, on held-out documents.
+"""What composition costs a model, and how much of that an adapter recovers, on held-out documents.
 
-For every question and method: nats a token of the answer, the KL divergence from what the reference says under `full`, and how
-often both would say the same next token; by the model as it comes and as it is tuned, which run on the same tokens.
+For every question and method there are three numbers: nats per token of the answer, the KL divergence from the reference
+under `full`, and how often both have the same likeliest next token. The base model and the tuned model run on the same
+tokens.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ States = Mapping[
 
 
 class Scored(NamedTuple):
-    """One answer by one method. document: number of its record. kind: "answers" or "recitations". nats, kl, agrees: means over
-    the answer's tokens, the second and third against the reference under `full`.
+    """One answer by one method. document: the number of its record. kind: "answers" or "recitations". nats, kl, agrees: means
+    over the answer's tokens; kl and agrees compare with the reference under `full`.
     """
 
     record: int
@@ -59,7 +60,7 @@ def score(
 ) -> Iterator[Scored]:
     """Score records of a prepared folder by each of these methods, in sequences of at most `length` tokens.
 
-    run: the logits [N, V] of a packed sequence's rows. A method that can't lay a record out is left out for it.
+    run: gives the logits [N, V] of a packed sequence's rows. A record is skipped for a method that can't lay it out.
     """
     chunk: list[tuple[int, Example, int, dict[Way, Packed]]] = []
     for number in numbers:
@@ -78,7 +79,7 @@ def score(
 
 
 def laid_by(example: Example, way: Way, number: int) -> Packed | None:
-    """The example by a method and edges, of which random ones are drawn by the number; None where it can't be laid out."""
+    """The example by a method and edges; None if it can't be laid out. Random edges are drawn from the number."""
     method, edges = methods.parse(way[0]), way[1]
     try:
         told = with_edges(example, edges if method.reads_edges else "none", random.Random(number))
@@ -125,7 +126,7 @@ def _rows(
 
 
 class GapRow(NamedTuple):
-    """A line of the table: means over answers with the half-width of their 95 % interval, by records."""
+    """A line of the table: means over answers, with the half-width of their 95 % interval, clustered by record."""
 
     kind: str
     method: str
@@ -144,8 +145,8 @@ class GapRow(NamedTuple):
 
 
 def table(rows: Iterable[Scored], before: str, after: str) -> list[GapRow]:
-    """The gap to `full` by kind and method. closed: the share of the gap in nats, between a method and `full` before, that is
-    closed after; interval: the half-width of its 95 % interval, by a bootstrap of records.
+    """The gap to `full` by kind and method. closed: how much of the gap in nats between a method and `full` before tuning is
+    closed after it. interval: the half-width of its 95 % interval, from a bootstrap of records.
     """
     cells: dict[tuple[str, str, str], dict[str, dict[int, list[Scored]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -177,7 +178,7 @@ def _mean(rows: Sequence[Scored], what: str) -> float:
 
 
 def _closed(nats: list[list[float]], draws: int = 1000) -> tuple[float, float]:
-    """The share of the gap that is closed, of (full, before, after) by record; and the half-width of its interval."""
+    """The closed share of the gap, from (full, before, after) for each record, and the half-width of its interval."""
     values = torch.tensor(nats, dtype=torch.float64)
     picked = torch.randint(values.shape[1], (draws, values.shape[1]), generator=torch.Generator().manual_seed(0))
     means = values[:, picked].mean(-1)

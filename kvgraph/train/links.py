@@ -1,4 +1,4 @@
-"""Link and memory tokens for KVLink: rows of the embedding that a model has in reserve or is given anew."""
+"""Link and memory tokens for KVLink: rows of the embedding that a model has in reserve, or that are added to it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from kvgraph.methods import Method
 
 
 def add_link_tokens(hf: Any, links: int, slots: int) -> Method:
-    """Give a transformers model rows for `links` link tokens a document, `slots` documents, and the two memory tokens.
+    """Add rows to a transformers model: `links` link tokens for each of `slots` documents, and the two memory tokens.
 
-    The new ids follow those that its embedding has rows for, so no text is ever tokenized to one. Their embeddings are
+    The new ids come after the existing rows of the embedding, so no text is ever tokenized to one. Their embeddings are
     drawn around the mean of the others, with torch's random numbers. Returns the method with these ids. Build an
-    optimizer or `models.trainable` after this, not before. A model with reserved ids needs none of it: give kvlink those.
+    optimizer or `models.trainable` after this, not before. A model with reserved ids doesn't need this: give those to kvlink.
     """
     first = hf.get_input_embeddings().weight.shape[0]
     mem_start = first + links * slots
@@ -32,11 +32,11 @@ def rows_of(method: Method) -> list[int]:
 
 
 def train_only_rows(hf: Any, method: Method) -> Any:
-    """Train the embeddings of the method's tokens and nothing else: a peft model around `hf`.
+    """A peft model around `hf` that trains the embeddings of the method's tokens and nothing else.
 
-    Only they reach the optimizer, so neither momentum nor weight decay moves another parameter. `merge_and_unload()`
-    of the result gives the ordinary model back, to be saved. To train them beside a LoRA adapter, give its
-    configuration `trainable_token_indices=rows_of(method)` instead.
+    Only these reach the optimizer, so neither momentum nor weight decay moves another parameter. `merge_and_unload()` of
+    the result returns the ordinary model, for saving. To train the embeddings together with a LoRA adapter, set
+    `trainable_token_indices=rows_of(method)` in its configuration instead.
     """
     from peft import TrainableTokensConfig, get_peft_model
 

@@ -1,4 +1,4 @@
-"""What a run says while it trains: log.jsonl for programs, TensorBoard or W&B for curves, and a bar for people."""
+"""The output of a run while it trains: log.jsonl for programs, TensorBoard or W&B for curves, and a bar for people."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FILE = "log.jsonl"
 
 
 class Log:
-    """The log of one run; in other processes than the first it does nothing.
+    """The log of one run. In all processes but the first it does nothing.
 
-    step: that the run goes on from; what the file says of later ones is dropped, since they are taken again.
+    step: the step that the run resumes from. Lines of later steps are dropped, since those steps run again.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, step: int, last: int):
@@ -33,7 +33,7 @@ class Log:
         self.bar.start()
 
     def steps(self, rows: list[dict[str, Any]]) -> None:
-        """Log the rows of some steps in a row; trackers get their mean."""
+        """Log the rows of consecutive steps; trackers get their mean."""
         if not self.main or not rows:
             return
         self._write(rows)
@@ -48,7 +48,7 @@ class Log:
         self.bar.show(last["step"], note=now)
 
     def evaluated(self, rows: list[dict[str, Any]]) -> None:
-        """Log what an evaluation found: a row for each component and method."""
+        """Log an evaluation: a row for each component and method."""
         if not self.main or not rows:
             return
         self._write(rows)
@@ -60,17 +60,17 @@ class Log:
             self.say(f"step {row['step']:,}  {name:<{width}}  loss {row['loss']:.4f}  exact {row['exact']:6.1%}")
 
     def say(self, text: str) -> None:
-        """Tell people something."""
+        """Print a message for people."""
         if self.main:
             self.bar.say(text)
 
     def to_disk(self) -> None:
-        """Wait until what was logged is on the disk."""
+        """Wait until the log is on the disk."""
         if self.main:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """End the bar, the file and the trackers."""
+        """Close the bar, the file and the trackers."""
         if self.main:
             self.bar.stop()
             self.file.close()
@@ -86,7 +86,7 @@ class Log:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop what a log says of later steps, and a line that was cut off."""
+    """Drop a log's lines of later steps, and an incomplete last line."""
     if not path.exists():
         return
     kept = []

@@ -1,7 +1,7 @@
-"""What a run trains on: weighted components, drawn in an order that depends on the seed and the counts so far alone.
+"""The data of a run: weighted components, drawn in an order that depends only on the seed and the counts so far.
 
-So the whole state of the data is how many examples were drawn of each component: small, saved with every checkpoint, and
-exact to go on from, in one process or in many.
+Therefore the whole state of the data is the number of examples drawn from each component. It is small, saved with every
+checkpoint, and enough to resume exactly, in one process or in many.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VALIDATION = "validation"
 
 
 class Source(Protocol):
-    """Examples by number; None where one can't be used. `ENDLESS` long where there is no end."""
+    """Examples by number; None for one that can't be used. An endless source has length `ENDLESS`."""
 
     def __len__(self) -> int: ...
 
@@ -46,7 +46,7 @@ class Source(Protocol):
 
 
 class Drawn(NamedTuple):
-    """An example as one method lays it out, with the component that it is of. taught: what a distillation's teacher reads."""
+    """An example as one method lays it out, with its component. taught: the layout for a distillation's teacher."""
 
     component: str
     example: Example
@@ -56,7 +56,7 @@ class Drawn(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """The choice of an example: number `number` of component number `component`, with random numbers for what else is drawn."""
+    """The choice of an example: number `number` of component number `component`, and random numbers for further draws."""
 
     component: int
     number: int
@@ -95,9 +95,9 @@ class WorldSource:
 def open_source(
     component: Component, folder: str | Path, tokenizer: Any, seed: int, split: str, max_tokens: int | None = None
 ) -> Source:
-    """The source of a component, to train on or (split "validation") to evaluate with.
+    """The source of a component, for training or (split "validation") for evaluation.
 
-    max_tokens: of an example of prepared data, before its method adds some; see `kvgraph.train.records.example`.
+    max_tokens: the maximum of an example of prepared data, before its method adds tokens; see `kvgraph.train.records.example`.
     """
     if component.source.startswith("world:"):
         text = component.source.removeprefix("world:")
@@ -109,20 +109,20 @@ def open_source(
 
 
 def nothing_fits(length: int, limit: int) -> TrainError:
-    """What to say when a mixture gives up. limit: positions that the model has."""
+    """The message when a mixture gives up. limit: the number of positions of the model."""
     if limit <= length:
         return TrainError(f"no example of {MISSES:,} fits the model's {limit:,} positions; prepare shorter ones")
     return TrainError(f"no example of {MISSES:,} fits {length:,} tokens; raise `length`, or prepare shorter ones")
 
 
 class Mixture:
-    """Draws examples of weighted components, laid out by their methods; those that don't fit are left out and counted.
+    """Draws examples of weighted components, laid out by their methods. Examples that don't fit are left out and counted.
 
-    length: tokens that an example may have, limit: positions. documents: whether documents are learned too. distill: whether
-    to lay them out for a distillation's teacher too. counts: the state that another mixture with the same settings was in,
-    to go on from there.
-    Draw number n depends on the seed and n alone, and a component's i-th example on the seed and i: every epoch goes
-    through a source in another order, once.
+    length: maximum tokens of an example. limit: the number of positions of the model. documents: learn documents too.
+    distill: lay examples out for a distillation's teacher too. counts: the state of another mixture with the same settings,
+    to resume from.
+    Draw number n depends only on the seed and n, and a component's i-th example only on the seed and i. Every epoch goes
+    through a source once, each time in another order.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Mixture:
     def draw(self) -> list[Drawn]:
         """The next example, by one of its component's methods or by every one. Never empty.
 
-        Raises TrainError when a thousand in a row don't fit.
+        Raises TrainError if a thousand examples in a row don't fit.
         """
         for attempt in islice(self.attempts(), MISSES):
             name = self.components[attempt.component].name
@@ -162,7 +162,7 @@ class Mixture:
         raise nothing_fits(self.length, self.limit)
 
     def attempts(self) -> Iterator[Attempt]:
-        """What is chosen from here on, one after the other, without making it: whether an example fits changes nothing."""
+        """The choices from here on, in order, without making the examples: they don't depend on whether an example fits."""
         counts = dict(self.counts)
         for drawn in count(sum(counts.values())):
             rng = random.Random(f"{self.seed}/{drawn}")
@@ -172,20 +172,20 @@ class Mixture:
             counts[name] += 1
 
     def made(self, attempt: Attempt) -> list[Drawn]:
-        """The example that was chosen, by its component's methods; empty where it doesn't fit."""
+        """The chosen example, by its component's methods; empty if it doesn't fit."""
         component, source = self.components[attempt.component], self.sources[attempt.component]
         example = source[self._place(component.name, attempt.number, len(source))]
         return [] if example is None else self._laid(component, example, attempt.rng)
 
     def _place(self, name: str, number: int, length: int) -> int:
-        """Where in a source of this length a component's example number `number` is."""
+        """The place, in a source of this length, of a component's example number `number`."""
         if length == ENDLESS:
             return number
         epoch, at = divmod(number, length)
         return int(_order(f"{self.seed}/{name}/{epoch}", length)[at])
 
     def _laid(self, component: Component, example: Example, rng: random.Random) -> list[Drawn]:
-        """The example by its methods; none where it doesn't fit one of them."""
+        """The example by its methods; none if it doesn't fit one of them."""
         names, edges = component.methods, rng.choice(component.edges)
         chosen = [methods.parse(name) for name in (names if component.every else (rng.choice(names),))]
         found = []
@@ -213,7 +213,7 @@ class Mixture:
 
 
 def _spells_own_tokens(example: Example, method: Method) -> bool:
-    """Whether a text holds one of the method's own tokens, which are there to mean something else."""
+    """Whether a text contains one of the method's own tokens, which have another meaning."""
     own, graph = set(method.own_tokens), example.graph
     if not own:
         return False
@@ -233,9 +233,7 @@ def with_edges(example: Example, edges: str, rng: random.Random) -> Example:
 
 
 def _shuffled(graph: ContextGraph, rng: random.Random) -> tuple[Edge, ...]:
-    """The graph's edges with other sources: each reader reads as many segments as before, none that it read if there are
-    others.
-    """
+    """The graph's edges with other sources: each reader reads as many segments as before, and different ones where possible."""
     made: list[Edge] = []
     for reader in sorted({reader for _, reader in graph.edges}):
         read = sorted({source for source, to in graph.edges if to == reader} - {reader})
@@ -255,9 +253,9 @@ def _order(key: str, length: int) -> np.ndarray:
 def validation(
     components: Sequence[Component], sources: Sequence[Source], seed: int, examples: int, **sizes: Any
 ) -> Iterator[list[Drawn]]:
-    """Up to so many examples of every component, by each of its methods: what a run is evaluated with, the same every time.
+    """The evaluation set of a run: up to `examples` of every component, by each of its methods; the same every time.
 
-    No example comes twice. There are none where nothing fits.
+    No example occurs twice. A component of which nothing fits has none.
     """
     for component, source in zip(components, sources, strict=True):
         for spec in component.methods:

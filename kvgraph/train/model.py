@@ -1,4 +1,4 @@
-"""The model of a run: loaded or new, with link tokens and an adapter where the configuration says so, and saved again."""
+"""The model of a run: loaded or new, with link tokens and an adapter if configured, and its saved forms."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ NEW, NEW_LINKS = "world", "kvlink"  # in a configuration: the new model, and the
 class Student:
     """A model to train.
 
-    trainable: it, as training runs it. module: what holds the parameters to train: the model itself, or peft's around it.
-    stages: the configuration's, with the new link tokens' ids in place of "kvlink". dtype: that it was loaded in, and is
-    saved in. It is float32 while it is trained. base: a hash of its weights as they were loaded.
+    trainable: the model as training runs it.
+    module: the holder of the parameters to train: the model itself, or the peft model around it.
+    stages: the configuration's, with the new link tokens' ids in place of "kvlink".
+    dtype: of the loaded and the saved model. While it is trained, it is float32.
+    base: a hash of the weights as they were loaded.
     """
 
     trainable: Trainable
@@ -50,13 +52,13 @@ class Student:
 
     @property
     def frozen(self) -> list[tuple[Tensor, Any]]:
-        """Parameters with the part of each that isn't trained, of the model that kvgraph starts with."""
+        """Parameters with the part of each that isn't trained, for the new model of kvgraph.train.start."""
         started = (getattr(self.hf.config, "kvgraph", None) or {}).get("start")
         return start.frozen(self.hf) if started == NEW and self.config.trained == WHOLE else []
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
-        """The model is a distillation's teacher inside: as it was before the first step."""
+        """A block in which the model is a distillation's teacher: as it was before the first step."""
         module: Any = self.module
         if not self.config.adapter:
             with module.disable_adapter():
@@ -81,7 +83,7 @@ class Student:
 def build(config: Config) -> Student:
     """The model as it is before the first step, on the CPU; the same every time.
 
-    Raises ModelError where it can't be loaded, TrainError where the configuration doesn't fit it.
+    Raises ModelError if it can't be loaded, TrainError if the configuration doesn't fit it.
     """
     torch.manual_seed(config.seed)
     loaded = _started(config.seed) if config.model == NEW else models.load(config.model)
@@ -106,7 +108,7 @@ def build(config: Config) -> Student:
 
 
 def check(student: Student) -> None:
-    """Raise TrainError for methods that can't be trained, by themselves or with this model, before the first step."""
+    """Before the first step, raise TrainError for methods that can't be trained, in general or with this model."""
     rows = student.hf.get_input_embeddings().weight.shape[0]
     for component in (component for stage in student.stages for component in stage.components):
         for spec in component.methods:
@@ -122,7 +124,7 @@ def check(student: Student) -> None:
 
 
 def _started(seed: int) -> models.Model:
-    """The new model, drawn with the seed; what is saved of it says so, for the parts of it that are never trained."""
+    """The new model, drawn with the seed. Its saved configuration records this, because some parts are never trained."""
     with TemporaryDirectory() as folder:
         start.write(folder, seed)
         made = models.load(folder)
@@ -150,7 +152,7 @@ def _with_links(stages: tuple[Stage, ...], method: Method) -> tuple[Stage, ...]:
 
 
 def _adapted(hf: Any, config: Config, trained: list[Method]) -> nn.Module:
-    """A peft model around it that trains the rows of the methods' own tokens alone, or a LoRA adapter and these rows if there are some."""
+    """A peft model around it that trains only the rows of the methods' own tokens, or a LoRA adapter and these rows, if any."""
     from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 
     rows = sorted({row for method in trained for row in method.own_tokens})
@@ -170,7 +172,7 @@ def _adapted(hf: Any, config: Config, trained: list[Method]) -> nn.Module:
 
 
 def _went_on(hf: Any, config: Config) -> nn.Module:
-    """A peft model with the adapter that the configuration names, twice: one is trained, the other one may teach."""
+    """A peft model with two copies of the adapter that the configuration names: one is trained, the other may teach."""
     from peft import PeftModel
 
     with one_line(f"can't load the adapter {config.adapter}"):
@@ -181,15 +183,15 @@ def _went_on(hf: Any, config: Config) -> nn.Module:
 
 
 def save(student: Student, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the model as an ordinary Hugging Face folder, an adapter merged.
+    """Write the model as an ordinary Hugging Face folder, with an adapter merged.
 
-    weights: what is trained of `student.module`, by name, on the CPU. dtype: of the files [default: that it was loaded in].
+    weights: the trained weights of `student.module`, by name, on the CPU. dtype: of the files [default: the loaded model's].
     """
     dtype = dtype or student.dtype
     if student.config.trained == WHOLE:
         models.save(student.hf, folder, student.tokenizer, weights=weights, dtype=dtype)
         return
-    fresh = build(student.config)  # merging and parting again would change what goes on being trained
+    fresh = build(student.config)  # merging and unmerging would change the weights that are trained further
     parameters = dict(fresh.module.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():
@@ -199,9 +201,10 @@ def save(student: Student, weights: Mapping[str, Tensor], folder: Path, dtype: t
 
 
 def save_adapter(student: Student, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write what is trained as a PEFT folder, in the dtype that the model was loaded in, with a card that says how it was made.
+    """Write the trained weights of a LoRA adapter or of links as a PEFT folder, in the dtype of the loaded model, with a
+    card that says how they were made.
 
-    weights: as in `save`; of a lora adapter or links.
+    weights: as in `save`.
     """
     module: Any = student.module
     held = {name: weight.to(student.dtype) for name, weight in weights.items()}
@@ -210,13 +213,13 @@ def save_adapter(student: Student, weights: Mapping[str, Tensor], folder: Path) 
 
 
 def _card(student: Student) -> str:
-    """The model card of an adapter; its front matter declares what it is tuned for, as JSON, which is YAML too."""
+    """The model card of an adapter. Its front matter declares the methods it is tuned for, as JSON, which is valid YAML."""
     config, declared = student.config, student.hf.config.kvgraph
     front = {"base_model": config.model, "library_name": "peft", "kvgraph": declared}
     how = (
         "with gold answers"
         if config.objective == ANSWERS
-        else "without labels: to what the model itself says under full"
+        else "without labels, towards the model's own answers under full"
     )
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     specs = ", ".join(f"`{spec}`" for spec in declared["methods"])

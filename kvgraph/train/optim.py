@@ -15,10 +15,10 @@ from kvgraph.train.config import COSINE, MUON, TRAPEZOID, Config
 def optimizers(
     config: Config, module: nn.Module, embeddings: Iterable[Tensor], fixed: Iterable[Tensor]
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for what is trained of a module; with "muon", Muon for its matrices and AdamW for the rest.
+    """AdamW for the trained parameters of a module; with "muon", Muon for its matrices and AdamW for the rest.
 
-    embeddings: parameters that are matrices by their shape alone. fixed: those that weight decay mustn't shrink, because
-    parts of them stay as they are.
+    embeddings: parameters that have the shape of a matrix but aren't treated as one. fixed: parameters that weight decay
+    mustn't shrink, because parts of them stay as they are.
     """
     trained = {p for p in module.parameters() if p.requires_grad}
     matrices = {p for p in trained if p.ndim > 1} - set(embeddings)
@@ -28,7 +28,7 @@ def optimizers(
     if by_muon:
         made.append(torch.optim.Muon(_groups(config, [p for p in order if p in by_muon], decayed), config.matrix_lr))
     if rest := [p for p in order if p in trained - by_muon]:
-        # fused: one call for all parameters, which a small model on a CPU feels
+        # fused: one call for all parameters, which matters for a small model on a CPU
         made.append(torch.optim.AdamW(_groups(config, rest, decayed), config.lr, config.betas, fused=True))
     for optimizer in made:
         for group in optimizer.param_groups:
@@ -49,14 +49,14 @@ def _groups(config: Config, parameters: Iterable[Tensor], decayed: Collection[Te
 
 
 def set_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
-    """Set the learning rates to a share of the highest, each group's own."""
+    """Set the learning rate of each group to a share of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * share
 
 
 def share(config: Config, step: int, total: int) -> float:
-    """The share of the highest learning rate in step number `step` (from 1) of so many."""
+    """The share of the peak learning rate in step number `step` (from 1) of `total`."""
     warm, falling = round(config.warmup * total), round(config.decay * total)
     if step <= warm:
         return step / warm

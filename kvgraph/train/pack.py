@@ -1,6 +1,6 @@
-"""Examples packed into sequences: tokens, positions, and who sees whom in a form that is small and fits any kernel.
+"""Examples packed into sequences: tokens, positions, and a compact description of visibility that fits any kernel.
 
-Shapes: T tokens of a sequence, S spans, B blocks (runs of a span's tokens that every reader sees all or nothing of),
+Shapes: T tokens of a sequence, S spans, B blocks (runs of a span's tokens that every reader sees entirely or not at all),
 N tokens to learn.
 """
 
@@ -26,11 +26,13 @@ from kvgraph.train.example import Example, join
 class Packed:
     """One sequence of examples that don't see each other.
 
-    tokens, positions [T] int64: positions start at 0 in every example, and only differences within one mean anything.
-    span, block [T] int64: the span that a token belongs to, and the block. sees [S, B] bool: whether a span reads a
-    block; its own it does. Token q sees token k if sees[span[q], block[k]] and k is q or stands at a lower position.
-    rows, targets [N] int64: the logits of token rows[i] are to give token targets[i]; a row may be there several times.
-    documents [N] bool: whether that is a document's token, not an answer's. lengths: tokens of every example, in order.
+    tokens, positions [T] int64: positions start at 0 in every example, and only their differences within an example matter.
+    span, block [T] int64: the span and the block that a token belongs to.
+    sees [S, B] bool: whether a span reads a block. It always reads its own blocks. Token q sees token k if
+        sees[span[q], block[k]] and k is q or has a lower position.
+    rows, targets [N] int64: the logits of token rows[i] should predict token targets[i]. A row may occur several times.
+    documents [N] bool: whether the target is a document's token instead of an answer's.
+    lengths: tokens of every example, in order.
     """
 
     tokens: Tensor
@@ -48,12 +50,12 @@ class Packed:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Tokens to learn: (of answers, of documents)."""
+        """Numbers of tokens to learn: (of answers, of documents)."""
         documents = int(self.documents.sum())
         return len(self.documents) - documents, documents
 
     def to(self, device: torch.device | str) -> Packed:
-        """The same on a device. Copies to a GPU don't wait for what it still does."""
+        """The same on a device. Copies to a GPU don't wait for its pending work."""
         gpu = torch.device(device).type == "cuda"
 
         def moved(tensor: Tensor) -> Tensor:
@@ -63,22 +65,22 @@ class Packed:
         return replace(self, **tensors)
 
     def arrays(self) -> dict[str, Any]:
-        """The same in numpy's arrays; `Packed.of` undoes it."""
+        """The same as numpy arrays; the inverse of `Packed.of`."""
         return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
 
     @classmethod
     def of(cls, arrays: dict[str, Any]) -> Packed:
-        """What `arrays` gave."""
+        """The sequence that `arrays` made arrays of."""
         tensors: dict[str, Any] = {k: torch.from_numpy(v) for k, v in arrays.items() if isinstance(v, np.ndarray)}
         return cls(**(arrays | tensors))
 
     @property
     def slices(self) -> list[slice]:
-        """Where the examples lie."""
+        """The slice of every example."""
         return [slice(lo, hi) for lo, hi in pairwise(accumulate(self.lengths, initial=0))]
 
     def visible(self, window: int | None = None, here: slice = slice(None)) -> Tensor:
-        """[T, T] bool: row sees column; or only those of `here`. window: only at distances of positions below it."""
+        """[T, T] bool: whether row sees column; with `here`, only for those tokens. window: only at smaller distances of positions."""
         tokens = torch.arange(len(self), device=self.tokens.device)[here]
         return self.mask_mod(window)(None, None, tokens[:, None], tokens[None])
 
@@ -94,9 +96,10 @@ class Packed:
         return visible
 
     def padded(self, length: int) -> Packed:
-        """The same with `length` tokens, and `sees` of a size that few sequences differ in: what compiled kernels like.
+        """The same with `length` tokens, and with `sees` padded to a size that most sequences share, so that kernels compile
+        rarely.
 
-        Padding tokens see themselves alone. Raises ValueError for a length below T.
+        Padding tokens see only themselves. Raises ValueError for a length below T.
         """
         more = length - len(self)
         if more < 0:
@@ -120,12 +123,12 @@ class Packed:
 def pack(
     examples: Iterable[tuple[Example, Method]], length: int, *, limit: int | None = None, documents: bool = False
 ) -> list[Packed]:
-    """Pack examples, each laid out by its method, into as few sequences of at most `length` tokens as first-fit finds.
+    """Pack examples, each laid out by its method, into sequences of at most `length` tokens by first-fit.
 
-    The same examples in the same order give the same sequences. What the questions of one example share is there once.
-    documents: learn the documents too, not only the answers. limit: positions that the model has (Trainable.limit).
-    Raises PlanError for an example that is longer than a sequence or has a position at or above the limit, GraphError
-    where a method can't plan a graph.
+    The same examples in the same order give the same sequences. Tokens that the questions of an example share occur once.
+    documents: learn the documents too, not only the answers. limit: the number of positions of the model (Trainable.limit).
+    Raises PlanError for an example that is longer than a sequence or has a position at or above the limit, GraphError if
+    a method can't plan a graph.
     """
     laid = []
     for i, (example, method) in enumerate(examples):
@@ -143,7 +146,7 @@ def pack(
 
 
 def first_fit(sizes: Iterable[int], length: int) -> list[list[int]]:
-    """Numbers of examples of these sizes, none above `length`, in few groups of at most `length` tokens."""
+    """Group examples of these sizes, none above `length`, into few groups of at most `length` tokens; returns their numbers."""
     groups: list[list[int]] = []
     room: list[int] = []
     for i, size in enumerate(sizes):
@@ -159,7 +162,7 @@ def first_fit(sizes: Iterable[int], length: int) -> list[list[int]]:
 
 def lay(example: Example, method: Method, *, documents: bool = False, through_links: bool = False) -> Packed:
     """One example by itself, laid out by its method. Its targets are the answers' tokens, question by question, then the
-    documents'. Raises GraphError, PlanError as `kvgraph.train.example.join` does.
+    documents'. Raises the errors of `kvgraph.train.example.join`.
     """
     joined = join(example, method, documents=documents, through_links=through_links)
     laid = lay_out(joined.spans, joined.roots)
@@ -196,10 +199,10 @@ def lay(example: Example, method: Method, *, documents: bool = False, through_li
 
 
 def concatenated(examples: Sequence[Packed]) -> Packed:
-    """Examples side by side, none seeing another."""
+    """Examples side by side, which don't see each other."""
 
     def joined(name: str, sizes: Iterable[int] | None = None) -> Tensor:
-        """A field of all examples, as indices counted over `sizes` if given."""
+        """A field of all examples, joined; with `sizes`, as indices offset by the sizes of the examples before."""
         offsets = accumulate(sizes, initial=0) if sizes is not None else repeat(0)
         return torch.cat([getattr(x, name) + offset for x, offset in zip(examples, offsets, strict=False)])
 

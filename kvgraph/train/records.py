@@ -1,7 +1,7 @@
-"""Training records, and what they are to a model: examples with the tokens that evaluation and server would give it.
+"""Training records as examples for a model, with the tokens that evaluation and server would give it.
 
-`docs/reference/data.md` says what the three kinds of records hold. Records are text without prompts; the prompt is made here, by
-the code that evaluation (`kvgraph.data.prompt`) and server (`kvgraph.data.chat`) use.
+`docs/reference/data.md` describes the three kinds of records. Records are text without prompts. The prompt is made here, by the
+code that evaluation (`kvgraph.data.prompt`) and server (`kvgraph.data.chat`) use.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from kvgraph.train.example import Example, Question
 
 PREPARED = "prepared.json"
 SPLITS = TRAIN, VALIDATION = ("train", "validation")
-AS_THEY_ARE = "{text}"  # how documents of conversations are written: they bring their own line ends
+AS_THEY_ARE = "{text}"  # the template of documents in conversations, which have their own line ends
 RECITED = 48  # tokens of a quoted document
-FIRST_WORDS = 6  # by which a document without a title is asked for
+FIRST_WORDS = 6  # words by which a document without a title is asked for
 
 Record = Mapping[str, Any]
 
@@ -42,17 +42,18 @@ class RecordError(KVGraphError, ValueError):
 def example(
     record: Record, tokenizer: Any, *, max_tokens: int | None = None, recite: int = 0, seed: str = ""
 ) -> Example | None:
-    """The example that a training record is with this tokenizer.
+    """The example that a training record gives with this tokenizer.
 
-    Its graph is tokenized piece by piece, as the engine does. What is learned: of a text, all of it; of a conversation,
-    what the assistant says and the end of its turn; of a task, the answer and the end of the turn.
+    Its graph is tokenized piece by piece, as in the engine. The tokens to learn are: of a text, all; of a conversation, the
+    assistant's messages and the ends of its turns; of a task, the answer and the end of its turn.
 
-    recite: so many of a task's documents, drawn by the seed, are asked for too, after its questions: the answer is how the
-    document's text begins, RECITED tokens of it.
-    max_tokens: of the whole example, each document counted once. A longer text is cut at its end; anything else that is
-    longer gives None; so does a record of which nothing is left to learn, and one that the chat template refuses. Raises
-    RecordError for a record of no kind, for a conversation where there is no chat template, and for a chat template that
-    no answer can be trained with; TaskError for an unknown task.
+    recite: the number of a task's documents, drawn by the seed, that are asked for after its questions. The answer is the
+        first RECITED tokens of the document's text.
+    max_tokens: of the whole example, with each document counted once. A longer text is cut at its end.
+
+    Returns None for any other record that is too long, for one without anything left to learn, and for one that the chat
+    template refuses. Raises RecordError for a record of no kind, for a conversation without a chat template, and for a
+    chat template that no answer can be trained with; TaskError for an unknown task.
     """
     make = _KINDS[kind(record)]
     try:
@@ -72,7 +73,7 @@ def example(
 
 
 def kind(record: Record) -> str:
-    """Which of the kinds a record is: "text", "messages" or "task". Raises RecordError for one that is none or several."""
+    """The kind of a record: "text", "messages" or "task". Raises RecordError if it is none of them or several."""
     found = [name for name in _KINDS if name in record]
     if len(found) != 1:
         raise RecordError(f"record {record.get('id', '')!r} must have one of {', '.join(_KINDS)}; it has {found}")
@@ -80,7 +81,7 @@ def kind(record: Record) -> str:
 
 
 def texts(record: Record) -> Iterator[str]:
-    """Every text of a record: documents with their titles, then what is asked and learned."""
+    """Every text of a record: documents with their titles, then questions and answers."""
     for document in record.get("documents", ()):
         yield document if isinstance(document, str) else document["title"] + document["text"]
     yield from (message["content"] for message in record.get("messages", ()))
@@ -107,7 +108,7 @@ def _text(record: Record, tokenizer: Any) -> _Made:
 
 
 def _conversation(record: Record, tokenizer: Any) -> _Made:
-    """The prompt of the first question; then all that follows, as pieces of which every second is learned."""
+    """The prompt of the first question; then everything after it, in pieces of which every second is learned."""
     messages, documents = list(record["messages"]), list(record.get("documents", ()))
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if not first or messages[-1]["role"] != "assistant" or (documents and first + 1 < len(messages)):
@@ -115,7 +116,7 @@ def _conversation(record: Record, tokenizer: Any) -> _Made:
             f"record {record.get('id', '')!r}: messages must begin with a question and end with the assistant's answer, "
             "which with documents is the only one"
         )
-    _around(tokenizer, _template(tokenizer))  # raises what is wrong with every conversation
+    _around(tokenizer, _template(tokenizer))  # raises an error that would concern every conversation
     made = chat.chat(tokenizer, messages[:first], [Document(text) for text in documents], template=AS_THEY_ARE)
     encode = _encoder(tokenizer)
     answer: list[int] = []
@@ -129,13 +130,13 @@ def _conversation(record: Record, tokenizer: Any) -> _Made:
 
 
 def _task(record: Record, tokenizer: Any) -> _Made:
-    """The prompt of the evaluation task, and the answer: with what the chat template puts around it, or after a space.
+    """The prompt of the evaluation task, and the answer: inside the text that the chat template puts around it, or after a space.
 
-    A record has one question and its answer, or several under `questions`, maybe none. plain: they are asked as they are, as
-    in a chat, without the task's instruction.
+    A record has one question and its answer, or any number of them under `questions`. plain: the questions are asked
+    unchanged, as in a chat, without the task's instruction.
     """
     if template := _template(tokenizer):
-        _around(tokenizer, template)  # raises what is wrong with every answer
+        _around(tokenizer, template)  # raises an error that would concern every answer
     task = task_of(record)
     asked = record.get("questions", [record])
     links = tuple((source, reader) for source, reader in record.get("links", ()))
@@ -148,7 +149,7 @@ def _task(record: Record, tokenizer: Any) -> _Made:
 
 
 def task_of(record: Record) -> Task:
-    """The task whose prompt a record's questions have. Raises TaskError for an unknown one."""
+    """The task that gives the prompt of a record's questions. Raises TaskError for an unknown one."""
     task = tasks.get(record["task"])
     return replace(task, instruction="", question="{question}") if record.get("plain") else task
 
@@ -156,9 +157,9 @@ def task_of(record: Record) -> Task:
 def _asked(
     task: Task, documents: tuple[Document, ...], question: str, answer: str, tokenizer: Any, *, most: int | None = None
 ) -> Question:
-    """A task's question with its answer, of which at most so many tokens.
+    """A task's question with its answer, cut to a maximum of tokens.
 
-    documents: one for all, to be quick: the query depends on whether there are any alone.
+    documents: one is enough, and faster: the query depends only on whether there are any.
     """
     template = _template(tokenizer)
     before, after = _around(tokenizer, template) if template else (" ", tokenizer.eos_token or "")
@@ -178,7 +179,7 @@ def _recitations(record: Record, tokenizer: Any, count: int, rng: random.Random)
 
 
 def recitation(documents: Sequence[Mapping[str, str]], which: int) -> str:
-    """How to ask for a document: by its title, or, where it has none of its own, by its first words."""
+    """The question for a document: by its title or, without a title of its own, by its first words."""
     title = documents[which]["title"]
     if title and sum(document["title"] == title for document in documents) == 1:
         return f'Quote the passage titled "{title}".'
@@ -194,7 +195,7 @@ def _template(tokenizer: Any) -> str:
 
 @lru_cache(maxsize=8)
 def _around(tokenizer: Any, template: str) -> tuple[str, str]:
-    """What a chat template puts between "now the assistant speaks" and an answer, and what ends its turn."""
+    """The text that a chat template puts between its generation prompt and an answer, and the text that ends the turn."""
     mark = chat.MARK.format("answer")
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     try:
@@ -206,10 +207,10 @@ def _around(tokenizer: Any, template: str) -> tuple[str, str]:
 
 
 def _turns(tokenizer: Any, made: Prompt, messages: Sequence[Record]) -> Iterator[tuple[str, bool]]:
-    """What follows a prompt, in pieces: (what the assistant says, True), (what stands before its next turn, False), ...
+    """The text after a prompt, in pieces: (the assistant's words, True), (the text before its next turn, False), ...
 
-    messages: all, of which the prompt `made` renders the first ones. A turn ends with the first special token that the
-    template puts after it. Where the template has none, the last turn ends with EOS.
+    messages: all of them; the prompt `made` renders the first ones. A turn ends with the first special token that the
+    template puts after it. If the template has none, the last turn ends with EOS.
     """
     start = "".join((*made.prefix, *map(str, made.segments), made.query))
     contents, literals = _taken_apart(tokenizer, messages, "".join(map(str, made.segments)))
@@ -226,9 +227,9 @@ def _turns(tokenizer: Any, made: Prompt, messages: Sequence[Record]) -> Iterator
 
 
 def _taken_apart(tokenizer: Any, messages: Sequence[Record], documents: str) -> tuple[list[str], list[str]]:
-    """What the assistant says, and what the template puts before, between and after it.
+    """The assistant's messages, and the text that the template puts before, between and after them.
 
-    documents: of the one exchange there is then; a template may strip what the user says, but not them.
+    documents: only with a single exchange. A template may strip the user's message, but not the documents.
     """
     key = os.urandom(8).hex()
     said_here, documents_here = chat.MARK.format(f"said-{key}"), chat.MARK.format(f"documents-{key}")
@@ -239,7 +240,7 @@ def _taken_apart(tokenizer: Any, messages: Sequence[Record], documents: str) -> 
     literals = [text.replace(documents_here, documents) for text in _rendered(tokenizer, marked).split(said_here)]
     whole = _rendered(tokenizer, asked).replace(documents_here, documents)
     said = [message["content"] for message in messages if message["role"] == "assistant"]
-    for contents in (said, [text.strip() for text in said]):  # many templates strip what they are given
+    for contents in (said, [text.strip() for text in said]):  # many templates strip messages
         if len(literals) == len(contents) + 1:
             pairs = zip(literals, [*contents, ""], strict=True)
             if "".join(literal + content for literal, content in pairs) == whole:
@@ -250,12 +251,12 @@ def _taken_apart(tokenizer: Any, messages: Sequence[Record], documents: str) -> 
 def _rendered(tokenizer: Any, messages: Sequence[Record]) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=False))
-    except Exception as error:  # a template is a program, and raises what it likes
+    except Exception as error:  # a template is a program that can raise anything
         raise chat.ChatError(f"the model's chat template refuses these messages: {error}") from None
 
 
 def _end(tokenizer: Any, text: str) -> str:
-    """The beginning of a text up to and with its first special token; empty where it has none."""
+    """The beginning of a text up to and including its first special token; empty if it has none."""
     found = chat.first_special(tokenizer, text)
     return "" if found is None else text[: found[0] + len(found[1])]
 
@@ -264,7 +265,7 @@ def _end(tokenizer: Any, text: str) -> str:
 
 
 def prepared(folder: Path) -> dict[str, Any]:
-    """What a folder's prepared.json says. Raises RecordError when there is none."""
+    """The contents of a folder's prepared.json. Raises RecordError if there is none."""
     try:
         return dict(json.loads((folder / PREPARED).read_bytes()))
     except FileNotFoundError:
@@ -276,8 +277,8 @@ def prepared(folder: Path) -> dict[str, Any]:
 class Records:
     """The examples of one split ("train" or "validation") of a prepared folder, by number; a number always means the same.
 
-    None stands for a record that `example` gives none for. Opening reads an index of lines, which is kept beside the file.
-    Raises RecordError: no such folder or split, an unfinished one, a damaged line.
+    None stands for a record without an example. Opening reads an index of lines, which is kept beside the file. Raises
+    RecordError for a missing folder or split, an unfinished one, or a damaged line.
     """
 
     def __init__(
@@ -328,6 +329,6 @@ def _starts(path: Path) -> np.ndarray:
     except (OSError, ValueError, IndexError):
         pass
     starts = io.line_starts(path)
-    with suppress(OSError), io.replacing(kept) as file:  # a folder that can't be written to is read every time
+    with suppress(OSError), io.replacing(kept) as file:  # in a read-only folder, the index is made every time
         np.save(file, starts)
     return starts

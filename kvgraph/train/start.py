@@ -1,13 +1,13 @@
 """The model that the synthetic world's recipe starts from: small, of a standard architecture, with a structured start.
 
-From purely random weights such a model sits on the floor of guessing for a long time: reading a fact off a document takes
-heads that know the tokens just before a token, and heads that find the same words again, and each pays only with the
-other. So both are there from the beginning (previous-token heads fixed for good, the others free to change), and
-training finds the rest. It has three layers, which is what it takes to read one fact; for facts that lead to others the
-recipes stack copies of these on top (`kvgraph.models.stack`).
+From purely random weights, this model does no better than guessing for a long time. Reading a fact in a document takes
+heads that know the tokens just before a token, and heads that find the same words again, and neither helps without the
+other. Therefore both exist from the beginning: the previous-token heads are fixed, the others can change, and training
+finds the rest. The model has three layers, which is enough to read one fact. For facts that lead to others, the recipes
+stack copies of these layers on top (`kvgraph.models.stack`).
 
-Tokens that mean something alike start alike: years differ along one direction by their order, and link tokens start as
-pronouns do, the same for every document, because they too stand for what was named before.
+Tokens of similar meaning start alike: years differ along one direction by their order. Link tokens start like pronouns, the
+same for every document, because they also stand for something that was named before.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from kvgraph.data.world import tokenizer, world
 
 HIDDEN, LAYERS, HEADS, HEAD_DIM, MLP = 192, 3, 4, 48, 512
 THETA = 10000.0
-# How far heads of the first layer look back: to a relation and a name of two tokens. What stands before a relation in a
-# question's middle ("serves what makes") is as far as a name's first token, so what was found there is read like a name.
+# How far heads of the first layer look back: to a relation and a name of two tokens. In the middle of a question ("serves
+# what makes"), the text before a relation is as far away as a name's first token, so it is read like a name.
 LOOK_BACK = (1, 2, 3)
-SHARP, FREQUENCIES = 6.0, 12  # of the heads that look back: their queries' and keys' size, and how many angles they use
+SHARP, FREQUENCIES = (
+    6.0,
+    12,
+)  # of the heads that look back: the size of their queries and keys, and the number of angles they use
 
 
 def write(folder: str | Path, seed: int) -> None:
@@ -65,7 +68,7 @@ def write(folder: str | Path, seed: int) -> None:
 
 
 def frozen(hf: Any) -> list[tuple[Tensor, slice]]:
-    """Parameters of such a model with the rows that are never trained: where the heads that look back look."""
+    """Parameters of this model with the rows that are never trained, which say where the heads that look back look."""
     found, rows = [], slice(0, len(LOOK_BACK) * HEAD_DIM)
     for layer in hf.model.layers[::LAYERS]:
         a = layer.self_attn
@@ -74,7 +77,7 @@ def frozen(hf: Any) -> list[tuple[Tensor, slice]]:
 
 
 def _weights(ids: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
-    """Weights by the names that Hugging Face gives a Granite's, [out, in] each."""
+    """Weights under Hugging Face's names for a Granite model, [out, in] each."""
 
     def normal(*shape: int, std: float) -> Tensor:
         return torch.randn(shape, generator=generator) * std
@@ -86,7 +89,7 @@ def _weights(ids: Mapping[str, int], generator: torch.Generator) -> dict[str, Te
         "model.embed_tokens.weight": _embeddings(ids, normal),
         "model.norm.weight": torch.ones(HIDDEN),
     }
-    strength = [0.1, *[0.25] * (LAYERS - 2), 0.6]  # how much of what it reads a layer copies on
+    strength = [0.1, *[0.25] * (LAYERS - 2), 0.6]  # how much of its input a layer copies
     for i in range(LAYERS):
         layer, attention = f"model.layers.{i}", f"model.layers.{i}.self_attn"
         query, value = orthogonal(HIDDEN) * 0.8, orthogonal(HIDDEN)
@@ -94,9 +97,9 @@ def _weights(ids: Mapping[str, int], generator: torch.Generator) -> dict[str, Te
             f"{layer}.input_layernorm.weight": torch.ones(HIDDEN),
             f"{layer}.post_attention_layernorm.weight": torch.ones(HIDDEN),
             f"{attention}.q_proj.weight": query,
-            f"{attention}.k_proj.weight": query.clone(),  # a token finds its like
+            f"{attention}.k_proj.weight": query.clone(),  # a token finds equal tokens
             f"{attention}.v_proj.weight": value,
-            f"{attention}.o_proj.weight": value.T.contiguous() * strength[i],  # and copies it as it is
+            f"{attention}.o_proj.weight": value.T.contiguous() * strength[i],  # and copies them unchanged
             **{f"{attention}.{name}_proj.bias": torch.zeros(HIDDEN) for name in "qkvo"},
             f"{layer}.mlp.gate_proj.weight": normal(MLP, HIDDEN, std=HIDDEN**-0.5),
             f"{layer}.mlp.up_proj.weight": normal(MLP, HIDDEN, std=HIDDEN**-0.5),
@@ -107,7 +110,7 @@ def _weights(ids: Mapping[str, int], generator: torch.Generator) -> dict[str, Te
 
 
 def _embeddings(ids: Mapping[str, int], normal: Callable[..., Tensor]) -> Tensor:
-    """[vocabulary, HIDDEN] of length about 1, at random but for years and link tokens."""
+    """[vocabulary, HIDDEN] of length about 1, random except for years and link tokens."""
     rows = normal(len(ids), HIDDEN, std=HIDDEN**-0.5)
     years = [ids[year] for year in world.YEARS]
     rows[years] += torch.linspace(-1, 1, len(years))[:, None] * normalize(normal(HIDDEN, std=1.0), dim=0)
@@ -119,9 +122,9 @@ def _embeddings(ids: Mapping[str, int], normal: Callable[..., Tensor]) -> Tensor
 
 
 def _look_back(weights: dict[str, Tensor], out: Tensor) -> None:
-    """Set the heads that look back by their biases alone, and let the next layer match what these wrote.
+    """Set the heads that look back by their biases alone, and let the next layer match their output.
 
-    out [HIDDEN, HEAD_DIM]: where all of them write. A query turned back by so many positions looks at exactly that token.
+    out [HIDDEN, HEAD_DIM]: the subspace they all write to. A query rotated back by n positions looks exactly n tokens back.
     """
     value = weights["model.layers.0.self_attn.v_proj.weight"][:HEAD_DIM].clone()
     angles = THETA ** (-torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM)

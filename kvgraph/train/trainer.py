@@ -1,7 +1,7 @@
 """The training loop: `train` runs a configuration, in one process or in those that torchrun started.
 
-A step draws examples, packs them into sequences, and runs these one by one. Its loss is divided by what is to be learned
-in the whole step, so neither the packing nor the number of processes changes it.
+A step draws examples, packs them into sequences, and runs these one by one. Its loss is divided by the number of tokens to
+learn in the whole step, so neither the packing nor the number of processes changes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
 from kvgraph.train.pack import Packed
 
-LOG_EVERY = 10  # steps, between looks at losses: on a GPU every look waits for it
+LOG_EVERY = 10  # steps between reading losses, which on a GPU waits for the device
 MAY_CHANGE = {
     "limit",
     "minutes",
@@ -47,7 +47,7 @@ MAY_CHANGE = {
 
 
 class TrainResult(NamedTuple):
-    """How a run ended. step: taken by then. checkpoint: the latest. signal: that stopped it before its last step."""
+    """How a run ended. step: the last one taken. checkpoint: the latest. signal: the one that stopped it early, if any."""
 
     step: int
     checkpoint: Path
@@ -57,10 +57,10 @@ class TrainResult(NamedTuple):
 def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool = False) -> TrainResult:
     """Train a model; the run's folder `out` gets its configuration, log and checkpoints.
 
-    If there are checkpoints of the same run already, it goes on from the latest: same data, same losses. SIGTERM or
-    Ctrl-C ends it after the step, with a checkpoint. resume: False refuses to go on. wandb: log to Weights & Biases instead
-    of TensorBoard.
-    Raises TrainError, ModelError, GraphError where a setting, the data, memory or the disk don't allow it.
+    If there are checkpoints of the same run already, it resumes from the latest, with the same data and losses. SIGTERM or
+    Ctrl-C ends it after the current step, with a checkpoint. resume: False refuses to resume. wandb: log to Weights & Biases
+    instead of TensorBoard.
+    Raises TrainError, ModelError or GraphError if a setting, the data, memory or the disk don't allow it.
     """
     if not config.model:
         raise TrainError(f"{config.name} starts from another model; give it with --model")
@@ -79,7 +79,7 @@ def train(config: Config, out: str | Path, *, resume: bool = True, wandb: bool =
 
 @contextmanager
 def _without_denormals() -> Iterator[None]:
-    """Sharp attention leaves many numbers that small, and they are slow on CPUs: zero within."""
+    """A block in which denormal numbers are zero: sharp attention makes many, and they are slow on CPUs."""
     torch.set_flush_denormal(True)
     try:
         yield
@@ -88,7 +88,7 @@ def _without_denormals() -> Iterator[None]:
 
 
 class Trainer:
-    """A run: model, optimizers, data, and how far it is."""
+    """A run: model, optimizers, data and progress."""
 
     def __init__(self, config: Config, out: Path, resume: bool, wandb: bool):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the process that prepares steps is forked
@@ -139,7 +139,7 @@ class Trainer:
         self.log = Log(out, self.accelerator, self.progress.step, self.last)
 
     def run(self) -> TrainResult:
-        """Train to the last step, or until the time is over or a signal comes."""
+        """Train to the last step, until the time is over, or until a signal comes."""
         if self.progress.step:
             self.log.say(f"resuming after step {self.progress.step:,} of {self.last:,}")
         for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
@@ -162,7 +162,7 @@ class Trainer:
         return TrainResult(self.progress.step, self.saved, stopped)
 
     def _look_after(self, stopping: bool) -> bool:
-        """Log, evaluate and save after a step, if it's time to. Returns whether it was the last step."""
+        """Log, evaluate and save after a step, as far as they are due. Returns whether it was the last step."""
         config, step = self.config, self.progress.step
         last = step == self.last or self._spent() >= 1
         ends = self._agreed(stopping) or last
@@ -171,7 +171,7 @@ class Trainer:
             self._flush()
         if saves:
             self._save()
-        if evaluates:  # after saving: whatever goes wrong there costs nothing
+        if evaluates:  # after saving, so that a failure here loses nothing
             self._evaluate()
         return ends
 
@@ -200,8 +200,8 @@ class Trainer:
         return total, parallel.whole(norm)
 
     def _share(self, sequences: list[Packed]) -> Iterator[tuple[int, Packed, float]]:
-        """This process's (number, sequence, weight 1), on its device. All processes get equally many, since they run a
-        sharded model together; where there are none left, the first one again, with weight 0.
+        """This process's sequences as (number, sequence, weight 1), on its device. All processes get the same number, since
+        they run a sharded model together; the first sequence, with weight 0, fills up.
         """
         for first in range(0, len(sequences), self.count):
             mine = first + self.rank
@@ -209,12 +209,12 @@ class Trainer:
             yield number, self._placed(sequences[number]), weight
 
     def _placed(self, packed: Packed) -> Packed:
-        """The sequence on this process's device, of one length where kernels are compiled for it."""
+        """The sequence on this process's device; padded to one length if kernels are compiled for it."""
         placed = packed.to(self.accelerator.device)
         return placed.padded(self.config.length) if self.flex and placed.tokens.is_cuda else placed
 
     def _loss(self, step: Batch, number: int, packed: Packed) -> Tensor:
-        """Sequence number `number`'s part of the step's loss."""
+        """The part of sequence number `number` in the step's loss."""
         config = self.config
         if step.lessons is None:
             return loss(self._logits(packed), packed, document_weight=config.document_weight, totals=step.totals)
@@ -225,11 +225,11 @@ class Trainer:
         return distill.loss(self._logits(packed), taught, held, hold=config.hold, totals=step.totals)
 
     def _rate(self, step: int) -> float:
-        """The share of the highest learning rate: by the steps, or by the time where that ends the run first."""
+        """The share of the peak learning rate: by steps, or by time if that ends the run first."""
         return optim.share(self.config, max(step, min(math.ceil(self._spent() * self.total), self.total)), self.total)
 
     def _spent(self) -> float:
-        """The share of the time that is over, the same in all processes."""
+        """The elapsed share of the time, the same in all processes."""
         if not self.config.minutes:
             return 0.0
         share = (time.monotonic() - self.began) / (60 * self.config.minutes)
@@ -240,7 +240,7 @@ class Trainer:
             return logits(self.student.trainable, packed, module=self.module, flex=self.flex)
 
     def _agreed(self, wanted: bool) -> bool:
-        """Whether any process wants it; all have to end after the same step."""
+        """Whether any process wants to end; all have to end after the same step."""
         if self.count == 1:
             return wanted
         return bool(self._sum(torch.tensor(float(wanted))) > 0)
@@ -250,7 +250,7 @@ class Trainer:
         found: Any = self.accelerator.reduce(value.to(self.accelerator.device), "sum")
         return found
 
-    # -- what a run leaves behind ----------------------------------------------------------------------------------
+    # -- output of a run -------------------------------------------------------------------------------------------
 
     def _row(self, step: Batch, seconds: float) -> dict[str, Any]:
         return {
@@ -272,7 +272,7 @@ class Trainer:
         self.pending = []
         began = time.perf_counter()
         found = zip(rows, self._sum(torch.stack(losses)).tolist(), torch.stack(norms).tolist(), strict=True)
-        rows[-1]["seconds"] += time.perf_counter() - began  # a GPU was still at it
+        rows[-1]["seconds"] += time.perf_counter() - began  # the GPU was still working on it
         logged = [{"step": row["step"], "loss": value, "gradient_norm": norm} | row for row, value, norm in found]
         self.log.steps(logged)
         for row in logged:
@@ -283,7 +283,7 @@ class Trainer:
                 )
 
     def _evaluate(self) -> None:
-        """Log how well the components of this stage are answered by each of their methods."""
+        """Log how well each method answers the components of this stage."""
         if not self.config.evaluation:
             return
         at = itertools.accumulate(planned.steps for planned in self.planned)
@@ -294,7 +294,7 @@ class Trainer:
         parallel.release(self.module)
 
     def _prepare_validation(self) -> None:
-        """Lay out what each stage is evaluated with, and say what can't be."""
+        """Lay out the evaluation of each stage, and name the components without one."""
         if not self.config.evaluation:
             return
         limit = self.student.trainable.limit
@@ -308,7 +308,7 @@ class Trainer:
 
     @torch.no_grad()
     def _taken(self, validation_set: ValidationSet) -> dict[str, Any]:
-        """The row of one component and method: loss a token, and the share of answers whose every token is the greedy one."""
+        """The row of one component and method: loss per token, and the share of answers that greedy decoding would give."""
         sums = torch.zeros(4, dtype=torch.float64)  # loss, tokens, exact answers, answers
         for number, packed, weight in self._share(validation_set.sequences):
             found = self._logits(packed)
@@ -335,7 +335,7 @@ class Trainer:
         self.saved = checkpoint.found(self.out)[-1]
 
     def _weights(self) -> dict[str, Tensor]:
-        """What is trained, whole and on the CPU, in the first process."""
+        """The trained weights, whole and on the CPU, in the first process."""
         found = {}
         for name, p in self.module.named_parameters():
             if p.requires_grad:
@@ -351,14 +351,14 @@ class Trainer:
 
 
 def _without(parameter: Tensor, part: Any) -> Tensor:
-    """Ones in the parameter's shape, zeros in a part of it."""
+    """Ones in the parameter's shape, with zeros in a part of it."""
     mask = torch.ones(parameter.shape)
     mask[part] = 0.0
     return mask
 
 
 def _may_go_on(config: Config, out: Path, resume: bool) -> Path | None:
-    """The checkpoint of a run to go on from, if there is one. Raises TrainError if it isn't this run's."""
+    """The checkpoint to resume from, if there is one. Raises TrainError if it belongs to another run."""
     found = checkpoint.found(out)
     if not found:
         return None
@@ -378,7 +378,7 @@ def _may_go_on(config: Config, out: Path, resume: bool) -> Path | None:
 
 
 class _Signals:
-    """Inside, the first SIGTERM or SIGINT is only noted; a second SIGINT interrupts at once."""
+    """A block in which the first SIGTERM or SIGINT is only noted; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -402,7 +402,7 @@ class _Signals:
 
 @contextmanager
 def _explained(config: Config, out: Path) -> Iterator[None]:
-    """Errors of memory and disk in one line that says what to do."""
+    """A block whose errors of memory and disk become one line that says what to do."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
@@ -422,7 +422,7 @@ def _explained(config: Config, out: Path) -> Iterator[None]:
 
 
 def _no_memory(error: RuntimeError) -> bool:
-    """PyTorch's allocators raise what they raise; the process that prepares steps is killed by the system."""
+    """Whether memory ran out: PyTorch's allocators raise various errors, and the system kills the process that prepares steps."""
     told = ("allocate memory", "killed by signal: Killed")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
@@ -433,6 +433,6 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _left(out: Path) -> str:
-    """What there is to go on from."""
+    """A sentence that names the checkpoint to resume from, if there is one."""
     found = checkpoint.found(out)
     return f"{found[-1]} is complete; the same command resumes from it" if found else "No checkpoint was written yet"

@@ -1,8 +1,8 @@
-"""`kvgraph tune`: a user's documents as prompts without labels, the run that distils them, and what it gave.
+"""`kvgraph tune`: prompts from a user's documents without labels, the run that distils them, and its result.
 
-What it asks: recitations ("Quote the passage titled ..."), which need no data at all and teach a question to find its document;
-questions that the model itself writes about a passage; and given ones. Answers are the model's own under `full`. A question is
-kept only where its answer depends on the passage.
+There are three kinds of prompts: recitations ("Quote the passage titled ..."), which need no data and teach a question to find
+its document; questions that the model itself writes about a passage; and given questions. Answers are the model's own under
+`full`. A question is kept only if its answer depends on the passage.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from kvgraph.train.pack import Packed
 from kvgraph.train.records import TRAIN, VALIDATION, Records, task_of
 from kvgraph.train.trainer import train
 
-TASK = "nq"  # whose prompt questions have; half of the records have none
-WORDS = (60, 140)  # of a passage: a shorter one takes the next paragraph too, a longer paragraph is cut
+TASK = "nq"  # the task whose prompt questions get; half of the records have no prompt
+WORDS = (60, 140)  # of a passage: a shorter one takes in the next paragraph, and a longer paragraph is cut
 CONTEXT = 5  # passages of a record
 RECITE = 5  # recitations of a record
-HELD_OUT = 8  # one document in so many is held out
+HELD_OUT = 8  # one document in this many is held out
 LENGTH = 4096  # tokens of a sequence
 SCORED = 12  # held-out records in the table
-DEPENDS = 0.3  # nats a token by which its passage must make an answer likelier
+DEPENDS = 0.3  # nats per token by which the passage must make an answer likelier
 NAME = "tune"
 WRITE = "Write one short question that the passage above answers. Give the question alone."
 TOKENS = 40  # of a question or an answer that the model writes
@@ -53,7 +53,7 @@ Told = dict[str, Any]
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A piece of a document. document: which one, for the split. title: the document's."""
+    """A piece of a document. document: its number, for the split. title: the document's."""
 
     title: str
     text: str
@@ -61,13 +61,13 @@ class Excerpt:
 
     @property
     def record(self) -> dict[str, str]:
-        """It in a training record."""
+        """The passage as a document of a training record."""
         return {"title": self.title, "text": self.text}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will do. tokens: laid out for the student in all steps. seconds: of training, by a step that was timed."""
+    """The size of a run. tokens: of the student in all steps. seconds: of training, estimated from a timed step."""
 
     documents: int
     passages: int
@@ -78,7 +78,7 @@ class Estimate:
 
 
 def passages_of(documents: Sequence[corpus.CorpusDocument]) -> list[Excerpt]:
-    """The passages of documents, cut at blank lines. Raises TrainError where there are too few to compose."""
+    """The passages of documents, cut at blank lines. Raises TrainError if there are too few to compose."""
     found = []
     for number, document in enumerate(documents):
         title = Path(document.name).stem if document.name else ""
@@ -105,7 +105,7 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def split(passages: Sequence[Excerpt]) -> tuple[list[Excerpt], list[Excerpt]]:
-    """(passages to train on, held-out ones): whole documents, but of a few long ones the last passages of each."""
+    """(passages for training, held-out passages). Whole documents are held out; of a few long ones, the last passages of each."""
     names = list(dict.fromkeys(p.document for p in passages))
     if len(names) >= HELD_OUT:
         ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
@@ -114,13 +114,13 @@ def split(passages: Sequence[Excerpt]) -> tuple[list[Excerpt], list[Excerpt]]:
     else:
         by_name = {name: [p for p in passages if p.document == name] for name in names}
         held_out = [p for found in by_name.values() for p in found[len(found) - len(found) // HELD_OUT :]]
-    if len(held_out) < CONTEXT:  # a record needs that many
+    if len(held_out) < CONTEXT:  # a record needs this many
         held_out = list(passages[-CONTEXT:])
     return [p for p in passages if p not in held_out], held_out
 
 
 def records_of(passages: Sequence[Excerpt], count: int, asked: Sequence[Told], rng: random.Random) -> Iterator[Told]:
-    """So many records: each of a passage, two more of its document and some others, with the questions about any of them."""
+    """`count` records, each of a passage, two more passages of its document and some others, with the questions about them."""
     by_text: dict[str, list[Told]] = {}
     for one in asked:
         by_text.setdefault(one["passage"], []).append({k: one[k] for k in ("question", "answer")})
@@ -146,7 +146,7 @@ def records_of(passages: Sequence[Excerpt], count: int, asked: Sequence[Told], r
 def prepare(
     passages: Sequence[Excerpt], folder: Path, records: int, asked: Sequence[Told] = (), seed: int = 0
 ) -> tuple[int, int]:
-    """Write records of both splits as a prepared folder; returns how many passages are trained on and held out."""
+    """Write records of both splits as a prepared folder; returns the numbers of passages for training and held out."""
     rng = random.Random(seed)
     sides = split(passages)
     (folder / NAME).mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def prepare(
 
 
 def written(engine: Engine, passages: Sequence[Excerpt], count: int, seed: int = 0) -> list[Told]:
-    """Questions that the model writes about as many passages, with its answers; those kept whose answers depend on them."""
+    """Questions that the model writes about `count` passages, with its answers; kept if the answer depends on the passage."""
     chosen = random.Random(seed).sample(list(passages), min(count, len(passages)))
     task = task_of({"task": TASK, "plain": True})
     asked = [prompts.build(task, _item(p, WRITE), engine.model.tokenizer).graph() for p in chosen]
@@ -176,7 +176,7 @@ def written(engine: Engine, passages: Sequence[Excerpt], count: int, seed: int =
 
 
 def answered(engine: Engine, asked: Sequence[tuple[Excerpt, str]]) -> list[Told]:
-    """Questions about passages with the model's own answers under `full`, where the passage makes the answer likelier."""
+    """Questions about passages with the model's own answers under `full`, if the passage makes the answer likelier."""
     task, tokenizer, kept = task_of({"task": TASK}), engine.model.tokenizer, []
     with Progress("answering questions", len(asked)) as bar:
         for p, question in asked:
@@ -197,7 +197,7 @@ def _item(passage: Excerpt, question: str) -> Item:
 
 
 def given(path: Path, passages: Sequence[Excerpt]) -> list[tuple[Excerpt, str]]:
-    """Questions of a file, one a line or as JSON Lines with `question`, each with the passage that shares most words with it."""
+    """Questions of a file, one per line or as JSON Lines with `question`, each with the passage that shares most words with it."""
     words = [set(re.findall(r"\w+", f"{p.title} {p.text}".lower())) for p in passages]
     found = []
     try:
@@ -219,7 +219,7 @@ def given(path: Path, passages: Sequence[Excerpt]) -> list[tuple[Excerpt, str]]:
 
 
 def configuration(name: str, specs: Sequence[str], edges: Sequence[str], data: Path, **settings: Any) -> Config:
-    """A run that distils `full` into these methods, and holds `full` where it was."""
+    """A run that distils `full` into these methods and keeps `full` unchanged."""
     for spec in specs:
         method = methods.parse(spec)
         if method.name == gap.FULL:
@@ -245,7 +245,7 @@ def configuration(name: str, specs: Sequence[str], edges: Sequence[str], data: P
 
 
 def estimate(config: Config, passages: Sequence[Excerpt]) -> Estimate:
-    """How long a run will take, by one example forward and backward."""
+    """How long a run will take, estimated from one example forward and backward."""
     student = model.build(config)
     records = Records(Path(config.data) / NAME, TRAIN, student.tokenizer, recite=RECITE)
     method = methods.parse(config.stages[0].components[0].methods[0])
@@ -285,14 +285,14 @@ def estimate(config: Config, passages: Sequence[Excerpt]) -> Estimate:
 
 
 def tune(config: Config, out: Path, say: Callable[[str], None] = lambda text: None) -> list[gap.GapRow]:
-    """Run it, write the adapter to `out`, and measure it on the held-out documents. A run that was stopped goes on.
+    """Run it, write the adapter to `out`, and measure it on the held-out documents. An interrupted run resumes.
 
-    Raises TrainError as `kvgraph.train.trainer.train` does, and when it was stopped before its end.
+    Raises TrainError as `kvgraph.train.trainer.train` does, and if the run was stopped before its end.
     """
     run = run_of(out)
     done = train(config, run)
     if done.signal is not None:
-        raise TrainError(f"stopped after step {done.step:,}; the same command goes on there")
+        raise TrainError(f"stopped after step {done.step:,}; the same command resumes from there")
     say("measuring it on held-out documents")
     made = done.checkpoint / checkpoint.ADAPTER
     lines = measured(config.model, made, Path(config.data) / NAME, _ways(config), config.length, recite=RECITE)
@@ -307,7 +307,7 @@ def tune(config: Config, out: Path, say: Callable[[str], None] = lambda text: No
 
 
 def run_of(out: Path) -> Path:
-    """Where the run of an adapter is."""
+    """The folder of an adapter's run."""
     return out.with_name(f"{out.name}.run")
 
 
@@ -330,7 +330,7 @@ def measured(
     recite: int = RECITE,
     examples: int = SCORED,
 ) -> list[gap.GapRow]:
-    """The table of what methods cost on held-out records, before and after an adapter (without one, both are before)."""
+    """The table of the methods' costs on held-out records, before and after an adapter (without one, both are before)."""
     loaded = models.load(base)
     trainable = models.trainable(loaded.hf.float())
     records = Records(folder, VALIDATION, loaded.tokenizer, recite=recite)

@@ -22,6 +22,7 @@ import pytest
 import transformers
 import typer
 
+from commands import Command
 from kvgraph import Engine, __version__, demo, methods, models
 from kvgraph.cli import app, common, main
 from kvgraph.cli import world_demo as demo_command
@@ -191,19 +192,12 @@ def test_an_encode_that_was_killed_goes_on_where_it_was(run, model, tmp_path):
     words = ["encode", model, str(path), "--store", str(store), "--template", "{text}"]
     for signal_, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         before = len(list(store.glob(RECORDS)))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kvgraph.cli", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # Whoever runs the tests in the background may have made them ignore Ctrl-C; the command must not inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        process = Command(*words)
         while len(list(store.glob(RECORDS))) < before + 3 and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal_)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == code, err
+        assert process.wait() == code, process.stderr
+        err = process.stderr
         assert "Traceback" not in err and "Loading" not in err
     assert "run the same command again" in err
     left = len(list(store.glob(RECORDS)))
@@ -296,8 +290,8 @@ def test_store_commands(run, model, documents, tmp_path):
     assert code == 0
     keys = re.findall(r"^([0-9a-f]{16}) ", out, re.M)
     assert len(keys) == 3 and "KiB" in out
-    _, out, _ = run("store", "stat", "--store", store)
-    assert re.search(r"records +3\n", out)
+    _, out, _ = run("store", "stats", "--store", store)
+    assert out.splitlines()[-1].startswith("3 records, ")
     assert run("store", "verify", "--store", store)[:2] == (0, run("store", "verify", "--store", store)[1])
 
     bad = sorted(store.glob(RECORDS))[0]
@@ -305,15 +299,18 @@ def test_store_commands(run, model, documents, tmp_path):
     data[-1] ^= 1
     bad.write_bytes(data)
     code, out, _ = run("store", "verify", "--store", store)
-    assert code == 1 and f"moved aside {bad.stem}" in out and "2 records are good" in out
+    assert code == 1 and f"damaged {bad.stem}" in out and "2 records are good" in out and bad.exists()
+    code, out, _ = run("store", "verify", "--store", store, "--repair")
+    assert code == 1 and f"moved aside {bad.stem}" in out and "2 records are good" in out and not bad.exists()
+    assert run("store", "stats", "--store", store)[1].splitlines()[-1].endswith("; 1 quarantined")
 
     key = sorted(store.glob(RECORDS))[0].stem
     assert run("store", "pin", "--store", store, key[:12])[1] == f"pinned {key}\n"
-    assert "1 (" in run("store", "stat", "--store", store)[1].split("pinned")[1]
+    assert "1 (" in run("store", "stats", "--store", store)[1].split("pinned")[1]
     assert run("store", "unpin", "--store", store, key[:12])[1] == f"unpinned {key}\n"
     assert run("store", "rm", "--store", store, key[:12])[:2] == (0, f"removed {key}\n")
-    assert run("store", "prune", "--store", store, "--older-than", "7d")[1].startswith("removed 0 records")
-    assert run("store", "prune", "--store", store, "--max-size", "1B")[1].startswith("removed 1 records")
+    assert run("store", "gc", "--store", store, "--older-than", "7d")[1].startswith("removed 0 records")
+    assert run("store", "gc", "--store", store, "--max-size", "1B")[1].startswith("removed 1 records")
     run("encode", model, documents, "--store", store)
     assert run("store", "rm", "--store", store, "--all", "--yes")[1].startswith("removed 3 records")
     assert not list(store.glob(RECORDS))
@@ -446,8 +443,8 @@ MISTAKES = [
     (2, "Missing", ["ask", "{model}"]),
     (2, "needs --store", ["encode", "{model}", "{documents}"]),
     (2, "isn't a size", ["encode", "{model}", "{documents}", "--store", "{tmp}/kv", "--kv-budget", "lots"]),
-    (2, "isn't a duration", ["store", "prune", "--store", "{tmp}", "--older-than", "7"]),
-    (2, "say what to remove", ["store", "prune", "--store", "{tmp}"]),
+    (2, "isn't a duration", ["store", "gc", "--store", "{tmp}", "--older-than", "7"]),
+    (2, "say what to remove", ["store", "gc", "--store", "{tmp}"]),
     (2, "give KEYs", ["store", "rm", "--store", "{tmp}"]),
     (2, "belong together", ["check", "{model}", "--method", "block"]),
     (2, "give one of MODEL", ["explain", "--documents", "{documents}"]),
@@ -495,9 +492,9 @@ MISTAKES = [
     (1, "edges 'top-k:999", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "top-k:" + "9" * 5000]),
     (1, "named '99999", ["ask", "{model}", "q", "--documents", "{documents}", "--edges", "9" * 5000 + ">0"]),
     (1, "rounds must be", ["ask", "{model}", "q", "--documents", "{documents}", "--method", "graph-kv:rounds=" + "9" * 5000]),
-    (2, "isn't a size", ["store", "prune", "--store", "{tmp}", "--max-size", "9" * 400]),
-    (2, "isn't a size", ["store", "prune", "--store", "{tmp}", "--max-size", "9" * 18 + "TiB"]),
-    (2, "isn't a duration", ["store", "prune", "--store", "{tmp}", "--older-than", "9" * 400 + "d"]),
+    (2, "isn't a size", ["store", "gc", "--store", "{tmp}", "--max-size", "9" * 400]),
+    (2, "isn't a size", ["store", "gc", "--store", "{tmp}", "--max-size", "9" * 18 + "TiB"]),
+    (2, "isn't a duration", ["store", "gc", "--store", "{tmp}", "--older-than", "9" * 400 + "d"]),
     (1, "no method ''", ["check", "{model}", "--method", "", "--data", "{documents}"]),
     (1, "no method 'full,block'", ["bench", "{model}", "--method", "full,block"]),
 ]  # fmt: skip
@@ -629,7 +626,7 @@ def test_closed_streams_are_no_error(model, documents):
     for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
         assert shell(f"kvgraph --version {closed}").returncode == 0
     done = shell(
-        f"kvgraph store stat --store /nowhere 2>&-; echo $?; kvgraph explain {model} --documents {documents} 2>&-"
+        f"kvgraph store stats --store /nowhere 2>&-; echo $?; kvgraph explain {model} --documents {documents} 2>&-"
     )
     assert done.stdout.decode().startswith("1\n#") and not done.stderr
 
@@ -641,9 +638,11 @@ def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path):
     assert int((tmp_path / "f").read_text()) > 2
 
 
-def test_characters_that_the_output_lacks_are_replaced(model, tmp_path):
-    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "中é", "title": "T", "text": "x"}))
-    done = shell(f"kvgraph explain {model} --documents {tmp_path}/c.jsonl", PYTHONIOENCODING="latin-1")
+def test_characters_that_the_output_lacks_are_replaced(tmp_path):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "中é", "text": "5 17"}))
+    done = shell(
+        f"kvgraph explain --ids --documents {tmp_path}/c.jsonl --template '{{text}}'", PYTHONIOENCODING="latin-1"
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert "?é" in done.stdout.decode("latin-1")
 

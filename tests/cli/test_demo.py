@@ -39,6 +39,8 @@ def test_the_articles_are_short_and_cite_each_other():
 def test_the_demo_of_another_model_runs_cold_warm_and_in_a_new_process(tmp_path, capsys, monkeypatch):
     model = tmp_path / "tiny"
     model.mkdir()
+    for name, size in {"HIDDEN": 64, "LAYERS": 2, "HEADS": 2, "KV_HEADS": 1, "HEAD_DIM": 32, "MLP": 128}.items():
+        monkeypatch.setattr(demo, name, size)  # it reads 24,000 tokens of articles
     demo.write_model(model)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the new process
     with pytest.raises(SystemExit) as ended:

@@ -10,8 +10,6 @@ import gzip
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from commands import Command
 from kvgraph.cli import main
 from soak import SOAK
 
@@ -101,8 +100,8 @@ def here(capsys):
 
 def elsewhere(*words: object) -> str:
     """The command line in a process of its own: its stdout."""
-    done = subprocess.run([sys.executable, "-m", "kvgraph.cli", *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = Command(*words)
+    assert done.wait() == 0, done.stderr
     return done.stdout
 
 

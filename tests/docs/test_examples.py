@@ -17,6 +17,7 @@ import torch
 
 from kvgraph import demo
 from kvgraph.store.codecs.registry import packed
+from remotes import RedisServer, S3Server, has_redis
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -82,14 +83,17 @@ def test_the_how_to_index_a_folder(model, tmp_path, monkeypatch, run):
         shutil.rmtree(tmp_path / "bin", ignore_errors=True)
         (tmp_path / "calls").write_text("")
         for call in commands(script, tmp_path):
-            done.append((i, call[:2], *run(*call, *(["--no-check"] if call[1] == "notes" else []))))
-    assert [call for _, call, *_ in done] == [["index", word] for word in ("notes", "notes", "ls", "show", "notes")]
+            done.append((i, call[:2], *run(*call, *(["--no-check"] if call[1] in ("notes", "--index") else []))))
+    *words, asked = (call for _, call, *_ in done)
+    assert words == [["index", word] for word in ("notes", "notes", "ls", "show", "notes")]
+    assert asked == ["ask", "--index"]
     assert not any(code for _, _, code, _, _ in done), done
-    dry, first, listed, shown, changed = (out for *_, out, _ in done)
+    dry, first, listed, shown, changed, answer = (out for *_, out, _ in done)
     assert "3 pages, 3 chunks" in dry and "nothing was written" in dry and "3 of 3 chunks encoded" in first
     assert "notes" in listed and "drawn in notes-graph.html" in shown
     assert "1 pages, with 1 new chunks and 1 gone; 1 more read something else now; 1 are as before" in changed
     assert "2 of 3 chunks encoded" in changed
+    assert "[1] Harbour (harbour" in answer
 
 
 def test_the_how_to_look_at_a_plan(tmp_path, monkeypatch, run, capsys):
@@ -104,6 +108,39 @@ def test_the_how_to_look_at_a_plan(tmp_path, monkeypatch, run, capsys):
     (code,) = blocks("how-to/inspect.md", "python")
     exec(code, {})
     assert "graph-kv: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not has_redis(), reason="no redis-server here: apt-get install redis-server")
+def test_the_how_to_share_a_store(model, tmp_path, monkeypatch, run):
+    """With real servers in place of those that the page names."""
+    redis, s3 = RedisServer(tmp_path), S3Server()
+    try:
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        page = "\n".join(blocks("how-to/share.md", "sh"))
+        script = page.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model)).replace(
+            "redis://127.0.0.1:6379/0", redis.url
+        )
+        calls = commands(script.replace("rm -r kv\n", ""), tmp_path)
+        monkeypatch.chdir(tmp_path)
+        said = []
+        for call in calls:
+            if call[0] == "ask" and "s3" in call[-1] and not any("s3)" in err for _, _, err in said):
+                shutil.rmtree("kv")  # as the page does
+            said.append(run(*call))
+            assert said[-1][0] == 0, said[-1]
+        costs = [err for _, _, err in said if "reused" in err]
+        assert [re.search(r"reused \(\d+ (\w+)\)", cost)[1] for cost in costs] == ["redis", "s3", "disk"]
+        assert all("(0 of documents)" in cost for cost in costs)
+        assert sum("codec kivi: " in out for _, out, _ in said) == 1
+        (stats,) = [out for (_, out, _), call in zip(said, calls, strict=True) if call[1] == "stats"]
+        assert [len(re.findall(f" {tier} ", stats)) for tier in ("disk", "redis", "s3")] == [1, 1, 1]
+        last = [out for _, out, _ in said[-5:]]
+        assert "2 records are good" in last[0] and "removed 0 records" in last[1] and "2 were there already" in last[2]
+        assert last[3].startswith("exported 2 records") and last[4].startswith("imported 2 records")
+    finally:
+        redis.kill()
+        s3.kill()
 
 
 def test_extending(model, tmp_path, monkeypatch):

@@ -117,8 +117,9 @@ def test_what_comes_too_late_is_computed(llama, store, monkeypatch):
     assert late.usage.document_tokens_computed == 48 and engine.loader.counts["late"] == 6
     store.gate.set()
     deadline = time.monotonic() + 20
-    while engine.loader.counts["found"] < 6 and time.monotonic() < deadline:
+    while engine.loader.counts["found"] < THREADS and time.monotonic() < deadline:  # the others had not begun
         time.sleep(0.01)
+    assert engine.loader.counts["found"] == THREADS
     again = engine.submit(plan(6, 0), GREEDY)  # what came late does no harm
     assert engine.wait(again).token_ids == late.token_ids and again.usage.reused_tokens == {"memory": 48}
     assert engine.scheduler.idle and not engine.scheduler.loading and not engine.scheduler.memory.holds

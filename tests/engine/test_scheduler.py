@@ -33,6 +33,7 @@ from kvgraph.engine.sampling import Sampler
 from kvgraph.plan import Place, Plan, Span, contiguous
 from kvgraph.store.disk import DiskStore
 from kvgraph.store.memory import MemoryStore
+from soak import draws
 
 VOCAB = 16  # few ids and short documents: drawn requests often share some
 LONGEST = 3
@@ -376,7 +377,7 @@ class Load(RuleBasedStateMachine):
 
 
 class TestLoad(Load.TestCase):
-    settings = settings(max_examples=max(60, settings().max_examples), stateful_step_count=50)
+    settings = settings(max_examples=draws(30), stateful_step_count=50)
 
 
 # -- faults, one by one ------------------------------------------------------------------------------------------------

@@ -188,6 +188,60 @@ def test_the_bytes_of_a_key():
     assert Plan((DOC, GROUPED, prompt(50))).keys("model", "salt")[1] == grouped
 
 
+def plain_keys(plan: Plan) -> list[str | None]:
+    """The keys as the rules have them, place by place."""
+    keys: list[str | None] = []
+    for span in plan.spans:
+        relative = np.asarray(span.positions, dtype="<i8") - span.start
+        fields = [b"kvgraph-key-1", b"f", b"s", np.array(span.tokens, dtype="<i8").tobytes()]
+        fields.append(b"range" if relative[-1] == len(span) - 1 else relative.tobytes())
+        for child, at, lo, hi, group in sorted(
+            (keys[p.span], p.at - span.start, *p[2:]) for p in span.sees if span.cached
+        ):
+            fields.append(f"{child} {at} {lo} {hi}{f' {group}' if group else ''}".encode())
+        fields += [struct.pack("<2d", *group) for group in span.groups]
+        digest = hashlib.sha256(b"".join(len(f).to_bytes(8, "little") + f for f in fields))
+        keys.append(digest.hexdigest() if span.cached else None)
+    return keys
+
+
+@settings(deadline=None, max_examples=draws(100))
+@given(strategies.plans(VOCAB))
+def test_keys_are_those_of_the_rules(plan):
+    assert plan.keys("f", "s") == plain_keys(plan)
+
+
+@pytest.mark.parametrize("read", [1, 2], ids=["a chain", "a chain with a reader of half of it"])
+def test_keys_of_a_chain_are_those_of_the_rules(read):
+    """The lines of a chain grow from span to span; equal spans, and readers of only a part, begin anew."""
+    spans: list[Span] = []
+    places: tuple[Place, ...] = ()
+    for i in range(40):
+        spans.append(contiguous([i % 3, 7], 2 * i, places if i % 5 else places[::read][: len(places)]))
+        places = (*places, Place(i, 2 * i))
+    plan = Plan((*spans, prompt(100, places)))
+    assert plan.keys("f", "s") == plain_keys(plan)
+    assert len(set(plan.keys("f", "s"))) == 41
+
+
+def test_a_chains_places_are_checked_once():
+    """Each is one object for all its readers, so a long chain's plan is quickly made; a wrong one is found all the same."""
+    spans: list[Span] = []
+    places: tuple[Place, ...] = ()
+    for i in range(10):
+        spans.append(contiguous([1, 2], 2 * i, places))
+        places = (*places, Place(i, 2 * i))
+    plan = Plan((*spans, prompt(20, places)))
+    for i, span in enumerate(plan.spans):
+        assert all(place is plan.prompt.sees[n] for n, place in enumerate(span.sees)) and len(span.sees) == i
+    with pytest.raises(PlanError, match="sees span 10, which isn't earlier"):
+        Plan((*spans, prompt(20, (*places, Place(10, 0)))))
+    with pytest.raises(PlanError, match="is cached but sees span 0, which is not"):
+        Plan((prompt(0), contiguous([1], 1, [Place(0, 0)]), contiguous([1], 2, [Place(0, 0), Place(1, 1)]), prompt(9)))
+    with pytest.raises(PlanError, match="which has 2"):
+        Plan((*spans, contiguous([3], 20, (*places[:-1], Place(9, 18, 0, 3))), prompt(30)))
+
+
 def test_dense_by_hand():
     """A document read at two places by two spans: laid out once a frame."""
     plan = Plan((DOC, contiguous([4, 5], 3, [Place(0, 0)]), prompt(9, [Place(0, 1), Place(1, 6)])))

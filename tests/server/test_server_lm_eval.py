@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+
+import httpx
+import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
-from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.models.api_models import JsonChatStr
+from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+from lm_eval.tasks import TaskManager
 
 from kvgraph import Engine
 from kvgraph.graph import ContextGraph
@@ -54,3 +61,71 @@ def test_texts_are_generated(server, client, model):
     )
     want = Engine(model, kv_budget=1 << 28).generate(ContextGraph([], "Ships"), max_tokens=5, stop=("\n",))
     assert found == want.text
+
+
+TASKS = {
+    "choices.yaml": """
+task: kvgraph_choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "rolling.yaml": """
+task: kvgraph_rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+""",
+}
+
+
+def test_whole_tasks_run_unmodified(server, client, tmp_path):
+    """Multiple choice and rolling likelihood as `lm-eval run` computes them; the scores follow from the likelihoods."""
+    rows = [
+        {"question": f"{n} + 1 =", "choices": [f" {n + 1}", f" {n + 2}", " a ship"], "label": 0} for n in range(3)
+    ]  # fmt: skip
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in TASKS.items():
+        (tmp_path / name).write_text(text.replace("DATA", str(data)))
+    names = ["kvgraph_choices", "kvgraph_rolling"]
+    found = lm_eval.simple_evaluate(
+        model=client,
+        tasks=names,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        verbosity="ERROR",
+    )["results"]
+    likely = client.loglikelihood(
+        [Instance("loglikelihood", {}, (row["question"], choice), 0) for row in rows for choice in row["choices"]],
+        disable_tqdm=True,
+    )
+    scores = [score for score, _ in likely]
+    best = [max(range(3), key=lambda i: scores[3 * n + i]) for n in range(3)]
+    assert found["kvgraph_choices"]["acc,none"] == pytest.approx(best.count(0) / 3)
+    whole = client.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, (row["question"],), 0) for row in rows], disable_tqdm=True
+    )
+    bits = -sum(whole) / math.log(2) / sum(len(row["question"]) for row in rows)
+    assert found["kvgraph_rolling"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_chats_are_generated(server, model):
+    made = LocalChatCompletion(model=server.name, base_url=f"{server.url}/v1/chat/completions", tokenizer_backend=None)
+    chat = json.dumps([{"role": "user", "content": "Name a ship."}])
+    options = {"until": ["\n\n\n"], "max_gen_toks": 5, "temperature": 0}
+    (found,) = made.generate_until(
+        [Instance("generate_until", {}, (JsonChatStr(chat), options), 0)], disable_tqdm=True
+    )  # fmt: skip
+    body = {"model": server.name, "messages": json.loads(chat), "max_tokens": 5, "temperature": 0}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert found == answer["choices"][0]["message"]["content"]

@@ -21,7 +21,7 @@ from serving import DOCUMENTS, LONG, Process, error, events, until
 
 
 def test_sigterm_finishes_streams_and_keeps_what_was_computed(folder, tmp_path):
-    with Process(folder, "--store", tmp_path / "kv") as server:
+    with Process(folder, "--store", tmp_path / "kv", fresh=True) as server:
         with httpx.Client(base_url=server.url) as client, server.stream(max_tokens=400, documents=DOCUMENTS) as answer:
             lines = answer.iter_lines()
             next(lines)

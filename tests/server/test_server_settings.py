@@ -36,7 +36,7 @@ def test_flags_win_over_the_environment_which_wins_over_the_file(file, monkeypat
     monkeypatch.setenv("KVGRAPH_HOST", "environment")
     settings = Settings.load(config, port=3, host=None)
     assert (settings.port, settings.host, settings.model) == (3, "environment", "file")
-    assert (settings.grace, settings.store) == (30, None)
+    assert (settings.grace, settings.store) == (30, [])
 
 
 def test_keys_come_from_a_file_or_from_json(file, monkeypatch):
@@ -138,7 +138,7 @@ def test_the_documented_settings_are_those_there_are():
 
 def test_the_example_is_valid_and_so_is_what_it_leaves_out():
     settings = Settings.load(EXAMPLE)
-    assert settings.api_keys and settings.store is not None
+    assert settings.api_keys and str(settings.folder) == "kv-store"
     everything = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", EXAMPLE.read_text(), flags=re.M))
     assert set(everything) == set(Settings.model_fields) - {"allow_untested"}
     Settings(**everything)
@@ -172,7 +172,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     config = tmp_path / "server.toml"
     config.write_text('model = "~/m"\nchat_template = "~/t.jinja"\n')
     for settings in (Settings.load(config), Settings.load(Path("~/server.toml"))):
-        assert settings.store == tmp_path / "kv" and settings.chat_template == tmp_path / "t.jinja"
+        assert settings.folder == tmp_path / "kv" and settings.chat_template == tmp_path / "t.jinja"
         assert settings.model == str(tmp_path / "m")
     assert Settings.load(model="a~b").model == "a~b"
     monkeypatch.delenv("HOME")

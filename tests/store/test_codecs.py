@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import installed
+from by_hand import sealed
 from kvgraph.errors import StoreError
 from kvgraph.store import DiskStore, MemoryStore, Record, TieredStore, format
 from kvgraph.store.codecs.raw import Raw
@@ -202,15 +202,6 @@ def test_a_small_frame_that_claims_to_be_huge_is_refused():
     tensors = {**record.packed.tensors, "table": text}
     with pytest.raises(BadRecord, match="another size"):
         parse("zstd").unpack(tensors, 20, torch.float32)
-
-
-def sealed(header: dict, payload: bytes) -> bytes:
-    """A record of this header and data, with a right checksum."""
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    head = len(text).to_bytes(8, "little") + text
-    checksum = xxhash.xxh3_128_hexdigest(head[format.SEALED :] + payload).encode()
-    return head[: format.SEALED - 32] + checksum + head[format.SEALED :] + payload
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -142,7 +142,7 @@ class Tiers(RuleBasedStateMachine):
 
 
 TestTiers = Tiers.TestCase
-TestTiers.settings = settings(max_examples=draws(60), stateful_step_count=30, deadline=None)
+TestTiers.settings = settings(max_examples=draws(30), stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.skipif(not has_redis(), reason="no redis-server here: apt-get install redis-server")

@@ -7,13 +7,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
-from kvgraph.store.remote.base import RemoteError, RemoteFull
+from kvgraph.store.remote.base import Listed, RemoteError, RemoteFull, Space
 
 
 class RedisServer:
@@ -107,6 +108,94 @@ class S3Server:
         self.process.wait()
 
 
+class Proxy:
+    """Stands between clients and an S3 server, and does harm to what it passes on.
+
+    mode: "fine"; "slow" (answers after `delay` seconds); "silent" (never answers); "errors" (500); "refuses" (503);
+    "truncates" (half a body under a whole one's length); "shortens" (half a body as if it were all); "garbage"; "mixes up"
+    (the body of the object asked for before).
+    """
+
+    def __init__(self, target: str, delay: float = 0.3):
+        import http.client
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        self.mode, self.delay, self.spoilt, self.last = "fine", delay, 0, b""
+        self._end = threading.Event()
+        proxy, host = self, target.removeprefix("http://")
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def pass_on(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                mode, is_read = proxy.mode, self.command == "GET" and "list-type" not in self.path
+                proxy.spoilt += mode != "fine"
+                if mode == "slow":
+                    time.sleep(proxy.delay)
+                elif mode == "silent":
+                    proxy._end.wait(60)
+                    self.close_connection = True
+                    return
+                elif mode in ("errors", "refuses"):
+                    self.send_response(500 if mode == "errors" else 503)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                connection = http.client.HTTPConnection(host, timeout=30)
+                connection.request(self.command, self.path, body, dict(self.headers))
+                answer = connection.getresponse()
+                data = answer.read()
+                connection.close()
+                length = len(data)
+                if is_read and answer.status < 300:
+                    before, proxy.last = proxy.last, data
+                    if mode == "truncates":
+                        data = data[: length // 2]
+                        self.close_connection = True
+                    elif mode == "shortens":
+                        data = data[: length // 2]
+                        length = len(data)
+                    elif mode == "garbage":
+                        data = os.urandom(length)
+                    elif mode == "mixes up" and before:
+                        data, length = before, len(before)
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                        if name.lower() == "content-range" and length != int(
+                            answer.getheader("Content-Length", length)
+                        ):
+                            value = f"bytes 0-{length - 1}/{length}"
+                        self.send_header(name, value)
+                head = self.command == "HEAD"
+                self.send_header("Content-Length", answer.getheader("Content-Length", "0") if head else str(length))
+                self.end_headers()
+                if not head:
+                    self.wfile.write(data)
+
+            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = pass_on
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def handle(self) -> None:
+                try:
+                    super().handle()
+                except OSError:  # the client gave up
+                    pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._end.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
 def has_redis() -> bool:
     return shutil.which("redis-server") is not None
 
@@ -115,8 +204,9 @@ class MemoryPlace:
     """A `Remote` in this process. `fault` is what happens to the next calls: None, "dead", "full", "slow", or a function
     of the bytes that are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, spaces: dict[Space, MemoryPlace] | None = None) -> None:
         self.kept: dict[str, bytes] = {}
+        self.others = {} if spaces is None else spaces  # of the same place, by namespace
         self.fault = None
         self.calls = 0
 
@@ -148,7 +238,18 @@ class MemoryPlace:
 
     def names(self):
         self._call()
-        yield from [(name, len(data)) for name, data in self.kept.items()]
+        yield from [Listed(name, len(data)) for name, data in self.kept.items()]
+
+    def start(self, listed, size):
+        self._call()
+        return self.kept[listed.name][:size] if listed.name in self.kept else None
+
+    def spaces(self):
+        self._call()
+        yield from self.others
+
+    def within(self, space):
+        return self.others.setdefault(space, MemoryPlace(self.others))
 
     def close(self) -> None:
         pass

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from commands import Command
 from kvgraph.engine.engine import Engine
 from kvgraph.server.app import create_app
 from kvgraph.server.settings import Settings
@@ -72,25 +69,23 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 
 @contextmanager
-def spawn(*flags: object) -> Iterator[tuple[subprocess.Popen, str]]:
+def spawn(*flags: object) -> Iterator[tuple[Command, str]]:
     """`kvgraph serve --port 0 FLAGS` as a process, killed at the end of the block; gives it and its base URL when ready."""
-    command = [sys.executable, "-m", "kvgraph.cli", "serve", "--port", "0", *map(str, flags)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
-    assert process.stderr is not None
+    process = Command("serve", "--port", 0, *flags)
     try:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if found := STARTED.search(line):
-                break
-        else:
-            raise AssertionError("the server ended at once: " + "".join(said))
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
-        wait_ready(found[0])
-        yield process, found[0]
+        yield process, started(process)
     finally:
         process.kill()
         process.wait()
+
+
+def started(process: Command) -> str:
+    """The base URL of a server that is a process, once its model is loaded."""
+    until(lambda: STARTED.search(process.stderr) or process.poll() is not None, 60)
+    found = STARTED.search(process.stderr)
+    assert found, process.stderr
+    wait_ready(found[0])
+    return found[0]
 
 
 def wait_ready(url: str, seconds: float = 60) -> None:
@@ -174,20 +169,16 @@ def code_of(answer: httpx.Response) -> str | None:
 class Process:
     """`kvgraph serve` as a process, ready."""
 
-    def __init__(self, folder: Path, *flags: object, **environment: str):
-        self.name, self.log = folder.name, folder.parent / f"log-{time.monotonic_ns()}"
-        command = [sys.executable, "-m", "kvgraph.cli", "serve", "--model", str(folder), "--port", "0"]
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(
-                [*command, *map(str, flags)], stderr=file, env={**os.environ, **environment}
-            )
+    def __init__(self, folder: Path, *flags: object, **options: Any):
+        self.name = folder.name
+        self.process = Command("serve", "--model", folder, "--port", 0, *flags, **options)
 
     def __enter__(self) -> Process:
-        until(lambda: STARTED.search(self.said()) or self.process.poll() is not None, 60)
-        found = STARTED.search(self.said())
-        assert found, self.said()
-        self.url = found[0]
-        wait_ready(self.url)
+        try:
+            self.url = started(self.process)
+        except BaseException:
+            self.process.kill()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,14 +186,14 @@ class Process:
         self.process.wait()
 
     def said(self) -> str:
-        return self.log.read_text()
+        return self.process.stderr
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=20)
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
-        self.process.send_signal(signal.SIGTERM)
+        self.process.terminate()
         return self.process.wait(30)
 
     def stream(self, **more: Any) -> Any:

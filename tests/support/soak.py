@@ -7,4 +7,4 @@ SOAK = os.environ.get("KVGRAPH_SOAK", "0") not in ("", "0")
 
 def draws(usual: int) -> int:
     """Examples of a property test that draws `usual` ones in `make test`."""
-    return usual * 15 if SOAK else usual
+    return usual * 25 if SOAK else usual

@@ -223,7 +223,7 @@ def test_data_that_grew_under_a_run_are_refused(llama, tmp_path):
 )
 def test_a_configuration_of_other_types_is_one_clear_line(change, says):
     text = json.dumps(json.loads(config("m").to_json()) | change)
-    with pytest.raises(TrainError, match=f"^this is no configuration of a training run: {says}"):
+    with pytest.raises(TrainError, match=f"^this isn't the configuration of a training run: {says}"):
         Config.from_json(text)
 
 

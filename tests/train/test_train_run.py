@@ -506,12 +506,10 @@ def assert_close(run: Path, other: Path) -> None:
         assert row == pytest.approx(want, abs=1e-5)
 
 
-def test_two_processes_are_one(llama, unbroken, tmp_path):
-    """By torchrun, as one would type it; other tests start processes faster. Each step has several sequences, some steps
-    more for one process than for the other; what they save is one model.
-    """
-    file, out = tmp_path / "run.json", tmp_path / "run"
-    file.write_text(config(llama).to_json())
+def by_torchrun(settings: Config, out: Path) -> None:
+    """The same, as one would type it."""
+    file = out.with_suffix(".json")
+    file.write_text(settings.to_json())
     words = ["--nproc-per-node", 2, "-m", "kvgraph.cli", "train", "--config", file, "--out", out]
     found = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
@@ -521,6 +519,18 @@ def test_two_processes_are_one(llama, unbroken, tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout == f"trained 8 steps; the model is in {out}/step-000008/model\n"
+
+
+@pytest.mark.parametrize(
+    "torchrun", [False, pytest.param(True, marks=pytest.mark.slow)]
+)  # it imports all in each process
+def test_two_processes_are_one(llama, workers, unbroken, tmp_path, torchrun):
+    """Each step has several sequences, some steps more for one process than for the other; what they save is one model."""
+    out = tmp_path / "run"
+    if torchrun:
+        by_torchrun(config(llama), out)
+    else:
+        together(workers, config(llama), out)
     assert {row["sequences"] % 2 for row in steps(unbroken)} == {0, 1}
     assert_close(out, unbroken)
     alone, shared = weights(unbroken), weights(out)
@@ -696,7 +706,7 @@ def test_the_command_trains_goes_on_and_exports(run, llama, tmp_path):
         (["--recipe", "world-1hop", "--weights", "1-hop=many", "--out", "x"], "'1-hop=many' isn't NAME=WEIGHT"),
         (["--recipe", "world-1hop", "--weights", "qa=1", "--out", "x"], "there is no component 'qa'; there are 1-hop"),
         (["--recipe", "world-1hop", "--weights", "1-hop=0", "--out", "x"], "components of a stage"),
-        (["--config", __file__, "--out", "x"], "this is no configuration of a training run"),
+        (["--config", __file__, "--out", "x"], "this isn't the configuration of a training run"),
         (["--recipe", "kvlink-5", "--data", "/nowhere", "--model", "/nowhere", "--out", "x"], "there is no folder"),
     ],
 )

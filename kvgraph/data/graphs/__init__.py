@@ -12,7 +12,7 @@ from typing import Any
 from kvgraph.data.graphs.base import Combined, GraphBuilder, IndexEdges
 from kvgraph.data.graphs.citations import Citations
 from kvgraph.data.graphs.links import Links
-from kvgraph.data.graphs.listed import Listed, Shape
+from kvgraph.data.graphs.listed import EdgeList, Shape
 from kvgraph.data.graphs.mentions import Mentions
 from kvgraph.data.graphs.structure import Structure
 from kvgraph.data.graphs.triples import Triples
@@ -32,7 +32,7 @@ def _wrong(name: str, builder: Any) -> str:
 
 
 BUILDERS: Registry[type[GraphBuilder]] = Registry(
-    {cls.name: cls for cls in (Structure, Links, Citations, Mentions, Triples, Listed, Shape)},
+    {cls.name: cls for cls in (Structure, Links, Citations, Mentions, Triples, EdgeList, Shape)},
     "kvgraph.graphs",
     _wrong,
 )

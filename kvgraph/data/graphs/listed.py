@@ -17,7 +17,7 @@ MOST = 200  # chunks of a page whose edges a name may make: most shapes make the
 
 
 @dataclass(frozen=True)
-class Listed(GraphBuilder):
+class EdgeList(GraphBuilder):
     """Edges from a file: lines "source<TAB>reader", each the id of a page or of a chunk. A page stands for its first
     chunk as a source, and for all its chunks as a reader.
 

@@ -134,6 +134,7 @@ def _gapemp_appr(body: TopKRequest, eos: int | None) -> Problem:
 
 
 async def _answer(body: Body, call: Call, lay: Lay[Body]) -> Generated:
+    call.generates("text_completion")
     async with call.admitted():
         request = await call.prepared(_prepared, call.server, call.caller, body, lay)
         return Generated(generated=await call.collected(_text(call.updates([request]))))

@@ -104,7 +104,7 @@ def _planned(server: Server, caller: Caller, body: ChatRequest | CompletionReque
                 start=span.start,
                 positions=_runs(span.positions),
                 cached=span.cached,
-                tier=server.engine.tier(key) if key is not None and span.cached else None,
+                tier=server.engine.tier(key, caller.salt) if key is not None and span.cached else None,
                 sees=[ViewOut(span=p.span, at=p.at, lo=p.lo, hi=p.hi or 0) for p in span.sees],
             )
         )

@@ -72,10 +72,14 @@ async def _answer(body: ChatRequest | CompletionRequest, call: Call, shape: type
     """Answer at once or as a stream."""
     call.server.require_name(body.model)
     choices = body.n * (len(prompts.prompt_list(body.prompt)) if isinstance(body, CompletionRequest) else 1)
+    form = body.response_format
+    json = form is not None and form.type != "text"
+    inference = call.generates(shape.operation, streamed=body.stream, choices=body.n, output="json" if json else "text")
     ignored = prompts.ignored(call.server, body)
     async with call.admitted(choices, body.kvgraph.timeout):
         laid = await call.prepared(prompts.lay_out, call.server, call.caller, body)
         answer = shape(call.server, body, laid, ignored)
+        inference.response_id, inference.reasons = answer.head["id"], answer.reasons
         updates = call.updates(request for prompt in laid for request in prompt.requests)
         if body.stream:
             return call.streamed(answer.chunks(updates))

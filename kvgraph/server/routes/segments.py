@@ -23,11 +23,11 @@ from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server import errors
+from kvgraph.server.encode import QUERY, encoded, encoding, keys_of, segment_plan
 from kvgraph.server.errors import APIError
 from kvgraph.server.lifecycle import Call, TheCall
-from kvgraph.server.precompute import QUERY, encoded, encoding, keys_of, segment_plan
 from kvgraph.server.prompts import with_fields
-from kvgraph.server.schema import Name, Ref, Strict
+from kvgraph.server.schema import Citation, Name, Ref, Strict
 from kvgraph.server.state import Server, TheCaller, TheServer
 from kvgraph.server.tenants import Caller
 
@@ -156,6 +156,29 @@ class GraphList(BaseModel):
     has_more: bool
 
 
+class SearchIn(Strict):
+    """What to find. top: how many segments at most. tokens: how many they may have in all."""
+
+    query: Annotated[str, Field(min_length=1, max_length=100_000)]
+    top: Annotated[int, Field(ge=1, le=1000)] = 10
+    tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+
+
+class FoundSegment(Citation):
+    """A segment that was found, with its text."""
+
+    object: Literal["segment"] = "segment"
+    text: str
+    tokens: int
+
+
+class SearchOut(BaseModel):
+    """What was found, best first."""
+
+    object: Literal["list"] = "list"
+    data: list[FoundSegment]
+
+
 class Deleted(BaseModel):
     """What was deleted."""
 
@@ -190,7 +213,7 @@ async def get_segment(id: InPath, server: TheServer, caller: TheCaller) -> Segme
     def look() -> SegmentDetails:
         segment = server.library.segment(caller.tenant, id)
         (key,) = keys_of(server.engine, segment_plan(segment.tokens), caller.salt)
-        return SegmentDetails(**_facts(server, segment), text=segment.text, tier=server.engine.tier(key))
+        return SegmentDetails(**_facts(server, segment), text=segment.text, tier=server.engine.tier(key, caller.salt))
 
     return await server.workers.run(look)
 
@@ -266,7 +289,7 @@ async def _forget(server: Server, caller: Caller, plans: Sequence[Plan]) -> None
         return [key for plan in plans for key in keys_of(engine, plan, caller.salt)]
 
     found = await server.workers.run(keys)
-    await asyncio.wrap_future(server.runner.call(lambda: engine.forget(found)))
+    await asyncio.wrap_future(server.runner.call(lambda: engine.forget(found, caller.salt)))
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------
@@ -278,7 +301,7 @@ async def post_graph(body: GraphIn, call: TheCall) -> GraphOut:
     again changes nothing, except that a failed one is started again."""
     async with call.admitted():  # to the end, whether or not the client stays: what is kept must be started too
         graph = await call.server.workers.run(_kept, call.server, call.caller, body)
-    call.server.precompute.start(graph)
+    call.server.encoder.start(graph)
     return _shown(call.server, graph)
 
 
@@ -295,20 +318,38 @@ async def get_graph(id: InPath, server: TheServer, caller: TheCaller) -> GraphOu
     return _shown(server, await server.workers.run(server.library.graph, caller.tenant, id))
 
 
+@router.post("/graphs/{id}/search")
+async def search_graph(id: InPath, body: SearchIn, call: TheCall) -> SearchOut:
+    """Find segments of a graph: by words, by embeddings if it was indexed with a model, and along its edges."""
+
+    def found(server: Server, tenant: str) -> list[FoundSegment]:
+        graph = server.library.graph(tenant, id)
+        made = []
+        for hit in server.indexes.search(graph, body.query, body.top, body.tokens):
+            segment = server.library.segment(tenant, hit.id)
+            more = {"text": segment.text, "tokens": len(segment.tokens), "via": hit.via or None}
+            made.append(FoundSegment(**hit._asdict() | more))
+        return made
+
+    async with call.admitted():
+        return SearchOut(data=await call.prepared(found, call.server, call.caller.tenant))
+
+
 @router.delete("/graphs/{id}")
 async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Deleted:
     """Forget a graph and the KV of segments that were encoded along its edges. Its segments and their own KV stay."""
     graph = await server.workers.run(server.library.graph, caller.tenant, id)
-    await server.precompute.stop(graph)
+    await server.encoder.stop(graph)
 
     def removed() -> list[str]:
         plan = graph.method.plan(server.library.part(graph).graph(QUERY))
         keys = server.engine.keys(plan, caller.salt)
         server.library.remove_graph(graph)
+        server.indexes.forget(graph)
         return [key for key, span in zip(keys, plan.spans, strict=True) if key is not None and span.sees]
 
     keys = await server.workers.run(removed)
-    await asyncio.wrap_future(server.runner.call(lambda: server.engine.forget(keys)))
+    await asyncio.wrap_future(server.runner.call(lambda: server.engine.forget(keys, caller.salt)))
     return Deleted(id=id, object="graph.deleted")
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from kvgraph.server import errors, prompts
 from kvgraph.server.lifecycle import Call, TheCall
-from kvgraph.server.schema import ChatOptions, Message, Sent, TokenId
+from kvgraph.server.schema import MOST_MESSAGES, ChatOptions, Message, Sent, TokenId
 from kvgraph.server.state import Server
 
 router = APIRouter(responses=errors.DECLARED)
@@ -20,7 +20,7 @@ class TokenizeRequest(ChatOptions):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 

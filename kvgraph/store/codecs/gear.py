@@ -55,8 +55,8 @@ class GEAR:
 
     def pack(self, record: Record) -> dict[str, Tensor]:
         """See the class."""
-        if len(record) > MOST:
-            raise StoreError(f"codec gear keeps spans of up to {MOST:,} tokens, not {len(record):,}; use kivi")
+        if record.held > MOST:
+            raise StoreError(f"codec gear keeps spans of up to {MOST:,} tokens, not {record.held:,}; use kivi")
         packed = {}
         for name, x in sides(record):
             x = x.float()
@@ -64,7 +64,7 @@ class GEAR:
             clamped, where, outliers = _without_outliers(x, axis, self._outliers(x.shape[axis]))
             codes, scale, zero = side_quantised(name, clamped, self.bits, self.group)
             data = packed_bits(codes, self.bits)
-            wrong = clamped - side_restored(name, scale, zero, data, len(record), self.bits, self.group)
+            wrong = clamped - side_restored(name, scale, zero, data, record.held, self.bits, self.group)
             left, right = _low_rank(wrong, min(self.rank, *x.shape[1:]))
             for part, tensor in zip(PARTS, (scale, zero, where, outliers, left, right, data), strict=True):
                 packed[f"{name}.{part}"] = tensor

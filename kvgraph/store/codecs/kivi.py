@@ -52,14 +52,14 @@ class KIVI:
     def pack(self, record: Record) -> dict[str, Tensor]:
         """See the class."""
         packed = {}
-        n = max(0, len(record) - self.residual)
+        n = max(0, record.held - self.residual)
         for name, x in sides(record):
             if n:
                 codes, packed[f"{name}.scale"], packed[f"{name}.zero"] = side_quantised(
                     name, x[:, :n].float(), self.bits, self.group
                 )
                 packed[f"{name}.codes"] = packed_bits(codes, self.bits)
-            if n < len(record):
+            if n < record.held:
                 packed[f"{name}.full"] = x[:, n:]
         return packed
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from kvgraph.errors import StoreError
 from kvgraph.registry import Registry
@@ -66,8 +69,28 @@ def packed(record: Record, codec: Codec) -> Record:
     tensors = {name: tensor.contiguous().view(-1).view(tensor.shape) for name, tensor in codec.pack(record).items()}
     keys, values = record.keys, record.values
     if not codec.lossless:
-        keys, values = codec.unpack(tensors, len(record), keys[0].dtype)
+        keys, values = codec.unpack(tensors, record.held, keys[0].dtype)
     return replace(record, keys=keys, values=values, packed=PackedKV(spec_of(codec), tensors))
+
+
+def repacked(record: Record, codec: Codec) -> Record:
+    """A stored record as another codec keeps it, every number as it is: zstd comes or goes.
+
+    Raises StoreError for a codec that loses something else than what the record's has lost: that is another record with
+    another key, which only encoding can make.
+    """
+    old = Raw() if record.packed is None else parse(record.packed.codec)
+    if _lossy(old) != _lossy(codec):
+        raise StoreError(
+            f"a record kept as {spec_of(old)} can't become {spec_of(codec)}: what a codec loses is part of a record's key; "
+            "encode the documents again with it"
+        )
+    tensors: Mapping[str, Tensor] = Raw().pack(record) if record.packed is None else record.packed.tensors
+    if isinstance(old, Zstd):
+        tensors = old.unwrapped(tensors)
+    if isinstance(codec, Zstd):
+        tensors = codec.wrapped(tensors)
+    return replace(record, packed=None if isinstance(codec, Raw) else PackedKV(spec_of(codec), tensors))
 
 
 def fingerprint_with(fingerprint: str, codec: Codec) -> str:

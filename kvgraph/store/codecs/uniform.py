@@ -20,6 +20,7 @@ def quantised(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]
     error is at most half a step, beside what rounding scale and zero moves the ends of the range.
     """
     heads, length, channels = x.shape
+    group = min(group, length)  # a longer one would only be padded
     groups = math.ceil(length / group)
     last = x[:, -1:].expand(heads, groups * group - length, channels)  # repeats change no minimum and no maximum
     parts = torch.cat([x, last], 1).view(heads, groups, group, channels)
@@ -34,6 +35,7 @@ def quantised(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]
 def restored(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
     """The numbers [G, M, C] float32 of `quantised`."""
     length = codes.shape[1]
+    group = min(group, length)
     scale, zero = (t.float().repeat_interleave(group, 1)[:, :length] for t in (scale, zero))
     return codes * scale + zero
 

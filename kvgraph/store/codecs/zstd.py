@@ -48,9 +48,13 @@ class Zstd:
 
     def pack(self, record: Record) -> dict[str, Tensor]:
         """See the class."""
+        return self.wrapped(self.over.pack(record))
+
+    def wrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that the codec below has packed, compressed."""
         compressor = _zstandard().ZstdCompressor(level=self.level)
         packed, table = {}, {}
-        for name, tensor in self.over.pack(record).items():
+        for name, tensor in tensors.items():
             planes = _planes(tensor)
             frame = compressor.compress(planes.numpy().data)
             smaller = len(frame) < planes.numel() <= MOST * len(frame)
@@ -61,12 +65,15 @@ class Zstd:
 
     def unpack(self, tensors: Mapping[str, Tensor], tokens: int, dtype: torch.dtype | None) -> KV:
         """See the class."""
+        return self.over.unpack(self.unwrapped(tensors), tokens, dtype)
+
+    def unwrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the codec below. Raises BadRecord."""
         rest = dict(tensors)
         table = _table(rest.pop(TABLE, None))
         if table.keys() != rest.keys():
             raise BadRecord("has another table of tensors than tensors")
-        found = {name: _tensor(name, data, *table[name]) for name, data in rest.items()}
-        return self.over.unpack(found, tokens, dtype)
+        return {name: _tensor(name, data, *table[name]) for name, data in rest.items()}
 
 
 def _table(data: Tensor | None) -> dict[str, tuple[str, list[int], bool]]:

@@ -7,35 +7,35 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, Self
 
-SCHEMA = 2
+from kvgraph.store.base import Entry
+
+SCHEMA = 3
 BUSY_TIMEOUT = 5.0  # seconds a writer waits for another process
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A record as `ls` shows it. size: bytes of the file. created, used: seconds since the epoch."""
-
-    key: str
-    size: int
-    created: float
-    used: float
-    pinned: bool
-    tokens: int
-    fingerprint: str
-    codec: str
-
 
 _COLUMNS = ", ".join(f.name for f in fields(Entry))
 _CREATE = """
 CREATE TABLE IF NOT EXISTS records (
     key TEXT PRIMARY KEY, size INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, pinned INTEGER NOT NULL,
-    tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL, codec TEXT NOT NULL
+    tokens INTEGER NOT NULL, fingerprint TEXT NOT NULL, codec TEXT NOT NULL, tenant TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_use ON records (used);
+CREATE TABLE IF NOT EXISTS totals (bytes INTEGER NOT NULL, pinned INTEGER NOT NULL);
+DELETE FROM totals;
+INSERT INTO totals SELECT coalesce(sum(size), 0), coalesce(sum(size * pinned), 0) FROM records;
+CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON records BEGIN
+    UPDATE totals SET bytes = bytes + new.size, pinned = pinned + new.size * new.pinned;
+END;
+CREATE TRIGGER IF NOT EXISTS changed AFTER UPDATE OF size, pinned ON records BEGIN
+    UPDATE totals SET bytes = bytes + new.size - old.size,
+        pinned = pinned + new.size * new.pinned - old.size * old.pinned;
+END;
+CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON records BEGIN
+    UPDATE totals SET bytes = bytes - old.size, pinned = pinned - old.size * old.pinned;
+END;
 """
 
 
@@ -85,7 +85,7 @@ class Index:
         self.db.execute(
             f"INSERT INTO records ({_COLUMNS}) VALUES ({marks}) ON CONFLICT (key) DO UPDATE SET "
             "size = excluded.size, created = excluded.created, used = max(used, excluded.used), "
-            "tokens = excluded.tokens, fingerprint = excluded.fingerprint, codec = excluded.codec",
+            "tokens = excluded.tokens, fingerprint = excluded.fingerprint, codec = excluded.codec, tenant = excluded.tenant",
             astuple(entry),
         )
 
@@ -112,10 +112,16 @@ class Index:
         return dict(self.db.execute("SELECT key, size FROM records"))
 
     def total(self) -> tuple[int, int]:
-        """(bytes of all records, bytes of the pinned ones)."""
-        sums = "SELECT coalesce(sum(size), 0), coalesce(sum(size * pinned), 0) FROM records"
-        total, pinned = self.db.execute(sums).fetchone()
+        """(bytes of all records, bytes of the pinned ones): kept by triggers, because a sum over a million rows takes long."""
+        found = self.db.execute("SELECT bytes, pinned FROM totals").fetchone()
+        if found is None:
+            raise sqlite3.DatabaseError("index without totals")
+        total, pinned = found
         return total, pinned
+
+    def pinned(self) -> set[str]:
+        """Keys of the pinned records."""
+        return {key for (key,) in self.db.execute("SELECT key FROM records WHERE pinned")}
 
     def entries(self) -> Iterator[Entry]:
         """All rows, most recently used first."""
@@ -127,5 +133,5 @@ class Index:
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    key, size, created, used, pinned, tokens, fingerprint, codec = row
-    return Entry(key, size, created, used, bool(pinned), tokens, fingerprint, codec)
+    key, size, created, used, pinned, *rest = row
+    return Entry(key, size, created, used, bool(pinned), *rest)

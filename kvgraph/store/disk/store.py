@@ -23,17 +23,22 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import torch
 
 from kvgraph.errors import StoreError
-from kvgraph.store import format
-from kvgraph.store.base import EVENTS, Found, Store, is_key
+from kvgraph.store import format, signing
+from kvgraph.store.base import EVENTS, Entry, Found, Store, is_key, tenant_id
+from kvgraph.store.catalog import VerifyReport
 from kvgraph.store.codecs.registry import spec_of
-from kvgraph.store.disk.index import Entry, Index
-from kvgraph.store.record import BadRecord, Record, UnsupportedRecord
+from kvgraph.store.disk.index import Index
+from kvgraph.store.disk.mounts import is_remote
+from kvgraph.store.record import BadRecord, Record, UnsupportedRecord, UntrustedRecord
 
 T = TypeVar("T")
 
@@ -41,6 +46,7 @@ STORE_FORMAT = "kvgraph-store 1"
 SUFFIX = ".safetensors"
 TEMPORARY = ".tmp-"
 TOUCH_EVERY = 30.0  # seconds between writes of last uses to the index
+SYNCS = 16  # files of a batch that are synced at once
 TOUCH_AT_MOST = 1024  # last uses waiting to be written
 
 # Connections opened before a fork: SQLite allows the child neither to use nor to close them.
@@ -64,35 +70,6 @@ class Stat:
     counts: Mapping[str, int]
 
 
-@dataclass
-class VerifyReport:
-    """What `verify` found and did.
-
-    good, bytes: number of good records, and the bytes of their files.
-    bad: (key, reason) of records moved aside.
-    unsupported: (key, reason) of records that this version can't read, left alone.
-    unreadable: (path, reason) of files that couldn't be opened.
-    foreign: paths below records/ that aren't the store's, left alone.
-    temporary: number of leftovers of dead writers, removed.
-    rows_added, rows_removed: rows of the index that were missing, or had no file.
-    """
-
-    good: int = 0
-    bytes: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    unsupported: list[tuple[str, str]] = field(default_factory=list)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
-    temporary: int = 0
-    rows_added: int = 0
-    rows_removed: int = 0
-
-    @property
-    def clean(self) -> bool:
-        """No record was bad or unreadable."""
-        return not (self.bad or self.unreadable)
-
-
 class DiskStore:
     """Records in a folder. Safe to use from several threads and processes at once.
 
@@ -102,7 +79,8 @@ class DiskStore:
     verify: compare a record's checksum the first time this process loads it.
     fingerprint: the model's. It is written into records, and a record with another one is never served.
 
-    Raises StoreError if the folder can't be used or holds another store format.
+    On a network mount, files are read into memory: one that another machine truncates while it is mapped would end the
+    process. Raises StoreError if the folder can't be used or holds another store format.
     """
 
     name = "disk"
@@ -118,8 +96,12 @@ class DiskStore:
             raise StoreError("the store's folder has no name; give a path")
         if capacity_bytes is not None and capacity_bytes < 1:
             raise StoreError(f"capacity_bytes must be positive, not {capacity_bytes}")
-        self.folder = Path(folder)
+        self.folder, self.shown = Path(folder), str(folder)
         self.capacity, self.checks, self.fingerprint = capacity_bytes, verify, fingerprint or ""
+        self._secret = signing.secret()
+        self._untrusted: set[str] = set()  # keys whose file isn't signed with this secret: a put replaces it
+        # Who may write to the folder could change a mapped file after its signature was checked.
+        self.mapped = not self._secret and not is_remote(self.folder)
         self._records = self.folder / "records"
         self._counts: Counter[str] = Counter()
         self._checked: dict[str, tuple[int, int, int]] = {}  # key → the file whose checksum was right
@@ -139,7 +121,11 @@ class DiskStore:
 
         A bad record is moved to quarantine/ and counted; it is a miss.
         """
-        record = self._load(key) if is_key(key) else None
+        return self.get_of("", key)
+
+    def get_of(self, tenant: str, key: str) -> Found | None:
+        """As `get`, for a tenant (`kvgraph.store.base.tenant_id`): another's record is a miss, and is left alone."""
+        record = self._load(key, tenant) if is_key(key) else None
         self._count("misses" if record is None else "hits")
         if record is None:
             return None
@@ -152,29 +138,119 @@ class DiskStore:
         Raises StoreError if the folder isn't writable, the disk is full, or the record can't fit the capacity beside the
         pinned ones; nothing else is lost then.
         """
-        path = self._path(record.key)
+        self.put_of("", record)
+
+    def put_of(self, tenant: str, record: Record) -> None:
+        """As `put`, for a tenant."""
+        self._path(record.key)  # which refuses what is no key
         if self.contains(record.key):
             self._remember(record.key)
             return
-        buffers = format.encode(record, self.fingerprint)
+        self._write(self._new_entry(tenant, record), format.encode(record, self.fingerprint, tenant, self._secret))
+
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        """Keep several: on return those that could be kept survive a crash. The waits for the disk overlap."""
+        return self.put_all_of("", records)
+
+    def put_all_of(self, tenant: str, records: Sequence[Record]) -> dict[str, StoreError]:
+        """As `put_all`, for a tenant."""
+        errors: dict[str, StoreError] = {}
+        staged: list[_Staged] = []
+        for record in records:
+            try:
+                entry = self._new_entry(tenant, record)
+                if self.contains(record.key):
+                    self._remember(record.key)
+                elif all(record.key != other.entry.key for other in staged):
+                    self._stage(entry, format.encode(record, self.fingerprint, tenant, self._secret), staged, errors)
+            except StoreError as error:
+                errors[record.key] = error
+            except BaseException:
+                for one in staged:
+                    one.file.discard()
+                raise
+        self._commit(staged, errors)
+        return errors
+
+    def _new_entry(self, tenant: str, record: Record) -> Entry:
+        self._path(record.key)  # which refuses what is no key
+        codec, now = record.packed.codec if record.packed else "raw", time.time()
+        return Entry(record.key, 0, now, now, False, len(record), self.fingerprint, codec, tenant)
+
+    def _write(self, entry: Entry, buffers: Sequence[bytes | memoryview]) -> None:
+        """A new record's file and row. Its size and the time of its creation are the file's."""
+        staged: list[_Staged] = []
+        errors: dict[str, StoreError] = {}
+        self._stage(entry, buffers, staged, errors)
+        self._commit(staged, errors)
+        if errors:
+            raise errors[entry.key]
+
+    def _stage(
+        self,
+        entry: Entry,
+        buffers: Sequence[bytes | memoryview],
+        staged: list[_Staged],
+        errors: dict[str, StoreError],
+    ) -> None:
+        """Write a record's file under a temporary name. Where room is short, those that are staged are committed first."""
         size = sum(len(b) for b in buffers)
-        self._make_room(size)
+        pending = sum(other.entry.size for other in staged)
+        if self.capacity is not None and staged and pending + size > self.capacity // 2:
+            self._commit(staged, errors)
+            pending = 0
+        self._make_room(pending + size)
         try:
-            info = write_atomically(path, buffers)
+            staged.append(_Staged(replace(entry, size=size), stage(self._path(entry.key), buffers)))
         except OSError as error:
             raise self._cant("keep a record", error) from error
-        now = time.time()
-        codec = record.packed.codec if record.packed else "raw"
-        entry = Entry(record.key, size, info.st_mtime, now, False, len(record), self.fingerprint, codec)
-        self._with_index(lambda index: index.add(entry))
+
+    def _commit(self, staged: list[_Staged], errors: dict[str, StoreError]) -> None:
+        """Make staged files survive a crash and show them under their names, then add their rows. Empties the list.
+
+        The waits for the disk overlap, and a file system's journal commits together what waits together.
+        """
+        works, staged[:] = list(staged), []
+
+        def finish(one: _Staged) -> Entry | OSError:
+            try:
+                return replace(one.entry, created=one.file.commit().st_mtime)
+            except OSError as error:
+                return error
+
+        if len(works) < 2:
+            found = [finish(one) for one in works]
+        else:
+            with ThreadPoolExecutor(min(SYNCS, len(works)), "kvgraph-disk") as pool:
+                found = list(pool.map(finish, works))
+        for one, result in zip(works, found, strict=True):
+            if isinstance(result, OSError):
+                errors[one.entry.key] = self._cant("keep a record", result)
+        written = [entry for entry in found if isinstance(entry, Entry)]
+        self._count("written_bytes", sum(entry.size for entry in written))
+        self._untrusted.difference_update(entry.key for entry in written)
+
+        def work(index: Index) -> None:
+            if len(written) == 1:
+                return index.add(written[0])
+            with index:
+                for entry in written:
+                    index.add(entry)
+
+        if written:
+            self._with_index(work)
 
     def contains(self, key: str) -> bool:
-        """Whether there is a file for it. Changes nothing."""
-        return is_key(key) and os.path.exists(self._path(key))
+        """Whether there is a file for it that was not found untrusted. Changes nothing."""
+        return is_key(key) and key not in self._untrusted and os.path.exists(self._path(key))
 
     def delete(self, key: str) -> bool:
         """Remove a record, pinned or not. Idempotent. Raises StoreError if the folder isn't writable."""
-        if not is_key(key):
+        return self.delete_of("", key)
+
+    def delete_of(self, tenant: str, key: str) -> bool:
+        """As `delete`, for a tenant: another's record stays."""
+        if not is_key(key) or ((entry := self._entry(key)) is not None and entry.tenant not in ("", tenant)):
             return False
         try:
             self._path(key).unlink()
@@ -205,7 +281,7 @@ class DiskStore:
         found = self._with_index(entries)
         if found is None:
             found = [entry for entry in map(self._entry, self._keys()) if entry is not None]
-            found.sort(key=lambda e: e.used, reverse=True)
+            found.sort(key=lambda e: e.used or 0.0, reverse=True)
         return found
 
     def stat(self) -> Stat:
@@ -219,7 +295,7 @@ class DiskStore:
             len(pinned),
             sum(e.size for e in pinned),
             self.capacity,
-            len(_names(self.folder / "quarantine")),
+            self.quarantined,
             self.counts(),
         )
 
@@ -227,6 +303,15 @@ class DiskStore:
     def tiers(self) -> tuple[Store, ...]:
         """Itself."""
         return (self,)
+
+    @property
+    def available(self) -> bool:
+        """Always."""
+        return True
+
+    def for_tenant(self, tenant: str) -> Store:
+        """The same folder; the tenant is written into its records."""
+        return _OfTenant(self, tenant_id(tenant)) if tenant else self
 
     def counts(self) -> dict[str, int]:
         """Counts of this process, by event. Reads no file."""
@@ -265,9 +350,11 @@ class DiskStore:
 
     def prune(self, max_bytes: int | None = None, older_than: float | None = None) -> tuple[int, int]:
         """Remove records not used for `older_than` seconds, then the least recently used until at most `max_bytes` are
-        left. Pinned ones stay. Returns (records, bytes) removed. Raises StoreError.
+        left. Pinned ones stay. Returns (records, bytes) removed. Raises StoreError, also if some files can't be removed;
+        the others are by then.
         """
         now = time.time()
+        failed: list[OSError] = []
 
         def work(index: Index) -> tuple[int, int]:
             self._flush(index)
@@ -276,34 +363,101 @@ class DiskStore:
                 victims: dict[str, int] = {}
                 left = index.total()[0]
                 for entry in index.idle():
-                    old = older_than is not None and now - entry.used > older_than
+                    old = older_than is not None and now - (entry.used or 0.0) > older_than
                     over = max_bytes is not None and left > max_bytes
                     if not (old or over):
                         break
+                    if (error := self._removed(entry.key)) is not None:
+                        failed.append(error)
+                        continue
                     victims[entry.key] = entry.size
                     left -= entry.size
-                self._unlink(index, victims)
+                index.remove(victims)
             return len(victims), sum(victims.values())
 
-        return self._need_index(work)
+        removed = self._need_index(work)
+        if failed:
+            raise self._cant(f"remove {len(failed):,} records (others were removed: {removed[0]:,})", failed[0])
+        return removed
 
-    def verify(self) -> VerifyReport:
-        """Check every record in full, move bad ones aside, remove leftovers of dead writers, and repair the index.
+    def verify(self, repair: bool = True, seen: Callable[[], object] = int) -> VerifyReport:
+        """Check every record in full; with `repair`, move bad ones aside, remove leftovers of dead writers, and repair the
+        index.
 
-        Reads everything; other processes may keep using the store. Doesn't raise: unreadable files are reported.
+        Reads everything; other processes may keep using the store. Doesn't raise: unreadable files are reported. seen: called
+        for each file.
         """
-        report = VerifyReport()
+        report = VerifyReport(repaired=repair)
         for name in _names(self.folder):
-            if name.startswith(TEMPORARY):
+            if name.startswith(TEMPORARY) and repair:
                 remove_if_abandoned(self.folder / name)
         report.foreign += sorted(map(str, self._foreign()))
         for folder in sorted(_names(self._records)):
             for name in sorted(_names(self._records / folder)):
                 self._verify_file(self._records / folder / name, report)
-        rows = self._with_index(self._reconcile)
+                seen()
+        rows = self._with_index(self._reconcile) if repair else None
         if rows is not None:
             report.rows_added, report.rows_removed = rows
         return report
+
+    # -- kvgraph.store.catalog.Catalog --------------------------------------------------------------------------------
+
+    @property
+    def quarantined(self) -> int:
+        """Files in quarantine/."""
+        return len(_names(self.folder / "quarantine"))
+
+    def entries(self, details: bool = True) -> Iterator[Entry]:
+        """All records, from the index."""
+        yield from self.ls()
+
+    def read(self, entry: Entry) -> torch.Tensor | None:
+        """A record's file as it is. This is no use of it."""
+        try:
+            return self._data(self._path(entry.key))[0]
+        except FileNotFoundError:
+            return None
+        except (OSError, BadRecord) as error:
+            raise StoreError(f"record {entry.key} can't be read from {self.folder}: {error}") from error
+
+    def keep(self, entry: Entry, parts: Sequence[bytes | memoryview]) -> bool:
+        """A file with these bytes, unless there is one."""
+        if self.contains(entry.key):
+            return False
+        self._write(replace(entry, used=entry.used or time.time(), pinned=False), parts)
+        return True
+
+    def remove(self, entries: Iterable[Entry], seen: Callable[[], object] = int) -> list[Entry]:
+        """Remove records that aren't pinned, in one transaction of the index. Returns those that were there. Raises
+        StoreError if a file can't be removed; the others are gone by then."""
+        wanted = list(entries)
+
+        def work(index: Index) -> list[Entry]:
+            with index:
+                pinned = index.pinned()
+                removed = []
+                for entry in wanted:
+                    if entry.key in pinned:
+                        continue
+                    if (error := self._removed(entry.key)) is not None:
+                        failed.append(error)
+                    else:
+                        removed.append(entry)
+                index.remove([entry.key for entry in removed])
+            return removed
+
+        failed: list[OSError] = []
+        removed = self._need_index(work)
+        for _ in wanted:
+            seen()
+        if failed:
+            raise self._cant(f"remove {len(failed):,} records (others were removed: {len(removed):,})", failed[0])
+        return removed
+
+    def set_pinned(self, entry: Entry, pinned: bool) -> None:
+        """As `pin` and `unpin`."""
+        self._set_pinned(entry.key, pinned)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -328,16 +482,22 @@ class DiskStore:
         except OSError as error:
             raise self._cant("open the store", error) from error
 
-    def _load(self, key: str) -> Record | None:
+    def _load(self, key: str, tenant: str) -> Record | None:
         path = self._path(key)
         inode = None
         try:
-            data, info = format.map_file(path)
+            data, info = self._data(path)
             inode, identity = info.st_ino, format.identity(info)
             first = self._checked.get(key) != identity
-            record = format.decode(data, key, self.fingerprint, verify=self.checks and first)
+            # What is read once more may have changed on its way: a mapped file doesn't.
+            verify = self.checks and (first or not self.mapped)
+            record = format.decode(data, key, self.fingerprint, verify, tenant, self._secret)
         except BadRecord:
             self._move_aside(path, inode)
+            return None
+        except UntrustedRecord:
+            self._count("untrusted")
+            self._untrusted.add(key)
             return None
         except UnsupportedRecord:
             self._count("unreadable")
@@ -346,8 +506,10 @@ class DiskStore:
             if not isinstance(error, FileNotFoundError):
                 self._count("unreadable")
             return None
-        if first:
-            with self._local:
+        self._untrusted.discard(key)
+        with self._local:
+            self._counts["read_bytes"] += info.st_size
+            if first:
                 self._checked[key] = identity
         return record
 
@@ -374,18 +536,25 @@ class DiskStore:
         """A record's row, made from its file; None without a file. An unreadable header counts as 0 tokens."""
         path = self._path(key)
         try:
-            info = path.stat()
-            header = format.read_header(format.map_file(path)[0])
-            tokens, fingerprint, codec = header.tokens, header.fingerprint, spec_of(header.codec)
+            data, info = format.map_file(path) if self.mapped else format.read_file(path, format.START)
+            header = format.read_header(data, info.st_size)
+            rest = header.tokens, header.fingerprint, spec_of(header.codec), header.tenant
         except FileNotFoundError:
             return None
         except (OSError, BadRecord, UnsupportedRecord):
-            tokens, fingerprint, codec = 0, "", ""
-        return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, tokens, fingerprint, codec)
+            rest = 0, "", "", ""
+            try:
+                info = path.stat()
+            except OSError:
+                return None
+        return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, *rest)
+
+    def _data(self, path: Path) -> tuple[torch.Tensor, os.stat_result]:
+        return format.map_file(path) if self.mapped else format.read_file(path)
 
     def _verify_file(self, path: Path, report: VerifyReport) -> None:
         if path.name.startswith(TEMPORARY):
-            report.temporary += remove_if_abandoned(path)
+            report.temporary += remove_if_abandoned(path, only_look=not report.repaired)
             return
         if not _is_record(path.parent.name, path.name):
             report.foreign.append(str(path))
@@ -393,12 +562,15 @@ class DiskStore:
         key = path.name.removesuffix(SUFFIX)
         inode = None
         try:
-            data, info = format.map_file(path)
+            data, info = self._data(path)
             inode = info.st_ino
-            format.decode(data, key)
+            format.decode(data, key, secret=self._secret)
         except BadRecord as error:
-            self._move_aside(path, inode)
+            if report.repaired:
+                self._move_aside(path, inode)
             report.bad.append((key, str(error)))
+        except UntrustedRecord as error:
+            report.untrusted.append((key, str(error)))
         except UnsupportedRecord as error:
             report.unsupported.append((key, str(error)))
         except FileNotFoundError:  # evicted meanwhile
@@ -420,7 +592,7 @@ class DiskStore:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             why = "the folder isn't writable; records in it are still read"
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = "the disk is full; free some space, or remove records with `kvgraph store prune`"
+            why = "the disk is full; free some space, or remove records with `kvgraph store gc`"
         else:
             why = error.strerror or str(error)
         return StoreError(f"can't {what} in {self.folder}: {why}")
@@ -450,26 +622,31 @@ class DiskStore:
                 for entry in index.idle():
                     if total + size <= capacity:
                         break
-                    victims.append(entry.key)
-                    total -= entry.size
-                self._unlink(index, victims)
-            return 0
+                    if self._removed(entry.key) is None:
+                        victims.append(entry.key)
+                        total -= entry.size
+                index.remove(victims)
+                return 0 if total + size <= capacity else total
 
         pinned = self._with_index(work) or 0
         if pinned or size > capacity:
-            beside = f" beside {pinned:,} pinned bytes" if pinned else ""
+            beside = f" beside {pinned:,} bytes that are pinned or can't be removed" if pinned else ""
             raise StoreError(
                 f"a record of {size:,} bytes can't fit the capacity of {capacity:,} bytes of {self.folder}{beside}"
             )
 
-    def _unlink(self, index: Index, keys: Iterable[str]) -> None:
-        """Remove records and their rows inside a transaction of the index, so that two processes don't do it twice."""
-        for key in filter(is_key, keys):
-            try:
+    def _removed(self, key: str) -> OSError | None:
+        """Remove a record's file, inside a transaction of the index, so that two processes don't do it twice.
+
+        What prevented it, or None: one file that can't be removed keeps no other from going.
+        """
+        try:
+            if is_key(key):
                 self._path(key).unlink(missing_ok=True)
-            except OSError as error:
-                raise self._cant("remove a record", error) from error
-        index.remove(keys)
+        except OSError as error:
+            self._count("unreadable")
+            return error
+        return None
 
     # -- index --------------------------------------------------------------------------------------------------------
 
@@ -609,44 +786,121 @@ class DiskStore:
         if used:
             index.touch(used, wait=wait)
 
-    def _count(self, what: str) -> None:
+    def _count(self, what: str, n: int = 1) -> None:
         with self._local:
-            self._counts[what] += 1
+            self._counts[what] += n
 
 
-def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.stat_result:
-    """Write a file so that others see all of it under its name or nothing, even after a crash. Raises OSError.
+class _OfTenant:
+    """A folder's records of one tenant, by its `kvgraph.store.base.tenant_id`. See `Store` for what its methods do."""
 
-    The temporary file is locked until its rename, so that `remove_if_abandoned` can tell whether its writer is alive.
-    """
+    def __init__(self, store: DiskStore, tenant: str):
+        self._store, self._tenant = store, tenant
+        self.name, self.capacity = store.name, store.capacity
+
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        return (self,)
+
+    @property
+    def available(self) -> bool:
+        return self._store.available
+
+    def for_tenant(self, tenant: str) -> Store:
+        return self._store.for_tenant(tenant)
+
+    def get(self, key: str) -> Found | None:
+        return self._store.get_of(self._tenant, key)
+
+    def put(self, record: Record) -> None:
+        self._store.put_of(self._tenant, record)
+
+    def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
+        return self._store.put_all_of(self._tenant, records)
+
+    def contains(self, key: str) -> bool:
+        return self._store.contains(key)
+
+    def delete(self, key: str) -> bool:
+        return self._store.delete_of(self._tenant, key)
+
+    def counts(self) -> dict[str, int]:
+        return self._store.counts()
+
+    def size(self) -> int | None:
+        return self._store.size()
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class StagedFile:
+    """A file under a temporary name, locked, so that `remove_if_abandoned` can tell that its writer is alive."""
+
+    def __init__(self, path: Path, temporary: Path, file: BinaryIO):
+        self.path, self.temporary, self.file = path, temporary, file
+
+    def commit(self) -> os.stat_result:
+        """Rename it to its own name, so that others see all of it, even after a crash. Raises OSError."""
+        with self.file:
+            try:
+                os.fsync(self.file.fileno())
+                self.temporary.rename(self.path)
+            except BaseException:
+                self.temporary.unlink(missing_ok=True)
+                raise
+            info = os.fstat(self.file.fileno())
+        _sync_folder(self.path.parent)
+        return info
+
+    def discard(self) -> None:
+        """Remove it."""
+        with self.file:
+            self.temporary.unlink(missing_ok=True)
+
+
+class _Staged(NamedTuple):
+    """A record's row, and its file that isn't there yet."""
+
+    entry: Entry
+    file: StagedFile
+
+
+def stage(path: Path, buffers: Sequence[bytes | memoryview]) -> StagedFile:
+    """Write what is to become a file; `commit` shows it. Raises OSError."""
     if not path.parent.is_dir():
         path.parent.mkdir(exist_ok=True)
         _sync_folder(path.parent.parent)
     while True:
         temporary = path.parent / f"{TEMPORARY}{os.urandom(8).hex()}"
-        with open(temporary, "xb") as file:
+        file = open(temporary, "xb")  # `commit` closes it
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink == 0:  # taken for abandoned between its creation and its lock
+                file.close()
                 continue
-            try:
-                file.writelines(buffers)
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.rename(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            info = os.fstat(file.fileno())
-        _sync_folder(path.parent)
-        return info
+            file.writelines(buffers)
+            file.flush()
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.close()
+            raise
+        return StagedFile(path, temporary, file)
 
 
-def remove_if_abandoned(path: Path) -> bool:
+def write_atomically(path: Path, buffers: Sequence[bytes | memoryview]) -> os.stat_result:
+    """Write a file so that others see all of it under its name or nothing, even after a crash. Raises OSError."""
+    return stage(path, buffers).commit()
+
+
+def remove_if_abandoned(path: Path, only_look: bool = False) -> bool:
     """Remove a temporary file whose writer is dead; whether it was."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            if not only_look:
+                path.unlink()
     except OSError:  # locked by its writer, or gone
         return False
     return True

@@ -9,19 +9,21 @@ Buckets are addressed by path unless AWS_VIRTUAL_HOSTED_STYLE_REQUEST says other
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import ParamSpec, TypeVar
 
 from kvgraph.errors import StoreError
-from kvgraph.store.remote.base import Address, RemoteError, namespace
+from kvgraph.store.remote.base import LARGEST, Address, Listed, RemoteError, Space, Whole
 from kvgraph.store.remote.store import RemoteStore
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-RANGE = 8 << 20  # bytes read at once
+RANGE = 8 << 20  # bytes of one request
+AT_ONCE = 4  # requests for ranges of an object at a time
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 NAMES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "az": "azure", "azure": "azure", "abfs": "azure"}
 
@@ -29,20 +31,20 @@ NAMES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "az": "azure", "azure": "azure", 
 def open_objects(url: str, fingerprint: str, tenant: str) -> RemoteStore:
     """The store at `s3://bucket/prefix[?timeout=seconds]`, also `gs://`, `az://`, ..."""
     address = Address.of(url)
-    remote = Objects(address, "/".join(namespace(fingerprint, tenant)))
-    return RemoteStore(remote, NAMES[address.scheme], address.shown, fingerprint, address.timeout)
+    remote = Objects(address, Space.of(fingerprint, tenant))
+    return RemoteStore(remote, NAMES[address.scheme], address.shown, fingerprint, address.timeout, tenant)
 
 
 class Objects:
-    """A `kvgraph.store.remote.base.Remote`. folder: below the URL's prefix, of all objects that are touched."""
+    """A `kvgraph.store.remote.base.Remote`. Below the URL's prefix, a namespace is a folder in a folder."""
 
-    def __init__(self, address: Address, folder: str):
+    def __init__(self, address: Address, space: Space):
         try:
             import obstore
             from obstore.store import from_url
         except ImportError:
             raise StoreError(f"{address.scheme}:// needs the package obstore: pip install 'kvgraph[store]'") from None
-        self._obstore, self._folder = obstore, folder
+        self._obstore, self._folder = obstore, "/".join(space)
         seconds = f"{max(1, round(address.timeout))}s"
         plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
         try:
@@ -54,24 +56,28 @@ class Objects:
         except (obstore.exceptions.BaseError, ValueError) as error:
             raise StoreError(f"{address.shown} can't be opened as an object store: {_why(error)}") from None
 
-    def get(self, name: str) -> bytearray | None:
-        """The first range says how large the object is; the others are fetched together."""
+    def get(self, name: str) -> memoryview | bytes | None:
+        """The first range says how large the object is; the others are fetched several at a time."""
         return self._asked(self._get, name)
 
-    def _get(self, name: str) -> bytearray | None:
+    def _get(self, name: str) -> memoryview | bytes | None:
         path = self._path(name)
         try:
             first = self._obstore.get(self._store, path, options={"range": (0, RANGE)})
             size = first.meta["size"]
-            data = bytearray(memoryview(first.bytes()))
-            starts = range(len(data), size, RANGE)
-            if starts:
-                ends = [min(start + RANGE, size) for start in starts]
-                for part in self._obstore.get_ranges(self._store, path, starts=list(starts), ends=ends):
-                    data += memoryview(part)
+            if size > LARGEST:
+                return b""  # which is no record
+            whole = Whole(size)
+            whole.add(first.bytes())
+            starts = range(whole.filled, size, RANGE)
+            for at in range(0, len(starts), AT_ONCE):
+                begins = list(starts[at : at + AT_ONCE])
+                ends = [min(start + RANGE, size) for start in begins]
+                for part in self._obstore.get_ranges(self._store, path, starts=begins, ends=ends):
+                    whole.add(part)
         except FileNotFoundError:
             return None
-        return data
+        return whole.data()
 
     def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
         """In one request or, if it is large, in an upload of several parts that shows when it is complete."""
@@ -92,14 +98,42 @@ class Objects:
             self._asked(self._obstore.delete, self._store, self._path(name))
         return found
 
-    def names(self) -> Iterator[tuple[str, int]]:
+    def names(self) -> Iterator[Listed]:
         """By listing the folder."""
         try:
             for page in self._obstore.list(self._store, f"{self._folder}/"):
                 for found in page:
-                    yield found["path"].rpartition("/")[2], found["size"]
+                    name = found["path"].rpartition("/")[2]
+                    yield Listed(name, found["size"], found["last_modified"].timestamp())
         except (self._obstore.exceptions.BaseError, OSError) as error:
             raise RemoteError(_why(error)) from error
+
+    def start(self, listed: Listed, size: int) -> bytes | None:
+        """A ranged read."""
+        path, length = self._path(listed.name), min(size, listed.size)
+        try:
+            return bytes(self._asked(self._obstore.get_range, self._store, path, start=0, length=length))
+        except FileNotFoundError:
+            return None
+
+    def spaces(self) -> Iterator[Space]:
+        """Folders of folders, as far as they have our names."""
+        for folder in self._folders(None):
+            for inner in self._folders(folder):
+                space = Space.read(folder, inner)
+                if space is not None:
+                    yield space
+
+    def within(self, space: Space) -> Objects:
+        """The same client, in another folder."""
+        other = copy.copy(self)
+        other._folder = "/".join(space)
+        return other
+
+    def _folders(self, within: str | None) -> list[str]:
+        prefix = None if within is None else f"{within}/"
+        found = self._asked(self._obstore.list_with_delimiter, self._store, prefix)
+        return [path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]]
 
     def close(self) -> None:
         """Nothing: obstore closes idle connections itself."""

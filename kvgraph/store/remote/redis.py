@@ -5,16 +5,20 @@
 
 Parts are written first and expire unless their record is written too, so a writer that dies leaves nothing for long. A
 record with a part that was evicted is a miss.
+
+User and password are those of the URL, or of the variables KVGRAPH_REDIS_USERNAME and KVGRAPH_REDIS_PASSWORD.
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from kvgraph.errors import StoreError
-from kvgraph.store.remote.base import Address, RemoteError, RemoteFull, namespace
+from kvgraph.store.remote.base import LARGEST, Address, Listed, RemoteError, RemoteFull, Space, Whole
 from kvgraph.store.remote.store import RemoteStore
 
 if TYPE_CHECKING:
@@ -25,55 +29,64 @@ T = TypeVar("T")
 
 PART = 8 << 20  # bytes; Redis copies a value as one piece
 AT_ONCE = 4  # parts in a pipeline
+PIECE = 1 << 20  # bytes of one answer: the client copies an answer while it holds Python's lock, which stops the model
+ASKED = 1000  # keys that are listed, or asked for their sizes, at once
 EXPIRES = 600_000  # milliseconds until a part without a record goes
 
 
 def open_redis(url: str, fingerprint: str, tenant: str) -> RemoteStore:
     """The store at `redis://[user:password@]host:port/db[?timeout=seconds]`, also `rediss://` and `valkey://`."""
     address = Address.of(url.replace("valkey://", "redis://", 1))
-    prefix = ":".join(("kvgraph", *namespace(fingerprint, tenant)))
-    return RemoteStore(Redis(address, prefix), "redis", address.shown, fingerprint, address.timeout)
+    remote = Redis(address, Space.of(fingerprint, tenant))
+    return RemoteStore(remote, "redis", address.shown, fingerprint, address.timeout, tenant)
 
 
 class Redis:
-    """A `kvgraph.store.remote.base.Remote`. prefix: of all keys that are read, written or deleted."""
+    """A `kvgraph.store.remote.base.Remote`."""
 
-    def __init__(self, address: Address, prefix: str):
+    def __init__(self, address: Address, space: Space):
         try:
             import redis
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError:
             raise StoreError("redis:// needs the package redis: pip install 'kvgraph[store]'") from None
-        self._redis, self._prefix = redis, prefix
+        self._redis, self._prefix = redis, _prefix(space)
+        credentials = {name: os.environ.get(f"KVGRAPH_REDIS_{name.upper()}") for name in ("username", "password")}
         try:
             self._client: redis.Redis = redis.Redis.from_url(
                 address.url,
+                **{name: value for name, value in credentials.items() if value},  # those of a URL win
                 socket_timeout=address.timeout,
                 socket_connect_timeout=address.timeout,
+                socket_read_size=PIECE,
                 retry=Retry(NoBackoff(), 0),  # trying again is the circuit breaker's business
             )
         except ValueError as error:
             raise StoreError(f"{address.shown} isn't the address of a Redis server: {error}") from None
 
-    def get(self, name: str) -> bytearray | None:
+    def get(self, name: str) -> memoryview | None:
         """Its parts joined; None, and the record removed, if one is gone."""
         return self._asked(self._get, name)
 
-    def _get(self, name: str) -> bytearray | None:
+    def _get(self, name: str) -> memoryview | None:
         found = self._record(name)
         if found is None:
             return None
         size, parts = found
-        data = bytearray()
+        whole = Whole(size)
         for at in range(0, len(parts), AT_ONCE):
             pipeline = self._client.pipeline(transaction=False)
-            for part in parts[at : at + AT_ONCE]:
-                pipeline.get(part)
-            for found_part in pipeline.execute():
-                data += found_part or b""
-        if len(data) == size:
-            return data
+            for number, part in enumerate(parts[at : at + AT_ONCE], at):
+                length = min(PART, size - number * PART)
+                for begin in range(0, length, PIECE):
+                    pipeline.getrange(part, begin, min(begin + PIECE, length) - 1)
+            for piece in pipeline.execute():
+                whole.add(piece)
+            if whole.filled != min(size, (at + AT_ONCE) * PART):  # one is gone, or isn't ours
+                break
+        if whole.filled == size:
+            return whole.data()
         self._client.unlink(self._head(name), *parts)
         return None
 
@@ -111,17 +124,63 @@ class Redis:
         found = self._record(name)
         return found is not None and self._client.unlink(self._head(name), *found[1]) > 0
 
-    def names(self) -> Iterator[tuple[str, int]]:
+    def names(self) -> Iterator[Listed]:
+        """By scanning the server's keys. A record's value isn't read, because Redis would count that as a use."""
+        head, part = self._head(""), f"{self._prefix}:p:"
+        heads: list[str] = []
+        parts: dict[str, list[str]] = {}
+        for key in self._scanned(f"{self._prefix}:[rp]:*"):
+            if key.startswith(head):
+                heads.append(key.removeprefix(head))
+            else:
+                parts.setdefault(key.removeprefix(part).partition(":")[0], []).append(key)
+        for at in range(0, len(heads), ASKED):
+            some = heads[at : at + ASKED]
+            sizes = self._all("strlen", [p for name in some for p in parts.get(name, ())])
+            idle = self._all("object idletime", [self._head(name) for name in some], strict=False)
+            now = time.time()
+            for name, seconds in zip(some, idle, strict=True):
+                size = sum(next(sizes) for _ in parts.get(name, ()))
+                first = next((part for part in parts.get(name, ()) if part.endswith(":0")), "")
+                yield Listed(name, size, now - seconds if isinstance(seconds, int) else None, first)
+
+    def start(self, listed: Listed, size: int) -> bytes | None:
+        """From its first part: a use of that is none of the record, whose head Redis knows the last use of."""
+        found = self._asked(self._client.getrange, listed.at, 0, size - 1)
+        return found if isinstance(found, bytes) and found else None
+
+    def spaces(self) -> Iterator[Space]:
         """By scanning the server's keys."""
-        head = self._head("")
-        try:
-            for key in self._client.scan_iter(match=f"{head}*", count=1000):
-                name = bytes(key).decode()[len(head) :]
-                found = self._record(name)
-                if found is not None:
-                    yield name, found[0]
-        except self._redis.RedisError as error:
-            raise RemoteError(_why(error)) from error
+        found = {Space.read(*key.split(":")[1:3]) for key in self._scanned("kvgraph:*:*:r:*")}
+        yield from sorted(space for space in found if space is not None)
+
+    def within(self, space: Space) -> Redis:
+        """The same client, with other keys."""
+        other = copy.copy(self)
+        other._prefix = _prefix(space)
+        return other
+
+    def _scanned(self, pattern: str) -> Iterator[str]:
+        """Keys of a pattern, each once."""
+        seen: set[str] = set()
+        cursor = 0
+        while True:
+            cursor, keys = self._asked(self._client.scan, cursor, match=pattern, count=ASKED)
+            for key in keys:
+                name = key if isinstance(key, str) else key.decode("utf-8", "replace")
+                if name not in seen:
+                    seen.add(name)
+                    yield name
+            if cursor == 0:
+                return
+
+    def _all(self, command: str, keys: Sequence[str], strict: bool = True) -> Iterator[Any]:
+        """The answers of a command for each of the keys, in pipelines. strict: an error is raised, not given back."""
+        for at in range(0, len(keys), ASKED):
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys[at : at + ASKED]:
+                pipeline.execute_command(*command.upper().split(), key)  # type: ignore[no-untyped-call]
+            yield from self._asked(pipeline.execute, raise_on_error=strict)
 
     def close(self) -> None:
         """Close all connections; a later call opens new ones."""
@@ -140,7 +199,7 @@ class Redis:
         """(bytes, names of the parts) of a record."""
         found = self._client.get(self._head(name))
         size, _, identity = (found if isinstance(found, bytes) else b"").decode("ascii", "replace").partition(" ")
-        if not (size.isdigit() and len(size) < 15 and identity):
+        if not (size.isdigit() and len(size) < 15 and 0 < int(size) <= LARGEST and identity):
             return None
         return int(size), self._parts(name, identity, int(size))
 
@@ -149,6 +208,11 @@ class Redis:
 
     def _parts(self, name: str, identity: str, size: int) -> list[str]:
         return [f"{self._prefix}:p:{name}:{identity}:{i}" for i in range(-(-size // PART))]
+
+
+def _prefix(space: Space) -> str:
+    """Of all keys that are read, written or deleted."""
+    return ":".join(("kvgraph", *space))
 
 
 def cut(parts: Sequence[bytes | memoryview], size: int) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
 """Answers from any OpenAI-compatible endpoint. Each is saved as it arrives, so nothing is paid for twice.
 
-KVLink lets gpt-4o-mini answer each question from its ten passages, at temperature 0.7, with at most 200 tokens
+KVLink has gpt-4o-mini answer each question from its ten passages, at temperature 0.7, with at most 200 tokens
 (github.com/UCSB-NLP-Chang/KVLink, scripts/data_process/gpt_answer.py); these are the defaults.
 """
 
@@ -27,30 +27,28 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 KEY, URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
-AHEAD = (
-    4  # requests asked or answered but not yet wanted, as a multiple of those at a time; one slow answer stops no other
-)
-HOPELESS = 20  # requests in a row without an answer: the endpoint is down, or doesn't understand what it is asked
-GRACE = 10.0  # seconds for requests on their way when this ends before all is asked: they are paid for
+AHEAD = 4  # requests sent ahead, as a multiple of those in flight, so that one slow answer doesn't stop the others
+HOPELESS = 20  # requests in a row without an answer: the endpoint is down or doesn't understand the requests
+GRACE = 10.0  # seconds for requests in flight when this ends early, because they are paid for
 
 T = TypeVar("T")
 
 
 class AnswersError(KVGraphError):
-    """Answers can't be generated: no key, no endpoint, a model it doesn't have, or nothing but failures."""
+    """Answers can't be generated: no key, no endpoint, a model the endpoint doesn't have, or only failures."""
 
 
 class AnswerRequest(NamedTuple):
-    """A question as chat messages. name: for people; answers are found again by the messages."""
+    """A question as chat messages. name: for people. Answers are found again by the messages."""
 
     name: str
     messages: Sequence[Mapping[str, str]]
 
 
 class Reply(NamedTuple):
-    """The answer, or why there is none; the tokens that were read and written for it.
+    """The answer, or the reason why there is none, and the tokens read and written for it.
 
-    outage: there is none because the endpoint was down or too busy, which says nothing about the question.
+    outage: there is no answer because the endpoint was down or too busy, whatever the question.
     """
 
     answer: str | None
@@ -60,7 +58,7 @@ class Reply(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """A request whose reply is wanted next. what: came with it. fresh: its reply isn't from the journal."""
+    """A request whose reply is due next. what: given with the request. fresh: its reply isn't from the journal."""
 
     what: Any
     key: str
@@ -70,11 +68,14 @@ class _Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where answers come from, and how they are asked for.
+    """An endpoint for answers, and its settings.
 
-    url: of the API, as in http://localhost:8000/v1; None: OpenAI's, or what OPENAI_BASE_URL says. concurrency: requests
-    at a time. prices: US dollars for a million tokens, read and written. timeout: seconds. retries: after 429, 5xx,
-    time-outs and lost connections, with a growing wait or the one that Retry-After asks for, up to two minutes.
+    url: of the API, such as http://localhost:8000/v1; None: OPENAI_BASE_URL, otherwise OpenAI's.
+    concurrency: requests at a time.
+    prices: US dollars for a million tokens read, and written.
+    timeout: seconds.
+    retries: after 429, 5xx, time-outs and lost connections, with a growing wait or the one that Retry-After asks for, up to
+        two minutes.
     """
 
     model: str = "gpt-4o-mini"
@@ -87,9 +88,9 @@ class Endpoint:
     retries: int = 8
 
     def client(self) -> AsyncOpenAI:
-        """The client. The key comes from the environment alone; an endpoint of one's own may need none.
+        """The client. The key comes only from the environment; an endpoint other than OpenAI's may need none.
 
-        Raises AnswersError where OpenAI's own has none.
+        Raises AnswersError if OpenAI's endpoint has no key.
         """
         try:
             from openai import AsyncOpenAI
@@ -101,7 +102,7 @@ class Endpoint:
         return AsyncOpenAI(api_key=key or "none", base_url=url, timeout=self.timeout, max_retries=self.retries)
 
     def key(self, request: AnswerRequest) -> str:
-        """What an answer is found again by: everything that it depends on but the endpoint's address."""
+        """The key an answer is found again by: everything it depends on except the endpoint's address."""
         asked = [self.model, self.max_tokens, self.temperature, request.messages]
         return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:32]
 
@@ -120,7 +121,7 @@ class Spent:
 
     @property
     def dollars(self) -> float:
-        """What they cost."""
+        """Their price in US dollars."""
         return (self.read * self.prices[0] + self.written * self.prices[1]) / 1e6
 
     def __str__(self) -> str:
@@ -130,9 +131,9 @@ class Spent:
 
 @dataclass
 class Answers:
-    """Answers, and the journal of them: one JSON object a line, in the order in which they arrived.
+    """Answers and their journal: one JSON object per line, in the order of arrival.
 
-    A half-written last line is cut off. Only one process may write it. spent: for all that is in the journal.
+    An incomplete last line is cut off. Only one process may write the journal. spent: for everything in the journal.
     """
 
     path: Path
@@ -152,12 +153,12 @@ class Answers:
         self._file.close()
 
     def ask(self, requests: Iterable[tuple[AnswerRequest, T]]) -> Generator[tuple[T, Reply]]:
-        """Each request's reply, in the order of requests, with what came with it; `concurrency` are asked at a time.
+        """Each request's reply, in the order of requests, with the value given with it; `concurrency` are in flight at a time.
 
-        Only what isn't in the journal is asked, and at most AHEAD * concurrency requests before their replies are wanted.
-        A reply says why there is no answer. It comes only after an answer has followed: raises AnswersError if HOPELESS
-        new requests in a row have none, or if all fails to the end because the endpoint is down; so what was asked then
-        can be asked again. AnswersError also for a wrong key or model.
+        Only requests that aren't in the journal are sent, at most AHEAD * concurrency of them ahead. A reply without an
+        answer says why, and is held back until an answer has followed it. Raises AnswersError if HOPELESS new requests in
+        a row have no answer, or if all fail to the end because the endpoint is down; those requests can be sent again.
+        Also raises AnswersError for a wrong key or model.
         """
         held: list[tuple[T, Reply]] = []
         useless, answered = 0, False
@@ -174,7 +175,7 @@ class Answers:
         yield from held
 
     def _asked(self, requests: Iterable[tuple[AnswerRequest, T]]) -> Iterator[_Asked]:
-        """All requests in order; when one is given, the next AHEAD * concurrency are asked already."""
+        """All requests in order. When one is yielded, the next AHEAD * concurrency have been sent already."""
         with self._asking() as submit:
             left = iter(requests)
             window: deque[_Asked] = deque()
@@ -193,7 +194,7 @@ class Answers:
 
     @contextmanager
     def _asking(self) -> Iterator[Callable[[str, AnswerRequest], Future[Reply]]]:
-        """What takes a request and promises its reply. At the end, requests on their way get GRACE to arrive."""
+        """A function that sends a request and returns a future of its reply. At the end, replies in flight get GRACE to arrive."""
         client = self.endpoint.client()
         slots, ending = asyncio.Semaphore(self.endpoint.concurrency), threading.Event()
         underway: set[Future[Reply]] = set()
@@ -263,13 +264,13 @@ class Answers:
 
 
 async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: AnswerRequest) -> tuple[Reply, bool]:
-    """One reply, and whether it came from the model. Raises AnswersError for what would meet every request."""
+    """One reply, and whether it came from the model. Raises AnswersError for a failure that every request would have."""
     import openai
 
     try:
         completion = await client.chat.completions.create(
             model=endpoint.model,
-            messages=list(request.messages),  # type: ignore[arg-type]
+            messages=list(request.messages),  # type: ignore[arg-type]  # plain dicts are messages too
             max_tokens=endpoint.max_tokens,
             temperature=endpoint.temperature,
         )
@@ -284,13 +285,13 @@ async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: AnswerRequest
         return Reply(None, "no reply in time", outage=True), False
     except openai.APIConnectionError:
         return Reply(None, "no connection", outage=True), False
-    except (openai.APIError, ValueError):  # what came isn't JSON
+    except (openai.APIError, ValueError):  # the reply isn't JSON
         return Reply(None, "malformed reply"), True
     return _checked(completion, endpoint), True
 
 
 def _checked(completion: Any, endpoint: Endpoint) -> Reply:
-    """The text of a completion, or why it can't be used. Half an answer is none: it would teach to stop midway."""
+    """The text of a completion, or why it can't be used. A truncated answer is refused: it would teach to stop midway."""
     try:
         tokens = int(completion.usage.prompt_tokens), int(completion.usage.completion_tokens)
     except (AttributeError, TypeError, ValueError):  # some endpoints don't count

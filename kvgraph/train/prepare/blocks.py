@@ -1,4 +1,4 @@
-"""Tulu 3 in blocks: every answer of a conversation, after a prompt that is cut where its text has seams."""
+"""Tulu 3 in blocks: every answer of a conversation, after a prompt that is cut at the seams of its text."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kvgraph.train.prepare.source import Made
 SEAMS = tuple(
     re.compile(pattern) for pattern in (r"\s*\n\n\s*", r"\s*-{3,}\s*", r"\s*={3,}\s*", r"\n\t", r"\s*\n\s*")
 )  # blank lines; without any, rules; then indented lines; then lines
-MOST = 14  # blocks of a prompt, its last one included; more are merged
-LONG = 12  # messages; in so long a conversation every one of them is a block
+MOST = 14  # blocks of a prompt, including the last one; further ones are merged
+LONG = 12  # messages; in a conversation this long, every message is a block
 CUT = 0.45  # share of first questions that are cut
 CODE = re.compile(r"```[a-z]|\bc(\+\+|#)", re.IGNORECASE)
 
 
 def blocks(messages: list[Message], draw: random.Random) -> Iterator[Made]:
-    """A record an answer. Turns before its question become documents; of a first question, all but its last block.
+    """A record for every answer. Turns before its question become documents; of a first question, all blocks but the last.
 
-    A conversation with code stays whole, in one record: cut code means nothing.
+    A conversation with code stays whole, in one record, because cut code is meaningless.
     """
     if any(CODE.search(message["content"]) for message in messages):
         yield {"messages": messages}
@@ -41,7 +41,7 @@ def blocks(messages: list[Message], draw: random.Random) -> Iterator[Made]:
 
 
 def earlier(turns: list[Message], *, whole: bool) -> list[str]:
-    """Turns as blocks, which say whose they are. whole: one block a turn."""
+    """Turns as blocks that name their role. whole: one block per turn."""
     found = []
     for turn in turns:
         text = turn["content"].strip()
@@ -53,7 +53,7 @@ def earlier(turns: list[Message], *, whole: bool) -> list[str]:
 
 
 def seams(text: str) -> list[str]:
-    """A text cut after each of its seams: the first kind of `SEAMS` that it has. The pieces joined are the text."""
+    """A text cut after each seam, of the first kind of `SEAMS` that it has. Joined, the pieces are the text."""
     for pattern in SEAMS:
         cuts = [match.end() for match in pattern.finditer(text) if text[: match.start()] and match.end() < len(text)]
         if cuts:
@@ -72,7 +72,7 @@ def merged(pieces: list[str], most: int) -> list[str]:
 
 TULU_BLOCKS = source(
     "tulu-blocks",
-    "Tulu 3: every answer, its prompt cut into blocks where the text has seams",
+    "Tulu 3: every answer, with its prompt cut into blocks at the seams of the text",
     "Block-Attention (arXiv 2409.15355; github.com/TemporaryLoRA/Block-Attention: tulu3/preprocess_block.py). There, system "
     "messages are blocks too, rules are blocks of their own, and blocks of different messages aren't merged",
     Tulu,

@@ -18,7 +18,7 @@ LEFT_OUT = (
     "oasst1_converted",
     "tulu_v3.9_aya_100k",
     "tulu_v3.9_wildchat_100k",
-)  # parts of Tulu that KVLink does without
+)  # parts of Tulu that KVLink leaves out
 
 
 class Turn(BaseModel):
@@ -66,8 +66,8 @@ def tulu(row: Tulu) -> list[Message]:
 def alternating(messages: Sequence[Message]) -> list[Message]:
     """A system message if there is one, then user and assistant in turns, the assistant last.
 
-    What the assistant says first and the user last is left out. Raises Skip for any other order, which many chat templates
-    refuse, and for messages without text.
+    A first message of the assistant and a last one of the user are left out. Raises Skip for any other order, which many
+    chat templates refuse, and for messages without text.
     """
     start = 1 if messages and messages[0]["role"] == SYSTEM else 0
     turns = list(messages[start:])
@@ -91,12 +91,12 @@ def without_system(messages: Sequence[Message]) -> tuple[list[Message], list[Mes
 
 
 def told(turn: Message) -> str:
-    """A turn as a document, or as a part of one, has it."""
+    """The text of a turn in a document."""
     return f"{NAMES[turn['role']]}: {turn['content'].strip()}\n\n"
 
 
 def earlier_as_documents(messages: Sequence[Message]) -> Made:
-    """The last question and its answer; every exchange before them is a document. Raises Skip where there is none."""
+    """The last question and its answer; every exchange before them is a document. Raises Skip if there is only one exchange."""
     system, turns = without_system(messages)
     if len(turns) < 4:
         raise Skip("one exchange only")
@@ -105,7 +105,7 @@ def earlier_as_documents(messages: Sequence[Message]) -> Made:
 
 
 def opening(messages: Sequence[Message]) -> str:
-    """The first question: conversations that begin with the same one are on the same side of the split."""
+    """The first question: conversations that share it are on the same side of the split."""
     return without_system(messages)[1][0]["content"]
 
 
@@ -176,7 +176,7 @@ TULU = source(
 TULU_MEM = source(
     "tulu-mem",
     "Tulu 3, all parts: the last exchange, with every earlier one as a document",
-    "as daring-anteater-mem, on another data set; KVLink has no such set",
+    "as daring-anteater-mem, on another data set; KVLink doesn't have this one",
     Tulu,
     tulu,
     _mem,

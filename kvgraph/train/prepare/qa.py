@@ -6,9 +6,9 @@ Wikipedia a question); the question's own passages ranked by Contriever (contrie
 gpt-4o-mini from these (`answers`); questions with fewer than ten passages, or of 4,096 tokens with them, left out; one half
 for `qa`, the other for `qa_mem`.
 
-Here, which half a record is trained as and how long it may be is the recipe's matter. Passages are looked for among those
-of all questions, or in a collection; `corpus=own` ranks a question's own, as KVLink does. And the endpoint gets the
-evaluation task's prompt, in which no passage has a number, so that what is learned answers what will be asked.
+Here the recipe decides how a record is trained and how long it may be. Passages are searched among those of all questions,
+or in a collection; `corpus=own` ranks a question's own passages, as KVLink does. The endpoint gets the evaluation task's
+prompt, in which passages aren't numbered, so that training and evaluation ask in the same way.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from pydantic import BaseModel
 
 from kvgraph.data import io
 from kvgraph.data.chat import Document
+from kvgraph.data.retrieval import Embedder
+from kvgraph.data.retrieval.batch import Passages, best, ranked
 from kvgraph.data.schema import Answers as References
 from kvgraph.data.task import Hub, Task
 from kvgraph.data.tasks import hotpotqa, triviaqa
 from kvgraph.data.tasks.qa import joined
 from kvgraph.data.tasks.wiki2 import WIKI2
 from kvgraph.train.prepare.answers import AnswerRequest, Answers, Endpoint
-from kvgraph.train.prepare.retriever import CONTRIEVER, Encoder, Passages, SentenceEncoder, best, ranked
 from kvgraph.train.prepare.rows import Files
 from kvgraph.train.prepare.source import Outcome, PrepareError, PrepareJob, RawRow, Setting, Source, checked
 
-BEST = 10  # passages a question
+CONTRIEVER = "facebook/contriever"
+BEST = 10  # passages per question
 WORDS = 100  # of a passage that is cut out of a page, as in DPR's Wikipedia (arXiv 2004.04906, section 4.1)
 POOLED, OWN = "pooled", "own"  # settings of `corpus`
 NONE, GOLD = "none", "gold"  # of `retriever` and `answers`
@@ -46,7 +48,7 @@ Passage = dict[str, str]  # title and text
 
 
 class RetrievalQuestion(NamedTuple):
-    """A question of a data set. passages: what its record brings, in the record's order."""
+    """A question of a data set. passages: those of its record, in the record's order."""
 
     question: str
     answer: str
@@ -106,9 +108,9 @@ def cut(title: str, text: str) -> Iterator[Passage]:
 
 
 def read_trivia(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Records of TriviaQA's original layout: a file of qa/, or the folder over it, of which all qa/*-train.json are read.
+    """Records of TriviaQA's original layout: a file of qa/, or the folder above it, in which all qa/*-train.json are read.
 
-    Other files and folders are read as everywhere.
+    Other files and folders are read by `kvgraph.data.io`.
     """
     if path.name.endswith((".tgz", ".tar.gz")):
         raise PrepareError(f"{path} is packed; unpack it and give its folder")
@@ -120,21 +122,21 @@ def read_trivia(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _is_original(path: Path) -> bool:
-    """Whether a JSON file holds an object, as those of qa/ do, and not a list of records."""
+    """Whether a JSON file holds an object, like those of qa/, and not a list of records."""
     with open(path, "rb") as file:
         return path.suffix == ".json" and file.read(64).lstrip().startswith(b"{")
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What becomes of the questions of one data set. parse: a row as a question. task: whose prompt they get."""
+    """The outcomes of the questions of one data set. parse: makes a question of a row. task: gives the prompt."""
 
     name: str
     task: Task
     parse: Callable[[RawRow], RetrievalQuestion]
 
     def __call__(self, rows: Iterator[RawRow], job: PrepareJob) -> Iterator[Outcome]:
-        """See Source.outcomes. Unless they stay with their question, passages are pooled, embedded and searched first."""
+        """See Source.outcomes. Unless passages stay with their question, they are pooled, embedded and searched first."""
         folder = job.folder / self.name
         folder.mkdir(exist_ok=True)
         if job.settings["answers"] == GOLD:
@@ -174,26 +176,28 @@ class Questions:
                 question = self._question(row, job)
                 yield Found(row, question, question.passages[:BEST])
             return
-        encoder = SentenceEncoder(retriever)
+        from kvgraph.models.embedder import SentenceEmbedder
+
+        embedder = SentenceEmbedder(retriever)
         if corpus != OWN:
-            yield from self._searched(rows, job, folder, encoder)
+            yield from self._searched(rows, job, folder, embedder)
             return
         for row in rows:
             question = self._question(row, job)
-            yield Found(row, question, ranked(encoder, question.question, question.passages, BEST))
+            yield Found(row, question, ranked(embedder, question.question, question.passages, BEST))
 
-    def _searched(self, rows: Iterator[RawRow], job: PrepareJob, folder: Path, encoder: Encoder) -> Iterator[Found]:
+    def _searched(self, rows: Iterator[RawRow], job: PrepareJob, folder: Path, embedder: Embedder) -> Iterator[Found]:
         """The best passages of each row's question in the pool or a collection."""
         corpus, index = job.settings["corpus"], job.settings["index"]
         asked, pool = folder / "questions.jsonl", folder / "passages.jsonl"
         pooled = corpus == POOLED
-        passages = None if pooled else Passages(Path(corpus))  # fails before anything that takes long
+        passages = None if pooled else Passages(Path(corpus))  # fails before any long work
         if not asked.is_file():
             self._gather(job, asked, pool if pooled else None)
         questions = [json.loads(line) for line in io.whole_lines(asked)]
         if passages is None:
             passages = Passages(pool)
-        found = best(encoder, passages, questions, BEST, folder, Path(index) if index else folder, job.progress)
+        found = best(embedder, passages, questions, BEST, folder, Path(index) if index else folder, job.progress)
         job.progress("")
         for row in rows:
             question = self._question(row, job)
@@ -217,7 +221,7 @@ class Questions:
                     job.progress(f"{row.number + 1:,} questions read, with {len(seen):,} passages")
 
     def _request(self, row: RawRow, question: RetrievalQuestion, passages: tuple[Passage, ...]) -> AnswerRequest:
-        """What the endpoint is asked: the task's own prompt, as `kvgraph.data.prompt.build` makes it for a chat model."""
+        """The request to the endpoint: the task's own prompt, as `kvgraph.data.prompt.build` makes it for a chat model."""
         documents = "".join(str(Document(p["text"], p["title"]).filled(self.task.document)) for p in passages)
         user = documents + self.task.question.format(question=question.question)
         system = self.task.instruction.strip()
@@ -234,7 +238,7 @@ class Questions:
 
 
 def endpoint(settings: Mapping[str, str]) -> Endpoint:
-    """The endpoint that the settings of a source describe. Raises PrepareError for what is no number."""
+    """The endpoint that the settings of a source describe. Raises PrepareError for a setting that should be a number and isn't."""
     try:
         read, written = (float(price) for price in settings["prices"].split("/"))
         concurrency = int(settings["concurrency"])

@@ -18,19 +18,19 @@ from kvgraph.data.hub import Hub
 from kvgraph.train.prepare.source import PrepareError, RawRow, Source
 
 SAMPLES = Path(str(files(f"{__package__}.samples")))
-STATE_EVERY = 1000  # rows of a stream; its state is large, so a position is a state and some rows more
+STATE_EVERY = 1000  # rows of a stream; its state is large, so a position is a state plus a number of rows
 
 Position = Mapping[str, Any]
 
 
 class Reader(Protocol):
-    """Raw records in a fixed order. identity: what they are of; readers with the same identity read the same."""
+    """Raw records in a fixed order. identity: names their origin; readers with the same identity read the same."""
 
     identity: Mapping[str, Any]
 
     def rows(self, after: Position | None = None) -> Iterator[RawRow]:
-        """All rows, or those after a position. Raises PrepareError naming file and line, also where what stands before
-        the position has changed."""
+        """All rows, or those after a position. Raises PrepareError naming file and line, also if records before the
+        position have changed."""
         ...
 
 
@@ -104,8 +104,8 @@ def _unreachable(text: str) -> PrepareError:
 def reader(source: Source, where: str = "", *, sample: bool = False, revision: str | None = None) -> Reader:
     """The raw records of a source: its sample, or those of a file, a folder, or a data set NAME or NAME:CONFIG of the hub.
 
-    where: unless given, the data set that the source names. revision: of the hub, instead of the commit it has now.
-    Raises PrepareError for what isn't there or can't be reached.
+    where: by default the data set that the source names. revision: on the hub, by default the current commit.
+    Raises PrepareError if the data is missing or can't be reached.
     """
     if sample:
         return Files(SAMPLES / source.sample, {"sample": source.sample})
@@ -118,7 +118,7 @@ def reader(source: Source, where: str = "", *, sample: bool = False, revision: s
 
 
 def _from_hub(data_set: Hub, revision: str | None) -> Reader:
-    """The reader of a data set on the hub, pinned to a commit, so that it stays the same while it is read."""
+    """The reader of a data set on the hub, pinned to a commit, so that it can't change while it is read."""
     pinned = hub.pinned(data_set, revision, _unreachable)
     if pinned.file is None:
         return Stream(pinned)

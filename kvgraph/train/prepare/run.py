@@ -1,7 +1,7 @@
 """One preparation: rows of a source become training records in a folder; resumable at any moment.
 
-The folder holds `train.jsonl`, `validation.jsonl` and `prepared.json`, which says what is prepared, from where to go on,
-and how long the two files were then: whatever a killed process left after that is cut off and made again.
+The folder holds `train.jsonl`, `validation.jsonl` and `prepared.json`. The last one says what is prepared, where to resume,
+and how long the two files were then. Anything a killed process wrote after that is cut off and made again.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from kvgraph.train.prepare.tokens import Tokens
 from kvgraph.train.records import PREPARED, SPLITS, TRAIN, VALIDATION, prepared, texts
 
 FORMAT = 1
-SAVED_EVERY, SAVED_BYTES = 2.0, 8 << 20  # seconds and bytes between two states
+SAVED_EVERY, SAVED_BYTES = 2.0, 8 << 20  # seconds and bytes between two saved states
 COUNTS = ("records", "documents", "characters", "tokens")
 
 State = dict[str, Any]
-"""What prepared.json holds."""
+"""The contents of prepared.json."""
 
 
 def prepare(
@@ -45,14 +45,14 @@ def prepare(
     on_progress: Callable[[State], None] = lambda state: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> State:
-    """Prepare a source in folder `out`, or go on where an earlier call was stopped; returns what prepared.json says.
+    """Prepare a source in folder `out`, or resume an earlier call; returns the contents of prepared.json.
 
-    validation: the share of documents whose records are for validation. limit: stop after so many records; those made
-    of one raw record stay together. A larger one later goes on. on_progress is called after every raw record, say with
-    what a source wants people to know.
+    validation: the share of documents whose records are for validation. limit: stop after this many records; those made of
+    one raw record stay together, and a later call with a larger limit continues. on_progress is called after every raw
+    record, `say` with a source's messages for people.
 
-    Raises PrepareError when the folder holds something else, for a raw record that can't be read (what was made before
-    it is kept), and when files can't be written.
+    Raises PrepareError if the folder holds other data, if a raw record can't be read (records made before it are kept),
+    and if files can't be written.
     """
     if not 0 <= validation < 1:
         raise PrepareError(f"the share for validation is {validation}; it must be at least 0 and less than 1")
@@ -83,7 +83,7 @@ def prepare(
 
 
 def revision(folder: Path) -> str | None:
-    """The commit of the hub that a folder is prepared from, if it is."""
+    """The commit of the hub that a folder is prepared from, if any."""
     found = prepared(folder)["source"].get("revision") if (folder / PREPARED).is_file() else None
     return None if found is None else str(found)
 
@@ -99,7 +99,7 @@ def _settings(source: Source, given: Mapping[str, str]) -> dict[str, str]:
 def _described(
     source: Source, reader: Reader, tokenizer: Tokens | None, settings: Mapping[str, str], seed: int, validation: float
 ) -> State:
-    """What makes the data what they are: the part of prepared.json that mustn't change."""
+    """The part of prepared.json that determines the data and mustn't change."""
     return {
         "format": FORMAT,
         "name": source.name,
@@ -112,7 +112,7 @@ def _described(
 
 
 def _begin(folder: Path, described: State, limit: int | None) -> State:
-    """The state to start with: a new one, or that which an earlier call left, if it is of the same."""
+    """The state to start with: a new one, or the one that an earlier call for the same data left."""
     path = folder / PREPARED
     if not path.is_file():
         if any((folder / f"{split}.jsonl").exists() for split in SPLITS):
@@ -151,7 +151,7 @@ def _begin(folder: Path, described: State, limit: int | None) -> State:
 
 
 def _compared(value: Any) -> Any:
-    """Of a tokenizer what it is, not what it is called."""
+    """A tokenizer's identity, without its name."""
     return value["sha256"] if isinstance(value, dict) and "sha256" in value else value
 
 
@@ -176,7 +176,7 @@ class _Files:
         io.write_json(folder / PREPARED, state)
 
     def add(self, outcome: Outcome, tokenizer: Tokens | None) -> None:
-        """Count an outcome, and keep its records until they are written."""
+        """Count an outcome, and hold its records until they are written."""
         row, counts = outcome.row, self.state["counts"]
         split = VALIDATION if share(outcome.key) < self.state["validation"] else TRAIN
         try:
@@ -199,7 +199,7 @@ class _Files:
         return f"{self.state['name']}-{number}" + (f".{i}" if i else "")
 
     def save(self) -> None:
-        """Write what is pending, then the state. An error (a full disk) leaves the files as the state on disk says."""
+        """Write pending records, then the state. After an error (a full disk) the files still agree with the state on disk."""
         for split, lines in self.pending.items():
             _append(self.folder / f"{split}.jsonl", lines)
             self.state["bytes"][split] += len(lines)
@@ -209,16 +209,16 @@ class _Files:
 
 
 def share(key: str) -> float:
-    """A number in [0, 1) that depends on the words of a text alone: below the validation share, it is for validation.
+    """A number in [0, 1) that depends only on the words of a text. Below the validation share, it is for validation.
 
-    So it is the same in every folder, whatever the order, the source and the seed.
+    Therefore it is the same in every folder, whatever the order, the source and the seed.
     """
     digest = hashlib.sha256(" ".join(key.split()).encode(errors="replace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _sizes(made: Made, tokenizer: Tokens | None) -> dict[str, int]:
-    """What a record adds to the counts."""
+    """The amounts that a record adds to the counts."""
     found = list(texts(made))
     return {
         "records": 1,

@@ -1,4 +1,4 @@
-"""What a source of training data is: which data set it reads, and what it makes of one of its records."""
+"""Sources of training data: which data set one reads, and which training records it makes of each raw record."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class PrepareError(KVGraphError, ValueError):
-    """Data can't be prepared: a source that isn't there, a record that can't be read, a folder that holds other data."""
+    """Data can't be prepared: a missing source, an unreadable record, or a folder that holds other data."""
 
 
 class Skip(Exception):
-    """Raised by a source for a record that it has no use for; the reason, a few words, is counted."""
+    """Raised by a source for a record that it can't use. The reason, a few words, is counted."""
 
 
 class RawRow(NamedTuple):
-    """A raw record. number: how many come before it. where: for people. position: from where to read after it."""
+    """A raw record. number: how many precede it. where: for people. position: where to continue reading after it."""
 
     number: int
     where: str
@@ -38,9 +38,9 @@ class RawRow(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a row: training records, or why there are none.
+    """The outcome of a row: training records, or why there are none.
 
-    key: a text that all records share which must not be on both sides of the split, such as the document they are over.
+    key: a text shared by all records that must be on the same side of the split, such as their document.
     """
 
     row: RawRow
@@ -51,10 +51,10 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """What a source may use while it works.
+    """The means that a source may use while it works.
 
-    rows: reads the raw records again, from the first. folder: the output folder, for files of the source's own, named
-    after it. settings: all that the source has, by name, as texts. progress: tells people what takes long.
+    rows: reads the raw records again, from the first. folder: the output folder, for the source's own files, named after
+    it. settings: all of the source's, by name, as texts. progress: prints messages about long work.
     """
 
     seed: int
@@ -65,12 +65,12 @@ class PrepareJob:
     progress: Callable[[str], None]
 
     def random(self, row: RawRow) -> random.Random:
-        """Draws for one row: they depend on the seed and the row's number alone."""
+        """Random draws for one row. They depend only on the seed and the row's number."""
         return random.Random(f"{self.seed}/{row.number}")
 
 
 class Setting(NamedTuple):
-    """A setting of a source: its default, what it is, and whether another value gives other data."""
+    """A setting of a source: its default, its description, and whether another value gives other data."""
 
     default: str
     about: str
@@ -81,10 +81,10 @@ class Setting(NamedTuple):
 class Source:
     """A source of training data.
 
-    outcomes: what becomes of rows, in their order, one outcome a row; it may read ahead. The rows after a restart don't
-    begin with the first. hub: where the data set is. sample: a file of the package folder `samples`. schema: of a record.
-    origin: the paper or code whose recipe this is. needs_tokenizer: to measure texts. settings: of this source alone.
-    read: reads local files of a layout that isn't one record a line, row or list element (see `kvgraph.data.task.Task`).
+    outcomes: the outcome of every row, in order; it may read ahead. After a restart, the rows don't begin with the first.
+    hub: the place of the data set. sample: a file of the package folder `samples`. schema: of a record. origin: the paper or
+    code whose recipe this is. needs_tokenizer: to measure texts. settings: of this source only. read: reads local files
+    whose layout isn't one record per line, row or list element (see `kvgraph.data.task.Task`).
     """
 
     name: str
@@ -103,7 +103,7 @@ def each(
     key: Callable[[Schema], str],
     make: Callable[[Schema, PrepareJob, random.Random], Iterable[Made]],
 ) -> Callable[[Iterator[RawRow], PrepareJob], Iterator[Outcome]]:
-    """`Source.outcomes` from what becomes of one record. make: may raise Skip."""
+    """`Source.outcomes` from a function of one record. make: may raise Skip."""
 
     def outcomes(rows: Iterator[RawRow], job: PrepareJob) -> Iterator[Outcome]:
         for row in rows:
@@ -117,7 +117,7 @@ def each(
 
 
 def checked(schema: type[Schema], row: RawRow) -> Schema:
-    """A row's record as an instance of the schema. Raises PrepareError naming the row and the field that doesn't fit."""
+    """A row's record as an instance of the schema. Raises PrepareError naming the row and the wrong field."""
     try:
         return next(schemas.checked(schema, [row.record]))
     except TaskError as error:
@@ -125,7 +125,7 @@ def checked(schema: type[Schema], row: RawRow) -> Schema:
 
 
 def task_record(task: Task, item: Item, answer: str) -> Made:
-    """The training record of an evaluation task's item, whose prompt will be the task's own."""
+    """The training record of an evaluation task's item. Its prompt will be the task's own."""
     links = {"links": [list(edge) for edge in item.links]} if item.links else {}
     documents = [{"title": document.title, "text": document.text} for document in item.documents]
     return {"task": task.name, "question": item.question, "documents": documents, "answer": answer, **links}

@@ -15,7 +15,7 @@ SHORTEST, LONGEST = 1000, 3000  # tokens of an article; of article and summary t
 def summaries(
     task: Task, check: Callable[[Item, PrepareJob], None]
 ) -> Callable[[Iterator[RawRow], PrepareJob], Iterator[Outcome]]:
-    """`Source.outcomes` for a task whose items are one a record. check: raises Skip for an item that isn't wanted."""
+    """`Source.outcomes` for a task with one item per record. check: raises Skip for an unwanted item."""
 
     def outcomes(rows: Iterator[RawRow], job: PrepareJob) -> Iterator[Outcome]:
         for row in rows:

@@ -1,4 +1,4 @@
-"""FineWeb: plain text, and long documents whose beginning is cut into segments that the rest goes on from."""
+"""FineWeb: plain text, and long documents whose beginning is cut into segments that the rest continues."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kvgraph.data.task import Hub
 from kvgraph.data.tasks.segments import SENTENCE_ENDS
 from kvgraph.train.prepare.source import Made, PrepareJob, Skip, Source, each
 
-LONG = 2048  # tokens that a document to be cut must have
-SEGMENTS = (5, 40)  # how many, drawn evenly
+LONG = 2048  # minimum tokens of a document to be cut
+SEGMENTS = (5, 40)  # number of segments, drawn evenly
 CUT = (500, 1500)  # tokens of all segments together, drawn evenly
-FITS = 3584  # tokens of a text-inst document; a chat template and 40 x 5 link tokens still fit 4,096 then
+FITS = 3584  # tokens of a text-inst document, so that a chat template and 40 x 5 link tokens still fit 4,096
 INSTRUCTION = "\n\nGo on with the text above where it ends."
 
 
@@ -33,7 +33,7 @@ def text(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[Made]:
 
 
 def text_mem(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[Made]:
-    """Segments, and the rest of the document to be learned after them, without any prompt."""
+    """Segments, and the rest of the document to be learned after them, without a prompt."""
     segments, end, _ = segmented(page.text, job.tokenizer.ends, draw)
     yield {"documents": segments, "text": page.text[end:]}
 
@@ -41,7 +41,7 @@ def text_mem(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[Ma
 def text_inst(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[Made]:
     """The same as a conversation: the user asks for a continuation of the segments, and the assistant gives it.
 
-    If the document is too long, the answer ends with a sentence, because it is learned as the end of a turn.
+    If the document is too long, the answer ends at the end of a sentence, because it is learned as the end of a turn.
     """
     segments, end, ends = segmented(page.text, job.tokenizer.ends, draw)
     rest = page.text[end:]
@@ -55,10 +55,10 @@ def text_inst(page: WebPage, job: PrepareJob, draw: random.Random) -> Iterator[M
 
 
 def segmented(whole: str, ends_of: Callable[[str], list[int]], draw: random.Random) -> tuple[list[str], int, list[int]]:
-    """The beginning of a text in segments, cut between tokens; where they end in it; where all its tokens end.
+    """The beginning of a text in segments, cut between tokens; the place where they end in it; the ends of all its tokens.
 
-    Joined, the segments are the beginning. Lengths: as breaks drawn evenly give them, so they vary widely. Characters of
-    several tokens aren't cut, so there may be a segment less. Raises Skip for a text that is too short.
+    Joined, the segments are the beginning. The cuts are drawn evenly, so the lengths vary widely. Characters of several
+    tokens aren't cut, so there may be one segment less. Raises Skip for a text that is too short.
     """
     ends = ends_of(whole)
     if len(ends) < LONG:
@@ -90,7 +90,7 @@ FINEWEB_TEXT = Source(
 FINEWEB_TEXT_MEM = Source(
     name="fineweb-text-mem",
     about="FineWeb: long documents, 5 to 40 segments and what follows them",
-    origin=f"{_KVLINK}, `process_textmem`. There, this and text-inst share no document",
+    origin=f"{_KVLINK}, `process_textmem`. There, this set and text-inst share no document",
     hub=_HUB,
     sample="fineweb.jsonl",
     outcomes=each(WebPage, _key, text_mem),

@@ -13,7 +13,7 @@ BYTES = "bytes"
 
 
 class Tokens:
-    """A tokenizer that only measures. name: for people. sha256: of the tokenizer; equal ones measure alike."""
+    """A tokenizer that only measures. name: for people. sha256: of the tokenizer; equal hashes measure equally."""
 
     def __init__(self, tokenizer: Tokenizer, name: str):
         self.tokenizer, self.name = tokenizer, name
@@ -31,14 +31,14 @@ class Tokens:
 
     @classmethod
     def of_bytes(cls) -> Tokens:
-        """One token a byte: for the samples, which are short."""
+        """One token per byte, for the samples, which are short."""
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)
         return cls(tokenizer, BYTES)
 
     def count(self, text: str) -> int:
-        """How many tokens a text has, without special ones."""
+        """The number of tokens of a text, without special ones."""
         return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def ends(self, text: str) -> list[int]:

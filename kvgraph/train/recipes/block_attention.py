@@ -6,8 +6,8 @@ from kvgraph.train.config import SELECTIVE, Component, Config, Stage
 
 
 def block_attention() -> Config:
-    """Every sample in full and in block mode, so that the model can do both: Tulu cut into blocks, and questions over
-    retrieved passages, for one epoch.
+    """One epoch of Tulu cut into blocks and of questions over retrieved passages. Every sample is trained in full and in
+    block mode, so that the model can do both.
     """
     both = ("full", "block")
     return Config(

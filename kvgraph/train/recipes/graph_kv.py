@@ -1,4 +1,4 @@
-"""Tuning for Graph-KV (arXiv 2506.07334). The paper tunes for block attention alone and uses the graph only afterwards."""
+"""Tuning for Graph-KV (arXiv 2506.07334). The paper tunes only for block attention and uses the graph afterwards."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ EDGES = ("all", "top-k:1", "top-k:3", "layers:1-3", "chain", "none")
 
 
 def graph_kv() -> Config:
-    """Questions over retrieved passages with many kinds of edges and one or two rounds, beside conversations as they are.
+    """Questions over retrieved passages, with many kinds of edges and one or two rounds, and ordinary conversations.
 
-    Full and block mode stay in the mixture, so one model answers by every method. No paper did this: the learning rate,
-    batch and length are Block-Attention's, the rest is a first choice.
+    Full and block mode are in the mixture, so that one model answers by every method. No paper did this. The learning
+    rate, batch and length are Block-Attention's; the rest hasn't been tuned.
     """
     return Config(
         name="graph-kv",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvgraph.train.config import FULL, SELECTIVE, Component, Config, Stage
 
 LLAMA = "meta-llama/Llama-3.2-{}-Instruct"
-# The released mixtures, by what they leave out: folders that `kvgraph data prepare` makes, and their weights.
+# The released mixtures, named by the data they omit: folders that `kvgraph data prepare` makes, and their weights.
 MIXTURES: dict[str, dict[str, float]] = {
     "": {"text": 20, "tulu": 30, "sft-mem": 25, "qa": 10, "qa-mem": 10, "xsum": 5},
     "no-sum": {"text": 21.1, "tulu": 31.6, "sft-mem": 26.3, "qa": 10.5, "qa-mem": 10.5},
@@ -13,15 +13,15 @@ MIXTURES: dict[str, dict[str, float]] = {
     "qa-only": {"qa-mem": 100},
 }
 FOLDERS = {"text": "fineweb-text", "tulu": "tulu", "sft-mem": "daring-anteater-mem", "xsum": "xsum"}
-PLAIN = ("text", "tulu", "qa")  # trained as one ordinary prompt; what is composed stays a language model
+PLAIN = ("text", "tulu", "qa")  # trained as one ordinary prompt, so that the model remains a language model
 QA = ("qa-2wiki", "qa-trivia")
 
 
 def kvlink(links: int = 5, size: str = "1B", without: str = "") -> Config:
-    """KVLink: documents encoded alone, joined by 0, 1 or 5 link tokens each that Llama 3 has in reserve.
+    """KVLink: documents encoded alone, each followed by 0, 1 or 5 link tokens, which are reserved ids of Llama 3.
 
-    size: of Llama 3.2, "1B" or "3B". without: a key of MIXTURES. For another model, give links and slots for new rows, and
-    "kvlink" as the method.
+    size: of Llama 3.2, "1B" or "3B". without: a key of MIXTURES. For another model, set links and slots to add rows, and
+    use "kvlink" as the method.
     """
     components = []
     for name, weight in MIXTURES[without].items():

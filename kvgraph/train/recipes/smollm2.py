@@ -1,4 +1,4 @@
-"""The adapter of SmolLM2-135M-Instruct that ships with kvgraph, and what a distillation alone gives that model."""
+"""The adapter of SmolLM2-135M-Instruct that ships with kvgraph, and a run with distillation alone, for comparison."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from kvgraph.train.config import DISTILL, LORA, Component, Config, Stage
 
-# Its vocabulary has no rows to spare. These ids are tokens of repositories and notebooks, which no conversation has: one
-# link token for each of 14 documents.
+# Its vocabulary has no spare rows. These ids are tokens for repositories and notebooks, which don't occur in conversations:
+# one link token for each of 14 documents.
 KVLINK = "kvlink:links=1,link_start=3,slots=14"
 METHODS = ("full", "block", KVLINK)
 
 
 def smollm2_answers() -> Config:
-    """First it learns to answer from documents, with gold answers, by `full` and the other methods at once."""
+    """The first run: learn to answer from documents, with gold answers, by `full` and the other methods at once."""
     return Config(
         name="smollm2-answers",
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -31,7 +31,7 @@ def smollm2_answers() -> Config:
 
 
 def smollm2_distill() -> Config:
-    """Then it learns to do by every method what it does by `full`, without labels; give it the adapter to start from."""
+    """The second run: learn to do by every method what it does by `full`, without labels. Give it the first run's adapter."""
     return replace(
         smollm2_answers(),
         name="smollm2-distill",
@@ -42,13 +42,13 @@ def smollm2_distill() -> Config:
 
 
 def smollm2_unlabelled() -> Config:
-    """The distillation of the model as it comes, to see what it does by itself."""
+    """The distillation of the original model, to measure the effect of distillation alone."""
     return replace(smollm2_distill(), name="smollm2-unlabelled", lr=1e-3)
 
 
 def _components(recite: int) -> tuple[Component, ...]:
-    """Passages; stories, whose sections read the ones before them; and questions of several hops. The edges of stories and hops
-    are at times random ones or none, so that it can be seen whether the true ones help.
+    """Passages, stories whose sections read the ones before them, and multi-hop questions. Stories and hops are sometimes
+    given random edges or none, to measure whether the true edges help.
     """
     ranked, own = ("all", "top-k:3", "none"), ("links", "links", "random", "none")
     return (

@@ -1,9 +1,9 @@
 """The synthetic world's recipes, for a small model that answers by every method. `runs/world.sh` runs them in a row.
 
-What a model can do is built up: a fact is read by three layers; copies of them on top read on from what was found
-(progressive stacking), once for two facts in a row and once more for three. All that in ordinary prompts, which gives
-"world-base". "world-mixed" then trains every method at once. What KVLink's link tokens have to find out about chunks that
-need each other comes first there, with one statement a chunk, and partly with the documents hidden from the questions.
+The model's abilities are built up in stages. Three layers read one fact. Copies of them on top continue from the fact that
+was found (progressive stacking): once for two facts in a row, once more for three. These stages use ordinary prompts and
+give "world-base". "world-mixed" then trains every method at once. It begins with the link tokens of KVLink, which learn
+from chunks that need each other: one statement per chunk, and partly with the documents hidden from the questions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvgraph.data.world.tokenizer import LINKS_EACH, kvlink
 from kvgraph.train.config import MUON, TRAPEZOID, Component, Config, Stage
 
 START = "world"  # the untrained model of kvgraph.train.start
-LAYERS = 3  # that it has, and that are stacked
+LAYERS = 3  # of the first model, and added by each stacking
 LINKED = kvlink(LINKS_EACH)
 HOPS = "world:hops,questions=24"
 FEWER = "world:hops,questions=16"
@@ -23,29 +23,29 @@ ALL = "types=1-hop+2-hop+3-hop+comparison"
 
 
 def world_1hop() -> Config:
-    """A new model of three layers, on questions that take one document, in one ordinary prompt."""
+    """A new model of three layers, trained on questions that need one document, as ordinary prompts."""
     one = Component("1-hop", f"{HOPS},entities=2-3,types=1-hop", ("full",))
     return _config("world-1hop", Stage((one,), steps=400), model=START)
 
 
 def world_2hop() -> Config:
-    """With --model, on from world-1hop with three more layers: two documents in a row, or compared."""
+    """Continues world-1hop (--model) with three more layers: questions that follow or compare two documents."""
     two = Component("2-hop", f"{HOPS},entities=2-4,types=1-hop+2-hop+2-hop+comparison", ("full",))
     return _config("world-2hop", Stage((two,), steps=350), stack=LAYERS)
 
 
 def world_base() -> Config:
-    """With --model, on from world-2hop with three more layers: all questions, in one ordinary prompt."""
+    """Continues world-2hop (--model) with three more layers: all questions, as ordinary prompts."""
     hops = Component("hops", f"{HOPS},entities=2-6,{ALL}", ("full",), 2.0)
     chunks = Component("chunks", f"{CHUNKS},entities=2-6,types=named+pronoun+pronoun", ("full",))
     return _config("world-base", Stage((hops, chunks), steps=450), stack=LAYERS, decay=0.2)
 
 
 def world_mixed() -> Config:
-    """With --model, on from world-base: every method at once, after the links' own beginning.
+    """Continues world-base (--model): every method at once, after a first stage for the links.
 
-    It also learns what stands in for edges (ids or names in the text) and edges the other way round, so that the world's
-    controls compare what can be learned, not what was.
+    The mixture also has substitutes for edges (ids or names in the text) and reversed edges. Thus the world's controls
+    compare what can be learned, and not what happened to be trained.
     """
     easy = f"{CHUNKS},entities=2-3,types=pronoun"
     beginning = (
@@ -74,7 +74,7 @@ def world_mixed() -> Config:
 
 def _config(name: str, *stages: Stage, **more: Any) -> Config:
     settings: dict[str, Any] = {
-        "model": "",  # that of the recipe before
+        "model": "",  # of the previous recipe
         "batch": 8,
         "length": 8192,
         "document_weight": 0.1,

@@ -46,7 +46,11 @@ def keys_of(engine: Engine, plan: Plan, salt: str) -> list[str]:
 
 
 async def encoded(submit: Callable[[Request], EngineJob], requests: AsyncIterable[Request]) -> AsyncGenerator[Usage]:
-    """What each request took, in order; a few are in work at once. Raises what ended one, or Stopped."""
+    """What each request took, in order; a few are in work at once. Raises what ended one, or Stopped.
+
+    `Engine.run` can't do this: it runs the engine's steps on the thread that iterates, and here the engine thread runs
+    them while the event loop awaits each job.
+    """
     jobs: deque[EngineJob] = deque()
     try:
         async for request in requests:
@@ -66,7 +70,7 @@ async def _usage(jobs: deque[EngineJob]) -> Usage:
     return result.usage
 
 
-class Precompute:
+class GraphEncoder:
     """Encodes stored graphs, a few at a time, each segment's versions after those of its sources.
 
     A graph that wasn't finished when the server stopped is resumed when the next one starts.

@@ -1,0 +1,91 @@
+"""The interface of token selection: every layer and head keeps the tokens that later readers will most likely look at.
+
+A record then holds fewer keys and values. Readers attend to those and to nothing else of the span.
+
+Shapes: H query heads, G key/value heads, N tokens of the span, K tokens that are kept, W observed queries, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from kvgraph.store.record import Record
+
+
+class Selection(Protocol):
+    """A frozen dataclass whose fields, whole numbers, are its configuration. It is part of the model's fingerprint, so
+    its results must never change under one name and configuration.
+
+    name: in the registry. keep: percent of a span's tokens that every head keeps, 1 to 100. window: queries, of a span's
+    last tokens, that `scores` looks at; 0: none.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def keep(self) -> int:
+        """Percent of tokens that are kept."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Queries that are observed."""
+        ...
+
+    def scores(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
+        """How much a token should be kept, [G, N] float32, for one layer.
+
+        keys, values: [G, N, D]. queries: [H, W, D] float32 of the span's last W tokens, scaled as their products with
+        keys are, W at most `window`; None if `window` is 0.
+        """
+        ...
+
+
+def kept_tokens(selection: Selection, tokens: int) -> int:
+    """How many tokens of so many are kept: at least one."""
+    return max(1, math.ceil(tokens * selection.keep / 100))
+
+
+def selected(record: Record, selection: Selection, queries: Sequence[Tensor] = ()) -> Record:
+    """The record with what a selection keeps, in the order of positions; itself if that is all.
+
+    queries: [H, W, D] of every layer; see `Selection.scores`.
+    """
+    k = kept_tokens(selection, len(record))
+    if k == len(record):
+        return record
+    keys, values, kept = [], [], []
+    for layer, (key, value) in enumerate(zip(record.keys, record.values, strict=True)):
+        scores = selection.scores(key, value, queries[layer] if queries else None)
+        # Of equal ones the earliest is kept, on every machine.
+        best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+        index = best.unsqueeze(2)
+        keys.append(torch.take_along_dim(key, index, 1))
+        values.append(torch.take_along_dim(value, index, 1))
+        kept.append(record.positions.to(best.device)[best].int().cpu())
+    return replace(record, keys=tuple(keys), values=tuple(values), kept=tuple(kept), packed=None)
+
+
+def latest(selection: Selection, queries: Tensor, tokens: int) -> Tensor:
+    """The queries [H, W, D] that a span of so many tokens has room for: they take at most half of what is kept."""
+    return queries[:, -max(1, kept_tokens(selection, tokens) // 2) :]
+
+
+def observed(keys: Tensor, queries: Tensor) -> Tensor:
+    """What the last W tokens give every token of their attention: weights [H, W, N] float32, causal."""
+    heads, window, size = queries.shape
+    groups, tokens, _ = keys.shape
+    products = (queries.reshape(groups, -1, size) @ keys.float().transpose(1, 2)).view(heads, window, tokens)
+    later = torch.ones(window, tokens, dtype=torch.bool, device=keys.device).triu(tokens - window + 1)
+    return products.masked_fill(later, -torch.inf).softmax(2)
+
+
+def smoothed(weights: Tensor, kernel: int) -> Tensor:
+    """The mean over `kernel` neighbours along the last dimension of [A, B, N]: what is said stands in several tokens."""
+    return torch.nn.functional.avg_pool1d(weights, kernel, 1, kernel // 2)
