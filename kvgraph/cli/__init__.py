@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from kvgraph import __version__
-from kvgraph.cli import ask, bench, check, data, demo, encode, explain, index, report, serve, store, train, tune
+from kvgraph.cli import ask, bench, chat, check, data, demo, encode, explain, index, report, serve, store, train, tune
 from kvgraph.cli import eval as evaluation
 from kvgraph.errors import KVGraphError
 
@@ -27,6 +27,7 @@ UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of it that
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(encode.encode)
 app.command()(ask.ask)
+app.command()(chat.chat)
 app.command()(explain.explain)
 app.command()(check.check)
 app.command()(bench.bench)

@@ -86,6 +86,14 @@ def build(
     method: Annotated[
         str, typer.Option(help="A method that reads edges and encodes a part as in the whole.")
     ] = "graph-kv",
+    embedder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Find chunks by meaning too, with this sentence-transformers model, such as "
+            "sentence-transformers/all-MiniLM-L6-v2 [default: by words alone].",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print chunks, tokens, bytes and time.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -142,7 +150,7 @@ def build(
                 _estimate(engine, corpus, there)
                 return
             assert there is not None
-            done = _written(there, corpus, source)
+            done = _written(there, corpus, source, embedder)
         finally:
             if there is not None:
                 there.close()
@@ -151,7 +159,9 @@ def build(
         f"{common.human_size(engine.stored_bytes)} written, {done.forgotten:,} records forgotten, "
         f"{done.computed / max(done.seconds, 1e-9):,.0f} tokens/s"
     )
-    typer.echo(f"{name} is ready; `kvgraph serve --store {store}` with the same model serves it")
+    typer.echo(
+        f'{name} is ready; ask it: kvgraph ask --index {name} --store {store} "..."; serve it: kvgraph serve --store {store}'
+    )
 
 
 def _default_model() -> str:
@@ -186,9 +196,12 @@ def _compared(changes: Changes) -> str:
     )
 
 
-def _written(there: CorpusIndex, corpus: PlannedCorpus, source: Path) -> EncodedCorpus:
+def _written(there: CorpusIndex, corpus: PlannedCorpus, source: Path, embedder: str | None) -> EncodedCorpus:
+    from kvgraph.models.embedder import SentenceEmbedder
+
     try:
-        return there.write(corpus, str(source.resolve()))
+        model = None if embedder is None else SentenceEmbedder(embedder)
+        return there.write(corpus, str(source.resolve()), embedder=model)
     except KeyboardInterrupt:
         typer.echo("stopped; finished chunks are in the store; run the same command again to continue", err=True)
         raise

@@ -394,6 +394,37 @@ class Library:
                 tuple(index[place] for place in places),
             )
 
+    def members(self, graph: StoredGraph) -> list[str]:
+        """The ids of a graph's segments, in its order."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT id FROM members JOIN segments ON segments.row = segment WHERE graph = ? ORDER BY place",
+                (graph.row,),
+            )
+            return [id for (id,) in rows]
+
+    def texts(self, graph: StoredGraph) -> list[StoredSegment]:
+        """A graph's segments, in its order, with their titles and texts."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT id, tokens, title, text, created FROM members JOIN segments ON segments.row = segment "
+                "WHERE graph = ? ORDER BY place",
+                (graph.row,),
+            )
+            return [StoredSegment(row[0], _unpacked(row[1]), *row[2:]) for row in rows]
+
+    def sources(self, graph: StoredGraph, id: str) -> list[str]:
+        """The ids of the segments that one of a graph reads, in the graph's order; empty for one that it hasn't."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT source.id FROM segments AS reader JOIN members AS at ON at.segment = reader.row AND at.graph = ? "
+                "JOIN edges ON edges.graph = at.graph AND edges.reader = at.place JOIN members AS from_ ON "
+                "from_.graph = at.graph AND from_.place = edges.source JOIN segments AS source ON source.row = from_.segment "
+                "WHERE reader.model = ? AND reader.tenant = ? AND reader.id = ? ORDER BY edges.source",
+                (graph.row, self._model, graph.tenant, id),
+            )
+            return [source for (source,) in rows]
+
     def _ancestors(self, graph: StoredGraph, places: Iterable[int]) -> tuple[dict[int, None], list[tuple[int, int]]]:
         """The places and all that is within the method's reach before them, and the edges on the way."""
         needed, pairs = dict.fromkeys(places), []

@@ -64,7 +64,7 @@ class AnswerForm:
             choice.result = update.result or choice.result
         await self._shadow()
         choices = [self.choice(i, choice) for i, choice in enumerate(self.choices)]
-        return self.response(choices=choices, usage=self.usage(), **self.head)
+        return self.response(choices=choices, usage=self.usage(), citations=self.citations(), **self.head)
 
     async def chunks(self, updates: AsyncGenerator[tuple[int, Update]]) -> AsyncGenerator[BaseModel]:
         """The answer piece by piece, and the usage at the end if it was asked for."""
@@ -75,12 +75,23 @@ class AnswerForm:
                 choice = self.choices[index]
                 choice.tokens += len(update.sampled)
                 choice.result = update.result or choice.result
+                ended = all(choice.result is not None for choice in self.choices)
                 for chunk in self.chunk(index, choice, update):
                     choice.begun = True
-                    yield self.part(choices=[chunk], usage=self.usage_so_far() if always else None, **self.head)
+                    yield self.part(
+                        choices=[chunk],
+                        usage=self.usage_so_far() if always else None,
+                        citations=self.citations() if ended and getattr(chunk, "finish_reason", None) else None,
+                        **self.head,
+                    )
         await self._shadow()
         if options.include_usage:
             yield self.part(choices=[], usage=self.usage(), **self.head)
+
+    def citations(self) -> list[schema.Citation] | None:
+        """What was found for the question; None if nothing was looked for."""
+        found = self.laid[0].citations
+        return None if found is None else list(found)
 
     async def _shadow(self) -> None:
         """Compare the first choice with `full`: now, if the request asks for it, or maybe later."""

@@ -28,6 +28,7 @@ from kvgraph.server.errors import APIError, printable
 from kvgraph.server.schema import (
     ChatOptions,
     ChatRequest,
+    Citation,
     CompletionRequest,
     Generation,
     GraphOptions,
@@ -55,7 +56,7 @@ class PreparedPrompt:
     """A prompt ready to be asked: its graph, method and plan, and one engine request a choice.
 
     dropped: the names of documents that were left out because they didn't fit. salt: of the tenant who asks. reading: how
-    answers are to be read.
+    answers are to be read. citations: of what was found and is read.
     """
 
     graph: ContextGraph
@@ -65,6 +66,7 @@ class PreparedPrompt:
     dropped: tuple[str, ...] = ()
     salt: str = ""
     reading: Reading = PLAIN
+    citations: tuple[Citation, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class _Talk:
 class _Context:
     """What a request is about: documents, the names that edges may call them by, edges as given, and the method.
 
-    chosen: the documents that the question is about, by index; None: all.
+    chosen: the documents that the question is about, by index; None: all. citations: of those that were found for it.
     """
 
     documents: list[Document]
@@ -88,6 +90,7 @@ class _Context:
     edges: Any
     method: Method
     chosen: tuple[int, ...] | None = None
+    citations: tuple[Citation, ...] | None = None
 
 
 def lay_out(server: Server, caller: Caller, body: ChatRequest | CompletionRequest) -> list[PreparedPrompt]:
@@ -313,8 +316,11 @@ def max_tokens(body: Generation) -> int | None:
 
 def _documents(server: Server, caller: Caller, body: Generation) -> _Context:
     """The documents that a request brings or names, the edges it gives, and the method it asks for."""
-    if body.kvgraph.segments is not None:
-        raise APIError(400, "kvgraph.segments are those of a graph; name it in kvgraph.graph", param="kvgraph.segments")
+    for param in ("segments", "retrieve"):
+        if getattr(body.kvgraph, param) is not None:
+            raise APIError(
+                400, f"kvgraph.{param} is for those of a graph; name it in kvgraph.graph", param=f"kvgraph.{param}"
+            )
     if len(body.documents) > server.settings.max_documents:
         raise APIError(
             400,
@@ -364,9 +370,34 @@ def _stored_graph(server: Server, caller: Caller, body: Generation) -> _Context:
             param="kvgraph.segments",
         )
     graph = server.library.graph(caller.tenant, options.graph or "", "kvgraph.graph")
+    citations = None
+    if options.retrieve is not None:
+        if chosen is not None:
+            raise APIError(400, "give kvgraph.segments or kvgraph.retrieve, not both", param="kvgraph.retrieve")
+        if options.retrieve > server.settings.max_documents:
+            most = server.settings.max_documents
+            raise APIError(400, f"at most {most} segments are taken", param="kvgraph.retrieve")
+        hits = server.indexes.search(graph, question(body), options.retrieve)
+        citations = tuple(Citation(**hit._asdict() | {"via": hit.via or None}) for hit in hits)
+        chosen = [hit.id for hit in hits]
     part = server.library.part(graph, chosen)
     documents = [Document(id=segment.id, tokens=segment.tokens) for segment in part.segments]
-    return _Context(documents, [d.id for d in documents], part.edges, graph.method, part.chosen)
+    return _Context(documents, [d.id for d in documents], part.edges, graph.method, part.chosen, citations)
+
+
+def question(body: Generation) -> str:
+    """What to find segments for: the last user message of a chat, or the one prompt. Raises APIError 400."""
+    if isinstance(body, ChatRequest):
+        asked = next((message.text for message in reversed(body.messages) if message.role == "user"), "")
+    else:
+        assert isinstance(body, CompletionRequest)
+        prompt = prompt_list(body.prompt)
+        if len(prompt) != 1 or not isinstance(prompt[0], str):
+            raise APIError(400, "kvgraph.retrieve needs one prompt, as text", param="kvgraph.retrieve")
+        asked = prompt[0]
+    if not asked.strip():
+        raise APIError(400, "kvgraph.retrieve needs a question: a user message with text", param="kvgraph.retrieve")
+    return asked
 
 
 def chat_prompt(
@@ -498,15 +529,9 @@ def _fitting(
             )
             for i in range(body.n)
         )
-        return PreparedPrompt(
-            fitted,
-            context.method,
-            plan,
-            tuple(made),
-            tuple(whole.names[i] for i in whole.read[kept:]),
-            caller.salt,
-            reading,
-        )
+        dropped = tuple(whole.names[i] for i in whole.read[kept:])
+        cited = None if context.citations is None else tuple(c for c in context.citations if c.id not in dropped)
+        return PreparedPrompt(fitted, context.method, plan, tuple(made), dropped, caller.salt, reading, cited)
 
     best, low, high, middle = None, 0, total, total
     while low <= high:  # fewer documents need less room, so the most that fit are found by halving

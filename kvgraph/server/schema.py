@@ -159,8 +159,9 @@ class GraphOptions(BaseModel):
     method: full, block, kvlink, graph-kv, ... or a preset; fields may also follow a colon ("graph-kv:rounds=2"). edges:
     pairs [source, reader] of documents by index or id, or a name: all, chain, top-k:3, last-k:3, layers:1-3, star:0.
     graph: the name of a stored graph (`POST /v1/graphs`); segments: those of its segments that the question is about, by
-    id, in the order given. prefix: text before the documents, for completions. shadow: compare the answer's first tokens
-    with `full`; the usage has the result. timeout: seconds, at most the server's.
+    id, in the order given; retrieve: how many of its segments to find for the question (a chat's last user message, or the
+    prompt) instead. prefix: text before the documents, for completions. shadow: compare the answer's first tokens with
+    `full`; the usage has the result. timeout: seconds, at most the server's.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, json_schema_extra=_nullable)
@@ -169,6 +170,7 @@ class GraphOptions(BaseModel):
     edges: Name | list[Edge] | None = None
     graph: Name | None = None
     segments: list[Name] | None = None
+    retrieve: Annotated[int, Field(ge=1, le=1000)] | None = None
     prefix: str | None = None
     shadow: bool = False
     timeout: Annotated[float, Field(gt=0)] | None = None
@@ -554,6 +556,21 @@ class UsageOut(BaseModel):
     kvgraph: Annotated[Details | None, Unless] = None
 
 
+class Citation(BaseModel):
+    """A segment that was found for the question, and given to the model. via: the segment that led to it, which reads it;
+    without it, the question did. score: compares the citations of one answer.
+    """
+
+    id: str
+    title: str
+    score: float
+    via: Annotated[str | None, Unless] = None
+
+
+Citations = Annotated[list[Citation] | None, Unless]
+"""Of `kvgraph.retrieve`, best first. In a stream, they come with the chunk that ends the last choice."""
+
+
 class TopLogprob(BaseModel):
     """A likely token."""
 
@@ -629,6 +646,7 @@ class ChatResponse(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageOut
+    citations: Citations = None
 
 
 class TextChoice(BaseModel):
@@ -650,6 +668,7 @@ class CompletionResponse(BaseModel):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Annotated[UsageOut | None, Unless] = None
+    citations: Citations = None
 
 
 class ToolCallDelta(BaseModel):
@@ -689,6 +708,7 @@ class ChatChunk(BaseModel):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Annotated[UsageOut | None, Unless] = None
+    citations: Citations = None
 
 
 class ModelCard(BaseModel):

@@ -18,9 +18,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from kvgraph import methods
 from kvgraph.data.library import LIBRARY, Library
+from kvgraph.data.retrieval.stored import GraphIndexes
 from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
+from kvgraph.models.embedder import SentenceEmbedder
 from kvgraph.server import logs
 from kvgraph.server.errors import APIError
 from kvgraph.server.metrics import Metrics
@@ -79,6 +81,7 @@ class Server:
         self._engine: Engine | None = None
         self._runner: EngineThread | None = None
         self._library: Library | None = None
+        self._indexes: GraphIndexes | None = None
         self._precompute: Precompute | None = None
         self._shadow: Shadow | None = None
         self._loading: asyncio.Task | None = None
@@ -94,6 +97,7 @@ class Server:
             engine = await _on_daemon(lambda: self._load(self.settings))
             file = None if self.settings.store is None else self.settings.store / LIBRARY
             self._library = await asyncio.to_thread(Library, file, engine.model.fingerprint)
+            self._indexes = GraphIndexes(self._library, self.settings.store, SentenceEmbedder)
             runner = EngineThread(engine, self.metrics.saw)
             runner.start()
             self.metrics.observe(runner)
@@ -131,6 +135,8 @@ class Server:
             await asyncio.to_thread(self._engine.close)
         if self._library is not None:
             await asyncio.to_thread(self._library.close)
+        if self._indexes is not None:
+            await asyncio.to_thread(self._indexes.close)
         await self.tracing.close()
         self.workers.close()
 
@@ -163,6 +169,11 @@ class Server:
     def library(self) -> Library:
         """Stored segments and graphs. Raises APIError 503 while there is no engine to encode them with."""
         return _loaded(self._library)
+
+    @property
+    def indexes(self) -> GraphIndexes:
+        """The search indexes of stored graphs. Raises APIError 503 while there is no engine."""
+        return _loaded(self._indexes)
 
     @property
     def precompute(self) -> Precompute:

@@ -82,14 +82,17 @@ def test_the_how_to_index_a_folder(model, tmp_path, monkeypatch, run):
         shutil.rmtree(tmp_path / "bin", ignore_errors=True)
         (tmp_path / "calls").write_text("")
         for call in commands(script, tmp_path):
-            done.append((i, call[:2], *run(*call, *(["--no-check"] if call[1] == "notes" else []))))
-    assert [call for _, call, *_ in done] == [["index", word] for word in ("notes", "notes", "ls", "show", "notes")]
+            done.append((i, call[:2], *run(*call, *(["--no-check"] if call[1] in ("notes", "--index") else []))))
+    *words, asked = (call for _, call, *_ in done)
+    assert words == [["index", word] for word in ("notes", "notes", "ls", "show", "notes")]
+    assert asked == ["ask", "--index"]
     assert not any(code for _, _, code, _, _ in done), done
-    dry, first, listed, shown, changed = (out for *_, out, _ in done)
+    dry, first, listed, shown, changed, answer = (out for *_, out, _ in done)
     assert "3 pages, 3 chunks" in dry and "nothing was written" in dry and "3 of 3 chunks encoded" in first
     assert "notes" in listed and "drawn in notes-graph.html" in shown
     assert "1 pages, with 1 new chunks and 1 gone; 1 more read something else now; 1 are as before" in changed
     assert "2 of 3 chunks encoded" in changed
+    assert "[1] Harbour (harbour" in answer
 
 
 def test_the_how_to_look_at_a_plan(tmp_path, monkeypatch, run, capsys):

@@ -23,18 +23,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from fastapi import FastAPI, Request, Response
 from safetensors.torch import load_file, save_file
 
+import embedders
 import serving
 from kvgraph import demo, models
 from kvgraph.cli import main
 from kvgraph.data import chat, prompt, tasks
+from kvgraph.data.retrieval import RetrievalError
 from kvgraph.data.task import Item
-from kvgraph.train.prepare import SOURCES, answers, qa, retriever
+from kvgraph.models.embedder import SentenceEmbedder
+from kvgraph.train.prepare import SOURCES, answers, qa
 from kvgraph.train.prepare.answers import Answers, AnswersError, Endpoint
-from kvgraph.train.prepare.retriever import Passages, RetrieverError, Rows
 from kvgraph.train.prepare.rows import Files
 from kvgraph.train.prepare.run import prepare
 from kvgraph.train.prepare.source import PrepareError
@@ -43,21 +44,6 @@ DATA = Path(os.environ.get("KVGRAPH_DATA", Path(__file__).parents[2] / ".." / "s
 SAMPLES = Path(qa.__file__).parent / "samples"
 OWN = {"retriever": "none", "answers": "gold"}
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}; set KVGRAPH_DATA to its folder")
-
-
-class Words:
-    """An encoder without a model: a text is the counts of its words, hashed to `width` numbers."""
-
-    name, width = "words", 64
-
-    def questions(self, texts):
-        rows = torch.zeros(len(texts), self.width)
-        for i, text in enumerate(texts):
-            for word in text.lower().split():
-                rows[i, sum(word.encode()) * 2654435761 % self.width] += 1
-        return rows
-
-    passages = questions
 
 
 def lines(path: Path) -> list:
@@ -75,170 +61,12 @@ def numbered(path: Path, count: int) -> Path:
     )
 
 
-# Passages and the search
-
-
-@pytest.mark.parametrize("count", [1, 10, 200])
-def test_the_search_equals_brute_force(monkeypatch, count):
-    monkeypatch.setattr(retriever, "SCORED", 64)  # several blocks, the last one smaller than `count`
-    generator = torch.Generator().manual_seed(0)
-    queries, vectors = torch.randn(7, 16, generator=generator), torch.randn(201, 16, generator=generator).half().numpy()
-    scores = queries.double().numpy() @ vectors.astype(np.float64).T
-    assert np.array_equal(retriever.search(queries, vectors, count), np.argsort(-scores, axis=1)[:, :count])
-
-
-def test_passages_of_json_lines_and_of_dpr(tmp_path):
-    texts = [{"title": "A", "text": "one\u2028two"}, {"title": 'B "quoted"', "text": 'says "no"\tand goes'}]
-    jsonl = write(tmp_path / "corpus.jsonl", texts)
-    tsv = tmp_path / "corpus.tsv"
-    tsv.write_text(
-        'id\ttext\ttitle\n1\t"one\u2028two"\tA\n2\t"says ""no""\tand goes"\t"B ""quoted"""', encoding="utf-8"
-    )
-    for path in (jsonl, tsv):
-        passages = Passages(path)
-        assert [passages[i] for i in range(len(passages))] == texts
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "where"),
-    [
-        ("a.jsonl", '{"title": "A", "text": "x"}\n{"title": "B"}\n', "a.jsonl:2"),
-        ("a.jsonl", '{"title": "A", "text": "x"}\nno json\n', "a.jsonl:2"),
-        ("a.tsv", "id\ttext\ttitle\n1\tx\tA\n2\tx\n", "a.tsv:3"),
-    ],
-)
-def test_a_bad_passage_is_an_error_with_its_line(tmp_path, name, content, where):
-    (tmp_path / name).write_text(content)
-    passages = Passages(tmp_path / name)
-    assert passages[0] == {"title": "A", "text": "x"}
-    with pytest.raises(RetrieverError, match=where):
-        passages[1]
-
-
-def test_a_table_without_column_names_is_refused(tmp_path):
-    (tmp_path / "a.tsv").write_text("1\tx\tA\n")
-    with pytest.raises(RetrieverError, match="a.tsv:1 must name the columns id, text, title"):
-        Passages(tmp_path / "a.tsv")
-    with pytest.raises(RetrieverError, match="can't read .*missing"):
-        Passages(tmp_path / "missing.jsonl")
-
-
-def found(tmp_path: Path, passages: Path, questions: list[str], encoder=None, count: int = 3):
-    return np.array(retriever.best(encoder or Words(), Passages(passages), questions, count, tmp_path, tmp_path))
-
-
-@pytest.mark.parametrize("left", [0, 1, 64 * 2 * 8, 64 * 2 * 20 + 5, 64 * 2 * 49])
-def test_a_cut_index_is_finished_to_the_same_bytes(tmp_path, monkeypatch, left):
-    monkeypatch.setattr(retriever, "EMBEDDED", 8)
-    monkeypatch.setattr(retriever, "SEARCHED", 4)
-    corpus, questions = numbered(tmp_path / "corpus.jsonl", 50), [f"w{i} w{i * i}" for i in range(10)]
-    whole = found(tmp_path / "whole", corpus, questions)
-    embedded = (tmp_path / "whole/embeddings.float16").read_bytes()
-
-    seen = []
-
-    class Counting(Words):
-        def passages(self, texts):
-            seen.extend(texts)
-            return super().questions(texts)
-
-    cut = tmp_path / "cut"
-    found(cut, corpus, questions)
-    os.truncate(cut / "embeddings.float16", left)
-    os.truncate(cut / "best.int64", 8 * 3 * 5 + 1)
-    assert np.array_equal(found(cut, corpus, questions, Counting()), whole)
-    assert (cut / "embeddings.float16").read_bytes() == embedded
-    assert len(seen) == 50 - left // (64 * 2) // 8 * 8  # whole blocks that are there aren't embedded again
-    assert (cut / "best.int64").read_bytes() == (tmp_path / "whole/best.int64").read_bytes()
-
-
-def test_an_index_of_something_else_is_refused(tmp_path):
-    corpus = numbered(tmp_path / "corpus.jsonl", 5)
-    found(tmp_path, corpus, ["w1"])
-    with pytest.raises(RetrieverError, match="best.int64 was begun with other questions"):
-        found(tmp_path, corpus, ["w2"])
-    other = Words()
-    other.name = "others"
-    with pytest.raises(RetrieverError, match="embeddings.float16 was begun with other retriever"):
-        found(tmp_path, corpus, ["w1"], other)
-    with pytest.raises(RetrieverError, match="other passages"):
-        found(tmp_path, numbered(tmp_path / "corpus.jsonl", 6), ["w1"])
-    with (
-        Rows(tmp_path, "mine", "int64", 1, 1, {}),
-        pytest.raises(RetrieverError, match="written by another process"),
-    ):
-        Rows(tmp_path, "mine", "int64", 1, 1, {})
-
-
-def test_fewer_passages_than_wanted_and_none(tmp_path):
-    assert found(tmp_path, numbered(tmp_path / "two.jsonl", 2), ["w1"], count=10).shape == (1, 2)
-    with pytest.raises(RetrieverError, match="none.jsonl holds no passages"):
-        found(tmp_path, numbered(tmp_path / "none.jsonl", 0), ["w1"])
+# The best passages
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
-    """A tiny random BERT with a tokenizer of single letters, as a Hugging Face folder."""
-    pytest.importorskip("sentence_transformers", reason="no sentence-transformers: pip install 'kvgraph[retriever]'")
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(chr, range(33, 127))]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, "[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
-
-
-def test_an_encoder_without_pooling_gives_the_mean_of_its_states(encoder):
-    from transformers import AutoModel, AutoTokenizer
-
-    texts = ["Orla Vint", "Paper Orchard is a comedy of 1974, and a long text gets cut " * 3]
-    model, tokenizer = AutoModel.from_pretrained(encoder).eval(), AutoTokenizer.from_pretrained(encoder)
-    with torch.no_grad():
-        means = [
-            model(**tokenizer(t, return_tensors="pt", truncation=True)).last_hidden_state[0].mean(0) for t in texts
-        ]
-    ours = retriever.SentenceEncoder(str(encoder))
-    assert ours.width == 32
-    torch.testing.assert_close(ours.passages(texts), torch.stack(means), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(ours.questions(texts), torch.stack(means), atol=1e-5, rtol=1e-4)
-
-
-def test_a_sentence_transformers_model_keeps_its_similarity(encoder, tmp_path):
-    from sentence_transformers import SentenceTransformer
-
-    SentenceTransformer(str(encoder), similarity_fn_name="cosine").save(str(tmp_path / "cosine"))
-    SentenceTransformer(str(encoder), similarity_fn_name="euclidean").save(str(tmp_path / "euclidean"))
-    given = retriever.SentenceEncoder(str(tmp_path / "cosine")).questions(["Orla Vint", "Udrey"])
-    torch.testing.assert_close(given.norm(dim=1), torch.ones(2))
-    with pytest.raises(RetrieverError, match="compares by euclidean"):
-        retriever.SentenceEncoder(str(tmp_path / "euclidean"))
-    with pytest.raises(RetrieverError, match="can't load the retriever"):
-        retriever.SentenceEncoder(str(tmp_path / "nowhere"))
-
-
-def test_without_sentence_transformers_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(RetrieverError, match=r"kvgraph\[retriever\]"):
-        retriever.SentenceEncoder("facebook/contriever")
+    return embedders.write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @real_data
@@ -252,12 +80,12 @@ def test_passages_of_real_questions_equal_a_search_by_hand(encoder, tmp_path):
     pool = [p for r in map(json.loads, records) for p in qa.wiki(_row(r)).passages]
     pool = list({json.dumps(p): p for p in pool}.values())
     assert lines(tmp_path / "out/qa-2wiki/passages.jsonl") == pool
-    model = retriever.SentenceEncoder(str(encoder))
-    vectors = model.passages([f"{p['title']} {p['text']}" for p in pool]).half().double()
+    model = SentenceEmbedder(str(encoder))
+    vectors = model.passages([f"{p['title']} {p['text']}" for p in pool]).astype(np.float16).astype(np.float64)
     made = lines(tmp_path / "out/train.jsonl")
     assert len(made) == 30
     for record in made:
-        scores = vectors @ model.questions([record["question"]])[0].double()
+        scores = vectors @ model.questions([record["question"]])[0].astype(np.float64)
         got = [float(scores[pool.index(p)]) for p in record["documents"]]
         np.testing.assert_allclose(got, sorted(scores.tolist(), reverse=True)[:10], rtol=1e-5)
 
@@ -742,5 +570,5 @@ def test_a_collection_can_serve_questions_without_passages(encoder, tmp_path):
         prepared(tmp_path / "none", "qa-trivia", source, **OWN)
     with pytest.raises(PrepareError, match="a corpus needs a retriever"):
         prepared(tmp_path / "two", "qa-trivia", source, **OWN, corpus=str(corpus))
-    with pytest.raises(RetrieverError, match="can't read"):
+    with pytest.raises(RetrievalError, match="can't read"):
         prepared(tmp_path / "no", "qa-trivia", source, answers="gold", retriever=str(encoder), corpus="missing.jsonl")

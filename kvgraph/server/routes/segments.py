@@ -27,7 +27,7 @@ from kvgraph.server.errors import APIError
 from kvgraph.server.lifecycle import Call, TheCall
 from kvgraph.server.precompute import QUERY, encoded, encoding, keys_of, segment_plan
 from kvgraph.server.prompts import with_fields
-from kvgraph.server.schema import Name, Ref, Strict
+from kvgraph.server.schema import Citation, Name, Ref, Strict
 from kvgraph.server.state import Server, TheCaller, TheServer
 from kvgraph.server.tenants import Caller
 
@@ -154,6 +154,29 @@ class GraphList(BaseModel):
     object: Literal["list"] = "list"
     data: list[GraphOut]
     has_more: bool
+
+
+class SearchIn(Strict):
+    """What to find. top: how many segments at most. tokens: how many they may have in all."""
+
+    query: Annotated[str, Field(min_length=1, max_length=100_000)]
+    top: Annotated[int, Field(ge=1, le=1000)] = 10
+    tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+
+
+class FoundSegment(Citation):
+    """A segment that was found, with its text."""
+
+    object: Literal["segment"] = "segment"
+    text: str
+    tokens: int
+
+
+class SearchOut(BaseModel):
+    """What was found, best first."""
+
+    object: Literal["list"] = "list"
+    data: list[FoundSegment]
 
 
 class Deleted(BaseModel):
@@ -295,6 +318,23 @@ async def get_graph(id: InPath, server: TheServer, caller: TheCaller) -> GraphOu
     return _shown(server, await server.workers.run(server.library.graph, caller.tenant, id))
 
 
+@router.post("/graphs/{id}/search")
+async def search_graph(id: InPath, body: SearchIn, call: TheCall) -> SearchOut:
+    """Find segments of a graph: by words, by embeddings if it was indexed with a model, and along its edges."""
+
+    def found(server: Server, tenant: str) -> list[FoundSegment]:
+        graph = server.library.graph(tenant, id)
+        made = []
+        for hit in server.indexes.search(graph, body.query, body.top, body.tokens):
+            segment = server.library.segment(tenant, hit.id)
+            more = {"text": segment.text, "tokens": len(segment.tokens), "via": hit.via or None}
+            made.append(FoundSegment(**hit._asdict() | more))
+        return made
+
+    async with call.admitted():
+        return SearchOut(data=await call.prepared(found, call.server, call.caller.tenant))
+
+
 @router.delete("/graphs/{id}")
 async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Deleted:
     """Forget a graph and the KV of segments that were encoded along its edges. Its segments and their own KV stay."""
@@ -305,6 +345,7 @@ async def delete_graph(id: InPath, server: TheServer, caller: TheCaller) -> Dele
         plan = graph.method.plan(server.library.part(graph).graph(QUERY))
         keys = server.engine.keys(plan, caller.salt)
         server.library.remove_graph(graph)
+        server.indexes.forget(graph)
         return [key for key, span in zip(keys, plan.spans, strict=True) if key is not None and span.sees]
 
     keys = await server.workers.run(removed)

@@ -27,16 +27,18 @@ from pydantic import BaseModel
 
 from kvgraph.data import io
 from kvgraph.data.chat import Document
+from kvgraph.data.retrieval import Embedder
+from kvgraph.data.retrieval.batch import Passages, best, ranked
 from kvgraph.data.schema import Answers as References
 from kvgraph.data.task import Hub, Task
 from kvgraph.data.tasks import hotpotqa, triviaqa
 from kvgraph.data.tasks.qa import joined
 from kvgraph.data.tasks.wiki2 import WIKI2
 from kvgraph.train.prepare.answers import AnswerRequest, Answers, Endpoint
-from kvgraph.train.prepare.retriever import CONTRIEVER, Encoder, Passages, SentenceEncoder, best, ranked
 from kvgraph.train.prepare.rows import Files
 from kvgraph.train.prepare.source import Outcome, PrepareError, PrepareJob, RawRow, Setting, Source, checked
 
+CONTRIEVER = "facebook/contriever"
 BEST = 10  # passages a question
 WORDS = 100  # of a passage that is cut out of a page, as in DPR's Wikipedia (arXiv 2004.04906, section 4.1)
 POOLED, OWN = "pooled", "own"  # settings of `corpus`
@@ -174,15 +176,17 @@ class Questions:
                 question = self._question(row, job)
                 yield Found(row, question, question.passages[:BEST])
             return
-        encoder = SentenceEncoder(retriever)
+        from kvgraph.models.embedder import SentenceEmbedder
+
+        embedder = SentenceEmbedder(retriever)
         if corpus != OWN:
-            yield from self._searched(rows, job, folder, encoder)
+            yield from self._searched(rows, job, folder, embedder)
             return
         for row in rows:
             question = self._question(row, job)
-            yield Found(row, question, ranked(encoder, question.question, question.passages, BEST))
+            yield Found(row, question, ranked(embedder, question.question, question.passages, BEST))
 
-    def _searched(self, rows: Iterator[RawRow], job: PrepareJob, folder: Path, encoder: Encoder) -> Iterator[Found]:
+    def _searched(self, rows: Iterator[RawRow], job: PrepareJob, folder: Path, embedder: Embedder) -> Iterator[Found]:
         """The best passages of each row's question in the pool or a collection."""
         corpus, index = job.settings["corpus"], job.settings["index"]
         asked, pool = folder / "questions.jsonl", folder / "passages.jsonl"
@@ -193,7 +197,7 @@ class Questions:
         questions = [json.loads(line) for line in io.whole_lines(asked)]
         if passages is None:
             passages = Passages(pool)
-        found = best(encoder, passages, questions, BEST, folder, Path(index) if index else folder, job.progress)
+        found = best(embedder, passages, questions, BEST, folder, Path(index) if index else folder, job.progress)
         job.progress("")
         for row in rows:
             question = self._question(row, job)
