@@ -49,7 +49,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     order of a hash. Pages that can't be read are left out.
     """
     table = ChunkTable.of(pages.read(path, lambda line: None), lambda text: len(text.split()), WORDS)
-    read_by = {}
+    read_by: dict[int, list[int]] = {}
     for source, reader in graphs.parse(f"links:within=false,k={DOCUMENTS - 2},tokens=100000").edges(table):
         read_by.setdefault(reader, []).append(source)
     if not read_by:
@@ -59,7 +59,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         for link in chunk.links:
             name = link.rpartition("#")[2]
             target = table.target(reader, link)
-            if target in sources and ANCHOR.fullmatch(name) and (answer := _defined(table.chunks[target].text, name)):
+            if target is None or target not in sources or not ANCHOR.fullmatch(name):
+                continue
+            if answer := _defined(table.chunks[target].text, name):
                 yield _record(table, reader, sources, name, answer)
                 break
 
