@@ -87,7 +87,7 @@ function show() {
   for (const i of own) for (const j of [...chunks[i].sources, ...readers[i]]) if (near.size < DRAWN) near.add(j);
   const nodes = [...near].map((i) => ({
     id: String(i), kind: "document", title: `${chunks[i].title.split(" > ").at(-1)} ${chunks[i].number + 1}`,
-    states: [{ label: `${chunks[i].sources.length}→ →${readers[i].length}`, tiers: [] }], description: told(i),
+    states: [{ label: "", tiers: [] }], description: told(i),
   }));
   const edges = [...near].flatMap((i) => chunks[i].sources.filter((source) => near.has(source)).map((source) =>
     ({ source: String(source), reader: String(i), editable: false, live: true })));
