@@ -78,7 +78,7 @@ def build(
         str,
         typer.Option(
             help="Who reads whom: builders joined by a plus sign, each with fields after a colon: "
-            "structure+links:k=4. There are structure, links, citations, mentions, triples, listed, shape; "
+            "structure+links:k=4. There are structure, links, citations, mentions, neighbours, triples, listed, shape; "
             "none makes no edges."
         ),
     ] = "structure+links",

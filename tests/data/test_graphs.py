@@ -166,7 +166,7 @@ def test_no_pages_make_dangling_edges(found, k, order):
     made = table(*found)
     shuffled = list(found)
     order.shuffle(shuffled)
-    for name in ("structure", "links", "citations", "mentions", "triples", "shape"):
+    for name in ("structure", "links", "citations", "mentions", "neighbours", "triples", "shape"):
         builder = replace(graphs.parse(name).parts[0], k=k)
         edges = builder.edges(made)
         assert_sound(edges, made, k, builder.tokens)
@@ -286,6 +286,14 @@ def test_mentions_lead_to_where_a_name_is_introduced():
         md("both.md", "# Both\n\nThe harbour."),
     )
     assert named(made, "mentions:share=1") == {("os.path.join(a)", "Usage"), ("Basalt Cape", "Usage")}
+
+
+def test_neighbours_share_rare_words():
+    made = table(
+        md("a.md", "# Red fox\n\nruns far"), md("b.md", "# Blue sea\n\nof salt"), md("c.md", "# A fox\n\nin red fur")
+    )
+    assert named(made, "neighbours") == {("A fox", "Red fox"), ("Red fox", "A fox")}
+    assert named(table(md("a.md", "# Alone")), "neighbours") == named(table(), "neighbours") == set()
 
 
 def test_entities_read_what_they_are_related_to():

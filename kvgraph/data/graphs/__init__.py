@@ -14,6 +14,7 @@ from kvgraph.data.graphs.citations import Citations
 from kvgraph.data.graphs.links import Links
 from kvgraph.data.graphs.listed import EdgeList, Shape
 from kvgraph.data.graphs.mentions import Mentions
+from kvgraph.data.graphs.neighbours import Neighbours
 from kvgraph.data.graphs.structure import Structure
 from kvgraph.data.graphs.triples import Triples
 from kvgraph.errors import GraphError
@@ -32,7 +33,7 @@ def _wrong(name: str, builder: Any) -> str:
 
 
 BUILDERS: Registry[type[GraphBuilder]] = Registry(
-    {cls.name: cls for cls in (Structure, Links, Citations, Mentions, Triples, EdgeList, Shape)},
+    {cls.name: cls for cls in (Structure, Links, Citations, Mentions, Neighbours, Triples, EdgeList, Shape)},
     "kvgraph.graphs",
     _wrong,
 )
