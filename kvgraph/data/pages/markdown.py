@@ -69,6 +69,8 @@ def _kind(tokens: Sequence[Any], i: int) -> Any:
     """What kind of element begins with a token; None for one that is within, or begins, another."""
     kinds = {"heading_open": "heading", "paragraph_open": "paragraph", "fence": "code", "code_block": "code"}
     kinds |= {"list_item_open": "item", "tr_open": "row", "html_block": "paragraph"}
+    if tokens[i].type == "blockquote_open" and tokens[i + 1].type == "blockquote_close":
+        return "paragraph"  # what it quotes is nested deeper than the parser goes
     return kinds.get(tokens[i].type)
 
 
