@@ -301,7 +301,7 @@ def test_a_store_that_cannot_write_costs_only_recomputes(llama, tmp_path, monkey
     from kvgraph import StoreError
 
     store = DiskStore(tmp_path)
-    monkeypatch.setattr(store, "put", lambda record: (_ for _ in ()).throw(StoreError("disk full")))
+    monkeypatch.setattr(store, "put_all", lambda records: {record.key: StoreError("disk full") for record in records})
     engine = Engine(llama, store=store, kv_budget=1 << 26)
     graph = random_graph(70)
     assert engine.generate(graph, "block", GREEDY).token_ids == dense_greedy(llama, engine.plan(graph, "block"), 6)

@@ -163,7 +163,7 @@ def test_another_server_reads_what_this_one_wrote(started, redis_server, run):
         app = application(started(redis_server.url))
         with serving(app) as url:
             server = Live(app, url)
-            answer = server.ask(documents=DOCUMENTS, kvgraph={"method": "block"}).json()
+            answer = server.ask(documents=DOCUMENTS, temperature=0, kvgraph={"method": "block"}).json()
             answers.append(answer["choices"][0]["text"])
             server.server.engine.flush()
             if tier is None:

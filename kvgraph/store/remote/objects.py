@@ -75,7 +75,7 @@ class Objects:
                 ends = [min(start + RANGE, size) for start in begins]
                 for part in self._obstore.get_ranges(self._store, path, starts=begins, ends=ends):
                     whole.add(part)
-        except FileNotFoundError:
+        except (FileNotFoundError, MemoryError):  # there is none, or no room for it
             return None
         return whole.data()
 

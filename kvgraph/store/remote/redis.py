@@ -74,7 +74,10 @@ class Redis:
         if found is None:
             return None
         size, parts = found
-        whole = Whole(size)
+        try:
+            whole = Whole(size)
+        except MemoryError:  # whoever wrote the size
+            return None
         for at in range(0, len(parts), AT_ONCE):
             pipeline = self._client.pipeline(transaction=False)
             for number, part in enumerate(parts[at : at + AT_ONCE], at):
