@@ -123,7 +123,7 @@ class Shadow:
 
 def comparable(answered: Answered) -> bool:
     """Whether there is something to compare: an answer over documents, by another method than `full`."""
-    return bool(answered.answer and answered.graph.segments) and answered.method.name != "full"
+    return bool(answered.answer and answered.graph.segments) and answered.method != methods.get("full")
 
 
 def flat(graph: ContextGraph) -> Plan:

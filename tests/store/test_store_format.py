@@ -196,7 +196,7 @@ def test_what_the_format_cannot_hold_is_an_error():
         (replace(good, key="../../etc/passwd"), "isn't a record's key"),
         (record(torch.float64), "float64"),
         (replace(good, values=record(torch.float16).values), "float16"),
-        (replace(good, positions=torch.arange(4)), "4 tokens"),
+        (replace(good, positions=torch.arange(4)), "4 positions"),
         (replace(good, keys=(), values=()), "empty"),
     ]:
         with pytest.raises(StoreError, match=message):
