@@ -103,7 +103,7 @@ def data(llama, tmp_path_factory) -> Path:
 def trained(llama, data, tmp_path_factory) -> Path:
     """The recipe's checkpoint after a few steps, exported."""
     folder = tmp_path_factory.mktemp("run")
-    shortened = ["--limit", STEPS, "--batch", 4, "--length", 8192, "--evaluate-every", 2, "--evaluation", 2]
+    shortened = ["--limit", STEPS, "--batch", 4, "--length", 2048, "--evaluate-every", 2, "--evaluation", 2]
     for words in (
         ["train", "--recipe", "kvlink-5", "--model", llama, "--data", data, "--out", folder / "run", *shortened],
         ["train", "export", folder / "run", folder / "model"],
