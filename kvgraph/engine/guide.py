@@ -8,6 +8,8 @@ into tokens. Of the special tokens only an end token can come, where the grammar
 from __future__ import annotations
 
 import json
+import math
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 KEPT = 64  # compiled grammars
 SPACES = "( |\n[ ]{0,32})?"  # between the parts of JSON: models write it on one line or indented, and never without end
 JSON = {"whitespace_pattern": SPACES, "whitespace_flexible": True, "lenient": False}
+LONG = re.compile(r"\d{16}")  # a number that may have more digits than a float of 64 bits
+LIMITS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}  # and where what they allow lies
 LONGEST = 1 << 17  # characters of a grammar
 STACK = 1 << 28  # bytes: the compiler follows `$ref` in `$ref` by recursion, and would end the process
 NAMED = (
@@ -189,7 +193,7 @@ class Guides:
         make = self._library.LLMatcher
         try:
             if grammar.kind == "json_schema":
-                source = make.grammar_from_json_schema(grammar.text, overrides=JSON)
+                source = make.grammar_from_json_schema(_exact(grammar.text), overrides=JSON)
             else:
                 source = (make.grammar_from_regex if grammar.kind == "regex" else make.grammar_from_lark)(grammar.text)
         except ValueError as error:
@@ -245,6 +249,36 @@ def _parts(schema: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
         else:
             found = [((name,), value)] if name in SINGLE else []
         yield from ((path, part) for path, part in found if isinstance(part, dict))
+
+
+def _exact(text: str) -> str:
+    """A JSON schema whose numbers the library can hold: it takes all of them for floats of 64 bits.
+
+    A limit becomes the next such number inside. Raises GrammarError for a value that isn't one.
+    """
+    if not LONG.search(text):
+        return text
+    try:
+        schema = json.loads(text)
+    except (RecursionError, ValueError):
+        return text  # the library says what is wrong with it
+    return json.dumps(_with_floats(schema), ensure_ascii=False)
+
+
+def _with_floats(part: Any, key: str = "") -> Any:
+    if isinstance(part, dict):
+        return {name: _with_floats(value, name) for name, value in part.items()}
+    if isinstance(part, list):
+        return [_with_floats(value, key) for value in part]
+    if not isinstance(part, int) or isinstance(part, bool) or abs(part) <= 1 << 53:
+        return part
+    near = float(part) if abs(part) < 1 << 1023 else math.inf if part > 0 else -math.inf
+    if near == part:
+        return part
+    if key in LIMITS and math.isfinite(near):
+        inside = LIMITS[key]
+        return int(near if (near - part) * inside > 0 else math.nextafter(near, inside * math.inf))
+    raise GrammarError(f"the number {str(part)[:40]} can't be told from those beside it; up to 2**53 it can")
 
 
 def _line(text: str) -> str:

@@ -62,6 +62,7 @@ def closing(engine: Engine) -> dict[int, float]:
 def schemas() -> st.SearchStrategy[dict[str, Any]]:
     """JSON schemas of the keywords that structured output is used with."""
     name = st.text('abcxyz_ é"\\{', min_size=1, max_size=4)
+    exact = st.integers(-(1 << 53), 1 << 53)  # others are refused
     leaf = st.one_of(
         st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string"}, {"type": "number"}]),
         st.integers(-20, 20).flatmap(
@@ -73,10 +74,10 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
         st.sampled_from(["^[a-f]{2,4}$", "^\\d+(\\.\\d{2})?$", "^(yes|no) é$"]).map(
             lambda p: {"type": "string", "pattern": p}
         ),
-        st.lists(st.one_of(st.none(), st.integers(), name, st.booleans()), min_size=1, max_size=4).map(
+        st.lists(st.one_of(st.none(), exact, name, st.booleans()), min_size=1, max_size=4).map(
             lambda values: {"enum": values}
         ),
-        st.one_of(st.integers(), name, st.just({"a": [1, None]})).map(lambda value: {"const": value}),
+        st.one_of(exact, name, st.just({"a": [1, None]})).map(lambda value: {"const": value}),
         st.sampled_from(["date", "uuid", "ipv4"]).map(lambda f: {"type": "string", "format": f}),
     )
 
@@ -113,6 +114,27 @@ def test_every_answer_is_valid_under_its_schema(engine, schema, seed):
     result = ask(engine, Grammar.json_schema(schema), seed, logit_bias=closing(engine))
     assert result.finish_reason == "stop", result.text[-200:]
     jsonschema_rs.validate(schema, json.loads(result.text), validate_formats=True)
+
+
+@pytest.mark.parametrize("number", [(1 << 53) + 1, -(1 << 63) + 1, 10**400])
+def test_a_number_that_floats_do_not_hold_is_refused(engine, number):
+    for schema in ({"const": number}, {"enum": [1, number]}, {"properties": {"a": {"const": [number]}}}):
+        with pytest.raises(GrammarError, match=r"can't be told from those beside it; up to 2\*\*53 it can"):
+            engine.scheduler.guides.guide(Grammar.json_schema(schema))
+    engine.scheduler.guides.guide(Grammar.json_schema({"enum": [1 << 53, 1 << 60]}))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-(1 << 63) + 1, (1 << 63) - 1), ((1 << 60) + 1, (1 << 60) + 999)])
+def test_limits_that_floats_do_not_hold_lie_inside(engine, low, high):
+    schema = {"type": "integer", "minimum": low, "maximum": high}
+    guides = engine.scheduler.guides
+    for value in (low - 1, low - 600, high + 1, high + 600):
+        found = guides.guide(Grammar.json_schema(schema)).matcher
+        tokens = engine.tokenize(str(value))
+        assert found.try_consume_tokens(tokens) < len(tokens) or not found.is_accepting(), value
+    inside = guides.guide(Grammar.json_schema(schema)).matcher
+    tokens = engine.tokenize(str((low + high) // 2))
+    assert inside.try_consume_tokens(tokens) == len(tokens) and inside.is_accepting()
 
 
 def any_schemas() -> st.SearchStrategy[dict[str, Any]]:
