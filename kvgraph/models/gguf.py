@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from kvgraph.errors import ModelError
 
 SUFFIX = ".gguf"
+MAGIC, HEADER = b"GGUF", 24  # how a file begins, and the bytes of magic, version and two counts
 GgufConfig: Any = getattr(transformers, "GgufConfig", None)
 
 
@@ -31,6 +33,27 @@ def gguf_in(path: Path) -> Path | None:
     if len(found) > 1:
         raise ModelError(f"{path} holds several GGUF files ({', '.join(f.name for f in found)}); give one of them")
     return found[0] if found else None
+
+
+def check(file: Path) -> None:
+    """Raise ModelError for a file that isn't one of GGUF, or ends before its first fields do."""
+    with file.open("rb") as opened:
+        start = opened.read(HEADER)
+    if not start:
+        raise ModelError(f"{file} is empty; download it again")
+    if start[: len(MAGIC)] != MAGIC:
+        raise ModelError(f"{file} is no GGUF file: it doesn't begin with the letters GGUF")
+    if len(start) < HEADER:
+        raise ModelError(f"{file} ends within its header; download it again")
+
+
+@contextmanager
+def explained(file: Path) -> Iterator[None]:
+    """Replace errors of readers that go beyond the end of a file."""
+    try:
+        yield
+    except (struct.error, IndexError):
+        raise ModelError(f"{file} ends within its header; download it again") from None
 
 
 def source(file: Path | str) -> dict[str, Any]:

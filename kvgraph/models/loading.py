@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def load(
         (hf, tokenizer), folder, files = copied, file.parent, [file]
         refuse(hf.config, allow_untested)
     else:
-        with gguf.read_once() if file else nullcontext():
+        told = nullcontext() if name == shown else one_line(f"{shown} holds an adapter of {name}")
+        with told, gguf.read_once() if file else nullcontext():
             hf, folder, files = (
                 _from_gguf(file, wanted, allow_untested) if file else _from_folder(name, wanted, allow_untested)
             )
@@ -85,7 +86,9 @@ _Loaded = tuple[PreTrainedModel, Path, list[Path]]  # the model, its folder, and
 
 
 def _from_gguf(file: Path, wanted: Any, allow_untested: bool) -> _Loaded:
-    with one_line(f"can't read the config of {file}"):
+    _refuse_pointers([file], str(file.parent))
+    gguf.check(file)
+    with one_line(f"can't read the config of {file}"), gguf.explained(file):
         config = AutoConfig.from_pretrained(**gguf.source(file))
     refuse(config, allow_untested)
     with one_line(f"can't load {file}"), _shapes_explained():
@@ -194,7 +197,7 @@ def _build(
 
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files that transformers will load from a folder."""
-    _refuse_pointers(folder, name)
+    _refuse_pointers(folder.glob("*"), name)
     if (folder / adapters.CONFIG).exists():
         raise ModelError(
             f"{name} holds a model and an adapter; give the adapter a folder of its own, or merge it into the model"
@@ -216,12 +219,14 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         raise ModelError(
             f"{name} has only pickled weights, which can run code when loaded; save it as safetensors first"
         )
+    if found := sorted(folder.glob(f"*{gguf.SUFFIX}")):
+        raise ModelError(f"{name} has a config.json, but no model.safetensors; give its GGUF file, {found[0]}")
     raise ModelError(f"{name} has no model.safetensors")
 
 
-def _refuse_pointers(folder: Path, name: str) -> None:
-    """Raise ModelError for a folder cloned without Git LFS, which leaves a note of three lines in place of a file."""
-    for file in sorted(folder.glob("*")):
+def _refuse_pointers(files: Iterable[Path], name: str) -> None:
+    """Raise ModelError for files cloned without Git LFS, which leaves a note of three lines in place of each."""
+    for file in sorted(files):
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
             raise ModelError(
                 f"{name} holds only a Git LFS pointer in place of {file.name}; run `git lfs pull` there, or download it again"
@@ -229,7 +234,7 @@ def _refuse_pointers(folder: Path, name: str) -> None:
 
 
 def _tokenizer(folder: Path, name: str) -> Any:
-    _refuse_pointers(folder, name)
+    _refuse_pointers(folder.glob("*"), name)
     if folder.is_dir() and not any(
         (folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):

@@ -103,9 +103,13 @@ class Offsets:
         """
         data = self._tokens.bytes(token)
         if self._tokens.is_byte(token):
-            at = self._length + len(self._run.decode("utf-8", "ignore"))
+            before = len(self._run.decode("utf-8", "ignore"))  # unless the run is found to be no text
             self._run += data
-            return max(0, at)
+            try:
+                codecs.getincrementaldecoder("utf-8")().decode(self._run)
+            except UnicodeDecodeError:
+                before = len(self._run) - 1
+            return max(0, self._length + before)
         self._end_run()
         if not (shown if shown is not None else not self._tokens.is_special(token)):
             return max(0, self._length)

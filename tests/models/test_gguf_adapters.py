@@ -70,6 +70,42 @@ def test_a_folder_with_a_gguf_file_is_the_file(tmp_path):
         models.load(tmp_path)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b"", "m.gguf is empty"),
+        (b"GGUF", "m.gguf ends within its header; download it again"),
+        (b"<!DOCTYPE html>" + bytes(50), "m.gguf is no GGUF file"),
+        (POINTER, "Git LFS pointer in place of m.gguf"),
+        (b"GGUF\3\0\0\0" + bytes([2] + [0] * 7) * 2, "m.gguf ends within its header; download it again"),
+    ],
+    ids=["nothing", "cut", "page", "pointer", "counts"],
+)
+def test_a_gguf_file_that_is_none_is_refused_in_one_line(data, line, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(data)
+    for name in (tmp_path / "m.gguf", tmp_path):
+        with pytest.raises(ModelError, match=line) as refused:
+            models.load(name)
+        assert "\n" not in str(refused.value) and "unpack" not in str(refused.value)
+
+
+def test_a_gguf_file_beside_a_config_is_named(tmp_path):
+    gguf_files.write(build(), tmp_path / "m.gguf")
+    build().config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no model.safetensors; give its GGUF file, .*m\.gguf"):
+        models.load(tmp_path)
+
+
+def test_an_adapter_of_a_base_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "/no/such/base"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"holds an adapter of /no/such/base: there is no folder /no/such/base"):
+        models.load(tmp_path)
+
+
 def test_what_is_not_quantised_keeps_its_dtype_and_other_bytes_are_another_model(tmp_path):
     gguf_files.write(build(), tmp_path / "a.gguf")
     gguf_files.write(families.build("Llama", **SIZES | {"initializer_range": 0.1}), tmp_path / "b.gguf")
@@ -147,7 +183,7 @@ def test_what_can_not_be_read_is_said_in_one_line(copies, tmp_path, monkeypatch)
     with pytest.raises(ModelError, match="can't read the config of .*cut.gguf: "):
         models.load(tmp_path / "cut.gguf")
     (tmp_path / "text.gguf").write_text("no model")
-    with pytest.raises(ModelError, match="can't read the config of .*text.gguf: "):
+    with pytest.raises(ModelError, match="text.gguf is no GGUF file"):
         models.load(tmp_path / "text.gguf")
     monkeypatch.setattr(gguf.quants, "_type_traits", {}, raising=True)
     with pytest.raises(ModelError, match="can't load .*good.gguf: .*Q8_0"):

@@ -138,7 +138,11 @@ def test_offsets_count_characters():
     assert [offsets(vocabulary[piece]) for piece in pieces] == [0, 2, 2, 2, 2, 3, 3]
     runs = ["▁a", "<0x6C>", "<0x6C>", "a", "<0xF0>", "<0x6C>", "a"]  # of bytes that are no text, each is U+FFFD
     offsets = Offsets(tokens)
-    assert [offsets(vocabulary[piece]) for piece in runs] == [0, 2, 3, 4, 5, 5, 7]
+    assert [offsets(vocabulary[piece]) for piece in runs] == [0, 2, 3, 4, 5, 6, 7]
+    broken = ["▁a", "<0xB3>", "<0x3A>", "<0x3A>", "▁a", "<0xC3>", "<0xA9>", "<0xB3>", "a"]
+    ids, offsets = [vocabulary[piece] for piece in broken], Offsets(tokens)
+    assert tokens._tokenizer.decode(ids) == "a\ufffd\ufffd\ufffd a\ufffd\ufffd\ufffda"  # without the first space
+    assert [offsets(token) for token in ids] == [0, 2, 3, 4, 5, 7, 7, 9, 10]
 
 
 def test_offsets_count_characters_that_break_off(tmp_path):
