@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvgraph.data import graphs, io, pages
 from kvgraph.data.cut import filled
@@ -26,13 +26,15 @@ from kvgraph.data.pages.base import PageError, Say
 from kvgraph.data.retrieval import Embedder, SearchIndex
 from kvgraph.data.retrieval.stored import INDEXES, index_folder
 from kvgraph.data.table import ChunkTable
-from kvgraph.engine.engine import Engine
-from kvgraph.engine.request import Request
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
+
+if TYPE_CHECKING:  # a list of what is there must not wait for torch
+    from kvgraph.engine.engine import Engine
+    from kvgraph.engine.request import Request
 
 FORMAT = 1  # of NAME.json
 QUERY = [0]  # any token: a query changes no document

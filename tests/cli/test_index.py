@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -229,3 +231,10 @@ def test_the_whole_graphs_keys_are_those_that_a_server_asks_for(model, corpus, t
         library.close()
         assert needed == set(planned.versions.tokens) == keys(tmp_path / "kv")
         assert graph.method.band == 64 and graph.spans == len(needed)
+
+
+def test_listing_does_not_wait_for_torch():
+    """`index ls` and `index show` read one file, so nothing that they import may load the model's libraries."""
+    program = "import sys, kvgraph.cli.index, kvgraph.indexing, kvgraph.cli.graph_page; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
