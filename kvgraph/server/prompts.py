@@ -39,7 +39,7 @@ from kvgraph.server.schema import (
     ToolChosen,
     ToolsAllowed,
 )
-from kvgraph.server.tools.asked import Function, ToolUse
+from kvgraph.server.tools.asked import Function, ToolUse, closed
 from kvgraph.server.tools.asked import grammar as tools_grammar
 from kvgraph.server.tools.dialect import Dialect, dialect_of, told_of, with_system
 from kvgraph.server.tools.reading import PLAIN, Reading
@@ -269,10 +269,10 @@ def _grammars(body: Generation) -> Iterator[tuple[str, Callable[[], Grammar]]]:
     """The fields of a request that say what the answer must be, and how each is made a grammar."""
     form = body.response_format
     if form is not None and form.type != "text":
-        schema = (
-            {"type": "object"} if form.json_schema is None or form.type == "json_object" else form.json_schema.schema_
-        )
-        yield "response_format", partial(Grammar.json_schema, schema)
+        if form.json_schema is None or form.type == "json_object":
+            yield "response_format", Grammar.json_object
+        else:
+            yield "response_format", partial(_closed, form.json_schema.schema_)
     given = body.structured_outputs or StructuredOutputs()
     fields: tuple[tuple[str, Any, Callable[[Any], Grammar]], ...] = (
         ("structured_outputs.json", given.json_, _schema),
@@ -288,6 +288,14 @@ def _grammars(body: Generation) -> Iterator[tuple[str, Callable[[], Grammar]]]:
     for name, value, make in fields:
         if value is not None:
             yield name, partial(make, value)
+
+
+def _closed(schema: dict[str, Any]) -> Grammar:
+    """The grammar of an answer's schema, with no property that it doesn't name: small models would add some without end."""
+    try:
+        return Grammar.json_schema(closed(schema))
+    except RecursionError:
+        return Grammar.json_schema(schema)  # which says so
 
 
 def _schema(given: dict[str, Any] | str) -> Grammar:

@@ -30,6 +30,7 @@ from kvgraph.data import corpus, prompt
 from kvgraph.data.tasks.world import WORLD_CHUNKS, WORLD_HOPS
 from kvgraph.data.world import tokenizer
 from kvgraph.data.world.world import records
+from soak import SOAK
 
 ROOT = Path(__file__).parents[2]
 # The command line sets this before transformers is imported; in this process it may have been imported already.
@@ -623,7 +624,7 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_closed_streams_are_no_error(model, documents):
-    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-") if SOAK else (">&-", "<&- >&- 2>&-"):
         assert shell(f"kvgraph --version {closed}").returncode == 0
     done = shell(
         f"kvgraph store stats --store /nowhere 2>&-; echo $?; kvgraph explain {model} --documents {documents} 2>&-"

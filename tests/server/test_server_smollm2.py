@@ -174,3 +174,19 @@ else:
         @property
         def model_override_value(self) -> str:
             return self.name
+
+        @pytest.mark.xfail(reason="with json_object, 135 M parameters don't find a joke's fields in the question")
+        def test_json_mode(self, model) -> None:
+            super().test_json_mode(model)
+
+        @pytest.mark.xfail(reason="135 M parameters don't end the setup of a joke without its punchline")
+        def test_structured_output_optional_param(self, model) -> None:
+            super().test_structured_output_optional_param(model)
+
+        @pytest.mark.xfail(reason="135 M parameters don't choose a function by themselves")
+        def test_agent_loop(self, model) -> None:
+            super().test_agent_loop(model)
+
+        @pytest.mark.xfail(reason="it measures time, with pytest-benchmark", run=False)
+        def test_stream_time(self, model) -> None:
+            raise NotImplementedError

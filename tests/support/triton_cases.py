@@ -153,7 +153,7 @@ def cases(names: str, few: Sequence[object], every: Iterable[object]) -> pytest.
 
 @cases(
     "dtype, shape",
-    [(FULL, (2, 2)), (HALF, (6, 2)), (FULL, (3, 1))],
+    [(HALF, (6, 2)), (FULL, (3, 1))],
     product(DTYPES, [(2, 2), (6, 2), (5, 1)]),
 )
 def test_every_kind_of_row(dtype, shape):
@@ -161,13 +161,13 @@ def test_every_kind_of_row(dtype, shape):
     check(problem(dtype=dtype, heads=heads, groups=groups))
 
 
-@cases("dtype, dims", list(zip((HALF, FULL, HALF), SIZES, strict=False)), product(DTYPES, SIZES))
+@cases("dtype, dims", [(HALF, SIZES[0]), (FULL, SIZES[-1])], product(DTYPES, SIZES))
 def test_head_sizes(dtype, dims):
     dim, value_dim = dims
     check(problem(1, dtype, heads=HEADS, groups=2, dim=dim, value_dim=value_dim), scale=dim**-0.5)
 
 
-@cases("rotated, interleaved", [(8, False), (16, True)], product([8, 16], [False, True]))
+@cases("rotated, interleaved", [(8, True)], product([8, 16], [False, True]))
 def test_rotations(rotated, interleaved):
     check(problem(2, rotated=rotated, interleaved=interleaved), layers=(0,))
 

@@ -25,6 +25,7 @@ from kvgraph.train.mixture import Mixture, open_source
 from kvgraph.train.pack import lay
 from kvgraph.train.records import example as make_example
 from serving import spawn
+from soak import SOAK
 from train_runs import rows
 
 # Llama 3: 128,000 tokens of text, then 256 special ones, of which most are in reserve.
@@ -45,7 +46,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 FIRST_LINK = 128_011
-STEPS = 4
+STEPS, BATCH, LENGTH = (4, 4, 8192) if SOAK else (2, 2, 2048)
 
 
 def special_tokens() -> list[str]:
@@ -103,7 +104,7 @@ def data(llama, tmp_path_factory) -> Path:
 def trained(llama, data, tmp_path_factory) -> Path:
     """The recipe's checkpoint after a few steps, exported."""
     folder = tmp_path_factory.mktemp("run")
-    shortened = ["--limit", STEPS, "--batch", 4, "--length", 8192, "--evaluate-every", 2, "--evaluation", 2]
+    shortened = ["--limit", STEPS, "--batch", BATCH, "--length", LENGTH, "--evaluate-every", STEPS, "--evaluation", 2]
     for words in (
         ["train", "--recipe", "kvlink-5", "--model", llama, "--data", data, "--out", folder / "run", *shortened],
         ["train", "export", folder / "run", folder / "model"],
