@@ -10,7 +10,18 @@ from benchmarks import world
 from benchmarks.common import text
 
 HERE = Path(__file__).parent
-ORDER = ["ttft", "concurrency", "encoding", "context", "precision", "serving", "evaluation", "training", "world"]
+ORDER = [
+    "ttft",
+    "concurrency",
+    "encoding",
+    "context",
+    "precision",
+    "serving",
+    "evaluation",
+    "training",
+    "cluster_sim",
+    "world",
+]
 
 
 def section(found: dict[str, Any]) -> list[str]:
@@ -92,11 +103,14 @@ def main() -> None:
         "`make bench` makes this page. Every section names its command. Figures are medians, and all sides of a table are measured",
         "in one run. Clocks start after the model is loaded, from token ids. The model is a random Llama of 124 M parameters in",
         "float32, with these exceptions: the table of precisions has a tiny random model for each family; serving and evaluation",
-        "use a tiny random model; training and the synthetic world name their models.",
+        "use a tiny random model; training and the synthetic world name their models. Routing to replicas is a simulation: it runs",
+        "no model and takes its durations from other sections.",
         "",
     ]
     for file in files:
         lines += section(json.loads(file.read_text()))
+        if file.stem == "cluster_sim":
+            lines += ["![Routing policies by the number of replicas, simulated](../docs/images/cluster-sim.png)", ""]
         if file.stem == "context":
             lines += ["![Time to first token as the context grows](../docs/images/ttft-context.png)", ""]
     lines += gpu()

@@ -1,0 +1,1 @@
+"""More than one machine: which replica a request goes to."""
