@@ -8,4 +8,4 @@ store=${KVGRAPH_STORE:-kv}
 kvgraph encode "$model" "$corpus" --method block --store "$store" --dry-run
 kvgraph encode "$model" "$corpus" --method block --store "$store"
 kvgraph ask "$model" "$question" --documents "$corpus" --method block --store "$store" --max-tokens 64
-kvgraph store stat --store "$store"
+kvgraph store stats --store "$store"

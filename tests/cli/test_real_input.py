@@ -121,7 +121,7 @@ def test_questions_over_an_encoded_corpus_compute_no_document(here, model, corpu
     again = here("encode", model, path, "--store", store, "--method", "block")
     assert figure("tokens computed", again) == 0
     assert figure("reused", again) == figure("tokens computed", first) + figure("reused", first)
-    stat = here("store", "stat", "--store", store)
+    stat = here("store", "stats", "--store", store)
     assert figure("records", stat) == passages
     seen = [first, again, stat]
 
