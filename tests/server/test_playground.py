@@ -21,6 +21,7 @@ sync_api = pytest.importorskip(
     "playwright.sync_api", reason="the playground's tests need playwright: pip install playwright"
 )
 expect = sync_api.expect
+expect.set_options(timeout=30_000)  # a busy machine draws late
 
 CHROMIUM = os.environ.get("KVGRAPH_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
