@@ -73,7 +73,7 @@ SPECS = {
     "graph-kv": "graph-kv",
     **{name: f"graph-kv:rounds={rounds}" for rounds, name in ROUNDS.items()},
     PCW: "pcw",
-    "epic, 2 tokens": "epic:k=2",  # documents are so short that the usual 16 would be whole documents
+    "epic, 2 tokens": "epic:k=2",  # the usual 16 would cover whole documents here
     "prompt-cache": "prompt-cache",
     "ape": "ape",
     "cacheblend": "cacheblend",

@@ -40,7 +40,7 @@ FORMAT = 1  # of NAME.json
 QUERY = [0]  # any token: a query changes no document
 NOTED = 32  # chunks between two notes of the progress in the library
 SAMPLE = 4  # chunks timed for an estimate, with what they read
-TENANT = ""  # whoever asks a server without API keys
+TENANT = ""  # that of callers of a server without API keys
 
 
 class IndexingError(KVGraphError):

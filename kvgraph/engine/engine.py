@@ -586,7 +586,7 @@ class Engine:
         )
 
     def _settle(self, record: Record, queries: list[Tensor]) -> Record:
-        """What is lost is lost before a record's first use: whoever finds it later reads the same numbers."""
+        """Apply selection and lossy codec before a record's first use, so that every later reader gets the same numbers."""
         if self.selection is not None:
             record = selected(record, self.selection, queries)
         return record if self.codec.lossless else packed(record, self.codec)

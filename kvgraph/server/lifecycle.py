@@ -213,6 +213,6 @@ LINE_ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}
 
 
 def event(data: Any, *, named: bool = False) -> str:
-    """One server-sent event, its data on one line whoever splits it. named: after its type."""
+    """One server-sent event. Its data stays on one line for every client. named: with the event's type as its name."""
     name = f"event: {data['type']}\n" if named else ""
     return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':')).translate(LINE_ENDS)}\n\n"

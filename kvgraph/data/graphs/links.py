@@ -19,8 +19,8 @@ class Links(GraphBuilder):
     to the page that is known by them. Records and pages may also name the pages that they read. within: whether links
     inside a page count.
 
-    It assumes that whoever wrote the link thought of its target as needed here. Links of navigation break this, so the
-    reader of HTML leaves out what is marked as such. In Python's documentation most links lead from the use of a name
+    It assumes that a linked page helps to understand the text with the link. Navigation links don't, so the HTML reader
+    leaves out what is marked as navigation. In Python's documentation most links lead from the use of a name
     to its definition.
     """
 

@@ -42,7 +42,7 @@ TEXT_FIELDS = ("text", "body", "content", "abstract")
 
 
 def read(source: str | Path, say: Say) -> Iterator[SourcePage]:
-    """The pages of a source, file by file in the order of their paths. Pages of one id are told apart by a number.
+    """The pages of a source, in the order of its files' paths. Pages that share an id get numbers.
 
     Raises PageError if there is no such source, or a library that a file needs isn't installed.
     """
