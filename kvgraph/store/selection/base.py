@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from kvgraph.store.record import Record
+from kvgraph.store.selection.checks import observes, percent
 
 
 class Selection(Protocol):
@@ -89,3 +90,39 @@ def observed(keys: Tensor, queries: Tensor) -> Tensor:
 def smoothed(weights: Tensor, kernel: int) -> Tensor:
     """The mean over `kernel` neighbours along the last dimension of [A, B, N]: what is said stands in several tokens."""
     return torch.nn.functional.avg_pool1d(weights, kernel, 1, kernel // 2)
+
+
+@dataclass(frozen=True)
+class Observing:
+    """What selections share that look at the attention of a span's last tokens.
+
+    Parameters:
+    keep: percent of tokens that every head keeps.
+    window: last tokens whose queries are observed. They are kept themselves; they are fewer where they would be more than
+        half of what is kept.
+    kernel: neighbours over which attention is smoothed.
+    """
+
+    keep: int = 50
+    window: int = 32
+    kernel: int = 5
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        percent(self.name, self.keep)
+        observes(self.name, self.window, self.kernel)
+
+    def scores(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
+        """What `needed` says of the tokens before the window; those of the window are always kept."""
+        assert queries is not None
+        groups, tokens, _ = keys.shape
+        queries = latest(self, queries, tokens)
+        before = tokens - queries.shape[1]
+        weights = observed(keys, queries)[:, :, :before]
+        found = self.needed(weights, groups) if before else weights.new_empty(groups, 0)
+        return torch.nn.functional.pad(found, (0, tokens - before), value=torch.inf)
+
+    def needed(self, weights: Tensor, groups: int) -> Tensor:
+        """How much tokens should be kept, [G, N], by the attention [H, W, N] that the window's queries give them."""
+        raise NotImplementedError

@@ -10,43 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from kvgraph.store.selection.base import latest, observed, smoothed
-from kvgraph.store.selection.checks import observes, percent
+from kvgraph.store.selection.base import Observing, smoothed
 
 
 @dataclass(frozen=True)
-class Defensive:
-    """Parameters:
-    keep: percent of tokens that every head keeps.
-    window: last tokens whose queries are observed. They are kept themselves; they are fewer where they would be more than
-        half of what is kept.
-    kernel: neighbours over which attention is smoothed.
-    """
-
-    keep: int = 50
-    window: int = 32
-    kernel: int = 5
+class Defensive(Observing):
+    """Keeps what any query of the window needs. For its parameters see `Observing`."""
 
     name: ClassVar[str] = "defensive"
 
-    def __post_init__(self) -> None:
-        percent(self.name, self.keep)
-        observes(self.name, self.window, self.kernel)
-
-    def scores(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Tensor:
+    def needed(self, weights: Tensor, groups: int) -> Tensor:
         """The largest attention that a token gets from any query of the window and any head that shares its key."""
-        assert queries is not None
-        groups, tokens, _ = keys.shape
-        queries = latest(self, queries, tokens)
-        window = queries.shape[1]
-        before = tokens - window
-        weights = observed(keys, queries)[:, :, :before]
-        if before:
-            worst = smoothed(weights, self.kernel).reshape(groups, -1, before).amax(1)
-            worst = worst.clamp(min=worst.mean(1, keepdim=True))
-        else:
-            worst = weights.new_empty(groups, 0)
-        return torch.nn.functional.pad(worst, (0, window), value=torch.inf)
+        worst = smoothed(weights, self.kernel).reshape(groups, -1, weights.shape[2]).amax(1)
+        return worst.clamp(min=worst.mean(1, keepdim=True))
