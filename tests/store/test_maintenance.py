@@ -16,25 +16,11 @@ from kvgraph.store.base import Entry, tenant_id
 from kvgraph.store.codecs.registry import fingerprint_with, packed, parse, repacked
 from kvgraph.store.maintenance import Selection, find, garbage, migrate, shares
 from kvgraph.store.open import open_catalog
-from remotes import RedisServer, S3Server, has_redis
+from remotes import has_redis
 from store_worker import got, key_of, make, same
 
 A, B = "a" * 64, "b" * 64  # models
 KIVI = parse("kivi")
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory):
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
-@pytest.fixture(scope="module")
-def s3_server():
-    server = S3Server()
-    yield server
-    server.kill()
 
 
 @pytest.fixture(params=["folder", "redis", "s3"])

@@ -15,24 +15,10 @@ from kvgraph.store.remote.base import Address
 from kvgraph.store.remote.breaker import Absent, Breaker
 from kvgraph.store.remote.registry import SCHEMES
 from kvgraph.store.remote.store import RemoteStore
-from remotes import MemoryPlace, RedisServer, S3Server, has_redis
+from remotes import MemoryPlace, RedisServer, has_redis
 from store_worker import got, key_of, make, same
 
 needs_redis = pytest.mark.skipif(not has_redis(), reason="no redis-server here: apt-get install redis-server")
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory):
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
-@pytest.fixture(scope="module")
-def s3_server():
-    server = S3Server()
-    yield server
-    server.kill()
 
 
 @pytest.fixture(params=[pytest.param("redis", marks=needs_redis), "s3", "memory"])
