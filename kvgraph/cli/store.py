@@ -21,7 +21,7 @@ from kvgraph.progress import Progress
 if TYPE_CHECKING:
     from kvgraph.store.base import Entry
     from kvgraph.store.catalog import Catalog, VerifyReport
-    from kvgraph.store.maintenance import Moved, Selection
+    from kvgraph.store.maintenance import Moved, RecordFilter
 
 Older = Annotated[
     float | None,
@@ -80,7 +80,7 @@ def ls(
     \b
       kvgraph store ls --store kv --limit 10
     """
-    chosen = _selection(model, tenant)
+    chosen = _filter(model, tenant)
     now = time.time()
     for catalog in _opened(store):
         entries = sorted(_listed(catalog, chosen), key=lambda entry: -(entry.used or 0.0))
@@ -121,7 +121,7 @@ def stats(
     """
     from kvgraph.store.maintenance import shares
 
-    chosen = _selection(model, tenant)
+    chosen = _filter(model, tenant)
     found, quarantined = [], 0
     for catalog in _opened(store):
         with Progress(f"looking at {catalog.shown}", None) as bar:
@@ -237,7 +237,7 @@ def gc(
         )
     from kvgraph.store.maintenance import garbage
 
-    chosen = _selection(model, tenant)
+    chosen = _filter(model, tenant)
     for catalog in _opened(store):
         entries = chosen.of(catalog, details=False)
         victims = garbage(entries, time.time(), max_bytes=max_size, older_than=older_than, quota=tenant_quota)
@@ -299,7 +299,7 @@ def rm(
     """
     if everything == bool(keys):
         raise typer.BadParameter("give KEYs to remove, or --all")
-    chosen = _selection(model, tenant)
+    chosen = _filter(model, tenant)
     for catalog in _opened(store):
         entries = chosen.of(catalog, details=False) if everything else _found(catalog, keys or ())
         size = sum(entry.size for entry in entries)
@@ -338,7 +338,7 @@ def export(
     from kvgraph.store import archive
 
     catalog = _one(store)
-    entries = _listed(catalog, _selection(model, tenant))
+    entries = _listed(catalog, _filter(model, tenant))
     if not entries:
         raise StoreError(f"there are no such records in {catalog.shown}")
     with Progress("exporting", len(entries)) as bar:
@@ -417,7 +417,7 @@ def migrate(
     from kvgraph.store.open import open_catalog
 
     common.without_passwords([to])
-    chosen, packing = _selection(model, tenant), None if codec is None else parse(codec)
+    chosen, packing = _filter(model, tenant), None if codec is None else parse(codec)
     source = _one(store)
     target = open_catalog(to, make=True) if to else source
     entries = _listed(source, chosen)
@@ -473,15 +473,15 @@ def _closing(catalog: Catalog) -> Iterator[Catalog]:
         catalog.close()
 
 
-def _selection(model: str, tenant: str | None) -> Selection:
-    from kvgraph.store.maintenance import Selection
+def _filter(model: str, tenant: str | None) -> RecordFilter:
+    from kvgraph.store.maintenance import RecordFilter
 
     if re.fullmatch("[0-9a-f]{0,64}", model) is None:
         raise typer.BadParameter(f"{model[:40]!r} isn't the beginning of a fingerprint, which has hex digits")
-    return Selection(model, tenant)
+    return RecordFilter(model, tenant)
 
 
-def _listed(catalog: Catalog, chosen: Selection) -> list[Entry]:
+def _listed(catalog: Catalog, chosen: RecordFilter) -> list[Entry]:
     with Progress(f"looking at {catalog.shown}", None) as bar:
         return chosen.of(catalog, seen=lambda: bar.advance(1))
 

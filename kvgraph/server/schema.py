@@ -435,19 +435,19 @@ class ToolsAllowed(Sent):
     allowed_tools: AllowedTools
 
 
-def _choice(choice: Any) -> str:
-    """Which kind of `tool_choice` this is."""
+def choice_kind(choice: Any, *, named: str, allowed: str) -> str:
+    """Which kind of `tool_choice` this is: "mode", or the name of the model of a named or of some allowed functions."""
     if isinstance(choice, str):
         return "mode"
     kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
-    return "ToolsAllowed" if kind == "allowed_tools" else "ToolChosen"
+    return allowed if kind == "allowed_tools" else named
 
 
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("mode")]
     | Annotated[ToolChosen, Tag("ToolChosen")]
     | Annotated[ToolsAllowed, Tag("ToolsAllowed")],
-    Discriminator(_choice),
+    Discriminator(lambda choice: choice_kind(choice, named="ToolChosen", allowed="ToolsAllowed")),
 ]
 
 

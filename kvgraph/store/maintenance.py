@@ -18,7 +18,7 @@ Seen = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Selection:
+class RecordFilter:
     """Some of a place's records. model: the beginning of a fingerprint; "": every model. tenant: a salt, or what stands for
     it (`kvgraph.store.base.tenant_id`); "": those of no tenant; None: everybody's.
     """
@@ -68,10 +68,10 @@ class Share:
         self.pinned_bytes += entry.size * entry.pinned
 
 
-def shares(catalog: Catalog, selection: Selection, seen: Seen = int) -> list[Share]:
+def shares(catalog: Catalog, chosen: RecordFilter, seen: Seen = int) -> list[Share]:
     """A place's records by model, tenant and codec, the largest first."""
     found: dict[tuple[str, str, str], Share] = {}
-    for entry in selection.of(catalog, seen=seen):
+    for entry in chosen.of(catalog, seen=seen):
         whose = entry.fingerprint, entry.tenant, entry.codec
         if whose not in found:
             found[whose] = Share(catalog.shown, catalog.name, *whose)

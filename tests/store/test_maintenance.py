@@ -14,7 +14,7 @@ from kvgraph.errors import StoreError
 from kvgraph.store import DiskStore, archive, format, open_store
 from kvgraph.store.base import Entry, tenant_id
 from kvgraph.store.codecs.registry import fingerprint_with, packed, parse, repacked
-from kvgraph.store.maintenance import Selection, find, garbage, migrate, shares
+from kvgraph.store.maintenance import RecordFilter, find, garbage, migrate, shares
 from kvgraph.store.open import open_catalog
 from remotes import has_redis
 from store_worker import got, key_of, make, same
@@ -54,7 +54,7 @@ def fill(place, numbers=range(6)):
     return kept
 
 
-EVERYTHING = Selection()
+EVERYTHING = RecordFilter()
 
 
 def keys(catalog, selection=EVERYTHING):
@@ -77,15 +77,15 @@ def test_entries_say_whose_records_they_are(place):
         assert entry.codec == ("zstd" if n == 4 else "kivi" if n == 5 else "raw")
         assert entry.size == catalog.read(entry).numel() and not entry.pinned
         assert before - 60 < entry.used < before + 60
-    found = {(s.model, s.tenant, s.codec): (s.records, s.bytes) for s in shares(catalog, Selection())}
+    found = {(s.model, s.tenant, s.codec): (s.records, s.bytes) for s in shares(catalog, RecordFilter())}
     assert sum(n for n, _ in found.values()) == 6 and len(found) == 6
-    assert keys(catalog, Selection(A[:8])) == {key_of(n) for n in (0, 2, 4)}
+    assert keys(catalog, RecordFilter(A[:8])) == {key_of(n) for n in (0, 2, 4)}
     assert (
-        keys(catalog, Selection(tenant="anna"))
-        == keys(catalog, Selection(tenant=tenant_id("anna")))
+        keys(catalog, RecordFilter(tenant="anna"))
+        == keys(catalog, RecordFilter(tenant=tenant_id("anna")))
         == {key_of(2), key_of(3)}
     )
-    assert keys(catalog, Selection(A, "")) == {key_of(0), key_of(4)} and not keys(catalog, Selection("c"))
+    assert keys(catalog, RecordFilter(A, "")) == {key_of(0), key_of(4)} and not keys(catalog, RecordFilter("c"))
 
 
 def test_looking_is_no_use(place, tmp_path):
@@ -223,7 +223,7 @@ def test_verify_reports_and_repair_takes_away(place, tmp_path):
 def test_an_export_is_loaded_by_another_store(place, tmp_path):
     kept = fill(place)
     source, file = open_catalog(place), tmp_path / "some.kvgraph"
-    done = archive.export(source, Selection(A).of(source), file)
+    done = archive.export(source, RecordFilter(A).of(source), file)
     assert (done.records, done.refused) == (3, []) and archive.count(file) == 3
     target = DiskStore(tmp_path / "other")
     assert archive.import_(file, target, A[:8]).records == 3
@@ -335,13 +335,13 @@ def test_a_truncated_export_gives_what_was_whole(tmp_path):
 def test_records_move_between_places_and_codecs(place, tmp_path):
     kept = fill(place)
     source, target = open_catalog(place), DiskStore(tmp_path / "other")
-    done = migrate(source, target, Selection(A).of(source), parse("zstd"))
+    done = migrate(source, target, RecordFilter(A).of(source), parse("zstd"))
     assert (done.records, done.there, done.refused) == (3, 0, [])
     assert {e.codec for e in target.ls()} == {"zstd"} and target.verify().clean
     for n, tenant in ((0, ""), (2, "anna"), (4, "")):
         assert same(got(open_store(tmp_path / "other", A, tenant=tenant), key_of(n)), kept[key_of(n)])
     source.set_pinned(find(source, key_of(1), list(source.entries())), True)
-    done = migrate(source, target, Selection().of(source), move=True)
+    done = migrate(source, target, RecordFilter().of(source), move=True)
     assert (done.records, done.there) == (3, 3)
     assert keys(source) == {key_of(1)}, "a pinned record stays where it was pinned"
     assert [e.key for e in target.ls() if e.pinned] == [key_of(1)]
@@ -354,7 +354,7 @@ def test_records_are_packed_anew_where_they_are(place):
     catalog = open_catalog(place)
     held = find(catalog, key_of(2), list(catalog.entries()))
     catalog.set_pinned(held, True)
-    assert migrate(catalog, catalog, Selection(A).of(catalog), parse("zstd:level=1")).records == 3
+    assert migrate(catalog, catalog, RecordFilter(A).of(catalog), parse("zstd:level=1")).records == 3
     entries = {e.key: e for e in catalog.entries() if e.fingerprint == A}
     assert {e.codec for e in entries.values()} == {"zstd:level=1"} and entries[key_of(2)].pinned
     assert same(got(open_store(place, A), key_of(0)), kept[key_of(0)]) and catalog.verify().clean

@@ -20,6 +20,7 @@ from kvgraph.server.schema import (
     TextPart,
     TokenLogprob,
     Unless,
+    choice_kind,
     taken,
     unsupported,
 )
@@ -198,19 +199,11 @@ class FunctionsAllowed(Sent):
         return {"type": "allowed_tools", "allowed_tools": allowed}
 
 
-def _choice(choice: Any) -> str:
-    """Which kind of `tool_choice` this is."""
-    if isinstance(choice, str):
-        return "mode"
-    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
-    return "FunctionsAllowed" if kind == "allowed_tools" else "FunctionNamed"
-
-
 FunctionChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("mode")]
     | Annotated[FunctionNamed, Tag("FunctionNamed")]
     | Annotated[FunctionsAllowed, Tag("FunctionsAllowed")],
-    Discriminator(_choice),
+    Discriminator(lambda choice: choice_kind(choice, named="FunctionNamed", allowed="FunctionsAllowed")),
 ]
 
 
