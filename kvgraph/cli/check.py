@@ -85,7 +85,9 @@ def check(
     from kvgraph.checks.quality import quality as measured
     from kvgraph.checks.quality import read_items
     from kvgraph.engine.engine import Engine, composed
+    from kvgraph.store.codecs.registry import parse as parse_codec
 
+    packing = parse_codec(codec)
     chosen = None if data is None and method is None else methods.parse("full" if method is None else method)
     items = read_items(data, limit) if data else []
     engine = Engine.load(
@@ -101,7 +103,7 @@ def check(
     cases = gate(engine.model, composed(engine.model))
     quality = None
     if chosen is not None:
-        packed = Engine(engine.model, store=store, kv_budget=kv_budget, codec=codec) if codec != "raw" else None
+        packed = Engine(engine.model, store=store, kv_budget=kv_budget, codec=packing) if codec != "raw" else None
         quality = measured(engine.scores, chosen, items, coded=None if packed is None else (codec, packed.scores))
         for used in filter(None, (engine, packed)):
             used.close()

@@ -166,6 +166,9 @@ class Engine:
         check=False skips the gate (`kvgraph check`), which refuses a model whose composed logits differ from a plain
         forward. For the other arguments see Engine. Raises ModelError with the reason.
         """
+        # What is wrong with these is said before the model takes its time.
+        codec = parse(codec) if isinstance(codec, str) else codec
+        select = parse_selection(select) if isinstance(select, str) else select
         loaded = load_model(
             model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=check
         )
