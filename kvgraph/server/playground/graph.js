@@ -33,6 +33,11 @@ export class Drawing {
   }
 
   draw() {
+    if (this.held) { // new boxes would lose the drag or the click
+      this.late = true;
+      return;
+    }
+    this.late = false;
     const focused = this.svg.contains(document.activeElement) ? document.activeElement.dataset.id : null;
     this.plan = layout(this.nodes, this.arranged ?? [], this.svg.parentElement.clientWidth);
     const { width, height } = this.plan;
@@ -157,11 +162,12 @@ export class Drawing {
   drag(down, node, group) {
     const from = this.point(down), start = this.at(node.id);
     this.dragged = false;
+    this.held = true;
+    group.setPointerCapture(down.pointerId);
     const move = (event) => {
       const to = this.point(event);
       if (!this.dragged && Math.hypot(to.x - from.x, to.y - from.y) < 4) return;
       this.dragged = true;
-      group.setPointerCapture(event.pointerId);
       const { width, height } = this.plan;
       this.moved.set(node.id, { x: clamp(start.x + to.x - from.x, 20, width - 20), y: clamp(start.y + to.y - from.y, 20, height - 20) });
       this.place();
@@ -170,6 +176,10 @@ export class Drawing {
       group.removeEventListener("pointermove", move);
       group.removeEventListener("pointerup", up);
       group.removeEventListener("pointercancel", up);
+      setTimeout(() => { // after the click that follows
+        this.held = false;
+        if (this.late) this.draw();
+      });
     };
     group.addEventListener("pointermove", move);
     group.addEventListener("pointerup", up);
