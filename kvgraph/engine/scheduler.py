@@ -398,7 +398,7 @@ class Scheduler:
     def _resolve(self, request: Request, need: Iterable[int], absent: Collection[str] = ()) -> None:
         """Find, read or encode these spans of a request's plan; what is encoded pulls in its own sources, transitively.
 
-        absent: keys that aren't in the store.
+        absent: keys that aren't in the store. If another read of one is under way, its end is awaited all the same.
         """
         spans = request.plan.spans
         stack = sorted(need, reverse=True)
@@ -418,7 +418,7 @@ class Scheduler:
             request.missing.add(key)
             if key in self.encodings:
                 self._reused(request, index, "shared")
-            elif self.loader is not None and span.cached and key not in absent:
+            elif self.loader is not None and span.cached and (key in self.loading or key not in absent):
                 loading = self._load(self.loader, key, len(span), request.salt)
                 if loading.ahead:
                     loading.ahead = False
@@ -461,17 +461,20 @@ class Scheduler:
             self.loader.cancel(late.key)
             self.loader.count("late")
         waited: dict[Request, None] = {}
+        absent: set[str] = set()
         for loading, found in ended:
-            if loading is not None:  # somebody still waits, or it was read ahead
-                self._loaded(loading, found)
-                waited |= dict.fromkeys(loading.waiters)
+            if loading is None:  # nobody waits any more, and it wasn't read ahead
+                continue
+            if not self._loaded(loading, found):
+                absent.add(loading.key)
+            waited |= dict.fromkeys(loading.waiters)
         for request in waited:
             if not request.loads:
                 with self._blaming(request):
-                    self._encode_absent(request)
+                    self._encode_absent(request, absent)
 
-    def _loaded(self, loading: Loading, found: Found | None) -> None:
-        """A record has come, or there is none."""
+    def _loaded(self, loading: Loading, found: Found | None) -> bool:
+        """A record has come, or there is none. Returns whether there is one."""
         if found is not None and found[0].nbytes != loading.nbytes:  # it isn't of this span's tokens
             found = None
         if found is not None:
@@ -486,14 +489,18 @@ class Scheduler:
                 continue
             request.missing.discard(loading.key)
             self._reused(request, index, found[1])
+        return found is not None
 
-    def _encode_absent(self, request: Request) -> None:
-        """Encode what was in no tier: all of it at once, so that the links of a chain run in one step."""
-        absent, request.absent = request.absent, []
-        keys = {request.keys[index] for index in absent}
+    def _encode_absent(self, request: Request, absent: set[str]) -> None:
+        """Encode what was in no tier: all of it at once, so that the links of a chain run in one step.
+
+        absent: what others have just been told isn't there. It isn't read again.
+        """
+        indices, request.absent = request.absent, []
+        keys = {request.keys[index] for index in indices}
         request.missing -= keys
         request.resolved -= keys
-        self._resolve(request, absent, keys)
+        self._resolve(request, indices, keys | absent)
         if not request.missing:
             self._ready(request)
 

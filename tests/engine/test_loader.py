@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from kvgraph import Engine, SamplingParams, methods, models
 from kvgraph.engine import scheduler as scheduler_module
 from kvgraph.engine.loader import THREADS
 from kvgraph.graph import ContextGraph
+from kvgraph.plan import Place, Plan, Span
 from kvgraph.store.memory import MemoryStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
@@ -106,6 +108,25 @@ def test_records_are_read_side_by_side(llama, store):
     engine = Engine(llama, store=store, kv_budget=1 << 26)
     engine.wait(engine.submit(plan(6, 0), GREEDY))
     assert store.most == THREADS
+
+
+def test_what_one_request_was_just_told_is_missing_is_not_read_again_for_another(llama):
+    """The second needs a source at once; the first asks for it only when its reader turns out to be missing, too."""
+    source = Span((1,), (0,))
+    reader = Span((2,), (1,), sees=(Place(0, 0, 0, 1),))
+    prompt = Span((3,), (2,), sees=(Place(1, 1, 0, 1),), cached=False)
+    store = Gated()
+    engine = Engine(llama, store=store, kv_budget=1 << 26)
+    engine.loader.close()  # reads at once
+    first = engine.submit(Plan((source, reader, prompt)), GREEDY)
+    second = engine.submit(Plan((source, replace(reader, cached=False), prompt)), GREEDY)
+    engine.step()
+    assert store.reads == [first.keys[1], second.keys[0]]
+    engine.step()
+    assert engine.scheduler.encodings.keys() <= {*first.keys, *second.keys} and not engine.scheduler.loading
+    for request in (first, second):
+        assert engine.wait(request).token_ids == dense_greedy(llama, request.plan, 6)
+    assert store.reads == [first.keys[1], second.keys[0]]
 
 
 def test_what_comes_too_late_is_computed(llama, store, monkeypatch):
