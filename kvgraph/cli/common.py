@@ -168,6 +168,11 @@ def load_model(model: str, dtype: str, device: str, allow_untested: bool, adapte
     return models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
 
 
+def counted(number: int, what: str) -> str:
+    """(1, "page") → "1 page", (2_000, "page") → "2,000 pages"."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def human_size(size: float) -> str:
     """1536 → "1.5 KiB"."""
     for unit in UNITS[:-1]:

@@ -13,7 +13,7 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBudget, NoCheck
+from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBudget, NoCheck, counted
 from kvgraph.errors import KVGraphError
 
 if TYPE_CHECKING:
@@ -155,8 +155,9 @@ def build(
             if there is not None:
                 there.close()
     typer.echo(
-        f"{done.chunks:,} of {len(corpus.table):,} chunks encoded: {done.computed:,} tokens computed, {done.reused:,} reused, "
-        f"{common.human_size(engine.stored_bytes)} written, {done.forgotten:,} records forgotten, "
+        f"{done.chunks:,} of {counted(len(corpus.table), 'chunk')} encoded: {counted(done.computed, 'token')} computed, "
+        f"{done.reused:,} reused, {common.human_size(engine.stored_bytes)} written, "
+        f"{counted(done.forgotten, 'record')} forgotten, "
         f"{done.computed / max(done.seconds, 1e-9):,.0f} tokens/s"
     )
     typer.echo(
@@ -182,8 +183,9 @@ def _described(corpus: PlannedCorpus) -> str:
     most = max(degrees.values(), default=0)
     tokens = sum(len(segment.tokens) for segment in corpus.segments)
     return (
-        f"{corpus.pages:,} pages, {len(corpus.table):,} chunks, {tokens:,} tokens; {len(corpus.edges):,} edges, "
-        f"{len(corpus.edges) / len(corpus.table):.1f} sources a chunk on average, {most} at most"
+        f"{counted(corpus.pages, 'page')}, {counted(len(corpus.table), 'chunk')}, {counted(tokens, 'token')}; "
+        f"{counted(len(corpus.edges), 'edge')}, {len(corpus.edges) / len(corpus.table):.1f} sources a chunk on average, "
+        f"{most} at most"
     )
 
 
@@ -191,8 +193,8 @@ def _compared(changes: Changes) -> str:
     if not changes.new and not changes.gone and not changes.readers:
         return "nothing changed since it was indexed"
     return (
-        f"changed since it was indexed: {len(changes.pages):,} pages, with {changes.new:,} new chunks and {changes.gone:,} gone; "
-        f"{changes.readers:,} more read something else now; {changes.same:,} are as before"
+        f"changed since it was indexed: {counted(len(changes.pages), 'page')}, with {counted(changes.new, 'new chunk')} and "
+        f"{changes.gone:,} gone; unchanged, but reading something else now: {changes.readers:,}; as before: {changes.same:,}"
     )
 
 
@@ -279,7 +281,7 @@ def show(
     sources = [len(chunk["sources"]) for chunk in chunks]
     readers = Counter(source for chunk in chunks for source in chunk["sources"])
     size = [sum(chunks[source]["tokens"] for source in chunk["sources"]) for chunk in chunks]
-    made = common.table("", "mean", "median", "90 %", "most")
+    made = common.table("", "mean", "median", "90 %", "maximum")
     for label, values in (
         ("tokens of a chunk", [chunk["tokens"] for chunk in chunks]),
         ("sources of a chunk", sources),
@@ -323,7 +325,7 @@ def rm(
     from kvgraph import indexing
 
     found = indexing.described(store, name)
-    if not yes and not typer.confirm(f"Forget {name} ({len(found['chunks']):,} chunks) of {store}?"):
+    if not yes and not typer.confirm(f"Forget {name} ({counted(len(found['chunks']), 'chunk')}) of {store}?"):
         raise KVGraphError("nothing was removed")
     from kvgraph.engine.engine import Engine
 
@@ -338,4 +340,4 @@ def rm(
             records = there.remove()
         finally:
             there.close()
-    typer.echo(f"removed {name}: {records:,} records, in {common.human_time(time.perf_counter() - started)}")
+    typer.echo(f"removed {name}: {counted(records, 'record')}, in {common.human_time(time.perf_counter() - started)}")

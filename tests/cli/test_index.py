@@ -54,8 +54,8 @@ def index(run, *words) -> tuple[dict[str, int], str]:
     code, out, err = run("index", *words)
     assert code == 0, err
     line = re.search(
-        r"(?P<chunks>[\d,]+) of (?P<of>[\d,]+) chunks encoded: (?P<computed>[\d,]+) tokens computed, (?P<reused>[\d,]+) "
-        r"reused, .* written, (?P<forgotten>[\d,]+) records forgotten",
+        r"(?P<chunks>[\d,]+) of (?P<of>[\d,]+) chunks? encoded: (?P<computed>[\d,]+) tokens? computed, (?P<reused>[\d,]+) "
+        r"reused, .* written, (?P<forgotten>[\d,]+) records? forgotten",
         out,
     )
     assert line, out
@@ -93,7 +93,7 @@ def test_a_change_costs_the_page_and_its_readers_and_what_is_gone_is_forgotten(r
     (corpus / "keeper.md").write_text("# The keeper\n\nBerta keeps it now.\n")
     (corpus / "alone.txt").unlink()
     changed, out = index(run, corpus, "--store", store, *words)
-    assert "2 pages, with 1 new chunks and 2 gone; 1 more read something else now; 1 are as before" in out
+    assert "2 pages, with 1 new chunk and 2 gone; unchanged, but reading something else now: 1; as before: 1" in out
     assert changed["chunks"] == 2 and changed["forgotten"] == 3  # the old keeper, what read it, and the page alone
     assert len(before - keys(store)) == 3 and len(keys(store) - before) == 2
 
@@ -160,7 +160,7 @@ def test_a_dry_run_writes_nothing_and_its_tokens_come_true(run, model, corpus, t
     (corpus / "keeper.md").write_text("# The keeper\n\nBerta.\n")
     code, out, _ = run("index", *words, "--dry-run")
     tokens = int(re.search(r"tokens +([\d,]+)", out)[1].replace(",", ""))
-    assert "1 pages, with 1 new chunks and 1 gone" in out and len(keys(store)) == 5
+    assert "1 page, with 1 new chunk and 1 gone" in out and len(keys(store)) == 5
     assert index(run, *words)[0]["computed"] == tokens
 
 

@@ -91,7 +91,7 @@ def test_the_how_to_index_a_folder(model, tmp_path, monkeypatch, run):
     dry, first, listed, shown, changed, answer = (out for *_, out, _ in done)
     assert "3 pages, 3 chunks" in dry and "nothing was written" in dry and "3 of 3 chunks encoded" in first
     assert "notes" in listed and "drawn in notes-graph.html" in shown
-    assert "1 pages, with 1 new chunks and 1 gone; 1 more read something else now; 1 are as before" in changed
+    assert "1 page, with 1 new chunk and 1 gone; unchanged, but reading something else now: 1; as before: 1" in changed
     assert "2 of 3 chunks encoded" in changed
     assert "[1] Harbour (harbour" in answer
 

@@ -117,8 +117,7 @@ def connect(page, source, reader):
 
 
 def ask(page):
-    page.click("#send")
-    expect(page.locator("#stop")).to_be_enabled()
+    page.click("#send")  # disables it before the click returns
     expect(page.locator("#send")).to_be_enabled(timeout=60_000)
 
 
