@@ -26,7 +26,7 @@ from soak import SOAK, draws  # noqa: E402
 
 torch.set_num_threads(1)
 
-settings.register_profile("ci", deadline=None, max_examples=draws(20))
+settings.register_profile("ci", deadline=None, max_examples=draws(12))
 settings.load_profile("ci")
 
 

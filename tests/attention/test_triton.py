@@ -19,6 +19,7 @@ from kvgraph.attention.backends import backend_for, reference
 from kvgraph.attention.cuda import tuning
 from kvgraph.engine.runner import CudaRunner, Runner, runner_for
 from kvgraph.models.adapter import Layer
+from soak import SOAK
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,8 +81,10 @@ def test_steps_of_the_gpu_runner_equal_the_plain_ones():
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("architecture, most", [(80, 99), (90, 227)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("architecture", "most", "dtype"),
+    [(80, 99, "float32"), (90, 227, "bfloat16")] + SOAK * [(80, 99, "bfloat16"), (90, 227, "float32")],
+)
 def test_kernels_compile_within_a_gpus_limits(monkeypatch, architecture, most, dtype):
     """most: KiB of shared memory of a block, of the smallest GPU of compute capability 8 and of an H100."""
     needs_triton()

@@ -115,6 +115,7 @@ def test_a_tool_is_called_and_its_result_answered(server, client):
     assert arguments == {"a": 12, "b": 30} and "42" in answer.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_the_same_with_a_template_that_has_tools(with_tools, client):
     arguments, answer = looped(with_tools, client, tools=[ADD], tool_choice="auto")
     assert arguments == {"a": 12, "b": 30} and "42" in answer.choices[0].message.content
