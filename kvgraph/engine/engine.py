@@ -133,6 +133,7 @@ class Engine:
             self._save,
             None if self.codec.lossless and self.selection is None else self._settle,
             self.selection,
+            self.codec,
         )
         self._lock = threading.RLock()
         self._uncached = count()
@@ -576,7 +577,7 @@ class Engine:
         record, tier = found
         if not self._fits(record):
             return None
-        return on_device(replace(record, packed=None), self.model.device), tier
+        return self.scheduler.pooling.of(record), tier
 
     def _fits(self, record: Record) -> bool:
         """Whether a record can be of this model. A checksum doesn't say so, and attention doesn't ask."""
