@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvgraph.attention.rope import Rotary
-from kvgraph.store.record import Record
+from kvgraph.store.record import Record, Side
 
 
 class View:
@@ -88,6 +88,10 @@ class RowKV:
         self.capacity, self.length, self.nbytes = capacity, 0, buffer.numel() * buffer.element_size()
         self.window = 0  # of its last tokens, the queries are kept
         self.queries: list[torch.Tensor] = []  # of every layer, [H, W, D] float32, scaled
+
+    def layer(self, index: int) -> tuple[Side, Side]:
+        """Keys and values of a layer, as a record gives them."""
+        return self.keys[index], self.values[index]
 
     def observe(self, layer: int, queries: torch.Tensor, scale: float) -> None:
         """Keep the last queries of a step's new tokens [H, T, D], with those before them."""
@@ -165,15 +169,17 @@ def gathered(
     total = sum(v.hi - v.lo for v in plain)
     if len(plain) < MANY or total > SHORT * len(plain) or any(a.last >= b.first for a, b in pairwise(plain)):
         return views
-    sample = plain[0].source.keys[0]
+    sample = plain[0].source.layer(0)[0]
     copy = RowKV(shapes, total, sample.dtype, sample.device)
     copy.length = total
     copy.positions[:] = np.concatenate([v.positions + v.at for v in plain])
     at = torch.from_numpy(np.repeat([v.at for v in plain], [v.hi - v.lo for v in plain]))
     tables = {id(r): tuple(t.to(sample.device) for t in r.table(at)) for r in rotaries if r is not None}
     for layer, rotary in enumerate(rotaries):
-        keys = torch.cat([v.source.keys[layer][:, v.lo : v.hi] for v in plain], 1)
+        sides = [v.source.layer(layer) for v in plain]
+        keys = torch.cat([k[:, v.lo : v.hi].to(sample.dtype) for v, (k, _) in zip(plain, sides, strict=True)], 1)
         copy.keys[layer][:] = keys if rotary is None else rotary.rotate(keys, *tables[id(rotary)])
-        torch.cat([v.source.values[layer][:, v.lo : v.hi] for v in plain], 1, out=copy.values[layer])
+        values = [x[:, v.lo : v.hi].to(sample.dtype) for v, (_, x) in zip(plain, sides, strict=True)]
+        torch.cat(values, 1, out=copy.values[layer])
     ids = set(map(id, plain))
     return [View(copy, 0, 0, total), *(v for v in views if id(v) not in ids)]

@@ -51,7 +51,7 @@ class _Seen(NamedTuple):
 
     def of(self, layer: int, fresh: tuple[Tensor, Tensor]) -> Part:
         """The part of one layer. fresh: the step's new keys [G, T, D], in the frames of their chains, and values."""
-        keys, values = fresh if isinstance(self.source, Fresh) else (self.source.keys[layer], self.source.values[layer])
+        keys, values = fresh if isinstance(self.source, Fresh) else self.source.layer(layer)
         return Part(self.columns, keys[:, self.here], values[:, self.here], self.mask, self.causal)
 
 

@@ -173,7 +173,8 @@ def _planned(
         return None
     plan = engine.plan(graph, method, probe=False)
     budget = engine.scheduler.memory.budget
-    if plan.highest_position < engine.model.limit and _tokens(plan) * engine.model.kv_bytes_per_token <= budget:
+    need = engine.scheduler.memory.most_bytes(span for span in plan.spans if span.cached)
+    if plan.highest_position < engine.model.limit and need <= budget:
         return plan
     totals.too_long += 1
     totals.skipped.append(
@@ -228,12 +229,14 @@ def _rate(engine: Engine, plans: Sequence[Plan]) -> float:
 
 def _share(engine: Engine, keys: Iterable[str]) -> float:
     """What is left of the size of a record that is in memory, once it is packed."""
-    from kvgraph.store.codecs.registry import packed
+    from kvgraph.store.codecs.registry import packed, repacked
 
     for key in keys:
         found = engine.scheduler.memory.pool.get(key)
         if found is not None:
-            return packed(found[0], engine.codec).stored_bytes / found[0].nbytes
+            record, raw = found[0], len(found[0]) * engine.model.kv_bytes_per_token
+            kept = packed(record, engine.codec) if record.keys else repacked(record, engine.codec)
+            return kept.stored_bytes / raw
     return 1.0
 
 

@@ -35,6 +35,7 @@ from kvgraph.engine.probe import cost, probed
 from kvgraph.engine.request import UNCACHED, Request, link_of
 from kvgraph.engine.request import Sequence as TokenSequence
 from kvgraph.engine.result import Chunk, Result, Usage
+from kvgraph.engine.retrieval_heads import retrieval_scores
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
 from kvgraph.engine.scheduler import Scheduler
 from kvgraph.errors import CapacityError, GraphError, KVGraphError, StoreError
@@ -47,7 +48,7 @@ from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
 from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
-from kvgraph.store.selection.base import Selection, selected
+from kvgraph.store.selection.base import ByLayer, Selection, selected
 from kvgraph.store.selection.registry import fingerprint_selected, parse_selection
 
 log = logging.getLogger("kvgraph.engine")
@@ -115,6 +116,8 @@ class Engine:
         self.selection = None if selection is None or selection.keep == 100 else selection
         if self.selection is not None:
             _check_selectable(model, self.selection)
+            if isinstance(self.selection, ByLayer):
+                self.selection = self.selection.fitted(retrieval_scores(model))
         self.fingerprint = fingerprint_selected(fingerprint_with(model.fingerprint, self.codec), self.selection)
         if isinstance(store, str | Path | Sequence):
             store = open_store(store, self.fingerprint)
@@ -133,6 +136,7 @@ class Engine:
             self._save,
             None if self.codec.lossless and self.selection is None else self._settle,
             self.selection,
+            self.codec,
         )
         self._lock = threading.RLock()
         self._uncached = count()
@@ -576,7 +580,7 @@ class Engine:
         record, tier = found
         if not self._fits(record):
             return None
-        return on_device(replace(record, packed=None), self.model.device), tier
+        return self.scheduler.pooling.of(record), tier
 
     def _fits(self, record: Record) -> bool:
         """Whether a record can be of this model. A checksum doesn't say so, and attention doesn't ask."""

@@ -126,6 +126,8 @@ class Loader:
 
 def _touch(found: Found) -> None:
     """Read a byte of every page, so that a record mapped from a file is in memory before a step looks at it."""
-    for tensor in (*found[0].keys, *found[0].values):
+    record = found[0]
+    packed = record.packed.tensors.values() if record.packed and not record.keys else ()
+    for tensor in (*record.keys, *record.values, *packed):
         if tensor.device.type == "cpu" and tensor.is_contiguous():
             tensor.detach().view(torch.uint8).reshape(-1)[::PAGE].max()

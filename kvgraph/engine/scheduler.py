@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count as counter
 
 import numpy as np
@@ -24,6 +23,7 @@ from kvgraph.attention.rows import Row, RowKV, View, gathered
 from kvgraph.engine.admission import Memory
 from kvgraph.engine.guide import Guides
 from kvgraph.engine.loader import DEADLINE, Loader
+from kvgraph.engine.pooling import Pooling
 from kvgraph.engine.request import Encoding, Loading, Request, Sequence, link_of
 from kvgraph.engine.result import Result
 from kvgraph.engine.runner import runner_for
@@ -32,6 +32,8 @@ from kvgraph.errors import PlanError
 from kvgraph.models import Model
 from kvgraph.plan import Plan
 from kvgraph.store.base import Found
+from kvgraph.store.codecs.base import Codec
+from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.record import Record
 from kvgraph.store.selection.base import Selection, kept_tokens
 
@@ -44,7 +46,8 @@ class Scheduler:
 
     loader: reads records of the backing store; None: there is none. save(record, salt): hand a tenant's new record to it.
     settle(record, queries): what a new record becomes before anything reads it; None: it stays as it is. queries: of its
-    last tokens, if the selection looks at them. selection: which tokens of a span are kept; None: all.
+    last tokens, if the selection looks at them. selection: which tokens of a span are kept; None: all. codec: of the
+    records that `settle` makes; None: they aren't packed.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Scheduler:
         save: Callable[[Record, str], None],
         settle: Callable[[Record, list[Tensor]], Record] | None = None,
         selection: Selection | None = None,
+        codec: Codec | None = None,
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
@@ -71,7 +75,8 @@ class Scheduler:
             str, tuple[str, int]
         ] = {}  # (tier, bytes) of records that were read ahead, until they are used
         self.running: list[Request] = []  # admitted, not finished
-        self.memory = Memory(budget, model.kv_bytes_per_token, self.encodings)
+        self.pooling = Pooling(model, Raw() if codec is None else codec, selection)
+        self.memory = Memory(budget, model.kv_bytes_per_token, self.pooling, self.encodings)
         self.peak_bytes = 0
 
     # -- submitting ---------------------------------------------------------------------------------------------------
@@ -161,20 +166,28 @@ class Scheduler:
         later = [e for e in ready if self.running[0] not in e.waiters]
         work: list[Work] = []
         complete: set[str] = set()  # encodings that this step finishes
-        tokens, pairs = self.max_step_tokens, self.max_step_pairs
+        tokens, pairs, room = self.max_step_tokens, self.max_step_pairs, self.memory.room_for_extras
         owners: list[Request | Encoding] = [*decoding, *oldest, *prefill, *later]
         for owner in owners:
             if not self._ready_beside(owner, complete):
+                continue
+            extra = 0 if owner.sequence.kv is not None else self._extra(owner)
+            if extra > room:
                 continue
             parts = 1 + owner.sequence.parts
             count = min(owner.sequence.left, tokens, max(1, pairs // parts))
             if count <= 0 or (work and pairs < parts):
                 break
             work.append((owner, count))
+            room -= extra
             if isinstance(owner, Encoding) and count == owner.sequence.left and not self._settles(owner):
                 complete.add(owner.key)
             tokens, pairs = tokens - count, pairs - count * parts
         return work
+
+    def _extra(self, owner: Request | Encoding) -> int:
+        """Bytes that a row takes beyond those that are held for its record."""
+        return self.memory.extra(owner.sequence.span) if isinstance(owner, Encoding) else 0
 
     def _settles(self, encoding: Encoding) -> bool:
         """Whether readers must wait for what its KV become."""
@@ -255,7 +268,7 @@ class Scheduler:
         if self.settle is not None and encoding.persistent:
             record = self.settle(record, encoding.sequence.kv.queries)
         del self.encodings[encoding.key]
-        self.memory.keep(replace(record, packed=None))
+        self.memory.keep(self.pooling.of(record))
         while encoding.waiters:
             request = encoding.waiters.pop()
             request.missing.discard(encoding.key)
@@ -445,8 +458,7 @@ class Scheduler:
     def _load(self, loader: Loader, key: str, tokens: int, salt: str, ahead: bool = False) -> Loading:
         """The read of a record, begun if it isn't under way."""
         if key not in self.loading:
-            held = tokens if self.selection is None else kept_tokens(self.selection, tokens)
-            self.loading[key] = Loading(key, held * self.memory.per_token, time.monotonic() + DEADLINE, ahead)
+            self.loading[key] = Loading(key, self.pooling.nbytes(tokens), time.monotonic() + DEADLINE, ahead)
             loader.start(key, salt)
         return self.loading[key]
 
@@ -528,7 +540,7 @@ class Scheduler:
                 key, span = request.keys[index], request.plan.spans[index]
                 if not span.cached or key in self.memory.pool or key in self.encodings or key in self.loading:
                     continue
-                taken += len(span) * self.memory.per_token
+                taken += self.pooling.nbytes(len(span))
                 if taken > self.memory.budget // AHEAD:
                     return
                 self._load(self.loader, key, len(span), request.salt, ahead=True)
@@ -549,6 +561,7 @@ class Scheduler:
     def _ready(self, request: Request) -> None:
         """Release intermediate versions once everything the prompt span reads is in the pool."""
         request.usage.encoded = time.perf_counter() - request.submitted
+        self.memory.encoded(request)
         wanted = {request.keys[p.span] for p in request.plan.prompt.sees}
         for key in [k for k in request.held if k not in wanted]:
             self.memory.release(request, key)

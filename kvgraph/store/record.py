@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,13 +21,49 @@ class UntrustedRecord(Exception):
 
 
 @dataclass(frozen=True)
+class PackedSide:
+    """Keys or values of one layer that stay packed: a stand-in for a tensor, whose tokens are unpacked when it is cast.
+
+    shape: (G, N, D). dtype: of what is unpacked. unpack(lo, hi): tokens lo..hi [G, hi - lo, D], in that dtype.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+    unpack: Callable[[int, int], torch.Tensor]
+    first: int = 0  # its token 0, as `unpack` counts
+
+    def __getitem__(self, index: tuple[slice, slice]) -> PackedSide:
+        """Some of the tokens, [:, lo:hi], still packed."""
+        lo, hi, _ = index[1].indices(self.shape[1])
+        return replace(self, shape=(self.shape[0], hi - lo, self.shape[2]), first=self.first + lo)
+
+    def to(self, dtype: torch.dtype) -> torch.Tensor:
+        """Unpacked: exactly the numbers that the decoded record has."""
+        return self.unpack(self.first, self.first + self.shape[1]).to(dtype)
+
+    def float(self) -> torch.Tensor:
+        """Unpacked, in float32."""
+        return self.to(torch.float32)
+
+
+Side = torch.Tensor | PackedSide
+
+
+@dataclass(frozen=True)
 class PackedKV:
     """A record's KV as a codec keeps them. codec: its text (see `kvgraph.store.codecs.registry`). tensors: by name, in
-    the order in which they are written.
+    the order in which they are written. layers: keys and values of every layer for reading them in place, if they are.
     """
 
     codec: str
     tensors: Mapping[str, torch.Tensor]
+    layers: tuple[tuple[PackedSide, PackedSide], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -42,7 +78,8 @@ class Record:
     left some out. Keys and values are then [G, K, D]; `positions` still has all N. None: all are there.
 
     packed: the packed form that the KV was decoded from, if a codec was used. Stores write it unchanged, because
-    packing decoded KV again could change it.
+    packing decoded KV again could change it. In the engine's memory a record may have this alone: no keys and values,
+    but `packed.layers`, from which attention unpacks what it reads (see `kvgraph.store.codecs.registry.in_place`).
     """
 
     key: str
@@ -58,16 +95,22 @@ class Record:
     @property
     def held(self) -> int:
         """K: tokens whose keys and values are there; N unless a selection has left some out."""
-        return self.keys[0].shape[1]
+        return self.layer(0)[0].shape[1]
+
+    def layer(self, index: int) -> tuple[Side, Side]:
+        """Keys and values [G, K, D] of a layer, packed if that is all there is."""
+        if self.keys or self.packed is None:
+            return self.keys[index], self.values[index]
+        return self.packed.layers[index]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values as they are in memory."""
+        if not self.keys and self.packed is not None:
+            return self.packed.nbytes
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of keys and values as stores keep them."""
-        if self.packed is None:
-            return self.nbytes
-        return sum(t.numel() * t.element_size() for t in self.packed.tensors.values())
+        return self.nbytes if self.packed is None else self.packed.nbytes

@@ -1,13 +1,62 @@
-"""Several stores as one: read from the fastest that has the record, write to all."""
+"""Several stores as one: read from the fastest that has the record, write to all.
+
+What a slower tier had is copied to the faster ones by a thread of its own. Who reads doesn't wait for a disk to take it.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from kvgraph.errors import StoreError
 from kvgraph.store.base import Found, Store
 from kvgraph.store.record import Record
+
+MOST = 64  # records that may wait to be copied; what is read beyond that is copied another time
+
+
+class _Copier:
+    """Copies records to faster tiers, one after the other, in a thread that begins with the first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the two below
+        self._thread: ThreadPoolExecutor | None = None
+        self._copies: dict[str, Future[None]] = {}  # by key, of records being copied or waiting for it
+
+    def start(self, record: Record, tiers: Sequence[Store]) -> None:
+        """Copy a record later, unless too many wait."""
+        with self._lock:
+            if record.key in self._copies or len(self._copies) >= MOST:
+                return
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, "kvgraph-copier")
+            self._copies[record.key] = self._thread.submit(self._copy, record, tiers)
+
+    def wait(self, key: str | None = None) -> None:
+        """Until a record, or every one, has been copied."""
+        with self._lock:
+            copies = [copy for name, copy in self._copies.items() if key in (None, name)]
+        wait(copies)
+
+    def close(self) -> None:
+        """Finish what was started, and end the thread. The next copy begins a new one."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown()
+
+    def _copy(self, record: Record, tiers: Sequence[Store]) -> None:
+        try:
+            for tier in tiers:
+                try:
+                    tier.put(record)
+                except StoreError:  # copying only saves time later
+                    pass
+        finally:
+            with self._lock:
+                del self._copies[record.key]
 
 
 class TieredStore:
@@ -20,6 +69,7 @@ class TieredStore:
         if not tiers:
             raise StoreError("a tiered store needs at least one tier")
         self._tiers = tuple(tiers)
+        self._copier = _Copier()
 
     @property
     def tiers(self) -> tuple[Store, ...]:
@@ -33,23 +83,26 @@ class TieredStore:
 
     def for_tenant(self, tenant: str) -> Store:
         """The same tiers for a tenant's records."""
-        return TieredStore([tier.for_tenant(tenant) for tier in self._tiers])
+        made = TieredStore([tier.for_tenant(tenant) for tier in self._tiers])
+        made._copier = self._copier
+        return made
 
     def get(self, key: str) -> Found | None:
         """The record and the name of the first tier that has it, or None.
 
-        Copies the record to the faster tiers, where it may evict others. If this fails, the get still succeeds.
+        The record is then copied to the faster tiers, where it may evict others; `flush` waits for that.
         """
         for index, tier in enumerate(self._tiers):
             found = tier.get(key)
             if found is not None:
-                for faster in self._tiers[:index]:
-                    try:
-                        faster.put(found[0])
-                    except StoreError:  # copying only saves time later
-                        pass
+                if index:
+                    self._copier.start(found[0], self._tiers[:index])
                 return found
         return None
+
+    def flush(self) -> None:
+        """Wait until what was read so far is copied to the faster tiers."""
+        self._copier.wait()
 
     def put(self, record: Record) -> None:
         """Write through to every tier. Idempotent. Raises the first tier's StoreError after all tiers were tried."""
@@ -75,6 +128,7 @@ class TieredStore:
 
     def delete(self, key: str) -> bool:
         """Remove it from every tier; True if one had it. Idempotent."""
+        self._copier.wait(key)  # or it would come back
         found = [tier.delete(key) for tier in self._tiers]
         return any(found)
 
@@ -91,6 +145,7 @@ class TieredStore:
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     def close(self) -> None:
-        """Close every tier."""
+        """Finish copies and close every tier."""
+        self._copier.close()
         for tier in self._tiers:
             tier.close()

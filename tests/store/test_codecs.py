@@ -149,6 +149,7 @@ def test_a_record_stays_the_same_from_tier_to_tier(spec, tmp_path):
     second.put(record)
     tiers = TieredStore([memory, first, second])
     assert tiers.get(record.key)[1] == "disk"
+    tiers.flush()
     for store in (memory, first, second):
         assert same(got(store, record.key), record)
     files = [next((tmp_path / folder / "records").glob("*/*")).read_bytes() for folder in "ab"]

@@ -190,6 +190,7 @@ def test_no_wrong_byte_reaches_a_faster_tier(llama, right, bucket, tmp_path, mod
     disk = DiskStore(tmp_path / "kv")
     tiers = TieredStore([disk, open_store(url, llama.fingerprint)])
     ask(llama, tiers, right, 5)
+    tiers.flush()
     proxy.mode = "fine"
     assert disk.verify().clean
     _, reused = ask(llama, TieredStore([DiskStore(tmp_path / "kv")]), right)

@@ -127,7 +127,9 @@ def test_packed_records_are_kept_packed(place, spec, tmp_path):
     remote, disk = opened(), DiskStore(tmp_path, fingerprint="m")
     TieredStore([disk, remote]).put(record)
     disk.delete(record.key)
-    assert TieredStore([MemoryStore(10**9), disk, opened()]).get(record.key)[1] != "disk"
+    tiers = TieredStore([MemoryStore(10**9), disk, opened()])
+    assert tiers.get(record.key)[1] != "disk"
+    tiers.flush()
     assert same(got(disk, record.key), record)
     assert dict(remote.records())[record.key] == sum(map(len, format.encode(record, "m")))
 

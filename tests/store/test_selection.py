@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import families
 from by_hand import sealed, taken_apart
 from kvgraph import Engine, SamplingParams, methods, models
+from kvgraph.engine import retrieval_heads
 from kvgraph.errors import KVGraphError, PlanError, StoreError
 from kvgraph.graph import ContextGraph
 from kvgraph.store import DiskStore, Record, format
@@ -98,7 +99,9 @@ def test_hits_and_misses_agree(name, codec, llama, tmp_path):
         bytes_kept = sum(
             engine.scheduler.memory.pooled(k).nbytes for k in engine.keys(engine.plan(graph(), "block"))[:-1]
         )
-    assert bytes_kept == 3 * 16 * llama.kv_bytes_per_token
+        assert bytes_kept == 3 * engine.scheduler.pooling.nbytes(40)
+    raw = 3 * 16 * llama.kv_bytes_per_token
+    assert bytes_kept == raw if codec == "raw" else bytes_kept < raw / 3, "KIVI's stay packed"
     with Engine(llama, select=spec, codec=codec, max_step_tokens=7) as engine:
         found.append(engine.generate(graph(), "block", GREEDY, first_logits=True))
     for _ in range(2):
@@ -160,7 +163,7 @@ def test_key_norm_keeps_small_keys():
     assert chosen("knorm", r, keep=30).kept[0][0].tolist() == [2, 5, 7]
 
 
-@pytest.mark.parametrize("name", ["snapkv", "defensive"])
+@pytest.mark.parametrize("name", ["snapkv", "defensive", "compresskv"])
 def test_the_window_and_what_it_looks_at_are_kept(name):
     r = record(30)
     asked = queries(r, 4)
@@ -182,6 +185,52 @@ def test_the_defensive_one_keeps_what_a_single_query_needs():
     means = SELECTIONS["snapkv"](**fields).scores(r.keys[0], r.values[0], asked)[0]
     worst = SELECTIONS["defensive"](**fields).scores(r.keys[0], r.values[0], asked)[0]
     assert means[3] < means[8] and worst[3] > worst[8]
+
+
+def test_only_the_voters_decide_and_all_heads_keep_their_choice():
+    """Head 3 of layer 0 looks at token 5, head 0 of layer 1 at token 9. Both key/value heads of the layer keep it."""
+    r = record(40)
+    asked = queries(r, 4)
+    r.keys[0][1, 5] = 30 * asked[0][3, -1]
+    r.keys[1][0, 9] = 30 * asked[1][0, -1]
+    fields = {"keep": 20, "window": 4, "kernel": 1}
+    kept = selected(r, SELECTIONS["compresskv"](**fields, voters=((3,), (0,))), asked).kept
+    for layer, token in enumerate((5, 9)):
+        assert torch.equal(kept[layer][0], kept[layer][1]) and token in kept[layer][0].tolist()
+    r.keys[0][0] *= 5  # what other heads see doesn't count
+    assert torch.equal(selected(r, SELECTIONS["compresskv"](**fields, voters=((3,), (0,))), asked).kept[0], kept[0])
+
+
+def test_retrieval_scores_are_attention_to_the_needle(llama):
+    """Computed plainly: softmax attention of the repeated tokens, as much of it as goes to where they stood before."""
+    expected = torch.zeros(3, 4)
+    for seed, depth in enumerate(retrieval_heads.DEPTHS):
+        tokens, begin = retrieval_heads.needle_text(llama.vocab_size, depth, seed)
+        n = len(tokens)
+        assert tokens[-24:] == tokens[begin : begin + 24] and n == 280
+
+        def attend(layer, q, k, v, scale, softcap, sinks, n=n, begin=begin):
+            keys, values = (t.repeat_interleave(2, 0) for t in (k, v))
+            scores = (q @ keys.transpose(1, 2) * scale).masked_fill(~torch.ones(n, n).tril().bool(), -torch.inf)
+            weights = scores.softmax(2)
+            expected[layer] += weights[:, -24:, begin : begin + 24].sum((1, 2)) / 48
+            return weights @ values
+
+        with torch.inference_mode():
+            llama.forward(torch.tensor(tokens), torch.arange(n), attend, torch.tensor([n - 1]))
+    found = torch.tensor(retrieval_heads.retrieval_scores(llama))
+    assert torch.allclose(found, expected, atol=1e-4) and float(expected.std()) > 0.01
+
+
+def test_a_models_voters_are_found_once_and_are_in_the_key(llama):
+    with Engine(llama, select="compresskv:heads=2") as one, Engine(llama, select="compresskv:heads=2") as other:
+        scores = torch.tensor(retrieval_heads.retrieval_scores(llama))
+        assert [set(layer) for layer in one.selection.voters] == [set(s.topk(2).indices.tolist()) for s in scores]
+        assert one.fingerprint == other.fingerprint
+        swapped = replace(one.selection, voters=one.selection.voters[::-1])
+    assert swapped.voters != one.selection.voters
+    assert fingerprint_selected("m", swapped) != fingerprint_selected("m", one.selection)
+    assert SELECTIONS["compresskv"](heads=9).fitted([[0.5, 0.5, 0.1]]).voters == ((0, 1, 2),)
 
 
 def test_observed_attention_is_softmax_attention():
@@ -308,6 +357,8 @@ def test_the_selection_is_in_the_key(llama):
         ("knorm:keep=101", "1 to 100 percent"),
         ("knorm:window=3", "no field 'window'; it has keep"),
         ("snapkv:kernel=4", "odd kernel"),
+        ("compresskv:heads=0", "1 or more heads"),
+        ("compresskv:voters=1", "no field 'voters'; it has keep"),
         ("snapkv:window=0", "window of 1 or more"),
         ("defensive:keep=half", "is a whole number"),
     ],

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgraph.errors import StoreError
-from kvgraph.store import DiskStore, MemoryStore, Record, Store, TieredStore
+from kvgraph.store import DiskStore, MemoryStore, Record, Store, TieredStore, tiered
 from kvgraph.store.base import EVENTS
 from soak import draws
 from store_worker import got, key_of, make, same
@@ -334,6 +334,7 @@ def test_promotion_and_tiers(tmp_path):
     tiers = TieredStore([fast, slow])
     slow.put(small(1))
     assert tiers.get(key_of(1))[1] == "disk"
+    tiers.flush()
     assert fast.contains(key_of(1)) and tiers.get(key_of(1))[1] == "memory"
     assert tiers.get(key_of(2)) is None
     tiers.put(small(2))
@@ -347,4 +348,59 @@ def test_a_broken_lower_tier_is_told_after_the_upper_kept_it():
         tiers.put(small(1))
     assert fast.contains(key_of(1)) and last.contains(key_of(1))
     fast.close()
-    assert tiers.get(key_of(1))[1] == "memory" and fast.contains(key_of(1))
+    assert tiers.get(key_of(1))[1] == "memory"
+    tiers.flush()
+    assert fast.contains(key_of(1))
+
+
+class Slow(MemoryStore):
+    """A disk that takes nothing until somebody opens the gate."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        super().__init__(10**6)
+        self.gate = threading.Event()
+
+    def put(self, record):
+        assert self.gate.wait(30)
+        super().put(record)
+
+
+@pytest.fixture
+def slow_above():
+    """A store of a slow disk, which has nothing, and a remote tier that has 100 records."""
+    disk, remote = Slow(), MemoryStore(10**6)
+    for n in range(100):
+        remote.put(small(n))
+    tiers = TieredStore([disk, remote])
+    yield tiers, disk
+    disk.gate.set()
+    tiers.close()
+
+
+def test_a_slow_disk_delays_no_remote_read(slow_above):
+    """All are read while the disk takes none; only so many wait for it, each once."""
+    tiers, disk = slow_above
+    for n in (*range(100), 0):
+        assert same(got(tiers, key_of(n)), small(n)) and not len(disk)
+    disk.gate.set()
+    tiers.flush()
+    assert len(disk) == tiered.MOST and disk.contains(key_of(0)) and tiers.get(key_of(0))[1] == "slow"
+    assert got(tiers, key_of(99)) and not tiers.flush() and disk.contains(key_of(99))
+
+
+def test_what_is_deleted_while_it_is_copied_does_not_come_back(slow_above):
+    tiers, disk = slow_above
+    assert tiers.get(key_of(1))
+    threading.Timer(0.1, disk.gate.set).start()
+    assert tiers.delete(key_of(1)) and tiers.get(key_of(1)) is None and not len(disk)
+
+
+def test_closing_finishes_copies(slow_above, monkeypatch):
+    tiers, disk = slow_above
+    assert tiers.get(key_of(1)) and tiers.get(key_of(2))
+    disk.gate.set()
+    monkeypatch.setattr(disk, "close", lambda: None)
+    tiers.close()
+    assert len(disk) == 2

@@ -81,6 +81,7 @@ class Tiers(RuleBasedStateMachine):
         found = self.store.get(key_of(number))
         if found is not None:
             assert same(found[0], self.right[key_of(number)]) and found[1] in ("memory", "disk", "remote")
+        self.store.flush()
 
     @rule(number=numbers)
     def delete(self, number: int) -> None:

@@ -7,17 +7,19 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kvgraph.store.record import Side
+
 
 class Part(NamedTuple):
-    """Query columns `columns` attend to keys [G, N, D] and values [G, N, Dv].
+    """Query columns `columns` attend to keys [G, N, D] and values [G, N, Dv], which may be packed on a CPU.
 
     mask: bool [n, N], True where visible, at least one True per row; None if everything is visible.
     causal: without a mask, column i of n sees the first i + 1 of N = n keys.
     """
 
     columns: slice
-    keys: Tensor
-    values: Tensor
+    keys: Side
+    values: Side
     mask: Tensor | None = None
     causal: bool = False
 

@@ -1,7 +1,8 @@
 """Attention over parts on the CPU: PyTorch's fused kernel, which tiles the scores and returns the log-sum-exp.
 
-Masked parts, softcap, and head sizes that differ between keys and values use the reference backend. KV in bf16 or fp16
-is converted to float32 tile by tile, so that scores and sums are float32 and memory stays bounded.
+Softcap, and head sizes that differ between keys and values use the reference backend. KV in bf16 or fp16, and packed KV
+(see `kvgraph.store.record.PackedSide`), become float32 tile by tile, so that scores and sums are float32 and memory stays
+bounded. Tiles are the same for all kinds of KV, and so are the results.
 Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D head size.
 """
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from kvgraph.attention.backends import reference
 from kvgraph.attention.backends.base import Part
+from kvgraph.store.record import Side
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-TILE = 2048  # keys converted to float32 at a time
+TILE = 2048  # keys attended to at a time
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -38,13 +40,10 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
     return out, lse
 
 
-def _open(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _open(q: Tensor, keys: Side, values: Side, scale: float) -> tuple[Tensor, Tensor]:
     """Every column sees every key. The R heads of a group become rows of one matmul, so keys are read once."""
     (heads, n, dim), groups = q.shape, keys.shape[0]
     rows = q.reshape(1, groups, heads // groups * n, dim)
-    if keys.dtype == torch.float32:
-        out, lse = _flash(rows, keys[None], values[None], 0.0, False, attn_mask=None, scale=scale)
-        return out.reshape(heads, n, dim), lse.reshape(heads, n)
     outs, lses = [], []
     for at in range(0, keys.shape[1], TILE):
         k, v = keys[:, at : at + TILE].float(), values[:, at : at + TILE].float()
@@ -76,7 +75,7 @@ def _masked(q: Tensor, part: Part, mask: Tensor, scale: float) -> tuple[Tensor, 
     return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
-def _causal(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _causal(q: Tensor, keys: Side, values: Side, scale: float) -> tuple[Tensor, Tensor]:
     """Column i sees keys 0..i. The kernel skips the upper triangle. The R heads of a group become its batch."""
     (heads, n, dim), groups = q.shape, keys.shape[0]
     repeat = heads // groups

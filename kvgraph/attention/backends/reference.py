@@ -22,17 +22,20 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
     lse = q.new_empty(q.shape[:2])
     for part in parts:
         a, b = part.columns.start, part.columns.stop
-        rows = max(1, TILE // (q.shape[0] * part.keys.shape[1]))
+        keys, values = part.keys.float(), part.values.float()
+        rows = max(1, TILE // (q.shape[0] * keys.shape[1]))
         for start in range(a, b, rows):
             here = slice(start, min(b, start + rows))
-            out[:, here], lse[:, here] = _tile(q[:, here], part, slice(here.start - a, here.stop - a), scale, softcap)
+            within = slice(here.start - a, here.stop - a)
+            out[:, here], lse[:, here] = _tile(q[:, here], keys, values, part, within, scale, softcap)
     return out, lse
 
 
-def _tile(q: Tensor, part: Part, rows: slice, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _tile(
+    q: Tensor, keys: Tensor, values: Tensor, part: Part, rows: slice, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """One tile of query rows over all keys of a part, with exact softmax."""
-    (heads, n, dim), groups, total = q.shape, part.keys.shape[0], part.keys.shape[1]
-    keys, values = part.keys.float(), part.values.float()
+    (heads, n, dim), groups, total = q.shape, keys.shape[0], keys.shape[1]
     scores = (q.reshape(groups, heads // groups * n, dim) @ keys.transpose(1, 2)).mul_(scale).view(heads, n, total)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

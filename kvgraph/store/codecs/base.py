@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -49,6 +49,19 @@ class Codec(Protocol):
         """The KV in packed tensors, contiguous. Raises BadRecord for tensors that `pack` can't have made.
 
         tokens: number of the record's tokens. dtype: of the KV that were packed; None if the record doesn't say.
+        """
+        ...
+
+
+@runtime_checkable
+class InPlace(Protocol):
+    """What a codec has beside `Codec` if its records can stay packed in memory: attention unpacks the tokens that it reads."""
+
+    def part(
+        self, tensors: Mapping[str, Tensor], side: str, tokens: int, lo: int, hi: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Tokens lo..hi of one side, such as "keys.0", [G, hi - lo, D]: bit by bit those of `unpack`, which has taken the
+        same tensors before.
         """
         ...
 

@@ -38,5 +38,11 @@ class Int8:
         for name, (scale, codes) in grouped(tensors, ("scale", "codes")):
             right = codes.dtype == torch.int8 and scale.dtype == torch.float32 and codes.dim() == 3
             require(right and scale.shape == (codes.shape[0], 1, codes.shape[2]), name, scale, codes)
-            found[name] = (codes * scale).to(known(dtype))
+            found[name] = self.part(tensors, name, tokens, 0, codes.shape[1], known(dtype))
         return layered(found)
+
+    def part(
+        self, tensors: Mapping[str, Tensor], side: str, tokens: int, lo: int, hi: int, dtype: torch.dtype
+    ) -> Tensor:
+        """See `kvgraph.store.codecs.base.InPlace`."""
+        return tensors[f"{side}.codes"][:, lo:hi].float().mul_(tensors[f"{side}.scale"]).to(dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvgraph.errors import StoreError
 from kvgraph.store.codecs.base import KV, grouped, known, layered, require, sides
-from kvgraph.store.codecs.uniform import packed_bits, quantised, restored, unpacked_bits
+from kvgraph.store.codecs.uniform import packed_bits, quantised, restore, unpacked_bits
 from kvgraph.store.record import BadRecord, Record
 
 PARTS = ("scale", "zero", "codes")
@@ -81,6 +81,20 @@ class KIVI:
             found[name] = last
         return layered(found)
 
+    def part(
+        self, tensors: Mapping[str, Tensor], side: str, tokens: int, lo: int, hi: int, dtype: torch.dtype
+    ) -> Tensor:
+        """See `kvgraph.store.codecs.base.InPlace`."""
+        n = max(0, tokens - self.residual)
+        found = []
+        if lo < n:
+            scale, zero, codes = (tensors[f"{side}.{part}"] for part in PARTS)
+            x = side_restored(side, scale, zero, codes, n, self.bits, self.group, lo, min(hi, n))
+            found.append(x.to(dtype))
+        if hi > n:
+            found.append(tensors[f"{side}.full"][:, max(0, lo - n) : hi - n])
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
 
 def side_quantised(name: str, x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [G, D, N] uint8, scale and zero of keys or values [G, N, D] float32: of keys per channel, else per token."""
@@ -90,16 +104,34 @@ def side_quantised(name: str, x: Tensor, bits: int, group: int) -> tuple[Tensor,
     return quantised(x.transpose(1, 2), bits, group)
 
 
-def side_restored(name: str, scale: Tensor, zero: Tensor, codes: Tensor, n: int, bits: int, group: int) -> Tensor:
-    """Keys or values [G, n, D] float32 of scale, zero and packed codes. Raises BadRecord if they don't fit each other."""
-    by_channel = name.startswith("keys")
+def side_restored(
+    name: str,
+    scale: Tensor,
+    zero: Tensor,
+    codes: Tensor,
+    n: int,
+    bits: int,
+    group: int,
+    lo: int = 0,
+    hi: int | None = None,
+) -> Tensor:
+    """Tokens lo..hi, or all n, of keys or values [G, n, D] float32 of scale, zero and packed codes.
+
+    Raises BadRecord if they don't fit each other.
+    """
+    by_channel, hi = name.startswith("keys"), n if hi is None else hi
     good = codes.dim() == 3 and codes.dtype == torch.uint8 and scale.dtype == zero.dtype == torch.float16
     if good:
         heads, channels, width = codes.shape
         along = (math.ceil(n / group), channels) if by_channel else (math.ceil(channels / group), n)
         good = scale.shape == zero.shape == (heads, *along) and width == math.ceil(n * bits / 8)
     require(good, name, scale, zero, codes)
-    numbers = unpacked_bits(codes, bits, n)
+    each = 8 // bits
+    skipped = lo % each
+    data = codes[:, :, lo // each : math.ceil(hi / each)].transpose(1, 2).contiguous()
+    x = unpacked_bits(data, bits)[:, skipped : skipped + hi - lo]
     if by_channel:
-        return restored(numbers.transpose(1, 2), scale, zero, group)
-    return restored(numbers, scale, zero, group).transpose(1, 2)
+        restore(x, scale, zero, group, lo, n)
+    else:
+        restore(x.transpose(1, 2), scale[:, :, lo:hi], zero[:, :, lo:hi], group, 0, channels)
+    return x

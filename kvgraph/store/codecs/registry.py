@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from kvgraph.errors import StoreError
 from kvgraph.registry import Registry
-from kvgraph.store.codecs.base import Codec
+from kvgraph.store.codecs.base import Codec, InPlace
 from kvgraph.store.codecs.fp8 import FP8
 from kvgraph.store.codecs.gear import GEAR
 from kvgraph.store.codecs.int8 import Int8
 from kvgraph.store.codecs.kivi import KIVI
 from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.codecs.zstd import Zstd
-from kvgraph.store.record import PackedKV, Record
+from kvgraph.store.record import PackedKV, PackedSide, Record
 
 
 def _wrong(name: str, codec: Any) -> str:
@@ -91,6 +92,34 @@ def repacked(record: Record, codec: Codec) -> Record:
     if isinstance(codec, Zstd):
         tensors = codec.wrapped(tensors)
     return replace(record, packed=None if isinstance(codec, Raw) else PackedKV(spec_of(codec), tensors))
+
+
+def reads_in_place(codec: Codec) -> bool:
+    """Whether attention on CPUs reads its records as they are packed: int8 and KIVI. zstd over one is taken off first."""
+    return isinstance(codec.over if isinstance(codec, Zstd) else codec, InPlace)
+
+
+def in_place(record: Record) -> Record:
+    """A record as memory keeps it for attention on a CPU: packed alone if its codec can be read in place, else unpacked."""
+    if record.packed is None:
+        return record
+    codec, tensors = parse(record.packed.codec), record.packed.tensors
+    if isinstance(codec, Zstd) and reads_in_place(codec):
+        tensors = codec.unwrapped(tensors)
+        codec = codec.over
+    if not isinstance(codec, InPlace):
+        return replace(record, packed=None)
+
+    def side(name: str, kv: Tensor) -> PackedSide:
+        heads, tokens, size = kv.shape
+        unpack = partial(codec.part, tensors, name, tokens, dtype=kv.dtype)
+        return PackedSide((heads, tokens, size), kv.dtype, kv.device, unpack)
+
+    layers = tuple(
+        (side(f"keys.{i}", k), side(f"values.{i}", v))
+        for i, (k, v) in enumerate(zip(record.keys, record.values, strict=True))
+    )
+    return replace(record, keys=(), values=(), packed=PackedKV(spec_of(codec), tensors, layers))
 
 
 def fingerprint_with(fingerprint: str, codec: Codec) -> str:

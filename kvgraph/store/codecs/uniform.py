@@ -32,12 +32,20 @@ def quantised(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]
     return codes.view(heads, groups * group, channels)[:, :length].to(torch.uint8), scale, zero
 
 
-def restored(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
-    """The numbers [G, M, C] float32 of `quantised`."""
-    length = codes.shape[1]
+def restore(x: Tensor, scale: Tensor, zero: Tensor, group: int, first: int, length: int) -> None:
+    """Turn codes into the numbers of `quantised`, in place.
+
+    x: [G, m, C] float32, the codes from index `first` of an axis that has `length` of them. scale, zero: of the whole axis.
+    """
     group = min(group, length)
-    scale, zero = (t.float().repeat_interleave(group, 1)[:, :length] for t in (scale, zero))
-    return codes * scale + zero
+    last = first + x.shape[1]
+    start = min(last, -(-first // group) * group)
+    end = max(start, last // group * group)
+    for a, b in ((first, start), (start, end), (end, last)):  # the rest of a group, whole groups, the start of one
+        if a < b:
+            parts = torch.unflatten(x[:, a - first : b - first], 1, (-1, min(group, b - a)))
+            here = slice(a // group, -(-b // group))
+            parts.mul_(scale[:, here].float().unsqueeze(2)).add_(zero[:, here].float().unsqueeze(2))
 
 
 def packed_bits(codes: Tensor, bits: int) -> Tensor:
@@ -49,8 +57,11 @@ def packed_bits(codes: Tensor, bits: int) -> Tensor:
     return (parts << shifts).sum(-1, dtype=torch.uint8)
 
 
-def unpacked_bits(data: Tensor, bits: int, length: int) -> Tensor:
-    """The codes [..., length] uint8 of `packed_bits`."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
-    codes = (data.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return codes.flatten(-2)[..., :length]
+def unpacked_bits(data: Tensor, bits: int) -> Tensor:
+    """The codes of bytes [G, W, C] that `packed_bits` packed along what is now axis 1: [G, W * 8 / bits, C] float32."""
+    heads, width, channels = data.shape
+    each = 8 // bits
+    codes = torch.empty(heads, width, each, channels, device=data.device)
+    for i in range(each):
+        codes[:, :, i] = (data >> (bits * i)) & ((1 << bits) - 1)
+    return codes.view(heads, width * each, channels)

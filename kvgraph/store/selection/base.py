@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from kvgraph.store.selection.checks import observes, percent
 
 
 class Selection(Protocol):
-    """A frozen dataclass whose fields, whole numbers, are its configuration. It is part of the model's fingerprint, so
-    its results must never change under one name and configuration.
+    """A frozen dataclass whose fields are its configuration: whole numbers, if they can be given as text. They are part of
+    the model's fingerprint, so its results must never change under one name and configuration.
 
     name: in the registry. keep: percent of a span's tokens that every head keeps, 1 to 100. window: queries, of a span's
     last tokens, that `scores` looks at; 0: none.
@@ -48,6 +48,19 @@ class Selection(Protocol):
         ...
 
 
+@runtime_checkable
+class ByLayer(Protocol):
+    """What a selection has beside `Selection` if it chooses by other heads in each layer, which depend on the model."""
+
+    def fitted(self, scores: Sequence[Sequence[float]]) -> Selection:
+        """The selection for a model with these retrieval scores of every layer's heads."""
+        ...
+
+    def of_layer(self, layer: int) -> Selection:
+        """What gives the scores of one layer's tokens."""
+        ...
+
+
 def kept_tokens(selection: Selection, tokens: int) -> int:
     """How many tokens of so many are kept: at least one."""
     return max(1, math.ceil(tokens * selection.keep / 100))
@@ -63,7 +76,8 @@ def selected(record: Record, selection: Selection, queries: Sequence[Tensor] = (
         return record
     keys, values, kept = [], [], []
     for layer, (key, value) in enumerate(zip(record.keys, record.values, strict=True)):
-        scores = selection.scores(key, value, queries[layer] if queries else None)
+        chooser = selection.of_layer(layer) if isinstance(selection, ByLayer) else selection
+        scores = chooser.scores(key, value, queries[layer] if queries else None)
         # Of equal ones the earliest is kept, on every machine.
         best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
         index = best.unsqueeze(2)

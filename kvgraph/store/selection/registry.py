@@ -9,6 +9,7 @@ from typing import Any
 from kvgraph.errors import StoreError
 from kvgraph.registry import Registry
 from kvgraph.store.selection.base import Selection
+from kvgraph.store.selection.compresskv import CompressKV
 from kvgraph.store.selection.defensive import Defensive
 from kvgraph.store.selection.knorm import KeyNorm
 from kvgraph.store.selection.snapkv import SnapKV
@@ -23,7 +24,7 @@ def _wrong(name: str, selection: Any) -> str:
 
 
 SELECTIONS: Registry[type[Selection]] = Registry(
-    {selection.name: selection for selection in (KeyNorm, SnapKV, Defensive)}, "kvgraph.selections", _wrong
+    {selection.name: selection for selection in (KeyNorm, SnapKV, Defensive, CompressKV)}, "kvgraph.selections", _wrong
 )
 """Selections by name. Other packages add some in the group "kvgraph.selections"; see `kvgraph.registry`."""
 
@@ -33,7 +34,7 @@ def parse_selection(text: str) -> Selection:
     name, _, given = text.strip().partition(":")
     if name not in SELECTIONS:
         raise StoreError(f"there is no selection {name[:40]!r}; there are {', '.join(SELECTIONS)}")
-    known = [f.name for f in fields(SELECTIONS[name])]  # type: ignore[arg-type]  # dataclasses
+    known = [f.name for f in fields(SELECTIONS[name]) if isinstance(f.default, int)]  # type: ignore[arg-type]  # dataclasses
     values: dict[str, int] = {}
     for item in filter(None, given.split(",")):
         key, _, value = (part.strip() for part in item.partition("="))
