@@ -33,9 +33,17 @@ class Memory:
         """Bytes of KV held now: the pool, spans being encoded and the requests' own, by capacity."""
         return self.pool.bytes + self._encoding_bytes() + self.row_bytes
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the budget that no admitted request may need."""
+        return self.budget - sum(size for size, _ in self.holds.values()) - self.row_bytes
+
     def check(self, request: Request) -> None:
         """Raise CapacityError if a request can never fit. It reads no changing state, so it needs no lock."""
         need = sum(self._worst_case(request).values()) + self._own_bytes(request)
+        if need > self.budget and request.sequence.to_gather:
+            need -= request.sequence.to_gather * self.per_token
+            request.sequence.to_gather = 0  # it is slower without a copy, but it runs
         if need > self.budget:
             raise CapacityError(
                 f"the request needs {need:,} bytes of KV at once, but the engine's budget is {self.budget:,}; "
@@ -46,7 +54,7 @@ class Memory:
         """Whether a request fits beside all admitted ones."""
         spans = self._worst_case(request)
         need = sum(b for k, b in spans.items() if k not in self.holds) + self._own_bytes(request)
-        return sum(b for b, _ in self.holds.values()) + self.row_bytes + need <= self.budget
+        return need <= self.spare
 
     def admit(self, request: Request) -> None:
         """Hold everything a request may need. The request must fit."""
