@@ -155,19 +155,24 @@ def on_device(record: Record, device: torch.device) -> Record:
 
 
 MANY, SHORT = 16, 64  # at least so many views, of at most so many tokens on average, are gathered
+LINKED = 512  # instead of SHORT, for the new tokens of a chain: they are many, so parts cost more than a copy
 
 
 def gathered(
-    views: Sequence[View], shapes: Sequence[tuple[int, int, int]], rotaries: Sequence[Rotary | None]
+    views: Sequence[View],
+    shapes: Sequence[tuple[int, int, int]],
+    rotaries: Sequence[Rotary | None],
+    longest: int = SHORT,
 ) -> Sequence[View]:
     """The views of a row, many short ones copied side by side into one, with keys moved to where the row sees them.
 
     A chat of a thousand messages is then one span to attend to, not a thousand. Views in groups, with gaps, or whose
-    positions aren't one after another stay. rotaries: of every layer. The copy costs one more rounding of 16-bit keys.
+    positions aren't one after another stay. rotaries: of every layer. longest: tokens of a view on average, at most. The
+    copy costs one more rounding of 16-bit keys.
     """
     plain = sorted((v for v in views if v.weights is None and v.shown is None and v.whole), key=lambda v: v.first)
     total = sum(v.hi - v.lo for v in plain)
-    if len(plain) < MANY or total > SHORT * len(plain) or any(a.last >= b.first for a, b in pairwise(plain)):
+    if len(plain) < MANY or total > longest * len(plain) or any(a.last >= b.first for a, b in pairwise(plain)):
         return views
     sample = plain[0].source.layer(0)[0]
     copy = RowKV(shapes, total, sample.dtype, sample.device)

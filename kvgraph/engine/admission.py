@@ -41,9 +41,17 @@ class Memory:
         """Bytes of KV held now: the pool, spans being encoded and the requests' own, by capacity."""
         return self.pool.bytes + self._encoding_bytes() + self.row_bytes
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the budget that no admitted request may need."""
+        return self.budget - self._promised() - self._largest_extra()
+
     def check(self, request: Request) -> None:
         """Raise CapacityError if a request can never fit. It reads no changing state, so it needs no lock."""
         need = self.most_bytes(self._spans(request).values()) + self._own_bytes(request)
+        if need > self.budget and request.sequence.to_gather:
+            need -= request.sequence.to_gather * self.per_token
+            request.sequence.to_gather = 0  # it is slower without a copy, but it runs
         if need > self.budget:
             raise CapacityError(
                 f"the request needs {need:,} bytes of KV at once, but the engine's budget is {self.budget:,}; "
@@ -54,8 +62,7 @@ class Memory:
         """Whether a request fits beside all admitted ones."""
         spans = self._spans(request)
         need = sum(self._record_bytes(s) for k, s in spans.items() if k not in self.holds) + self._own_bytes(request)
-        extra = max(self._extra_of(request), *self._extras.values(), self._extra_now())
-        return self._promised() + need + extra <= self.budget
+        return self._promised() + need + max(self._extra_of(request), self._largest_extra()) <= self.budget
 
     def admit(self, request: Request) -> None:
         """Hold everything a request may need. The request must fit."""
@@ -125,6 +132,10 @@ class Memory:
     def _promised(self) -> int:
         """Bytes of all that is held, and of the requests' own KV."""
         return sum(b for b, _ in self.holds.values()) + self.row_bytes
+
+    def _largest_extra(self) -> int:
+        """Bytes of the largest extra that an admitted request may need, or of those in use."""
+        return max((*self._extras.values(), self._extra_now()))
 
     def _extra_of(self, request: Request) -> int:
         return max((self.extra(s) for k, s in self._spans(request).items() if k not in self.pool), default=0)

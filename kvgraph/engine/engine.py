@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
-from kvgraph.attention.rows import on_device
+from kvgraph.attention.rows import SHORT, on_device
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.loader import Loader
@@ -368,6 +368,7 @@ class Engine:
         usage = Usage(sum((p.hi or 0) - p.lo for p in live.sees) + own, computed_tokens=own, live_tokens=own)
         usage.probe_tokens, usage.probe = cost(plan)
         ends = frozenset((*params.stop_token_ids, *self.model.eos_ids))
+        link = link_of(plan, pool_keys, len(plan.spans) - 1)
         request = Request(
             plan=plan,
             keys=pool_keys,
@@ -380,7 +381,7 @@ class Engine:
                 params.min_tokens,
                 live.tokens[-BEFORE:] if proceed else (),
             ),
-            sequence=TokenSequence(live, pool_keys, max(0, new - 1)),
+            sequence=TokenSequence(live, pool_keys, max(0, new - 1), linked=bool(link) and len(live) > SHORT),
             encode_only=encode_only,
             answer=live.tokens[1:] if echo else tuple(answer),
             echo=echo,
@@ -389,7 +390,7 @@ class Engine:
             submitted=time.perf_counter() - usage.probe,
             usage=usage,
             guide=None if params.grammar is None else self.scheduler.guides.guide(params.grammar),
-            link=link_of(plan, pool_keys, len(plan.spans) - 1),
+            link=link,
             salt=self.salt if salt is None else salt,
         )
         self.scheduler.check(request)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from kvgraph.attention.rows import MANY, SHORT, RowKV, View
+from kvgraph.attention.rows import LINKED, MANY, SHORT, RowKV, View
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.guide import Guide
 from kvgraph.engine.result import Result, Usage
@@ -38,10 +38,11 @@ class Seen(NamedTuple):
 class Sequence:
     """Tokens on their way through the model, in one frame: a span being encoded, or a prompt span and its answer.
 
-    room: for tokens to come. keys: of the spans of the plan.
+    room: for tokens to come. keys: of the spans of the plan. linked: whether it is the next link of a chain and may copy
+    what it sees.
     """
 
-    def __init__(self, span: Span, keys: list[str], room: int = 0):
+    def __init__(self, span: Span, keys: list[str], room: int = 0, *, linked: bool = False):
         self.span = span
         self.tokens = list(span.tokens)
         self.positions = np.asarray(span.positions, dtype=np.int64) - span.start  # [len(tokens)], the frame's own
@@ -49,6 +50,7 @@ class Sequence:
         self.kv: RowKV | None = None  # made when its first row runs
         self.views: SequenceOf[View] | None = None  # made when its first row runs that isn't joined to another
         self.copied = 0  # bytes of spans that were gathered for it
+        self.longest = LINKED if linked else SHORT  # of the spans that it gathers, on average
         self._keys = keys
 
     @cached_property
@@ -65,7 +67,7 @@ class Sequence:
         """Tokens of the short spans that it will copy side by side, see `kvgraph.attention.rows.gathered`; 0: it won't."""
         sees = self.span.sees
         total = sum([(p.hi or 0) - p.lo for p in sees])
-        if len(sees) < MANY or total > SHORT * len(sees) or self.span.groups:
+        if len(sees) < MANY or total > self.longest * len(sees) or self.span.groups:
             return 0
         apart = all([a.at + (a.hi or 0) <= b.at + b.lo for a, b in pairwise(sees)])
         return total if apart and len({p.span for p in sees}) == len(sees) else 0

@@ -37,8 +37,8 @@ class SamplingParams:
     temperature: divides the logits. 0 is greedy, with ties going to the lowest id; the three filters and the seed then
         have no effect.
     top_k: keep the k most likely tokens, with ties of the k-th; 0 is off.
-    top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this, in (0, 1]; 1 is off
-        (Holtzman et al., arXiv 1904.09751).
+    top_p: keep the smallest set of most likely tokens, at least one, whose probabilities sum to at least this, in
+        [0, 1]; 1 is off (Holtzman et al., arXiv 1904.09751).
     min_p: keep tokens whose probability is at least this share of the highest, in [0, 1]; 0 is off (arXiv 2407.01082).
     seed: the same seed gives the same tokens, whatever else is in the batch; None draws one from the operating system.
     repetition_penalty: tokens of the prompt and of the answer so far have positive logits divided and negative ones
@@ -79,7 +79,7 @@ class SamplingParams:
             _is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number >= 0"
         )
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= 0 (0 is off)")
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1] (1 is off)")
+        _require(_is_number(self.top_p) and 0 <= self.top_p <= 1, "top_p", self.top_p, "a number in [0, 1] (1 is off)")
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1] (0 is off)")
         _require(
             _is_number(self.repetition_penalty) and 0.001 <= self.repetition_penalty <= 1000,
@@ -234,8 +234,7 @@ def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         probs, ids = scores.softmax(-1).sort(descending=True, stable=True)  # stable: ties keep the lowest ids
         before = probs.cumsum(-1) - probs
-        before[0] = 0.0  # one token stays, whatever the rounding
-        scores[ids[before >= params.top_p]] = -math.inf
+        scores[ids[1:][before[1:] >= params.top_p]] = -math.inf  # one token stays, whatever the rounding
     if params.min_p > 0:
         scores = scores.masked_fill(scores.exp() < params.min_p, -math.inf)
     return scores.softmax(-1)

@@ -124,9 +124,10 @@ class Scheduler:
         if not work:
             assert self.loading or not self.running, "admitted requests, but nothing can run"  # better than forever
             return not self.loading
-        new = [e.sequence for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
-        copies = max((s.to_gather for s in new), default=0)  # only the first row of a chain gathers
-        self.memory.make_room((sum(s.capacity for s in new) + copies) * self.model.kv_bytes_per_token)
+        new = [e for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
+        ended = {e.key for e in new}
+        copies = sum(e.sequence.to_gather for e in new if e.link not in ended)  # only the first row of a chain gathers
+        self.memory.make_room((sum(e.sequence.capacity for e in new) + copies) * self.model.kv_bytes_per_token)
         try:
             rows = self._rows(work)
             want, counts = self._wanted(work)
@@ -230,7 +231,7 @@ class Scheduler:
             return views  # of sources beside it in this step: next time they are records
         if sequence.to_gather:
             rotaries = [None if x.rotary is None else self.model.rotaries[x.rotary] for x in self.model.layers]
-            views = list(gathered(views, self.shapes, rotaries))
+            views = list(gathered(views, self.shapes, rotaries, sequence.longest))
             sequence.copied = sum(view.source.nbytes for view in views if isinstance(view.source, RowKV))
         sequence.views = views
         return views
@@ -443,8 +444,9 @@ class Scheduler:
                 started.append(index)
                 request.usage.computed_tokens += len(span)
             stack.extend(p.span for p in span.sees)
+        spare = self.memory.spare // self.memory.per_token if started else 0
         for index in started:
-            self.encodings[request.keys[index]] = self._encoding(request, index)
+            self.encodings[request.keys[index]] = self._encoding(request, index, spare)
         for key in request.missing & self.encodings.keys():
             self.encodings[key].waiters.add(request)
 
@@ -547,14 +549,17 @@ class Scheduler:
                 self.loader.count("ahead")
             request.looked_ahead = True
 
-    def _encoding(self, request: Request, index: int) -> Encoding:
+    def _encoding(self, request: Request, index: int, spare: int) -> Encoding:
+        """A span to be encoded. spare: tokens that there is memory for besides what admitted requests may need."""
         spans = request.plan.spans
+        link = link_of(request.plan, request.keys, index)
+        seen = sum([(p.hi or 0) - p.lo for p in spans[index].sees]) if link else 0
         return Encoding(
             request.keys[index],
-            Sequence(spans[index], request.keys),
+            Sequence(spans[index], request.keys, linked=0 < seen <= spare),
             persistent=spans[index].cached,
             order=(request.number, index),
-            link=link_of(request.plan, request.keys, index),
+            link=link,
             salt=request.salt,
         )
 

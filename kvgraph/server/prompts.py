@@ -303,12 +303,20 @@ def _schema(given: dict[str, Any] | str) -> Grammar:
     return Grammar("json_schema", given) if isinstance(given, str) else Grammar.json_schema(given)
 
 
+def _takes_effort(server: Server) -> bool:
+    """Whether the chat template has a place for how much to think."""
+    return "reasoning_effort" in str(server.tokenizer.chat_template)
+
+
 def ignored(server: Server, body: Sampling) -> list[str]:
-    """The fields of a request that kvgraph doesn't know, by path; some of them if there are many.
+    """The fields of a request that kvgraph, or its chat template, doesn't know, by path; some of them if there are many.
 
     Raises APIError for the first of them if the setting `unknown_fields` says so.
     """
     names = [printable(name, most=100) for name in islice(body.unknown(), 20)]
+    field, effort = body.effort
+    if effort not in (None, "none") and not _takes_effort(server):
+        names.append(field)
     if names and server.settings.unknown_fields == "refuse":
         raise APIError(400, f"{names[0]} is not a known field", param=names[0], code="unknown_parameter")
     if names:
@@ -417,7 +425,10 @@ def chat_prompt(
     asked: ToolUse | None = None,
 ) -> Prompt:
     """A chat over documents as its template renders it. Raises APIError for what can't be rendered."""
-    variables = server.settings.chat_template_kwargs | options.chat_template_kwargs
+    variables = dict(server.settings.chat_template_kwargs)
+    if options.reasoning_effort is not None and _takes_effort(server):
+        variables["reasoning_effort"] = options.reasoning_effort
+    variables |= options.chat_template_kwargs
     # Names of other arguments; `chat_template` among them would be a program of the client's.
     other = {"messages", *inspect.signature(server.tokenizer.apply_chat_template).parameters}
     if taken := sorted(other.intersection(variables)):

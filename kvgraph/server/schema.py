@@ -21,6 +21,7 @@ TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 BiasedId = Annotated[int, Field(ge=0, lt=1 << 31, strict=False)]  # JSON has strings as keys
 Ref = Annotated[int, Field(ge=0, lt=1 << 31)] | Name  # a document by index or by id
 Unless = Field(exclude_if=lambda value: value is None)  # in answers: left out rather than null
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Edge = Annotated[tuple[Ref, Ref], Field(strict=False)]  # JSON has lists, and no tuples
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, with the values that ask for nothing
@@ -28,7 +29,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # fields that change an answer, wit
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "suffix": ("",),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -248,7 +248,7 @@ class Sampling(Sent):
     kvgraph: GraphOptions = GraphOptions()
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stop: Name | Annotated[list[Name], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = 0
@@ -261,6 +261,11 @@ class Sampling(Sent):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] = []
     ignore_eos: bool = False
     structured_outputs: StructuredOutputs | None = None
+
+    @property
+    def effort(self) -> tuple[str, Effort | None]:
+        """The field that says how much to think before the answer, and what it says."""
+        return "reasoning_effort", None
 
 
 class Generation(Sampling):
@@ -456,11 +461,13 @@ class ChatOptions(Sent):
 
     add_generation_prompt: end with the header of the answer. continue_final_message: the last message is the beginning
     of the answer, which continues it. chat_template_kwargs: further variables of the template, such as enable_thinking.
+    reasoning_effort: one of them, which few templates have; the others ignore it.
     """
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: Effort | None = None
 
     @model_validator(mode="after")
     def _one_end(self) -> ChatOptions:
@@ -494,6 +501,11 @@ class ChatRequest(Generation, ChatOptions):
     def _of_completions(cls, data: Any) -> Any:
         return taken(data, {"echo": (False,), "add_special_tokens": (False,)}) if isinstance(data, dict) else data
 
+    @property
+    def effort(self) -> tuple[str, Effort | None]:
+        """See `Sampling.effort`."""
+        return "reasoning_effort", self.reasoning_effort
+
 
 class CompletionRequest(Generation):
     """`POST /v1/completions`. Several prompts give several choices.
@@ -513,6 +525,8 @@ class CompletionRequest(Generation):
             return data
         if data.get("tool_choice") == "none":
             data = {name: value for name, value in data.items() if name not in ("tools", "tool_choice")}
+        if data.get("reasoning_effort") == "none":
+            data = {name: value for name, value in data.items() if name != "reasoning_effort"}
         return taken(data, {"add_special_tokens": (True,)} | TOOLS)
 
     @model_validator(mode="after")

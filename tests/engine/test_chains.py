@@ -7,9 +7,11 @@ import torch
 
 import families
 from dense import dense_greedy, dense_logits
-from kvgraph import ContextGraph, Engine, models
+from kvgraph import ContextGraph, Engine, methods, models
 from kvgraph.attention.rows import MANY
 from kvgraph.edges import chain
+from kvgraph.engine import engine as engine_file
+from kvgraph.engine import request as request_file
 from kvgraph.engine.runner import Runner
 
 
@@ -38,10 +40,37 @@ def test_a_chain_of_many_messages_equals_its_dense_form(model, step_tokens):
     assert longer.usage.computed_tokens == 2 + sum(1 + i % 4 for i in range(2 * MANY + 3, 2 * MANY + 9))
 
 
-def test_a_cold_chain_or_graph_is_one_forward(model, monkeypatch):
-    forwards = []
+@pytest.fixture
+def forwards(monkeypatch):
+    """The numbers of rows of the forwards that run."""
+    found = []
     run = Runner.run
-    monkeypatch.setattr(Runner, "run", lambda self, rows, want: forwards.append(len(rows)) or run(self, rows, want))
+    monkeypatch.setattr(Runner, "run", lambda self, rows, want: found.append(len(rows)) or run(self, rows, want))
+    return found
+
+
+@pytest.fixture
+def long_spans(monkeypatch):
+    """Spans of two tokens count as long: only links of a chain gather them, and long questions that follow one."""
+    for file in (request_file, engine_file):
+        monkeypatch.setattr(file, "SHORT", 1)
+
+
+@pytest.mark.parametrize("budget", [1 << 24, None])
+def test_a_cold_chain_of_long_spans_fills_its_steps(model, forwards, long_spans, budget):
+    graph, step = chat(99).with_query(range(3, 33)), 40
+    plan = methods.get("full").plan(graph)
+    tokens = sum(map(len, plan.spans))
+    engine = Engine(model, kv_budget=budget or (tokens + 8) * model.kv_bytes_per_token, max_step_tokens=step)
+    result = engine.generate(graph, "full", max_tokens=4, ignore_eos=True, first_logits=True)
+    torch.testing.assert_close(result.first_logits, dense_logits(model, plan), atol=1e-4, rtol=0)
+    assert result.token_ids == dense_greedy(model, plan, 4)
+    assert engine.scheduler.peak_bytes <= engine.scheduler.memory.budget
+    least = -(-tokens // step) + 3
+    assert len(forwards) == least if budget else len(forwards) > least  # without room for a copy, steps are smaller
+
+
+def test_a_cold_chain_or_graph_is_one_forward(model, forwards):
     engine = Engine(model, kv_budget=1 << 24)
     engine.logits(engine.plan(chat(41), "full"))
     segments = [[2 + i, 3, 4 + i] for i in range(6)]

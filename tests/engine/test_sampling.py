@@ -35,7 +35,7 @@ class TestParams:
             "max_tokens": (0, -1, 1.5, None, True),
             "temperature": (-0.1, math.nan, math.inf, "1", None),
             "top_k": (-1, 2.0, True),
-            "top_p": (0, -0.5, 1.01, math.nan),
+            "top_p": (-0.5, 1.01, math.nan),
             "min_p": (-0.1, 1.1, math.nan),
             "seed": (1.0, "x", 2**64, -(2**63) - 1),
             "repetition_penalty": (0, -1, math.nan, math.inf),
@@ -130,7 +130,7 @@ class TestChoice:
         assert Sampler(SamplingParams(temperature=1))(logits).token == 1
 
     def test_extreme_values_leave_one_token(self):
-        for fields in ({"temperature": 1e-300}, {"top_p": 1e-12}, {"min_p": 1.0}, {"top_k": 1}):
+        for fields in ({"temperature": 1e-300}, {"top_p": 1e-12}, {"top_p": 0}, {"min_p": 1.0}, {"top_k": 1}):
             params = SamplingParams(**{"temperature": 1.0, "seed": 1, **fields})
             assert Sampler(params)(logits_of(4) * 1e30).token == int(logits_of(4).argmax())
 

@@ -150,7 +150,6 @@ def test_what_asks_for_nothing_is_taken(server, fields):
     "fields",
     [
         {"length_penalty": 2.0},
-        {"reasoning_effort": "low"},
         {"skip_special_tokens": False},
         {"skip_special_tokens": 1},  # which equals True in Python
         {"suffix": "end"},
@@ -180,12 +179,71 @@ def test_unknown_fields_are_reported(server, caplog):
     assert done == "[DONE]" and sorted(last["usage"]["kvgraph"]["ignored"]) == sorted(names)
 
 
+EFFORTS = ("minimal", "low", "medium", "high")
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_an_effort_that_the_template_does_not_take_is_reported(server, effort):
+    answer = chat(server, reasoning_effort=effort)
+    assert answer["usage"]["kvgraph"]["ignored"] == ["reasoning_effort"] and text(answer) == text(chat(server))
+    body = {"model": server.name, "max_tokens": 2}
+    for path, more, name in (
+        ("completions", {"prompt": "Hi", "reasoning_effort": effort}, "reasoning_effort"),
+        (
+            "responses",
+            {"input": "Hi", "max_output_tokens": 2, "max_tokens": None, "reasoning": {"effort": effort}},
+            "reasoning.effort",
+        ),
+    ):
+        told = httpx.post(f"{server.url}/v1/{path}", json=body | more, timeout=60).json()
+        assert told["usage"]["kvgraph"]["ignored"] == [name], told
+
+
+def test_an_effort_goes_to_a_template_that_takes_it(model):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ reasoning_effort or '-' }}"
+    app = application(Engine(model, kv_budget=1 << 28), chat_template_kwargs={"reasoning_effort": "server's"})
+    with serving(app) as url:
+        server = Live(app, url)
+        server.server.tokenizer.chat_template, before = template, server.server.tokenizer.chat_template
+        try:
+            for more, effort in (
+                *[({"reasoning_effort": effort}, effort) for effort in ("none", *EFFORTS)],
+                ({}, "server's"),
+                ({"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "mine"}}, "mine"),
+            ):
+                usage = chat(server, **more)["usage"]
+                assert usage["prompt_tokens"] == len(server.server.engine.tokenize("Hi" + effort))
+                assert "ignored" not in usage["kvgraph"]
+                body = {"model": server.name, "messages": [USER], **more}
+                told = httpx.post(f"{url}/tokenize", json=body).json()
+                assert server.server.tokenizer.decode(told["tokens"]) == "Hi" + effort
+            body = {"model": server.name, "input": "Hi", "reasoning": {"effort": "low"}, "max_output_tokens": 2}
+            made = httpx.post(f"{url}/v1/responses", json=body, timeout=60).json()
+            assert made["reasoning"]["effort"] == "low" and "ignored" not in made["usage"]["kvgraph"]
+            assert made["usage"]["input_tokens"] == len(server.server.engine.tokenize("Hilow"))
+            told = chat(server, 400, reasoning_effort="extreme")
+            assert (told["param"], told["code"]) == ("reasoning_effort", "invalid_value")
+        finally:
+            server.server.tokenizer.chat_template = before
+
+
+def test_top_p_of_nothing_is_the_likeliest_token(server):
+    best = text(chat(server, max_tokens=8, temperature=0))
+    for seed in range(3):
+        assert text(chat(server, max_tokens=8, temperature=1.5, top_p=0, seed=seed)) == best
+    greedy = server.ask(prompt="Hi", max_tokens=8, temperature=0).json()["choices"][0]["text"]
+    assert server.ask(prompt="Hi", max_tokens=8, temperature=2, top_p=0.0).json()["choices"][0]["text"] == greedy
+
+
 def test_unknown_fields_may_be_refused(model):
     app = application(Engine(model, kv_budget=1 << 28), unknown_fields="refuse")
     with serving(app) as url:
         server = Live(app, url)
         told = chat(server, 400, messages=[USER | {"images": ["x"]}])
         assert (told["param"], told["code"]) == ("messages.0.images", "unknown_parameter")
+        told = chat(server, 400, reasoning_effort="low")
+        assert (told["param"], told["code"]) == ("reasoning_effort", "unknown_parameter")
+        chat(server, reasoning_effort="none")
         chat(server, foo=None, messages=[ANSWER | {"tool_calls": None}, USER], user="u")
 
 
@@ -276,6 +334,47 @@ def test_web_pages_are_let_in_by_setting(server, model):
         assert refused.status_code == 400 and refused.headers["access-control-allow-origin"] == "http://x"
         other = httpx.get(f"{url}/v1/models", headers={"Origin": "http://y"})
         assert "access-control-allow-origin" not in other.headers
+
+
+ROUTES = {
+    "POST": ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize", "/v1/graphs"],
+    "GET": ["/v1/models", "/v1/models/tiny", "/tokenizer_info", "/health", "/ready", "/metrics", "/"],
+    "PUT": ["/v1/segments/a"],
+    "DELETE": ["/v1/segments/a", "/v1/responses/a"],
+}
+
+
+def test_every_route_answers_a_preflight(model):
+    app = application(Engine(model, kv_budget=1 << 28), cors_origins=["http://x"], api_keys=["a-long-enough-key"])
+    with serving(app) as url:
+        for method, paths in ROUTES.items():
+            ask = {
+                "Origin": "http://x",
+                "Access-Control-Request-Method": method,
+                "Access-Control-Request-Headers": "authorization,content-type",
+            }
+            for path in paths:
+                allowed = httpx.options(url + path, headers=ask)  # browsers send no key with it
+                assert allowed.status_code == 200, (method, path)
+                assert allowed.headers["access-control-allow-origin"] == "http://x"
+                assert method in allowed.headers["access-control-allow-methods"]
+                named = allowed.headers["access-control-allow-headers"].lower().replace(" ", "").split(",")
+                assert {"authorization", "content-type"} <= set(named)
+                assert httpx.options(url + path, headers=ask | {"Origin": "http://y"}).status_code == 400
+        told = httpx.post(f"{url}/v1/completions", headers={"Origin": "http://x"}, json={"model": "m", "prompt": "a"})
+        assert told.status_code == 401 and told.headers["access-control-allow-origin"] == "http://x"
+
+
+@pytest.mark.parametrize("cors", [[], ["http://x"]])
+def test_options_name_the_methods_of_a_route(model, cors):
+    """Plain OPTIONS, with or without pages of other sites: what there is, and no page is let in."""
+    with serving(application(Engine(model, kv_budget=1 << 28), cors_origins=cors)) as url:
+        for method, paths in ROUTES.items():
+            for path in paths:
+                answer = httpx.options(url + path)
+                assert answer.status_code == 405 and method in answer.headers["allow"].split(", "), (method, path)
+                assert "access-control-allow-origin" not in answer.headers
+        assert httpx.options(f"{url}/nowhere").status_code == 404
 
 
 def test_a_stream_shows_signs_of_life_until_it_begins(server, monkeypatch):

@@ -409,7 +409,7 @@ def test_models(client):
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 1000}, "n", "at most 16"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 1 << 20}, None, "the model's limit is 32768"),
         ({"messages": []}, "messages", "at least 1"),

@@ -140,6 +140,7 @@ def _begun(body: ResponseRequest, model: str) -> ResponseObject:
         model=model,
         parallel_tool_calls=body.parallel_tool_calls,
         previous_response_id=body.previous_response_id,
+        reasoning={"effort": body.reasoning.effort, "summary": None},
         store=body.store,
         temperature=1.0 if body.temperature is None else body.temperature,
         tool_choice=body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.model_dump(),

@@ -12,6 +12,7 @@ from kvgraph.server.schema import (
     IGNORED,
     MOST_MESSAGES,
     Details,
+    Effort,
     FunctionName,
     Message,
     Name,
@@ -80,15 +81,11 @@ class TextOptions(Sent):
 
 
 class ReasoningOptions(Sent):
-    """How to show thoughts; there is no way to ask for more or less of them."""
+    """How much to think, for chat templates that take it (see `ChatOptions`), and how to show it, which changes nothing."""
 
+    effort: Effort | None = None
     summary: Any = None
     generate_summary: Any = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral(cls, data: Any) -> Any:
-        return taken(data, {"effort": ("none",)}) if isinstance(data, dict) else data
 
 
 class EventOptions(Sent):
@@ -255,6 +252,11 @@ class ResponseRequest(Sampling):
             if data.get(name) is not None:
                 raise unsupported(name, f" here; it is called {here}")
         return taken(data, UNSUPPORTED, PASSING)
+
+    @property
+    def effort(self) -> tuple[str, Effort | None]:
+        """See `Sampling.effort`."""
+        return "reasoning.effort", self.reasoning.effort
 
     @property
     def logprobs(self) -> bool:

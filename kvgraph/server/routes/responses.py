@@ -128,6 +128,7 @@ def _chat(body: ResponseRequest, before: list[dict[str, Any]], new: list[dict[st
             "logprobs": body.logprobs,
             "top_logprobs": body.top_logprobs if body.logprobs else None,
             "chat_template_kwargs": body.chat_template_kwargs,
+            "reasoning_effort": body.reasoning.effort,
             "tools": [tool.of_chat() for tool in body.tools],
             "tool_choice": choice if isinstance(choice, str) else choice.of_chat(),
             "parallel_tool_calls": body.parallel_tool_calls,
