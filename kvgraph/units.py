@@ -9,6 +9,7 @@ import re
 
 UNITS = {"": 1, "B": 1} | {f"{p}{s}": 1024**i for i, p in enumerate("KMGT", 1) for s in ("", "iB")}
 UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+SHOWN = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def parse_size(text: str) -> int:
@@ -18,3 +19,12 @@ def parse_size(text: str) -> int:
     if match is None or unit is None or not 0 < (size := int(float(match[1]) * unit)) < 1 << 63:
         raise ValueError(f"{text[:40]!r} isn't a size; write for example 4GiB or 500MB")
     return size
+
+
+def human_size(size: float) -> str:
+    """1536 → "1.5 KiB"."""
+    for unit in SHOWN[:-1]:
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} {SHOWN[-1]}"

@@ -29,6 +29,7 @@ ORDER = (
     ("engine",),
     ("demo",),
     ("__init__",),
+    ("encoding",),
     ("train", "eval", "indexing"),
     ("server",),
     ("cluster",),

@@ -16,6 +16,7 @@ from kvgraph.data import corpus
 from kvgraph.edges import named_edges
 from kvgraph.graph import ContextGraph, Text
 from kvgraph.places import VARIABLE, StorePlace, places_of
+from kvgraph.units import human_size as human_size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from kvgraph.models import Model
 
 DIGITS = re.compile(r"[0-9]{1,18}")  # a number; the limit is ample, and Python refuses thousands of digits
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -171,15 +171,6 @@ def load_model(model: str, dtype: str, device: str, allow_untested: bool, adapte
 def counted(number: int, what: str) -> str:
     """(1, "page") → "1 page", (2_000, "page") → "2,000 pages"."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
-
-
-def human_size(size: float) -> str:
-    """1536 → "1.5 KiB"."""
-    for unit in UNITS[:-1]:
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} {UNITS[-1]}"
 
 
 def human_time(seconds: float) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,27 +28,14 @@ from kvgraph.cli.common import (
 )
 from kvgraph.data import corpus
 from kvgraph.errors import KVGraphError
-from kvgraph.graph import ContextGraph
-from kvgraph.methods import Method
 from kvgraph.plan import Plan
 
 if TYPE_CHECKING:
+    from kvgraph.encoding import Documents, Done
     from kvgraph.engine.engine import Engine
-    from kvgraph.engine.request import Request
 
 SAMPLE = 16  # documents timed for the estimate of --dry-run
 NAMED = 5  # skipped documents that are named; more are counted
-
-
-@dataclass
-class _Totals:
-    """What one run of `encode` did."""
-
-    computed: int = 0  # tokens
-    reused: int = 0  # tokens
-    seconds: float = 0.0
-    skipped: list[str] = field(default_factory=list)
-    too_long: int = 0
 
 
 def encode(
@@ -70,6 +54,14 @@ def encode(
     adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Encode on a Ray cluster: auto, ray://HOST:10001, or local to start one here."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on the cluster, each with the model.")] = 2,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each of them.")] = 0,
 ) -> None:
     """Encode every document of a corpus into a store, once.
 
@@ -80,126 +72,76 @@ def encode(
     \b
       kvgraph encode ./llama corpus.jsonl --method block --store kv --dry-run
       kvgraph encode ./llama corpus.jsonl --method block --store kv --template '{title}\\n{text}\\n'
+      kvgraph encode ./llama corpus.jsonl --method block --store kv --ray local --workers 2
     """
     if not store and not dry_run:
         raise typer.BadParameter("encode needs --store PLACE (or --dry-run)")
     chosen = None if method is None else methods.parse(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
-    where = None if dry_run or not store else store
-    from kvgraph.engine.engine import Engine
-
-    engine = Engine.load(
-        model,
-        adapter=adapter,
-        dtype=dtype,
-        device=device,
-        allow_untested=allow_untested,
-        check=not no_check,
-        kv_budget=kv_budget,
-        store=where,
-        codec=codec,
-    )
     prefix = common.unescaped(prefix)
+    loading = {
+        "model": model,
+        "adapter": adapter,
+        "dtype": dtype,
+        "device": device,
+        "allow_untested": allow_untested,
+        "check": not no_check,
+        "kv_budget": kv_budget,
+        "codec": codec,
+    }
+    from kvgraph.encoding import Documents, Done
+
+    items = Documents(chosen, prefix)
     if dry_run:
-        return _estimate(engine, found, chosen, prefix, store or [])
-    with engine:
-        totals = _Totals()
-        try:
-            with _unlogged("kvgraph.engine"):  # this command reports a record that can't be written itself, once
-                _encode(engine, found, chosen, prefix, totals)
-        except KeyboardInterrupt:
-            typer.echo("stopped; finished documents are in the store; run the same command again to continue", err=True)
-            raise
-    _report_skipped(totals)
-    typer.echo(
-        f"{len(found) - len(totals.skipped):,} documents: {totals.computed:,} tokens computed, {totals.reused:,} reused, "
-        f"{common.human_size(engine.stored_bytes)} written, {totals.computed / max(totals.seconds, 1e-9):,.0f} tokens/s"
-    )
-    if totals.too_long:
-        raise KVGraphError(f"{totals.too_long} documents don't fit; split them, or raise --kv-budget")
+        from kvgraph.engine.engine import Engine
 
-
-@contextmanager
-def _unlogged(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    logger.disabled = True
+        return _estimate(Engine.load(**loading), found, items, store or [])
+    done, started = Done(), time.perf_counter()
+    places = store or []
     try:
-        yield
-    finally:
-        logger.disabled = False
+        if ray is None:
+            _encode(found, items, places, loading, done)
+        else:
+            from kvgraph.cluster.encoding import encode_on
+
+            encode_on(ray, items, found, places, loading, done, workers, gpus_per_worker)
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished documents are in the store; run the same command again to continue", err=True)
+        raise
+    _report_skipped(done)
+    typer.echo(
+        f"{len(found) - len(done.skipped):,} documents: {done.computed:,} tokens computed, {done.reused:,} reused, "
+        f"{common.human_size(done.stored)} written, {done.computed / (time.perf_counter() - started):,.0f} tokens/s"
+    )
+    if done.too_long:
+        raise KVGraphError(f"{done.too_long} documents don't fit; split them, or raise --kv-budget")
 
 
 def _encode(
-    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, totals: _Totals
+    documents: Sequence[corpus.CorpusDocument],
+    items: Documents,
+    store: Sequence[str],
+    loading: dict[str, Any],
+    done: Done,
 ) -> None:
+    from kvgraph.encoding import Encoder, batches
     from kvgraph.progress import Progress
 
-    started = time.perf_counter()
-    with Progress("encoding", len(documents)) as bar:
-
-        def missing() -> Iterator[Request]:
-            """Requests for the documents that aren't stored yet."""
-            for document in documents:
-                plan = _planned(engine, document, method, prefix, totals)
-                if plan is not None and not _is_stored(engine, plan):
-                    yield engine.prepare(plan, encode_only=True)
-                    continue
-                totals.reused += 0 if plan is None else _tokens(plan)
-                bar.advance(1, tokens=totals.computed)
-
-        with closing(engine.run(missing())) as outcomes:
-            for _, result in outcomes:
-                if isinstance(result, KVGraphError):
-                    raise result
-                totals.computed += result.usage.computed_tokens
-                totals.reused += sum(result.usage.reused_tokens.values())
-                bar.advance(1, tokens=totals.computed)
-                if engine.store_error is not None:
-                    raise engine.store_error
-        engine.flush()
-        totals.seconds = time.perf_counter() - started
-        if engine.store_error is not None:
-            raise engine.store_error
-
-
-def _planned(
-    engine: Engine, document: corpus.CorpusDocument, method: Method | None, prefix: str, totals: _Totals
-) -> Plan | None:
-    """The plan of a graph with this document alone. One that is empty or too large is added to totals.skipped."""
-    # The query changes no document. The name is for errors, because every document is the only one of its graph.
-    graph = ContextGraph([document.text], [0], prefix, names=[document.where]).tokenized(engine.tokenize)
-    if not graph.segments[0]:
-        totals.skipped.append(f"{document.where}: no tokens")
-        return None
-    plan = engine.plan(graph, method, probe=False)
-    budget = engine.scheduler.memory.budget
-    need = engine.scheduler.memory.most_bytes(span for span in plan.spans if span.cached)
-    if plan.highest_position < engine.model.limit and need <= budget:
-        return plan
-    totals.too_long += 1
-    totals.skipped.append(
-        f"{document.where}: {len(graph.segments[0]):,} tokens don't fit the model's {engine.model.limit:,} positions "
-        f"or the KV budget of {common.human_size(budget)}"
-    )
-    return None
-
-
-def _is_stored(engine: Engine, plan: Plan) -> bool:
-    """Whether the store has a file for every span. `kvgraph store verify` and readers check the files."""
-    assert engine.store is not None
-    return all(engine.store.contains(key) for key in engine.keys(plan) if key is not None)
-
-
-def _tokens(plan: Plan) -> int:
-    return sum(len(span) for span in plan.spans if span.cached)
+    with Encoder(items, store, **loading) as encoder, Progress("encoding", len(documents)) as bar:
+        for batch in batches(documents):
+            done.add(encoder.encode(batch))
+            bar.advance(len(batch), tokens=done.computed)
+        done.stored += encoder.flush()
 
 
 def _estimate(
-    engine: Engine, documents: Sequence[corpus.CorpusDocument], method: Method | None, prefix: str, store: Sequence[str]
+    engine: Engine, documents: Sequence[corpus.CorpusDocument], items: Documents, store: Sequence[str]
 ) -> None:
     """Print the cost of encoding: counted tokens and bytes, and the time extrapolated from a few documents."""
-    totals = _Totals()
-    plans = [plan for d in documents if (plan := _planned(engine, d, method, prefix, totals)) is not None]
+    from kvgraph.encoding import Done
+
+    done = Done()
+    plans = [plan for d in documents if (plan := items.plan(engine, d, done)) is not None]
     spans = {
         key: len(span)
         for plan in plans
@@ -207,7 +149,7 @@ def _estimate(
         if key is not None
     }
     tokens = sum(spans.values())
-    _report_skipped(totals)
+    _report_skipped(done)
     typer.echo(f"documents   {len(plans):,}")
     typer.echo(f"tokens      {tokens:,}")
     first = _rate(engine, plans[:1])  # slower than the rest
@@ -249,8 +191,8 @@ def _free(store: Sequence[str]) -> str:
     return f"; {common.human_size(shutil.disk_usage(there).free)} free"
 
 
-def _report_skipped(totals: _Totals) -> None:
-    for line in totals.skipped[:NAMED]:
+def _report_skipped(done: Done) -> None:
+    for line in done.skipped[:NAMED]:
         typer.echo(f"skipped {line}", err=True)
-    if len(totals.skipped) > NAMED:
-        typer.echo(f"skipped {len(totals.skipped) - NAMED:,} more documents", err=True)
+    if len(done.skipped) > NAMED:
+        typer.echo(f"skipped {len(done.skipped) - NAMED:,} more documents", err=True)

@@ -56,6 +56,10 @@ def serve(
     allow_untested: Annotated[
         bool | None, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")
     ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that answer, each with the model and a memory of its own; needs Ray."),
+    ] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json [default: text].")] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with these and further settings.", envvar="KVGRAPH_CONFIG")
@@ -70,6 +74,7 @@ def serve(
     \b
       kvgraph serve --model ./llama --store kv
       kvgraph serve --model ./llama --store kv --store redis://127.0.0.1:6379/0
+      kvgraph serve --model ./llama --store kv --replicas 2
       open http://127.0.0.1:8771/            # the playground
       curl http://127.0.0.1:8771/v1/models
     """
@@ -99,4 +104,10 @@ def serve(
         allow_untested=allow_untested,
         log_format=log_format,
     )
-    raise typer.Exit(run(settings))
+    if replicas is None:
+        raise typer.Exit(run(settings))
+    try:
+        from kvgraph.cluster.serving import local_app
+    except ModuleNotFoundError as error:
+        raise KVGraphError(f"replicas need {error.name}; install it with: pip install 'kvgraph[ray]'") from None
+    raise typer.Exit(run(settings, lambda given: local_app(given, replicas)))

@@ -111,6 +111,10 @@ class SpanRouter:
                 self._owners.popitem(last=False)
         return found
 
+    def holds(self, key: str) -> bool:
+        """Whether any replica reported a span and hasn't evicted it since."""
+        return key in self._holders
+
     def route(self, spans: Mapping[str, int]) -> Routed:
         """Choose the replica for a request with these spans (key -> tokens), and count the request as its load.
 

@@ -13,13 +13,19 @@ from kvgraph.engine.engine import Engine
 from kvgraph.server import handlers, playground
 from kvgraph.server.middleware import BodyLimit, Observed
 from kvgraph.server.routes import compat, health, inspect, metrics, openai, responses, segments, tokenize
+from kvgraph.server.runner import EngineThread, Watch
 from kvgraph.server.settings import Settings
 from kvgraph.server.state import Server, load_engine
 
 
-def create_app(settings: Settings, load: Callable[[Settings], Engine] = load_engine) -> FastAPI:
-    """The ASGI application of a server; the model is loaded when it starts. `load` is another way to get an engine."""
-    server = Server(settings, load)
+def create_app(
+    settings: Settings,
+    load: Callable[[Settings], Engine] = load_engine,
+    run: Callable[[Engine, Watch], EngineThread] = EngineThread,
+) -> FastAPI:
+    """The ASGI application of a server; the model is loaded when it starts. load, run: other ways to get an engine and
+    to drive it, see `Server`."""
+    server = Server(settings, load, run)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:

@@ -104,6 +104,9 @@ class EngineJob:
         self._news.set()
 
 
+Watch = Callable[[EngineJob, Update], None]
+
+
 @dataclass(frozen=True)
 class Load:
     """What the engine held after its last step: requests admitted, spans being encoded, bytes of KV, pinned ones."""
@@ -122,7 +125,7 @@ class EngineThread:
     Jobs of a failed step end with its error; if the loop itself fails, all jobs do and `failed` tells why.
     """
 
-    def __init__(self, engine: Engine, watch: Callable[[EngineJob, Update], None] = lambda job, update: None):
+    def __init__(self, engine: Engine, watch: Watch = lambda job, update: None):
         self.engine, self._watch = engine, watch
         self.failed: BaseException | None = None
         self.step_seconds = 0.0  # time spent in steps

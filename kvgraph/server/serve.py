@@ -6,9 +6,11 @@ import asyncio
 import logging
 import os
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from kvgraph.server import logs
@@ -22,13 +24,13 @@ HEAD_TIMEOUT = 30.0  # seconds a client may take to send a request's head
 LINGER = 5.0  # seconds that clients get, once all work has ended, to read what was sent
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, make: Callable[[Settings], FastAPI] = create_app) -> int:
     """Serve until SIGTERM or SIGINT; running requests get `settings.grace` seconds to end. Returns the exit code.
 
     Raises SettingsError before the model is loaded if the address can't be listened on, or traces have nowhere to go.
     """
     listener = _listening(settings)
-    app = create_app(settings)
+    app = make(settings)
     logs.setup(settings.log_format)
     config = uvicorn.Config(
         app,

@@ -29,7 +29,7 @@ from kvgraph.server.encode import GraphEncoder
 from kvgraph.server.errors import APIError
 from kvgraph.server.metrics import Metrics
 from kvgraph.server.responses.kept import Kept
-from kvgraph.server.runner import EngineThread
+from kvgraph.server.runner import EngineThread, Watch
 from kvgraph.server.settings import Settings, SettingsError
 from kvgraph.server.shadow import Shadow
 from kvgraph.server.tenants import Caller, Tenants
@@ -86,9 +86,17 @@ def library_file(settings: Settings) -> Path | None:
 
 
 class Server:
-    """One model being served. Made at once; ready when `load` (see `load_engine`) has given an engine."""
+    """One model being served. Made at once; ready when `load` (see `load_engine`) has given an engine.
 
-    def __init__(self, settings: Settings, load: Callable[[Settings], Engine] = load_engine):
+    run: makes what drives the engine, from the engine and a function that is called with every update.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[Settings], Engine] = load_engine,
+        run: Callable[[Engine, Watch], EngineThread] = EngineThread,
+    ):
         self.settings = settings
         self.tenants = Tenants(settings.api_keys)
         self.tracing = Tracing(settings)
@@ -100,7 +108,7 @@ class Server:
         self.on_failure: Callable[[], None] = lambda: None
         self.closing = False  # whether new requests are refused, for good
         self._choices: Counter[str] = Counter()  # of requests that were let in and haven't ended, by tenant
-        self._load = load
+        self._load, self._run = load, run
         self._engine: Engine | None = None
         self._runner: EngineThread | None = None
         self._library: Library | None = None
@@ -121,7 +129,7 @@ class Server:
             file = library_file(self.settings)
             self._library = await asyncio.to_thread(Library, file, engine.model.fingerprint)
             self._indexes = GraphIndexes(self._library, file and file.parent, SentenceEmbedder)
-            runner = EngineThread(engine, self.metrics.saw)
+            runner = self._run(engine, self.metrics.saw)
             runner.start()
             self.metrics.observe(runner)
             self._engine, self._runner = engine, runner

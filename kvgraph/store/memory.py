@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvgraph.errors import StoreError
@@ -33,6 +33,7 @@ class MemoryStore:
         self._idle: OrderedDict[str, _Entry] = OrderedDict()  # not pinned, least recently used first
         self._pinned: dict[str, _Entry] = {}
         self._lock = threading.Lock()
+        self.on_evict: Callable[[str], None] | None = None  # called with the key of each record that makes room
 
     def __len__(self) -> int:
         return len(self._idle) + len(self._pinned)
@@ -145,5 +146,7 @@ class MemoryStore:
 
     def _evict_to(self, size: int) -> None:
         while self.bytes > size and self._idle:
-            _, entry = self._idle.popitem(last=False)
+            key, entry = self._idle.popitem(last=False)
             self.bytes -= entry.nbytes
+            if self.on_evict is not None:
+                self.on_evict(key)

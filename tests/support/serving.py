@@ -50,7 +50,7 @@ def application(model: Path | Engine, **settings: Any) -> FastAPI:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, seconds: float = 60) -> Iterator[str]:
     """Serve an application on a thread until the block ends; gives the base URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -60,7 +60,7 @@ def serving(app: FastAPI) -> Iterator[str]:
             assert thread.is_alive(), "the server ended at once"
             time.sleep(0.01)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        wait_ready(url)
+        wait_ready(url, seconds)
         yield url
     finally:
         server.should_exit = True

@@ -1,0 +1,43 @@
+"""Ray Serve's request router that asks `kvgraph.cluster.routing`.
+
+Ray copies this file's class into the processes that route, with all that it refers to. So it refers to a module, which
+isn't copied but imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from kvgraph.cluster import routes
+
+
+class SpanRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
+    """Sends a call to the replica that most likely has most of its spans, as its arguments `ticket` and `spans` say.
+
+    A call with an argument `replica` goes there.
+    """
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Replicas have joined or left."""
+        super().update_replicas(replicas)
+        routes.ROUTES.members(replica.replica_id.unique_id for replica in replicas)
+
+    def on_replica_actor_died(self, replica_id: Any) -> None:
+        """A replica was found dead by a call to it."""
+        super().on_replica_actor_died(replica_id)
+        routes.ROUTES.lost(replica_id.unique_id)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The replica for a call; the others are for when that one takes no more calls."""
+        there = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        asked = {} if pending_request is None else pending_request.kwargs
+        if "replica" in asked:
+            return [[there[asked["replica"]]]] if asked["replica"] in there else [[]]
+        if "ticket" not in asked or not routes.ROUTES.replicas:
+            return [candidate_replicas]
+        chosen = routes.ROUTES.take(asked["ticket"], asked["spans"])
+        return [[there[chosen]] if chosen in there else [], [r for name, r in there.items() if name != chosen]]

@@ -1,0 +1,32 @@
+"""One Ray for all tests of clusters. Without it they are skipped, and say so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvgraph import demo
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    ray = pytest.importorskip("ray", reason="needs kvgraph[ray]: nothing of the cluster but its routing is tested")
+    import logging
+
+    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, logging_level=logging.ERROR
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("model")
+    demo.write_model(made)
+    return made
