@@ -25,7 +25,7 @@ from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.places import StorePlace
-from kvgraph.plan import Place, Plan, Span, pruned
+from kvgraph.plan import Place, Plan, Span
 from kvgraph.store.codecs.registry import packed
 from kvgraph.store.open import open_store
 from kvgraph.store.record import Record
@@ -145,9 +145,18 @@ def levels(plan: Plan) -> list[list[Plan]]:
 
 def _alone(plan: Plan, index: int) -> Plan:
     """The plan that encodes one span of a plan, and what it reads."""
-    span = plan.spans[index]
-    reader = Span((0,), (span.positions[-1] + 1,), (Place(index, span.start, 0, len(span)),), cached=False)
-    return pruned([*plan.spans[: index + 1], reader])
+    wanted, unseen = {index}, [index]
+    while unseen:
+        sources = {place.span for place in plan.spans[unseen.pop()].sees} - wanted
+        wanted |= sources
+        unseen += sources
+    new = {old: i for i, old in enumerate(sorted(wanted))}
+    kept = [
+        replace(plan.spans[i], sees=tuple(place._replace(span=new[place.span]) for place in plan.spans[i].sees))
+        for i in sorted(wanted)
+    ]
+    place = Place(new[index], kept[-1].start, 0, len(kept[-1]))
+    return Plan((*kept, Span((0,), (kept[-1].positions[-1] + 1,), (place,), cached=False)))
 
 
 class Encoder:

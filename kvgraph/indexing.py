@@ -10,7 +10,7 @@ what is missing is encoded. A process that was killed leaves at worst records th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +26,7 @@ from kvgraph.data.pages.base import PageError, Say
 from kvgraph.data.retrieval import Embedder, SearchIndex
 from kvgraph.data.retrieval.stored import INDEXES, index_folder
 from kvgraph.data.table import ChunkTable
+from kvgraph.encoding import Done, levels
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
@@ -143,7 +144,11 @@ class EncodedCorpus:
     computed: int = 0
     reused: int = 0
     forgotten: int = 0
+    stored: int = 0  # bytes, where other processes wrote them
     seconds: float = 0.0
+
+
+Elsewhere = Callable[[list[list[Plan]]], Done]
 
 
 class CorpusIndex:
@@ -179,11 +184,18 @@ class CorpusIndex:
             return {}
 
     def write(
-        self, corpus: PlannedCorpus, source: str, *, embedder: Embedder | None = None, progress: bool | None = None
+        self,
+        corpus: PlannedCorpus,
+        source: str,
+        *,
+        embedder: Embedder | None = None,
+        progress: bool | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> EncodedCorpus:
         """Make the index what the corpus says, and encode what isn't stored. Can be stopped and repeated at any time.
 
-        embedder: for a search by meaning too; without one, words alone are searched.
+        embedder: for a search by meaning too; without one, words alone are searched. elsewhere: encodes levels of spans
+        in other processes.
         """
         (self.folder / INDEXES).mkdir(parents=True, exist_ok=True)
         with io.locked(self.folder / INDEXES, IndexingError, self.name):
@@ -203,7 +215,13 @@ class CorpusIndex:
             )
             io.write_json(describing(self.folder, self.name), self._description(corpus, source), indent=None)
             SearchIndex.build(index_folder(self.folder, TENANT, self.name), corpus.segments, embedder)
-            self._encode(graph, corpus, done, progress)
+            if elsewhere is None:
+                self._encode(graph, corpus, done, progress)
+            else:
+                started, made = time.perf_counter(), elsewhere(levels(corpus.plan))
+                done.chunks, done.computed, done.reused = len(corpus.table), made.computed, made.reused
+                done.stored, done.seconds = made.stored, time.perf_counter() - started
+                self.library.progress(graph, "ready", graph.segments)
             return done
 
     def _description(self, corpus: PlannedCorpus, source: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBu
 from kvgraph.errors import KVGraphError
 
 if TYPE_CHECKING:
-    from kvgraph.indexing import Changes, CorpusIndex, EncodedCorpus, PlannedCorpus
+    from kvgraph.indexing import Changes, CorpusIndex, Elsewhere, EncodedCorpus, PlannedCorpus
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # of a graph, as the server takes it
 SAID = 8  # remarks of readers that are shown one by one
@@ -101,6 +102,11 @@ def build(
     adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Encode on a Ray cluster, as `kvgraph encode` does.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on the cluster, each with the model.")] = 2,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each of them.")] = 0,
 ) -> None:
     """Index documents: read and cut them, join the chunks by edges, and encode every version into the store.
 
@@ -127,16 +133,21 @@ def build(
     from kvgraph.engine.engine import Engine
     from kvgraph.indexing import CorpusIndex, Layout, PlannedCorpus
 
-    engine = Engine.load(
-        model or _default_model(),
-        adapter=adapter,
-        dtype=dtype,
-        device=device,
-        allow_untested=allow_untested,
-        check=not no_check,
-        kv_budget=kv_budget,
-        store=None if dry_run else store,
-    )
+    loading: dict[str, Any] = {
+        "model": model or _default_model(),
+        "adapter": adapter,
+        "dtype": dtype,
+        "device": device,
+        "allow_untested": allow_untested,
+        "check": not no_check,
+        "kv_budget": kv_budget,
+    }
+    elsewhere = None
+    if ray is not None:
+        from kvgraph.cluster.encoding import encode_levels
+
+        elsewhere = partial(encode_levels, ray, [str(store)], loading, workers, gpus_per_worker)
+    engine = Engine.load(**loading, store=None if dry_run else store)
     with engine:
         remarks: list[str] = []
         corpus = PlannedCorpus(engine, source, Layout(builders, chunk_tokens, chosen), remarks.append)
@@ -150,13 +161,13 @@ def build(
                 _estimate(engine, corpus, there)
                 return
             assert there is not None
-            done = _written(there, corpus, source, embedder)
+            done = _written(there, corpus, source, embedder, elsewhere)
         finally:
             if there is not None:
                 there.close()
     typer.echo(
         f"{done.chunks:,} of {counted(len(corpus.table), 'chunk')} encoded: {counted(done.computed, 'token')} computed, "
-        f"{done.reused:,} reused, {common.human_size(engine.stored_bytes)} written, "
+        f"{done.reused:,} reused, {common.human_size(engine.stored_bytes + done.stored)} written, "
         f"{counted(done.forgotten, 'record')} forgotten, "
         f"{done.computed / max(done.seconds, 1e-9):,.0f} tokens/s"
     )
@@ -198,12 +209,14 @@ def _compared(changes: Changes) -> str:
     )
 
 
-def _written(there: CorpusIndex, corpus: PlannedCorpus, source: Path, embedder: str | None) -> EncodedCorpus:
+def _written(
+    there: CorpusIndex, corpus: PlannedCorpus, source: Path, embedder: str | None, elsewhere: Elsewhere | None
+) -> EncodedCorpus:
     from kvgraph.models.embedder import SentenceEmbedder
 
     try:
         model = None if embedder is None else SentenceEmbedder(embedder)
-        return there.write(corpus, str(source.resolve()), embedder=model)
+        return there.write(corpus, str(source.resolve()), embedder=model, elsewhere=elsewhere)
     except KeyboardInterrupt:
         typer.echo("stopped; finished chunks are in the store; run the same command again to continue", err=True)
         raise

@@ -6,7 +6,7 @@ import os
 import pickle
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,18 @@ def encode_on(
 
 def encode_levels(
     address: str,
-    levels: Iterable[Sequence[Plan]],
     store: Sequence[str],
     loading: dict[str, Any],
-    done: Done,
     workers: int,
-    gpus: float = 0,
-) -> None:
+    gpus: float,
+    levels: Sequence[Sequence[Plan]],
+) -> Done:
     """Encode the spans of plans, see `kvgraph.encoding.levels`: a level is stored before the next begins."""
-    levels = list(levels)
+    done = Done()
     with connected(address), Progress("encoding", sum(map(len, levels))) as bar:
         for level in levels:
             run_level(Versions(), list(_sliced(level)), store, loading, done, workers, gpus, bar)
+    return done
 
 
 def run_level(

@@ -46,7 +46,7 @@ from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server.app import create_app
-from kvgraph.server.errors import APIError
+from kvgraph.server.errors import LostError
 from kvgraph.server.runner import EngineJob, EngineThread, Load, Stopped, Update, Watch
 from kvgraph.server.settings import Settings
 from kvgraph.server.state import load_engine
@@ -67,15 +67,6 @@ OF_ENGINE = (
     "model", "adapter", "dtype", "device", "store_size", "codec", "kv_budget", "max_step_tokens", "allow_untested",
     "chat_template", "grace",
 )  # fmt: skip
-
-
-class LostError(APIError):
-    """The replica that answered is gone; what it hadn't sent can't be."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            503, "the replica that answered has failed; send the request again", code="replica_lost", retry_after=1
-        )
 
 
 @dataclass(frozen=True)
@@ -288,7 +279,7 @@ class Remote(EngineThread):
             self._hand_out([(job, Update(error=error))])
 
     async def _updates(self, job: EngineJob) -> AsyncGenerator[Update]:
-        """The updates of a job; a replica that is lost before the first is replaced. Raises LostError."""
+        """The updates of a job. If its replica is lost, another one begins it again. Raises LostError."""
         request = job.request
         for attempt in range(TRIES):
             begun = False
@@ -306,7 +297,8 @@ class Remote(EngineThread):
             except Stopped as error:
                 log.info("a replica takes no work any more: %s", error)
             if begun:
-                raise LostError()
+                request.token_ids, request.sampled, request.scored = [], [], []
+                yield Update(again=True)  # who has sent what came before ends the job
             self.retried += 1
             await asyncio.sleep(PAUSE * 2**attempt)
         raise LostError()
@@ -391,6 +383,7 @@ def replicas(settings: Settings, **options: Any) -> Any:
         "name": "Replica",
         "max_ongoing_requests": 10_000,  # the server in front of them bounds what is let in
         "graceful_shutdown_timeout_s": settings.grace,
+        "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 2,
         "request_router_config": RequestRouterConfig(request_router_class=SpanRequestRouter),
     }

@@ -16,6 +16,7 @@ from kvgraph.engine.request import Request
 from kvgraph.engine.result import Result
 from kvgraph.engine.sampling import Sampled
 from kvgraph.server import logs, schema
+from kvgraph.server.errors import LostError
 from kvgraph.server.prompts import PreparedPrompt, max_tokens, prompt_list
 from kvgraph.server.runner import Update
 from kvgraph.server.shadow import Answered
@@ -63,6 +64,8 @@ class AnswerForm:
         """The complete answer."""
         async for index, update in updates:
             choice = self.choices[index]
+            if update.again:
+                choice.text, choice.sampled = [], []
             choice.text.append(update.text)
             choice.sampled += update.sampled
             choice.result = update.result or choice.result
@@ -76,6 +79,8 @@ class AnswerForm:
         always = options.include_usage and options.continuous_usage_stats
         async with aclosing(updates):
             async for index, update in updates:
+                if update.again:  # what was sent can't be taken back
+                    raise LostError()
                 choice = self.choices[index]
                 choice.tokens += len(update.sampled)
                 choice.result = update.result or choice.result

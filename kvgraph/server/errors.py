@@ -47,6 +47,15 @@ class APIError(KVGraphError):
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
 
 
+class LostError(APIError):
+    """What answered is gone, in the middle of an answer that was partly sent, or each time it was tried."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            503, "the replica that answered has failed; send the request again", code="replica_lost", retry_after=1
+        )
+
+
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 DECLARED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}

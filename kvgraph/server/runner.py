@@ -32,12 +32,16 @@ class Stopped(KVGraphError, RuntimeError):
 
 @dataclass
 class Update:
-    """What a step gave one job: new text (may be empty) and its tokens; the last one has the result or the error."""
+    """What a step gave one job: new text (may be empty) and its tokens; the last one has the result or the error.
+
+    again: the job is begun again elsewhere, and what came before is void.
+    """
 
     text: str = ""
     sampled: list[Sampled] = field(default_factory=list)
     result: Result | None = None
     error: BaseException | None = None
+    again: bool = False
 
 
 class EngineJob:

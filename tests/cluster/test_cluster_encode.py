@@ -102,8 +102,7 @@ def test_two_workers_leave_the_store_of_one_process_also_if_one_is_killed(
     told = capsys.readouterr().err.splitlines()
     assert any("tokens/s" in line and line.startswith("worker ") for line in told)
 
-    again = Done()
-    encode_on("auto", items, documents, [str(kept)], loading, again, workers=2)
+    again = encode(items, list(batches(documents)), kept, model_folder)  # as the same command would
     assert (again.computed, again.reused) == (0, whole.computed)
 
 

@@ -64,7 +64,7 @@ def serving(app: FastAPI, seconds: float = 60) -> Iterator[str]:
         yield url
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(max(30, seconds))
         assert not thread.is_alive(), "the server doesn't end"
 
 

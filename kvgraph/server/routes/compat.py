@@ -157,4 +157,7 @@ def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body]) -> Req
 
 async def _text(updates: AsyncIterator[tuple[int, Update]]) -> str:
     """The whole answer."""
-    return "".join([update.text async for _, update in updates])
+    said: list[str] = []
+    async for _, update in updates:
+        said = [*([] if update.again else said), update.text]
+    return "".join(said)

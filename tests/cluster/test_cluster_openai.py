@@ -1,0 +1,143 @@
+"""The tests of the `openai` client against two replicas: the answers are the engine's, token for token."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from kvgraph.server.settings import Settings
+from serving import LONG, metrics, serving, until
+from soak import SOAK
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
+from test_server_openai import (  # noqa: F401  # fixtures, and tests that run here too
+    DOCUMENTS,
+    ask,
+    client,
+    engine,
+    expected,
+    model,
+    test_a_chat_without_documents_is_one_plain_prompt,
+    test_a_deadline_ends_an_answer_whether_streamed_or_not,
+    test_a_stream_gives_the_answer_piece_by_piece,
+    test_an_answer_over_documents_is_the_engines,
+    test_completions_over_documents,
+    test_completions_stream_too,
+    test_log_probabilities_are_the_engines,
+    test_models,
+    test_seeded_sampling_is_the_engines_and_choice_i_has_seed_plus_i,
+    test_stop_strings_and_stop_tokens_end_an_answer,
+    test_the_async_client,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
+READY = 400.0  # seconds that two replicas may take on a busy machine
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture(scope="module")
+def url(local_ray, model, tmp_path_factory) -> Iterator[str]:  # noqa: F811
+    """Two replicas behind one server, with a store of both."""
+    from kvgraph.cluster.serving import local_app
+
+    store = tmp_path_factory.mktemp("cluster") / "kv"
+    with serving(local_app(Settings.load(model=str(model), kv_budget=1 << 27, store=store, grace=5), 2), READY) as url:
+        yield url
+
+
+def share(url: str, source: str) -> float:
+    return sum(n for name, n in metrics(url).items() if name.startswith("kvgraph_replica_tokens") and source in name)
+
+
+def test_a_request_goes_where_its_documents_are(client, url):  # noqa: F811
+    """Each document's second reader finds it in memory, though there are two memories."""
+    texts = [[{"text": f"fact {i} " + "of many words " * 4}] for i in range(4)]
+    over = {"kvgraph": {"method": "block"}}
+    for documents in texts:
+        ask(client, extra_body={"documents": documents, **over})
+    before = metrics(url)
+    for documents in texts:
+        usage = ask(client, "And now?", extra_body={"documents": documents, **over}).usage
+        assert usage.kvgraph["document_tokens_computed"] == 0
+        assert usage.kvgraph["reused_tokens"].keys() == {"memory"}
+    now = metrics(url)
+    assert now['kvgraph_routed_total{by="spans"}'] - before['kvgraph_routed_total{by="spans"}'] == 4
+    assert now["kvgraph_replicas"] == 2
+    assert share(url, "memory") > 0
+    until(lambda: not sum(n for name, n in metrics(url).items() if name.startswith("kvgraph_replica_requests")))
+
+
+def test_a_tool_is_called(client):  # noqa: F811
+    answer = ask(client, tools=[TOOL], tool_choice="required", max_tokens=60, logit_bias={str(ord("}")): 0})
+    assert answer.choices[0].message.tool_calls[0].function.name == "look"
+
+
+def test_segments_and_graphs_are_the_clusters(url):
+    texts = [{"id": f"s{i}", "text": f"stored fact {i}"} for i in range(3)]
+    stored = httpx.put(f"{url}/v1/segments", json={"segments": texts}, timeout=60).json()
+    assert all(s["computed_tokens"] == s["tokens"] for s in stored["data"])
+    assert httpx.get(f"{url}/v1/segments/s0").json()["tier"] == "memory"
+    graph = {"id": "g", "segments": ["s0", "s1", "s2"], "edges": [[0, 2], [1, 2]]}
+    assert httpx.post(f"{url}/v1/graphs", json=graph).status_code == 202
+    until(lambda: httpx.get(f"{url}/v1/graphs/g").json()["state"] == "ready", 60)
+    body = {"model": "tiny", "prompt": "why?", "max_tokens": 4, "kvgraph": {"graph": "g"}}
+    usage = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["usage"]["kvgraph"]
+    assert usage["document_tokens_computed"] == 0
+    assert httpx.delete(f"{url}/v1/graphs/g", timeout=60).status_code == 200
+    assert httpx.delete(f"{url}/v1/segments/s0", timeout=60).status_code == 200
+    again = httpx.put(f"{url}/v1/segments", json={"segments": texts[:1]}, timeout=60).json()["data"][0]
+    assert again["computed_tokens"] == again["tokens"]  # no replica had kept it
+
+
+# -- replicas that are killed -------------------------------------------------------------------------------------------
+
+
+def replica_of(url: str) -> str:
+    """The replica that has a request now."""
+    running = {n: v for n, v in metrics(url).items() if n.startswith("kvgraph_replica_requests")}
+    return max(running, key=running.__getitem__).split('"')[1]
+
+
+def kill(replica: str) -> None:
+    """kill -9 of a replica's process, which is the one that writes its log."""
+    for process in psutil.process_iter(["cmdline"]):
+        serves = "ServeReplica" in "".join(process.info["cmdline"] or ())
+        if serves and any(replica in file.path for file in process.open_files()):
+            os.kill(process.pid, signal.SIGKILL)
+            return
+    raise AssertionError(f"there is no process of replica {replica}")
+
+
+def test_a_replica_that_is_killed_ends_its_stream_with_an_error_and_nothing_else(client, engine, url):  # noqa: F811
+    """Streams end with an error; what isn't streamed is begun again and has its right answer; no one need do anything."""
+    for _ in range(20 if SOAK else 1):
+        until(lambda: metrics(url)["kvgraph_replicas"] == 2, READY)
+        stream = ask(client, stream=True, max_tokens=LONG, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        victim = replica_of(url)
+        with ThreadPoolExecutor(4) as pool:
+            asked = [
+                pool.submit(ask, client, extra_body={"documents": DOCUMENTS[:n], "kvgraph": {"method": "block"}})
+                for n in (1, 2, 3, 3)
+            ]
+            threading.Timer(0.05, kill, [victim]).start()
+            with pytest.raises(openai.APIError, match="the replica that answered has failed") as told:
+                for _ in stream:
+                    pass
+            assert told.value.code == "replica_lost"
+            texts = [answer.result(120).choices[0].message.content for answer in asked]
+        assert texts[2] == texts[3] == expected(engine, "block").text
+        assert (
+            ask(client, extra_body={"documents": DOCUMENTS, "kvgraph": {"method": "block"}}).choices[0].message.content
+            == texts[3]
+        )
