@@ -34,10 +34,13 @@ class SpanRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray has no type
     ) -> list[list[RunningReplica]]:
         """The replica for a call; the others are for when that one takes no more calls."""
         there = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        asked = {} if pending_request is None else pending_request.kwargs
-        if "replica" in asked:
-            return [[there[asked["replica"]]]] if asked["replica"] in there else [[]]
-        if "ticket" not in asked or not routes.ROUTES.replicas:
+        if pending_request is None:
             return [candidate_replicas]
-        chosen = routes.ROUTES.take(asked["ticket"], asked["spans"])
-        return [[there[chosen]] if chosen in there else [], [r for name, r in there.items() if name != chosen]]
+        pending_request.routing_context.should_backoff = True  # if none takes it, wait before this is called again
+        asked = pending_request.kwargs
+        chosen = asked.get("replica")
+        if "ticket" in asked:
+            chosen = routes.ROUTES.take(asked["ticket"], asked["spans"])
+        if chosen not in there:
+            return [candidate_replicas]
+        return [[there[chosen]], [replica for name, replica in there.items() if name != chosen]]

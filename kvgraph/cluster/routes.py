@@ -42,10 +42,12 @@ class Routes:
         with self._lock:
             return self._router.holds(key)
 
-    def take(self, ticket: str, spans: Mapping[str, int]) -> str:
-        """The replica for a request; a ticket that had one before gives that back."""
+    def take(self, ticket: str, spans: Mapping[str, int]) -> str | None:
+        """The replica for a request, None if there is none; a ticket that had one before gives that back."""
         with self._lock:
             self._finished(ticket)
+            if not self._router.replicas:
+                return None
             routed = self._router.route(spans)
             self.counts["spans" if routed.by_spans else "load"] += 1
             self._taken[ticket] = routed.replica

@@ -17,7 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -323,7 +323,8 @@ class Remote(EngineThread):
         finally:
             stream.cancel()  # of no effect on one that has ended
             ROUTES.finished(ticket)
-            self.load = Load(sum(ROUTES.loads().values()), 0, sum(self.kv_bytes.values()), 0)
+            loads = ROUTES.loads()
+            self.load = Load(sum(loads.values()), 0, sum(self.kv_bytes.get(name, 0) for name in loads), 0)
 
     def _taken(self, request: Request, message: Message) -> Update:
         """The update of a message, noted in the request as the engine would."""
@@ -415,19 +416,19 @@ def local_app(settings: Settings, count: int, **options: Any) -> FastAPI:
         if settings.device.startswith("cuda"):
             actor["num_gpus"] = 1
             budget = settings.kv_budget  # type: ignore[assignment]  # each has a device of its own
-        ours = connected(LOCAL)
-        ours.__enter__()
-        serve.start(proxy_location="Disabled")
         given = settings.model_copy(update={"kv_budget": budget})
-        bound = replicas(given, **({"num_replicas": count, "ray_actor_options": actor} | options))
-        handle = serve.run(bound, name=NAME, route_prefix=None)
-
-        def ended() -> None:
-            serve.delete(NAME)  # waits until they have written what is pending
-            serve.shutdown()
-            ours.__exit__(None, None, None)
-
-        return Planner.of(handle, given, ended)
+        ours = ExitStack()
+        ours.enter_context(connected(LOCAL))
+        ours.callback(serve.shutdown)
+        try:
+            serve.start(proxy_location="Disabled")
+            bound = replicas(given, **({"num_replicas": count, "ray_actor_options": actor} | options))
+            handle = serve.run(bound, name=NAME, route_prefix=None)
+            ours.callback(serve.delete, NAME)  # waits until they have written what is pending
+            return Planner.of(handle, given, ours.close)
+        except BaseException:
+            ours.close()
+            raise
 
     return make_app(settings, load)
 

@@ -17,6 +17,11 @@ from kvgraph.methods import parse
 from kvgraph.plan import Plan
 from kvgraph.store.open import open_store
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:this model doesn't declare tuning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),  # Ray's own
+]
+
 
 @pytest.fixture
 def documents(tmp_path, monkeypatch) -> list[corpus.CorpusDocument]:

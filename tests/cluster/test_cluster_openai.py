@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -40,7 +42,11 @@ from test_server_openai import (  # noqa: F401  # fixtures, and tests that run h
     test_the_async_client,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:this model doesn't declare tuning"),
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments:DeprecationWarning"),  # Ray's own
+]
+ROOT = Path(__file__).parents[2]
 READY = 400.0  # seconds that two replicas may take on a busy machine
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
@@ -97,6 +103,15 @@ def test_segments_and_graphs_are_the_clusters(url):
     assert httpx.delete(f"{url}/v1/segments/s0", timeout=60).status_code == 200
     again = httpx.put(f"{url}/v1/segments", json={"segments": texts[:1]}, timeout=60).json()["data"][0]
     assert again["computed_tokens"] == again["tokens"]  # no replica had kept it
+
+
+def test_the_dashboard_and_the_docs_name_metrics_that_are_there(url):
+    there = {name.partition("{")[0] for name in metrics(url)}
+    ours = {name for name in there if re.match("kvgraph_(replica|routed|retried)", name)}
+    panels = json.loads((ROOT / "docs/grafana/kvgraph-cluster.json").read_text())["panels"]
+    asked = {name for p in panels for t in p["targets"] for name in re.findall(r"kvgraph_\w+", t["expr"])}
+    table = set(re.findall(r"^\| `(kvgraph_\w+)`", (ROOT / "docs/how-to/cluster.md").read_text(), re.M))
+    assert asked <= ours and table == ours
 
 
 # -- replicas that are killed -------------------------------------------------------------------------------------------
