@@ -26,6 +26,7 @@ ORDER = [
     "evaluation",
     "training",
     "cluster_sim",
+    "cluster",
     "world",
 ]
 

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
@@ -101,7 +101,7 @@ class Replica:
         self.engine = await asyncio.to_thread(load_engine, settings)
         self._runner = EngineThread(self.engine)
         self._runner.start()
-        self._gone: list[str] = []
+        self._gone: deque[str] = deque()  # the engine's thread adds to it
         self.engine.scheduler.memory.pool.on_evict = self._gone.append
 
     def describe(self) -> tuple[models.Model, int]:
@@ -125,7 +125,7 @@ class Replica:
             yield self._message(Update(error=error))
 
     def _message(self, update: Update) -> Message:
-        gone, self._gone[:] = self._gone[:], []
+        gone = [self._gone.popleft() for _ in range(len(self._gone))]
         return Message(update, self.name, gone, self._runner.load.kv_bytes)
 
     def probe(self, graph: ContextGraph, method: Method) -> Plan:
