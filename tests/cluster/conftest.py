@@ -19,6 +19,7 @@ def local_ray() -> Iterator[None]:
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # its name
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=100 << 20,

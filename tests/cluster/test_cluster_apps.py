@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Using extra keyword arguments:DeprecationWarning"),  # Ray's own
 ]
-BODY = {"prompt": "why?", "max_tokens": 4, "documents": DOCUMENTS, "kvgraph": {"method": "block"}}
+BODY = {"prompt": "why?", "max_tokens": 4, "temperature": 0, "documents": DOCUMENTS, "kvgraph": {"method": "block"}}
 
 
 def ask(url: str, name: str) -> dict:
@@ -45,6 +45,7 @@ def test_an_application_behind_rays_own_http_server(local_ray, model_folder, tmp
 
 
 def test_serve_with_replicas_ends_in_order_and_leaves_its_records(model_folder, tmp_path):
+    pytest.importorskip("ray", reason="needs kvgraph[ray]")
     store = tmp_path / "kv"
     flags = ["--store", store, "--replicas", 2, "--kv-budget", "128MiB"]
     process = Command("serve", "--model", model_folder, "--port", 0, *flags, fresh=True)
