@@ -92,12 +92,12 @@ def ttft(args: argparse.Namespace, url: str) -> float:
         for _ in range(args.streams + 3):
             started = time.perf_counter()
             with client.stream("POST", f"{url}/v1/completions", json=wanted) as answer:
+                began = None
                 for line in answer.iter_lines():
-                    if line.startswith("data: ") and json.loads(line[6:])["choices"][0]["text"]:
-                        found.append((time.perf_counter() - started) * 1e3)
-                        break
-                for _ in answer.iter_lines():
-                    pass
+                    if line.startswith("data: {") and began is None and json.loads(line[6:])["choices"][0]["text"]:
+                        began = time.perf_counter() - started
+            if began is not None:
+                found.append(began * 1e3)
     return statistics.median(found[3:])
 
 
