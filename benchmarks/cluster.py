@@ -124,7 +124,7 @@ def main() -> None:
         model.mkdir()
         demo.write_model(model)
         settings = Settings.load(model=str(model), kv_budget=args.memory * args.tokens * BYTES + own, grace=5)
-        rows = []
+        rows: list[dict[str, Any]] = []
         with served(create_app(settings)) as url:
             alone, tokens = asked(args, url, wanted)
             first = ttft(args, url)

@@ -24,7 +24,6 @@ from kvgraph.engine.request import Request
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
-from kvgraph.places import StorePlace
 from kvgraph.plan import Place, Plan, Span
 from kvgraph.store.codecs.registry import packed
 from kvgraph.store.open import open_store
@@ -162,11 +161,15 @@ def _alone(plan: Plan, index: int) -> Plan:
 class Encoder:
     """Encodes batches into a store. store: folders and URLs, fastest first. loading: arguments of `Engine.load`."""
 
-    def __init__(self, items: Items, store: Sequence[str | StorePlace], **loading: Any):
+    engine: _Collecting
+
+    def __init__(self, items: Items, store: Sequence[str], **loading: Any):
         self.items = items
-        self.engine = _Collecting.load(**loading)
+        engine = _Collecting.load(**loading)
+        assert isinstance(engine, _Collecting)
+        self.engine = engine
         self.engine.made = []
-        self.store = open_store([getattr(place, "text", place) for place in store], self.engine.fingerprint)
+        self.store = open_store(list(store), self.engine.fingerprint)
         self._writer = ThreadPoolExecutor(1, "kvgraph-writer")
         self._writing: Future[int] | None = None
 

@@ -79,7 +79,7 @@ def encode(
     chosen = None if method is None else methods.parse(method)
     found = corpus.load(documents, None if template is None else common.unescaped(template), limit)
     prefix = common.unescaped(prefix)
-    loading = {
+    loading: dict[str, Any] = {
         "model": model,
         "adapter": adapter,
         "dtype": dtype,

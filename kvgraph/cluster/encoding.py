@@ -114,28 +114,36 @@ class _Worker:
         return {"done": told}
 
 
-@contextmanager
-def connected(address: str) -> Iterator[None]:
-    """A block in which this process belongs to a Ray cluster. Raises KVGraphError."""
+def connect(address: str) -> bool:
+    """Let this process belong to a Ray cluster until it ends; False if it did already. Raises KVGraphError."""
     try:
         import ray
     except ModuleNotFoundError:
         raise KVGraphError("a cluster needs Ray; install it with: pip install 'kvgraph[ray]'") from None
     if ray.is_initialized():
-        yield
-        return
+        return False
     options: dict[str, Any] = {}
     if address == LOCAL:
         options = {"include_dashboard": False}
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for machines that do something else too
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for machines that do other work
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning", **options)
     except (ConnectionError, ValueError) as error:
         raise KVGraphError(f"can't use the Ray cluster {address!r}: {error}") from None
+    return True
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """A block in which this process belongs to a Ray cluster, see `connect`."""
+    ours = connect(address)
     try:
         yield
     finally:
-        ray.shutdown()
+        if ours:
+            import ray
+
+            ray.shutdown()
 
 
 def _reachable(place: str) -> str:

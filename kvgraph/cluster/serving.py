@@ -34,7 +34,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from kvgraph import methods, models
-from kvgraph.cluster.encoding import LOCAL, connected
+from kvgraph.cluster.encoding import LOCAL, connect
 from kvgraph.cluster.router import SpanRequestRouter
 from kvgraph.cluster.routes import ROUTES
 from kvgraph.engine.engine import Engine, default_budget
@@ -406,7 +406,8 @@ def make_app(settings: Settings, load: Callable[[Settings], Engine]) -> FastAPI:
 
 
 def local_app(settings: Settings, count: int, **options: Any) -> FastAPI:
-    """The application in this process, in front of `count` replicas on a Ray that it starts and ends."""
+    """The application in this process, in front of `count` replicas on a Ray that it starts."""
+    connect(LOCAL)  # here, as its processes end with the thread that started them
 
     def load(settings: Settings) -> Engine:
         budget = settings.kv_budget or default_budget(torch.device("cpu")) // count
@@ -418,7 +419,6 @@ def local_app(settings: Settings, count: int, **options: Any) -> FastAPI:
             budget = settings.kv_budget  # type: ignore[assignment]  # each has a device of its own
         given = settings.model_copy(update={"kv_budget": budget})
         ours = ExitStack()
-        ours.enter_context(connected(LOCAL))
         ours.callback(serve.shutdown)
         try:
             serve.start(proxy_location="Disabled")

@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -63,7 +63,7 @@ class EngineJob:
         first, last, more = self.request.first_token_at, self.last_token_at, len(self.request.token_ids) - 1
         return (last - first) / more if first and last is not None and more > 0 else None
 
-    async def updates(self) -> AsyncIterator[Update]:
+    async def updates(self) -> AsyncGenerator[Update]:
         """Updates as steps give them; raises what ended the request, or Stopped. Leaving early cancels it."""
         try:
             while True:
