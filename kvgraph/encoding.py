@@ -99,7 +99,7 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Versions:
+class PlannedSpans:
     """Plans whose last cached span alone is to be encoded, see `levels`."""
 
     def plan(self, engine: Engine, item: Plan, done: Done) -> Plan | None:

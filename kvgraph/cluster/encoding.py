@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgraph.data.corpus import CorpusDocument
-from kvgraph.encoding import Documents, Done, Encoder, Items, Versions, batches
+from kvgraph.encoding import Documents, Done, Encoder, Items, PlannedSpans, batches
 from kvgraph.errors import KVGraphError
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
@@ -51,7 +51,7 @@ def encode_levels(
     done = Done()
     with connected(address), Progress("encoding", sum(map(len, levels))) as bar:
         for level in levels:
-            run_level(Versions(), list(_sliced(level)), store, loading, done, workers, gpus, bar)
+            run_level(PlannedSpans(), list(_sliced(level)), store, loading, done, workers, gpus, bar)
     return done
 
 

@@ -1,7 +1,7 @@
 """Serving on Ray: one process that speaks HTTP and plans requests, and replicas that execute plans.
 
 The process that speaks HTTP is the server of `kvgraph.server` itself: its routes, limits, tenants, library and kept
-responses. Only what it calls the engine is another one. `Planner` has a model without weights, and `Remote` hands each
+responses. Only what it calls the engine is another one. `Planner` has a model without weights, and `ReplicaRunner` hands each
 prepared request to a replica, chosen by its spans (`kvgraph.cluster.routes`), and brings back the updates of its answer.
 So deadlines, cancellation and streaming work as they do in a single process.
 """
@@ -79,7 +79,7 @@ class Order:
 
 
 @dataclass
-class Message:
+class Piece:
     """What is new of an answer, and of the replica: its name, spans that it evicted, bytes of KV in memory."""
 
     update: Update
@@ -108,7 +108,7 @@ class Replica:
         """The model without its weights, and the KV budget in bytes."""
         return weightless(self.engine.model), self.engine.scheduler.memory.budget
 
-    async def answer(self, order: Order, *, ticket: str, spans: Mapping[str, int]) -> AsyncGenerator[Message]:
+    async def answer(self, order: Order, *, ticket: str, spans: Mapping[str, int]) -> AsyncGenerator[Piece]:
         """The updates of a request. The last has its result, or the error that ended it. ticket, spans: for the router."""
         try:
             request = await asyncio.to_thread(partial(self.engine.prepare, order.plan, order.params, **order.options))
@@ -124,9 +124,9 @@ class Replica:
         except KVGraphError as error:
             yield self._message(Update(error=error))
 
-    def _message(self, update: Update) -> Message:
+    def _message(self, update: Update) -> Piece:
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
-        return Message(update, self.name, gone, self._runner.load.kv_bytes)
+        return Piece(update, self.name, gone, self._runner.load.kv_bytes)
 
     def probe(self, graph: ContextGraph, method: Method) -> Plan:
         """The plan of a method that must run the model to make it."""
@@ -216,7 +216,7 @@ class Planner(Engine):
         ended()
 
 
-class Remote(EngineThread):
+class ReplicaRunner(EngineThread):
     """Drives requests on replicas; see `EngineThread`, which drives them here. It belongs to the event loop."""
 
     engine: Planner
@@ -303,7 +303,7 @@ class Remote(EngineThread):
             await asyncio.sleep(PAUSE * 2**attempt)
         raise LostError()
 
-    async def _messages(self, request: Request) -> AsyncGenerator[Message]:
+    async def _messages(self, request: Request) -> AsyncGenerator[Piece]:
         """What a replica says of a request. Leaving early cancels it there."""
         ticket = uuid.uuid4().hex
         stream = self._answer.remote(self.engine.orders[request], ticket=ticket, spans=spans_of(request))
@@ -326,7 +326,7 @@ class Remote(EngineThread):
             loads = ROUTES.loads()
             self.load = Load(sum(loads.values()), 0, sum(self.kv_bytes.get(name, 0) for name in loads), 0)
 
-    def _taken(self, request: Request, message: Message) -> Update:
+    def _taken(self, request: Request, message: Piece) -> Update:
         """The update of a message, noted in the request as the engine would."""
         update = message.update
         if update.sampled and not request.token_ids:
@@ -392,7 +392,7 @@ def replicas(settings: Settings, **options: Any) -> Any:
 
 
 def _driving(engine: Engine, watch: Watch, register: Callable[[Any], None]) -> EngineThread:
-    remote = Remote(engine, watch)
+    remote = ReplicaRunner(engine, watch)
     register(remote)
     return remote
 

@@ -11,7 +11,7 @@ import pytest
 
 from kvgraph import Engine
 from kvgraph.data import corpus
-from kvgraph.encoding import Documents, Done, Encoder, Versions, batches, levels
+from kvgraph.encoding import Documents, Done, Encoder, PlannedSpans, batches, levels
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import parse
 from kvgraph.plan import Plan
@@ -68,7 +68,7 @@ def test_a_graph_is_encoded_level_by_level(model_folder, tmp_path):
     made = levels(plan)
     assert len(made) == 3 and sum(map(len, made)) == len({key for key in keys if key is not None})
     for level in made:
-        encode(Versions(), [level[:1], level[1:]], tmp_path / "kv", model_folder)  # type: ignore[arg-type]
+        encode(PlannedSpans(), [level[:1], level[1:]], tmp_path / "kv", model_folder)  # type: ignore[arg-type]
     with Engine.load(model_folder, check=False, store=tmp_path / "kv") as engine:
         warm = engine.generate(graph, "graph-kv:rounds=2", max_tokens=8)
     assert warm.usage.document_tokens_computed == 0
