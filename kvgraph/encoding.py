@@ -224,7 +224,7 @@ class Encoder:
                 continue
             found = self.store.get(key)
             if found is not None:
-                pool.put(on_device(replace(found[0], packed=None), self.engine.model.device))
+                pool.put(self.engine.scheduler.pooling.of(found[0]))
                 continue
             self._run([_alone(plan, i)], done)
 
