@@ -279,7 +279,9 @@ def test_every_answer_matches_its_expression(engine, expression, seed):
     event(result.finish_reason)
     if result.finish_reason == "length":  # some expressions end with words that a random model hardly ever writes
         return
-    assert regex.fullmatch(expression, result.text), result.text[-200:]  # Python's `re` knows fewer digits than Rust does
+    assert regex.fullmatch(expression, result.text), result.text[
+        -200:
+    ]  # it knows Unicode's newest digits, as Rust does
 
 
 def test_a_lark_grammar(engine):
