@@ -26,7 +26,6 @@ from kvgraph.data.pages.base import PageError, Say
 from kvgraph.data.retrieval import Embedder, SearchIndex
 from kvgraph.data.retrieval.stored import INDEXES, index_folder
 from kvgraph.data.table import ChunkTable
-from kvgraph.encoding import Done, levels
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
@@ -34,6 +33,7 @@ from kvgraph.plan import Plan
 from kvgraph.progress import Progress
 
 if TYPE_CHECKING:  # a list of what is there must not wait for torch
+    from kvgraph.encoding import Done
     from kvgraph.engine.engine import Engine
     from kvgraph.engine.request import Request
 
@@ -148,7 +148,7 @@ class EncodedCorpus:
     seconds: float = 0.0
 
 
-Elsewhere = Callable[[list[list[Plan]]], Done]
+Elsewhere = Callable[[list[list[Plan]]], "Done"]
 
 
 class CorpusIndex:
@@ -218,6 +218,8 @@ class CorpusIndex:
             if elsewhere is None:
                 self._encode(graph, corpus, done, progress)
             else:
+                from kvgraph.encoding import levels
+
                 started, made = time.perf_counter(), elsewhere(levels(corpus.plan))
                 done.chunks, done.computed, done.reused = len(corpus.table), made.computed, made.reused
                 done.stored, done.seconds = made.stored, time.perf_counter() - started

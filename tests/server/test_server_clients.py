@@ -339,13 +339,17 @@ def test_web_pages_are_let_in_by_setting(server, model):
 ROUTES = {
     "POST": ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize", "/v1/graphs"],
     "GET": ["/v1/models", "/v1/models/tiny", "/tokenizer_info", "/health", "/ready", "/metrics", "/"],
-    "PUT": ["/v1/segments/a"],
+    "PUT": ["/v1/segments"],
     "DELETE": ["/v1/segments/a", "/v1/responses/a"],
 }
 
 
 def test_every_route_answers_a_preflight(model):
-    app = application(Engine(model, kv_budget=1 << 28), cors_origins=["http://x"], api_keys=["a-long-enough-key"])
+    app = application(
+        Engine(model, kv_budget=1 << 28),
+        cors_origins=["http://x"],
+        api_keys=[{"key": "a-long-enough-key", "tenant": "ann"}],
+    )
     with serving(app) as url:
         for method, paths in ROUTES.items():
             ask = {
