@@ -22,9 +22,9 @@ soak: lint
 demo: $(DEMO)
 	$(BIN)/kvgraph demo
 
-# About 35 minutes; the figures mean something only on a machine that does nothing else.
+# About an hour; the figures mean something only on a machine that does nothing else.
 bench: $(DEV)
-	for b in precision encoding concurrency ttft context serving evaluation training cluster_sim; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
+	for b in precision encoding concurrency ttft context cold in_place tiers reading serving evaluation training cluster_sim; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
 	$(BIN)/python -m benchmarks.summary
 
 docs: $(DEV)

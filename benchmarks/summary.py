@@ -22,6 +22,7 @@ ORDER = [
     "reading",
     "records",
     "kvpress_reference",
+    "cold",
     "serving",
     "evaluation",
     "training",

@@ -7,12 +7,15 @@ step; what comes too late is computed.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -21,6 +24,7 @@ from kvgraph.store.base import Found
 log = logging.getLogger("kvgraph.engine")
 
 THREADS = 4  # records read at once; unpacking and checking them takes processor time from the model
+NICENESS = 5  # of these threads: where cores are few, the model's thread must not share its own with four others
 DEADLINE = 10.0  # seconds after which a span is computed instead; remote tiers give up sooner
 PAGE = 4096
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds, of `Durations`
@@ -57,7 +61,7 @@ class Loader:
         self._lock = threading.Lock()  # guards what threads count
         self._finished: deque[tuple[str, Found | None]] = deque()
         self._news = threading.Event()
-        self._pool = ThreadPoolExecutor(threads, "kvgraph-loader") if threads else None
+        self._pool = ThreadPoolExecutor(threads, "kvgraph-loader", _give_way) if threads else None
         self._futures: dict[str, Future[None]] = {}
 
     @property
@@ -122,6 +126,13 @@ class Loader:
                 log.warning("the store can't be read, computing instead: %r", error)
         self._finished.append((key, found))
         self._news.set()
+
+
+def _give_way() -> None:
+    """Let threads that run the model go first. Elsewhere than on Linux, threads have no priority of their own."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICENESS)
 
 
 def _touch(found: Found) -> None:

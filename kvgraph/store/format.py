@@ -12,6 +12,8 @@ import json
 import math
 import os
 import stat
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,8 +173,30 @@ def decode(
     key: the one asked for. fingerprint: the model's, if it is to be compared; a record that states none passes, since
     the key covers it. tenant: what stands for the one who asks; None for anybody's. verify: compare the checksum, and
     refuse NaN and infinity. secret: what the record must be signed with; empty: signatures aren't looked at. Raises
-    BadRecord, UnsupportedRecord, UntrustedRecord; never returns other KV.
+    BadRecord, UnsupportedRecord, UntrustedRecord; never returns other KV. Threads that ask for more records at once than
+    there are processors but one wait here.
     """
+    with _GATE.inside:
+        return _decoded(data, key, fingerprint, verify, tenant, secret)
+
+
+class _Gate:
+    """Lets so many threads check a record at once that one processor is free for the model."""
+
+    def __init__(self) -> None:
+        self.open()
+        os.register_at_fork(after_in_child=self.open)  # what another thread held would never be given back
+
+    def open(self) -> None:
+        """Begin with nobody inside."""
+        there = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 2
+        self.inside = threading.Semaphore(max(1, there - 1))
+
+
+_GATE = _Gate()
+
+
+def _decoded(data: torch.Tensor, key: str, fingerprint: str, verify: bool, tenant: str | None, secret: bytes) -> Record:
     if secret:
         check_signature(data, secret)  # covers what the checksum covers
     elif verify:
