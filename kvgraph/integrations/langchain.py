@@ -39,6 +39,7 @@ class ComposedChat(ChatOpenAI):
     """
 
     composed: dict[str, Any] = Field(default_factory=dict)
+    stream_usage: bool | None = True  # LangChain leaves it out for servers that may not know it
 
     @property
     def _llm_type(self) -> str:

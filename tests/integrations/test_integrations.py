@@ -49,6 +49,14 @@ def chat(url):
 
 
 @pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One for all: a chat keeps its connections."""
+    made = asyncio.new_event_loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
 def retriever(url):
     pytest.importorskip("langchain_openai", reason="no langchain-openai: pip install 'kvgraph[langchain]'")
     from kvgraph.integrations.langchain import StoredGraphRetriever
@@ -118,7 +126,7 @@ AWAITED = ("test_ainvoke", "test_astream", "test_abatch")
 
 
 @pytest.mark.parametrize("name", SHORT + ((*MORE, *AWAITED) if SOAK else ()))
-def test_langchain_standard_tests_of_chat_models(chat, name):
+def test_langchain_standard_tests_of_chat_models(chat, loop, name):
     standard = pytest.importorskip("langchain_tests.integration_tests.chat_models", reason="no langchain-tests")
     from kvgraph.integrations.langchain import ComposedChat
 
@@ -127,7 +135,7 @@ def test_langchain_standard_tests_of_chat_models(chat, name):
 
     ran = getattr(Tests(), name)(chat)
     if name in AWAITED:
-        asyncio.run(ran)
+        loop.run_until_complete(ran)
 
 
 # LlamaIndex
