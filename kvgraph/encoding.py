@@ -9,11 +9,11 @@ kind, its batches are encoded.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ from kvgraph.units import human_size
 
 MOST = 64  # plans in a batch
 CHARACTERS = 64_000  # of the texts of a batch, unless it is a single text
+TOKENS = 16_000  # of a batch's spans, unless it is a single span
+T = TypeVar("T")
 
 
 @dataclass
@@ -113,14 +115,24 @@ class PlannedSpans:
 
 def batches(documents: Iterable[CorpusDocument]) -> Iterator[list[CorpusDocument]]:
     """Documents in batches, which the texts alone decide."""
-    batch: list[CorpusDocument] = []
+    return _batched(documents, lambda document: len(document.text), CHARACTERS)
+
+
+def plan_batches(plans: Iterable[Plan]) -> Iterator[list[Plan]]:
+    """Plans of `levels` in batches, which the plans alone decide."""
+    return _batched(plans, lambda plan: len(plan.spans[-2]), TOKENS)
+
+
+def _batched(items: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    batch: list[T] = []
     size = 0
-    for document in documents:
-        if batch and (len(batch) == MOST or size + len(document.text) > CHARACTERS):
+    for item in items:
+        more = size_of(item)
+        if batch and (len(batch) == MOST or size + more > limit):
             yield batch
             batch, size = [], 0
-        batch.append(document)
-        size += len(document.text)
+        batch.append(item)
+        size += more
     if batch:
         yield batch
 

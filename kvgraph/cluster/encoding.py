@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgraph.data.corpus import CorpusDocument
-from kvgraph.encoding import Documents, Done, Encoder, Items, PlannedSpans, batches
+from kvgraph.encoding import Documents, Done, Encoder, Items, PlannedSpans, batches, plan_batches
 from kvgraph.errors import KVGraphError
 from kvgraph.plan import Plan
 from kvgraph.progress import Progress
@@ -51,7 +51,7 @@ def encode_levels(
     done = Done()
     with connected(address), Progress("encoding", sum(map(len, levels))) as bar:
         for level in levels:
-            run_level(PlannedSpans(), list(_sliced(level)), store, loading, done, workers, gpus, bar)
+            run_level(PlannedSpans(), list(plan_batches(level)), store, loading, done, workers, gpus, bar)
     return done
 
 
@@ -149,18 +149,3 @@ def connected(address: str) -> Iterator[None]:
 def _reachable(place: str) -> str:
     """A store's place as workers find it, who have other working folders."""
     return place if "://" in place else str(Path(place).absolute())
-
-
-def _sliced(plans: Sequence[Plan], most: int = 64, tokens: int = 16_000) -> Iterator[list[Plan]]:
-    """Plans in batches, which the plans alone decide."""
-    batch: list[Plan] = []
-    size = 0
-    for plan in plans:
-        length = len(plan.spans[-2])
-        if batch and (len(batch) == most or size + length > tokens):
-            yield batch
-            batch, size = [], 0
-        batch.append(plan)
-        size += length
-    if batch:
-        yield batch

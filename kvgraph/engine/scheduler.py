@@ -33,7 +33,6 @@ from kvgraph.models import Model
 from kvgraph.plan import Plan
 from kvgraph.store.base import Found
 from kvgraph.store.codecs.base import Codec
-from kvgraph.store.codecs.raw import Raw
 from kvgraph.store.record import Record
 from kvgraph.store.selection.base import Selection, kept_tokens
 
@@ -47,7 +46,7 @@ class Scheduler:
     loader: reads records of the backing store; None: there is none. save(record, salt): hand a tenant's new record to it.
     settle(record, queries): what a new record becomes before anything reads it; None: it stays as it is. queries: of its
     last tokens, if the selection looks at them. selection: which tokens of a span are kept; None: all. codec: of the
-    records that `settle` makes; None: they aren't packed.
+    records that `settle` makes.
     """
 
     def __init__(
@@ -57,9 +56,9 @@ class Scheduler:
         max_step_tokens: int,
         loader: Loader | None,
         save: Callable[[Record, str], None],
-        settle: Callable[[Record, list[Tensor]], Record] | None = None,
-        selection: Selection | None = None,
-        codec: Codec | None = None,
+        settle: Callable[[Record, list[Tensor]], Record] | None,
+        selection: Selection | None,
+        codec: Codec,
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
         self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
@@ -75,7 +74,7 @@ class Scheduler:
             str, tuple[str, int]
         ] = {}  # (tier, bytes) of records that were read ahead, until they are used
         self.running: list[Request] = []  # admitted, not finished
-        self.pooling = Pooling(model, Raw() if codec is None else codec, selection)
+        self.pooling = Pooling(model, codec, selection)
         self.memory = Memory(budget, model.kv_bytes_per_token, self.pooling, self.encodings)
         self.peak_bytes = 0
 

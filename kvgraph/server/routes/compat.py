@@ -159,5 +159,7 @@ async def _text(updates: AsyncIterator[tuple[int, Update]]) -> str:
     """The whole answer."""
     said: list[str] = []
     async for _, update in updates:
-        said = [*([] if update.again else said), update.text]
+        if update.again:
+            said.clear()
+        said.append(update.text)
     return "".join(said)
