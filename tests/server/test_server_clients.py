@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from pathlib import Path
@@ -316,6 +317,12 @@ def test_a_body_that_is_not_plain_json_is_named(server, headers, says):
     assert says in error(httpx.post(f"{server.url}/v1/completions", content=body, headers=headers), 415)["message"]
     for kind in ("application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.api+json"):
         assert httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": kind}).is_success
+
+
+def test_a_body_that_is_not_text_is_named(server):
+    for body in (gzip.compress(json.dumps(server.body()).encode()), '{"prompt": "é"}'.encode("latin-1")):
+        answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert "isn't UTF-8 text" in error(answer, 400)["message"]
 
 
 def test_web_pages_are_let_in_by_setting(server, model):
