@@ -123,6 +123,12 @@ def packed_loss(model: models.Trainable, sequences: Sequence[Packed], document_w
     )
 
 
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """Examples here are short: a few rows at a time, so that they have several parts."""
+    monkeypatch.setattr(forward, "ROWS", 8)
+
+
 # the engine
 
 
@@ -329,6 +335,21 @@ def test_flex_attention_and_padding_change_nothing(family):
             assert (logits(model, other, flex=flex) - expected).abs().max() <= 1e-4
     with pytest.raises(ValueError, match="can't be padded"):
         packed.padded(8)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_few_rows_at_a_time_give_the_gradients_of_all_at_once(family, monkeypatch):
+    long = Example(ContextGraph([[*range(40, 80)], [*range(90, 120)]], prefix=[3]), QUESTIONS)
+
+    def gradients() -> list[torch.Tensor]:
+        model = models.trainable(families.FAMILIES[family]())
+        packed_loss(model, pack([(long, Block()), (long, Full())], LONG)).backward()
+        return [p.grad for p in model.hf.parameters() if p.grad is not None]
+
+    few = gradients()
+    monkeypatch.setattr(forward, "ROWS", 10**6)
+    for mine, expected in zip(few, gradients(), strict=True):
+        assert (mine - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
 
 
 def test_a_block_mask_skips_what_nobody_sees():
