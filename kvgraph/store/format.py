@@ -385,9 +385,22 @@ def _kept(data: torch.Tensor, header: Header, positions: torch.Tensor) -> tuple[
     return tuple(kept)
 
 
+_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether it contains neither NaN nor infinity. The sum shows it in one pass, unless it overflows."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    """Whether it contains neither NaN nor infinity.
+
+    Their bits, read as integers, are above those of all finite numbers of the same sign. Taking the largest integer, first with
+    and then without a sign, is several times faster than anything that computes with 16-bit floats on a CPU.
+    """
+    if tensor.numel() == 0:
+        return True
+    signed = _INTEGERS[tensor.dtype]
+    infinity = int(torch.tensor(torch.inf, dtype=tensor.dtype).view(signed))
+    bits = tensor.view(signed).numpy()
+    negative = 1 << (8 * tensor.itemsize - 1)
+    return int(bits.max()) < infinity and int(bits.view(f"u{tensor.itemsize}").max()) < infinity + negative
 
 
 def _check_encodable(record: Record) -> None:

@@ -254,3 +254,15 @@ def test_document_names_the_constants():
     text = DOC.read_text()
     for word in (codec.PREFIX.decode(), f"{codec.MAX_HEADER:,}", "kvgraph-store 1", "kvgraph-key-1", *codec.ITEMSIZE):
         assert word in text, word
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_that_are_not_finite_are_seen_anywhere(dtype):
+    top = torch.finfo(dtype).max
+    whole = torch.tensor([[0.0, -0.0, top, -top, 1e-30, -1.0]], dtype=dtype)
+    assert codec._is_finite(whole) and codec._is_finite(whole.expand(3, 6)) and codec._is_finite(whole[:, :0])
+    for number in ("nan", "-nan", "inf", "-inf"):
+        for n in range(whole.numel()):
+            spoilt = whole.clone()
+            spoilt[0, n] = float(number)
+            assert not codec._is_finite(spoilt), (number, n)

@@ -71,7 +71,7 @@ class SegmentsIn(Strict):
 
 
 class SegmentOut(BaseModel):
-    """A stored segment. bytes: of its KV, wherever that is now. created: seconds since the epoch."""
+    """A stored segment. bytes: of its KV in memory, before any codec. created: seconds since the epoch."""
 
     id: str
     object: Literal["segment"] = "segment"
