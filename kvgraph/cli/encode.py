@@ -110,11 +110,13 @@ def encode(
         raise
     _report_skipped(done)
     typer.echo(
-        f"{len(found) - len(done.skipped):,} documents: {done.computed:,} tokens computed, {done.reused:,} reused, "
+        f"{common.counted(len(found) - len(done.skipped), 'document')}: {done.computed:,} tokens computed, {done.reused:,} reused, "
         f"{common.human_size(done.stored)} written, {done.computed / (time.perf_counter() - started):,.0f} tokens/s"
     )
     if done.too_long:
-        raise KVGraphError(f"{done.too_long} documents don't fit; split them, or raise --kv-budget")
+        raise KVGraphError(
+            f"{common.counted(done.too_long, 'document')} can't fit; split what is too long, or raise --kv-budget"
+        )
 
 
 def _encode(
