@@ -1,9 +1,9 @@
 """The forward pass of a packed sequence for training: every layer's attention, the logits, and the loss.
 
 Attention is PyTorch's: SDPA with explicit masks, or FlexAttention with a block mask, which skips blocks that nothing sees.
-SDPA takes an example at once on a GPU. On the CPU it takes a few of its rows at a time with the columns that they see: 1.7
-times faster for a causal example of 1,500 tokens, 3 times for documents that don't see each other. With sinks it is written
-out, as is softcapping without FlexAttention. Attention dropout isn't applied.
+SDPA takes an example at once on a GPU. On the CPU it takes a few of its rows at a time with the columns that they see, which
+is faster (benchmarks/training.py), most of all where documents don't see each other. With sinks it is written out, as is
+softcapping without FlexAttention. Attention dropout isn't applied.
 Shapes: H query heads, G key/value heads, D, Dv head sizes, V vocabulary; T, N as in kvgraph.train.pack.
 """
 
