@@ -2,13 +2,15 @@
 
 A record of a JSON Lines, JSON, CSV or Parquet file (`kvgraph.data.io`) is one document: a template such as
 "{title}\\n{text}\\n" says which fields make its text. Any other file is text, and one document. A folder stands for all
-files in it, recursively, in sorted order; hidden ones are left out. A name ending in .gz is decompressed.
+files in it, recursively, in sorted order. Hidden ones are left out, and with a warning those that are neither text nor
+records, such as images. A name ending in .gz is decompressed.
 """
 
 from __future__ import annotations
 
 import json
 import string
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgraph.data import io
+from kvgraph.data.pages.base import SNIFFED, is_binary
 
 RECORD_TEMPLATE = "{title}\n{text}\n"
 TEXT_TEMPLATE = "{text}"
@@ -68,7 +71,10 @@ def read(path: str | Path, template: str | None = None, token_ids: bool = False)
         yield from _file(root, root.name, template, token_ids)
         return
     for file in io.files(root, CorpusError):
-        yield from _file(file, file.relative_to(root).as_posix(), template, token_ids)
+        if reason := _no_document(file):
+            warnings.warn(f"{file} is left out: {reason}", stacklevel=2)
+        else:
+            yield from _file(file, file.relative_to(root).as_posix(), template, token_ids)
 
 
 def pick(documents: Sequence[CorpusDocument], wanted: Iterable[str]) -> list[CorpusDocument]:
@@ -98,6 +104,21 @@ def pick(documents: Sequence[CorpusDocument], wanted: Iterable[str]) -> list[Cor
 def _number(ref: str) -> int:
     """The number in a text, or -1. At most 18 digits are ample, and Python refuses thousands of them."""
     return int(ref) if ref.isascii() and ref.isdigit() and len(ref) <= 18 else -1
+
+
+def _no_document(path: Path) -> str:
+    """Why a file that lies among documents can't be one; "" if it can."""
+    if io.suffix(path) in io.WHOLE:
+        whole = io.read_json(path, CorpusError)
+        try:
+            io.listed(whole, path, CorpusError)
+        except CorpusError:
+            return "it holds no list of records"
+        return ""
+    if io.suffix(path) in RECORDS:
+        return ""
+    with io.opened(path, CorpusError) as file:
+        return "it is not text" if is_binary(file.read(SNIFFED)) else ""
 
 
 def _file(path: Path, name: str, template: str | None, token_ids: bool) -> Iterator[CorpusDocument]:

@@ -44,7 +44,9 @@ def install(app: FastAPI) -> None:
             there = ", ".join(paths)
             return errors.response(APIError(404, f"there is no such route; the routes are {there}", code="unknown_url"))
         if isinstance(error.__cause__, UnicodeDecodeError):  # compressed, but not named as such, or in another encoding
-            return errors.response(APIError(400, "the body isn't UTF-8 text; send JSON, uncompressed", code="invalid_json"))
+            return errors.response(
+                APIError(400, "the body isn't UTF-8 text; send JSON, uncompressed", code="invalid_json")
+            )
         made = errors.response(APIError(error.status_code, str(error.detail)))
         made.headers.update(error.headers or {})
         documented = paths.get(getattr(route, "path_format", None))

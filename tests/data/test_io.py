@@ -65,6 +65,26 @@ def test_every_format_gives_the_same_records_and_documents(tmp_path, suffix, upp
         assert [document.text for document in corpus.read(path)] == expected
 
 
+def test_images_and_settings_among_documents_are_left_out_with_a_warning(tmp_path):
+    (tmp_path / "a.md").write_text("# A", "utf-8")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (tmp_path / "c.json").write_text('{"panels": []}')
+    (tmp_path / "d.json").write_text('[{"title": "T", "text": "t"}]')
+    with pytest.warns(UserWarning) as told:
+        found = corpus.load(tmp_path)
+    assert [document.text for document in found] == ["# A", "T\nt\n"]
+    assert [str(warning.message).removeprefix(f"{tmp_path}/") for warning in told] == [
+        "b.png is left out: it is not text",
+        "c.json is left out: it holds no list of records",
+    ]
+    (tmp_path / "d.json").write_text('[{"title": ')
+    with pytest.warns(UserWarning), pytest.raises(corpus.CorpusError, match=r"d\.json is not JSON"):
+        corpus.load(tmp_path)
+    for alone, why in (("b.png", "not UTF-8"), ("c.json", "neither a list")):
+        with pytest.raises(corpus.CorpusError, match=why):
+            corpus.load(tmp_path / alone)
+
+
 def test_a_csv_with_a_text_column_alone_is_a_corpus(tmp_path):
     (tmp_path / "a.csv").write_text('id,text\n7,"one, two"\n8,three\n')
     assert [(d.name, d.text) for d in corpus.read(tmp_path / "a.csv")] == [("7", "one, two\n"), ("8", "three\n")]
