@@ -5,7 +5,8 @@
 Sets: WebKB's pages with their links, CL-SciSumm's and unarXive's citations, ExplaGraphs' triples, 2WikiMultiHopQA's evidence
 triples, and hyperlinked documentation (Debian's package python3-doc, or any folder of HTML). `block` and `graph-kv` are asked
 beside `full` with the documents in the data's order and shuffled. Random and nearest-neighbour edges give each document as many
-sources as the true ones do, so only which they are differs. The answer's negative log-likelihood is in nats a token. The model is
+sources as the true ones do, so only which they are differs; where one document truly reads all others, random edges let another
+do so. The answer's negative log-likelihood is in nats a token. The model is
 SmolLM2-135M-Instruct with the adapter that ships with kvgraph, or --model. A run that was stopped continues (--rows).
 """
 
@@ -52,6 +53,7 @@ WAYS = {"full": ("full", NONE), "full shuffled": ("full", NONE), "block": ("bloc
 WAYS |= {f"graph-kv {edges}": ("graph-kv", edges) for edges in EDGES}
 ROOM = 3000  # tokens of an item's documents; longer ones are cut, all to the same length
 ANSWER_TOKENS = 24
+MOVES = 100  # tries to find another order
 
 
 def sets(data: Path, docs: Path | None, count: int, model: models.Model) -> dict[str, list[Asked]]:
@@ -81,7 +83,8 @@ def fitted(item: Item, model: models.Model) -> Item | None:
     )
     answer = item.references[0].casefold()
     before, after = (any(answer in d.text.casefold() for d in found) for found in (item.documents, short))
-    return replace(item, documents=short) if longest >= 16 and after == before else None
+    uncut = longest == max(sizes)
+    return replace(item, documents=short) if (uncut or longest >= 16) and after == before else None
 
 
 def _level(sizes: Sequence[int], room: int) -> int:
@@ -94,7 +97,11 @@ def _level(sizes: Sequence[int], room: int) -> int:
 
 
 def edges_of(item: Item, kind: str) -> tuple[Edge, ...]:
-    """The item's edges of a kind. Random and near ones give each reader as many sources as it truly has."""
+    """The item's edges of a kind. Random and near ones give each reader as many sources as it truly has.
+
+    Where every reader truly reads all others, no other sources can be drawn. Random edges are then the same graph over the
+    documents in another order, and near ones are the true ones.
+    """
     if kind in (NONE, TRUE):
         return item.links if kind == TRUE else ()
     count = len(item.documents)
@@ -102,6 +109,13 @@ def edges_of(item: Item, kind: str) -> tuple[Edge, ...]:
     vectors = weighed([f"{d.title}\n{d.text}" for d in item.documents]) if kind == NEAR else []
     chosen = []
     draw = random.Random(item.id)
+    if kind == RANDOM and all(degree == count - 1 for degree in degrees.values()):
+        for _ in range(MOVES):
+            order = draw.sample(range(count), count)
+            moved = tuple((order[int(source)], order[int(reader)]) for source, reader in item.links)
+            if set(moved) != set(item.links):
+                break
+        return moved
     for reader, degree in sorted(degrees.items()):
         others = [i for i in range(count) if i != reader]
         if kind == RANDOM:
