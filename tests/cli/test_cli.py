@@ -176,7 +176,7 @@ def test_empty_and_too_long_documents_are_named_and_skipped(run, model, tmp_path
 def test_a_corpus_larger_than_the_budget_is_encoded(run, model, tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i:03} " + "y" * 60}) + "\n" for i in range(20)))
-    budget = 3 * 64 * 6144  # three documents of 64 tokens: 6 layers × 2 × 2 heads × 64 × 4 bytes a token
+    budget = 3 * 64 * demo.LAYERS * 2 * demo.KV_HEADS * demo.HEAD_DIM * 4  # three documents of 64 tokens
     code, out, err = run(
         "encode", model, path, "--store", tmp_path / "kv", "--template", "{text}", "--kv-budget", budget
     )
