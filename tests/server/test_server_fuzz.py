@@ -33,9 +33,7 @@ def url(tmp_path_factory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("fuzz") / "tiny"
     folder.mkdir()
     demo.write_model(folder)
-    with serve(
-        folder, default_max_tokens=2, max_request_bytes=LIMIT, api_keys=[{"key": KEY, "tenant": "ann"}]
-    ) as url:
+    with serve(folder, default_max_tokens=2, max_request_bytes=LIMIT, api_keys=[{"key": KEY, "tenant": "ann"}]) as url:
         yield url
 
 

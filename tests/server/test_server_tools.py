@@ -49,7 +49,9 @@ def small(marks: Sequence[str] = ()) -> models.Model:
     """A model that is smaller than that of other modules, with a token a byte. marks: further special tokens."""
     made = tokenizer(None)
     made.add_special_tokens({"eos_token": "<|end|>", "additional_special_tokens": list(marks)})
-    return models.wrap(families.build("Llama", vocab_size=len(made), eos_token_id=made.eos_token_id), made)
+    return models.wrap(
+        families.build("Llama", num_hidden_layers=1, vocab_size=len(made), eos_token_id=made.eos_token_id), made
+    )
 
 
 @pytest.fixture(scope="module")
