@@ -48,7 +48,7 @@ if not SOAK:
 
 
 @api.parametrize()
-@settings(max_examples=draws(6), suppress_health_check=list(HealthCheck), deadline=None, database=None)
+@settings(max_examples=draws(6, 300), suppress_health_check=list(HealthCheck), deadline=None, database=None)
 def test_every_route_keeps_to_its_document(case, url):
     within_reach(case.body)
     case.call_and_validate(url, excluded_checks=[positive_data_acceptance])

@@ -140,7 +140,8 @@ if __name__ == "__main__":
 
     kvgraph.cli._keep_libraries_quiet()  # transformers looks at it once, when it is imported
     for name in ("uvicorn", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-                 "transformers.tokenization_utils_tokenizers", "kvgraph.engine.engine", "kvgraph.server.app"):  # fmt: skip
+                 "transformers.tokenization_utils_tokenizers", "kvgraph.engine.engine", "kvgraph.server.app",
+                 "kvgraph.train.trainer", "kvgraph.eval.run"):  # fmt: skip
         importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = _next_job()
