@@ -6,6 +6,7 @@ A child ends as any process does: with its own exit code, by a signal, and after
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -101,6 +102,7 @@ def _ask(line: str) -> str:
                 [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
+            atexit.register(_program.communicate)  # which ends it
         assert _program.stdin is not None and _program.stdout is not None
         _program.stdin.write(line + "\n")
         _program.stdin.flush()
