@@ -6,7 +6,6 @@ A child ends as any process does: with its own exit code, by a signal, and after
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import json
 import os
@@ -102,11 +101,16 @@ def _ask(line: str) -> str:
                 [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
-            atexit.register(_program.communicate)  # which ends it
         assert _program.stdin is not None and _program.stdout is not None
         _program.stdin.write(line + "\n")
         _program.stdin.flush()
         return _program.stdout.readline()
+
+
+def end() -> None:
+    """End the program, if it was started."""
+    if _program is not None:
+        _program.communicate()
 
 
 def _next_job() -> dict[str, Any] | None:
