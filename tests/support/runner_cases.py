@@ -100,7 +100,8 @@ def test_answers_are_those_of_the_plain_runner(monkeypatch, most):
             )
             torch.testing.assert_close(b.first_logits, a.first_logits, atol=1e-4, rtol=0)
             assert a.token_ids == b.token_ids
-    batch = [ContextGraph([[5, 6, 7], [9, 8]], [3, 4, i]) for i in range(3)]
-    a, b = (e.generate(batch, "block", max_tokens=tokens, ignore_eos=True) for e in (plain, cuda))
-    assert [r.token_ids for r in a] == [r.token_ids for r in b]
+    if most or SOAK:
+        batch = [ContextGraph([[5, 6, 7], [9, 8]], [3, 4, i]) for i in range(3)]
+        a, b = (e.generate(batch, "block", max_tokens=tokens, ignore_eos=True) for e in (plain, cuda))
+        assert [r.token_ids for r in a] == [r.token_ids for r in b]
     assert (replays > 4) == bool(most)
