@@ -153,7 +153,7 @@ W = families.WINDOW
         ("gemma2", (0, 0, 0), (W, None, W)),
         ("gemma3_text", (0, 1, 0), (None, W, None)),
         ("olmo3", (0, 1, 0), (W, None, W)),
-        ("gpt_oss", (0, 0, 0), (None, W, None)),
+        ("gpt_oss", (0, 0, 0), (W, None, W)),
         ("smollm3", (0, None, 0), (None, None, None)),
         ("cohere2", (0, None, 0), (W, None, W)),
     ],

@@ -116,7 +116,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=WINDOW,
-        layer_types=FULL_FIRST,
+        layer_types=SLIDING_FIRST,
         rope_parameters={**YARN, "truncate": False},
     ),
     "starcoder2": partial(build, "Starcoder2", sliding_window=WINDOW),
