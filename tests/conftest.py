@@ -19,23 +19,28 @@ with open(certifi.where(), encoding="utf-8") as trusted, open(os.environ["SSL_CE
     one.write(trusted.read().partition("-----END CERTIFICATE-----")[0] + "-----END CERTIFICATE-----\n")
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+import commands  # noqa: E402
 from soak import SOAK, draws  # noqa: E402
-
-torch.set_num_threads(1)
 
 settings.register_profile("ci", deadline=None, max_examples=draws(12))
 settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # not at the top: the process that hands tests to workers needs none
+
+    torch.set_num_threads(1)
     for item in items:
         if not SOAK and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: make soak"))
         if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_sessionfinish() -> None:
+    commands.end()
 
 
 @pytest.fixture

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import toys
+from commands import Command
 from kvgraph import demo, methods
 from kvgraph.errors import GraphError, KVGraphError
 from kvgraph.methods.registry import METHODS, _wrong
 from kvgraph.registry import Registry
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_an_installed_method_runs_everywhere(tmp_path):
@@ -25,12 +22,8 @@ def test_an_installed_method_runs_everywhere(tmp_path):
     model.mkdir()
     toys.write(package)
     demo.write_model(model)
-    path = os.pathsep.join([str(ROOT), str(package), str(ROOT / "tests" / "support")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "toys.py"), str(model)],
-        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.endswith("used everywhere\n"), done.stdout + done.stderr
+    done = Command(model, module="toys", PYTHONPATH=os.pathsep.join([str(package), *sys.path]))
+    assert done.wait(300) == 0 and done.stdout.endswith("used everywhere\n"), done.stdout + done.stderr
     assert "mirror" in done.stdout and "Mirror with ten free positions" in done.stdout
     with pytest.raises(GraphError, match="no method 'mirror'"):
         methods.get("mirror")

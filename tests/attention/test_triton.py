@@ -1,4 +1,5 @@
-"""The Triton kernel equals the reference (triton_cases.py, in a process of its own) and compiles for NVIDIA GPUs."""
+"""The Triton kernels equal the reference (triton_cases.py and runner_cases.py, in a process of their own) and compile for
+NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,40 +18,44 @@ import torch
 import families
 from kvgraph import models
 from kvgraph.attention.backends import backend_for, reference
-from kvgraph.attention.cuda import tuning
+from kvgraph.attention.cuda import Tuning, tuning
 from kvgraph.engine.runner import CudaRunner, Runner, runner_for
 from kvgraph.models.adapter import Layer
 from soak import SOAK
 
 ROOT = Path(__file__).parents[2]
 
-# Compiles one specialisation of the attention kernel for a GPU's architecture, which needs no GPU.
-COMPILE = """
-import sys, triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kvgraph.attention.backends import triton as backend
 
-dim, rows, keys, warps, stages, architecture = map(int, sys.argv[1:7])
-kv, short = getattr(tl, sys.argv[7]), {"float32": "fp32", "bfloat16": "bf16"}[sys.argv[7]]
-constants = dict(H=32, G=8, D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, ROWS=rows, KEYS=keys, KV=kv, ROTATED=dim,
-                 INTERLEAVED=False, MASKED=True, SHARP=True, SOFTCAP=True, SINKS=True)
-types = dict(q="*" + short, out="*" + short, sinks="*" + short, partial="*fp32", partial_lse="*fp32", tiles="*i64",
-             counts="*i64", which="i32", blocks="*i64", pairs="*i64", cos="*fp32", sin="*fp32", prefix="i32", scale="fp32",
-             softcap="fp32", q_head="i32", q_token="i32", slots="i32", k="*" + short, v="*" + short, rows="*i64",
-             k_head="i32", k_token="i32", v_head="i32", v_token="i32", tokens="*i64", entries="*i64", more="*i64")
-def build(kernel, constants):
-    names = kernel.arg_names
-    signature = {n: types.get(n, "constexpr") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
-    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(num_warps=warps, num_stages=stages))
-attend = build(backend.attend, constants)
-build(backend.merge, dict(H=32, DV=dim, BLOCK_DV=dim, READ=16, GROUPS=2, SINKS=True))
-build(backend.write, dict(G=8, D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, KV=kv))
-ptx = attend.asm["ptx"]
-print(attend.metadata.shared, ptx.count("cp.async.cg"), ptx.count("wgmma.mma") + ptx.count("mma.sync"))
-"""
+def compiled(tune: Tuning, dim: int, architecture: int, dtype: str) -> Any:
+    """The attention kernel compiled for a GPU's architecture, as its two smaller ones can be too. It needs no GPU."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kvgraph.attention.backends import triton as backend
+
+    kv, short = getattr(tl, dtype), {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    types = dict.fromkeys("q out sinks k v".split(), "*" + short)
+    types |= dict.fromkeys("partial partial_lse cos sin".split(), "*fp32") | dict.fromkeys(("scale", "softcap"), "fp32")
+    types |= dict.fromkeys("tiles counts blocks pairs rows tokens entries more".split(), "*i64")
+    types |= dict.fromkeys("which prefix slots q_head q_token k_head k_token v_head v_token".split(), "i32")
+
+    def build(kernel: Any, **constants: Any) -> Any:
+        names = kernel.arg_names
+        signature = {n: types.get(n, "constexpr") for n in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
+        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
+        options = {"num_warps": tune.warps[1], "num_stages": tune.stages}
+        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+    sizes = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "KV": kv}
+    build(backend.merge, H=32, DV=dim, BLOCK_DV=dim, READ=16, GROUPS=2, SINKS=True)
+    build(backend.write, G=8, **sizes)
+    return build(
+        backend.attend, H=32, G=8, ROWS=tune.rows, KEYS=tune.keys, ROTATED=dim, INTERLEAVED=False, MASKED=True, SHARP=True,
+        SOFTCAP=True, SINKS=True, **sizes,
+    )  # fmt: skip
 
 
 def needs_triton() -> None:
@@ -59,24 +65,20 @@ def needs_triton() -> None:
         pytest.skip(reason)
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    return subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
+# The kernels run compiled where there is a GPU; the GPU's runner always runs them in Triton's interpreter.
+CASES = [(["triton_cases.py"], "0"), (["runner_cases.py"], "1")]
+if not torch.cuda.is_available():
+    CASES = [(["triton_cases.py", "runner_cases.py"], "1")]  # one process: to start one takes seconds
 
 
-def test_kernel_equals_reference():
+@pytest.mark.parametrize(("files", "interpret"), CASES)
+def test_the_gpus_way_equals_the_plain_one(files, interpret):
     needs_triton()
-    interpret = "0" if torch.cuda.is_available() else "1"
-    cases = str(ROOT / "tests" / "support" / "triton_cases.py")
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", cases, TRITON_INTERPRET=interpret)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
-
-
-def test_steps_of_the_gpu_runner_equal_the_plain_ones():
-    needs_triton()
-    cases = str(ROOT / "tests" / "support" / "runner_cases.py")
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", cases, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    bare = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-o", "addopts="]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": interpret}
+    env |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if interpret == "1" else {})
+    command = [sys.executable, *bare, *(ROOT / "tests" / "support" / file for file in files)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
@@ -88,15 +90,15 @@ def test_steps_of_the_gpu_runner_equal_the_plain_ones():
 def test_kernels_compile_within_a_gpus_limits(monkeypatch, architecture, most, dtype):
     """most: KiB of shared memory of a block, of the smallest GPU of compute capability 8 and of an H100."""
     needs_triton()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6) if architecture == 80 else (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    tune = tuning(128, getattr(torch, dtype), torch.device("cuda"))
-    sizes = map(str, (128, tune.rows, tune.keys, tune.warps[1], tune.stages, architecture))
-    done = python("-c", COMPILE, *sizes, dtype, TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stdout + done.stderr
-    shared, vectors, products = map(int, done.stdout.split())
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6) if architecture == 80 else (9, 0))
+        gpu.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+        tune = tuning(128, getattr(torch, dtype), torch.device("cuda"))
+    kernel = compiled(tune, 128, architecture, dtype)
+    shared, ptx = kernel.metadata.shared, kernel.asm["ptx"]
+    products = ptx.count("wgmma.mma") + ptx.count("mma.sync")
     assert shared <= most * 1024
-    assert vectors > 0  # 16 bytes at a time
+    assert ptx.count("cp.async.cg") > 0  # 16 bytes at a time
     assert (products > 0) == (dtype == "bfloat16")  # tensor cores for 16 bits, IEEE products for 32
 
 

@@ -87,14 +87,18 @@ def test_what_a_codec_costs_is_measured_on_answers(run, model, tmp_path):
         assert code == 0, err
         return json.loads(out)["quality"]
 
+    def near(nats):  # batches differ with and without a codec, and with them the last bits on some processors
+        return pytest.approx(nats, abs=1e-4)
+
     exact, lossy = checked("zstd", "--method", "block"), checked("kivi:bits=2", "--method", "block")
-    assert exact["codec_nll"] == exact["nll"] == lossy["nll"] != lossy["codec_nll"]
-    assert exact["nll"] != exact["full_nll"] == lossy["full_nll"]
+    nll, full = exact["nll"], exact["full_nll"]
+    assert exact["codec_nll"] == near(nll) and lossy["nll"] == near(nll) and lossy["codec_nll"] != near(nll)
+    assert lossy["full_nll"] == near(full) and nll != near(full)
     alone = checked("kivi:bits=2")
-    assert alone["method"] == "full" and alone["nll"] == alone["full_nll"] != alone["codec_nll"]
+    assert alone["method"] == "full" and alone["nll"] == near(alone["full_nll"]) and alone["codec_nll"] != near(full)
     out = run("check", model, "--method", "block", "--data", data, "--codec", "kivi:bits=2")[1]
-    difference = lossy["codec_nll"] - lossy["nll"]
-    assert f"codec kivi:bits=2: {difference:+.4f} nats per token" in out and "block, kivi:bits=2" in out
+    difference = float(re.search(r"codec kivi:bits=2: ([+-]\d+\.\d{4}) nats per token", out)[1])
+    assert difference == pytest.approx(lossy["codec_nll"] - lossy["nll"], abs=2e-4) and "block, kivi:bits=2" in out
     for words, said in (
         (["--codec", "kivi"], "--codec needs --data"),
         (["--codec", "gzip", "--data", data], "there is no codec 'gzip'"),

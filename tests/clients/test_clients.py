@@ -1,7 +1,7 @@
 """Clients that people use, unmodified, against a live server: each script in `scripts` is one of them and checks itself.
 
-All scripts run at once, each as a process of its own, because most of their time goes into imports. Clients that can't be
-installed beside kvgraph's tested versions get an environment of their own; that takes minutes and runs in `make soak`.
+Each script runs as a process of its own. Clients that can't be installed beside kvgraph's tested versions get an environment
+of their own; that takes minutes and runs in `make soak`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,20 +62,6 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> str:
     return said
 
 
-@pytest.fixture(scope="module")
-def running(server) -> Iterator[dict[str, subprocess.Popen]]:
-    """A process for each client that is installed."""
-    started = {
-        name: start([sys.executable, SCRIPTS / f"{name}.py"], server)
-        for name, module in BESIDE.items()
-        if find_spec(module)
-    }
-    yield started
-    for process in started.values():
-        process.kill()
-        process.communicate()
-
-
 def test_every_script_is_run():
     named = {f"{name}.py" for name in (*BESIDE, *APART)} | {"openai_node.mjs"}
     assert {path.name for path in SCRIPTS.iterdir() if path.is_file()} == named
@@ -96,10 +81,10 @@ def test_the_page_names_every_test():
 
 
 @pytest.mark.parametrize("name", BESIDE)
-def test_a_client(running, name):
-    if name not in running:
+def test_a_client(server, name):
+    if not find_spec(BESIDE[name]):
         pytest.skip(f"{BESIDE[name]} isn't installed: pip install -e .[clients]")
-    finish(running[name])
+    finish(start([sys.executable, SCRIPTS / f"{name}.py"], server))
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
     return st.recursive(leaf, deeper, max_leaves=8)
 
 
-@settings(max_examples=1000 if SOAK else 20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000 if SOAK else 10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(schema=schemas(), seed=st.integers(0, 1 << 30))
 def test_every_answer_is_valid_under_its_schema(engine, schema, seed):
     result = ask(engine, Grammar.json_schema(schema), seed, logit_bias=closing(engine))
@@ -194,7 +194,7 @@ def any_schemas() -> st.SearchStrategy[dict[str, Any]]:
     return st.recursive(some(simple, 1), deeper, max_leaves=6)
 
 
-@settings(max_examples=1000 if SOAK else 30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000 if SOAK else 12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(schema=any_schemas(), seed=st.integers(0, 1 << 30))
 def test_an_answer_is_valid_under_any_schema_that_isnt_refused(engine, schema, seed):
     """Whatever keywords stand together."""

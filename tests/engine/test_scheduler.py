@@ -377,7 +377,7 @@ class Load(RuleBasedStateMachine):
 
 
 class TestLoad(Load.TestCase):
-    settings = settings(max_examples=draws(20), stateful_step_count=50)
+    settings = settings(max_examples=draws(8, 500), stateful_step_count=50)
 
 
 # -- faults, one by one ------------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict, replace
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-import eval_worker
+from commands import Command
 from eval_worker import METHOD, TASK, items
 from kvgraph import Engine, KVGraphError, PlanError, demo, methods, models
 from kvgraph.cli import main
@@ -43,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tunin
 def folder(tmp_path_factory) -> Path:
     """A model's folder."""
     path = tmp_path_factory.mktemp("model")
-    demo.write_model(path)
+    demo.write_model(path, seed=2)  # which says something to each item
     return path
 
 
@@ -225,37 +223,27 @@ def test_an_item_above_the_budget_is_an_error_in_its_line(model, tmp_path):
 
 
 def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(reference, folder, tmp_path):
+    def started(folder_of_run: Path) -> Command:
+        return Command(folder, folder_of_run, module="eval_worker")
+
     rng = random.Random(0)
-    worker = subprocess.Popen(
-        [sys.executable, eval_worker.__file__, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def ask(line: str) -> int:
-        worker.stdin.write(line + "\n")
-        worker.stdin.flush()
-        return int(worker.stdout.readline())
-
-    assert worker.stdout.readline() == "ready\n"
     run, whole, cut_short = tmp_path / "run", tmp_path / "whole", 0
-    pid = ask(f"run {whole}")
-    assert ask(f"wait {pid}") == 0
+    assert started(whole).wait() == 0
     done: set[bytes] = set()
     for _ in range(KILLS):
-        pid = ask(f"run {run}")
+        process = started(run)
         enough = min(len(done) + rng.randrange(4), 11)  # so many of the 12 are done before the kill, or a few more
         late = time.monotonic() + 60
         while not (run / "results.jsonl").exists() or (run / "results.jsonl").read_bytes().count(b"\n") < enough:
             assert time.monotonic() < late, "the run doesn't get on"
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
-        os.kill(pid, signal.SIGKILL)
-        cut_short += ask(f"wait {pid}") == -signal.SIGKILL
+        process.kill()
+        cut_short += process.wait() == -signal.SIGKILL
         now = (run / "results.jsonl").read_bytes() if (run / "results.jsonl").exists() else b""
         assert done <= (done := set(now.split(b"\n")[:-1])), "a finished item was done again"
     assert cut_short >= 2, "the kills came too late to show anything"
-    pid = ask(f"run {run}")
-    assert ask(f"wait {pid}") == 0
-    worker.communicate()
+    assert started(run).wait() == 0
     assert done <= set((run / "results.jsonl").read_bytes().split(b"\n"))
     assert lasting(run) == lasting(reference) == lasting(whole)
 
@@ -318,7 +306,7 @@ def test_the_model_may_have_moved_but_not_changed(reference, folder, tmp_path):
         evaluate(engine, TASK, METHOD, items(), run)
     changed = tmp_path / "changed"
     changed.mkdir()
-    demo.write_model(changed, seed=1)
+    demo.write_model(changed, seed=3)
     with Engine(models.load(str(changed))) as engine, pytest.raises(RunError, match=r"model\.fingerprint"):
         evaluate(engine, TASK, METHOD, items(), run)
 

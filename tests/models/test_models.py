@@ -135,7 +135,7 @@ def test_16_bit_models_have_the_same_layers(family, dtype):
     exact = models.wrap(families.FAMILIES[family]())
     short = models.wrap(families.FAMILIES[family]().to(dtype))
     assert short.layers == exact.layers and short.dtype == dtype
-    assert short.kv_bytes_per_token * 2 == exact.kv_bytes_per_token == 3 * 2 * (16 + 16) * 4
+    assert short.kv_bytes_per_token * 2 == exact.kv_bytes_per_token == families.LAYERS * 2 * (16 + 16) * 4
     for a, b in zip(short.rotaries, exact.rotaries, strict=True):
         assert torch.equal(a.inv_freq, b.inv_freq) and a.interleaved == b.interleaved
     assert short.dense(tokens(), torch.arange(T), CAUSAL).isfinite().all()
@@ -151,7 +151,7 @@ W = families.WINDOW
         ("mistral", (0, 0, 0), (W, W, W)),
         ("starcoder2", (0, 0, 0), (W, W, W)),
         ("gemma2", (0, 0, 0), (W, None, W)),
-        ("gemma3_text", (0, 1, 0), (W, None, W)),
+        ("gemma3_text", (0, 1, 0), (None, W, None)),
         ("olmo3", (0, 1, 0), (W, None, W)),
         ("gpt_oss", (0, 0, 0), (W, None, W)),
         ("smollm3", (0, None, 0), (None, None, None)),
@@ -160,8 +160,9 @@ W = families.WINDOW
 )
 def test_layer_facts(family, rotary, window):
     model = models.wrap(families.FAMILIES[family]())
-    assert model.layers == tuple(Layer(r, w, 2, 16, 16) for r, w in zip(rotary, window, strict=True))
-    assert len(model.rotaries) == len({r for r in rotary if r is not None})
+    facts = list(zip(rotary, window, strict=True))[: families.LAYERS]
+    assert model.layers == tuple(Layer(r, w, 2, 16, 16) for r, w in facts)
+    assert len(model.rotaries) == len({r for r, _ in facts if r is not None})
 
 
 @pytest.mark.parametrize(
@@ -561,21 +562,23 @@ def test_a_stacked_model_runs_its_last_layers_twice(family, tmp_path):
     """What is added is a copy, of its own from then on; the model saves, loads and passes the checks as any other."""
     hf = families.FAMILIES[family]()
     before = {name: p.clone() for name, p in hf.state_dict().items()}
+    last, deeper = families.LAYERS - 1, families.LAYERS + 2
     models.stack(hf, 2)
-    assert len(hf.model.layers) == hf.config.num_hidden_layers == 5
+    assert len(hf.model.layers) == hf.config.num_hidden_layers == deeper
     after = hf.state_dict()
     assert all(torch.equal(after[name], p) for name, p in before.items())
     for name in before:
-        if ".layers.2." in name:
-            assert torch.equal(after[name.replace(".2.", ".4.")], after[name])
-            after[name.replace(".2.", ".4.")].add_(1)
+        if f".layers.{last}." in name:
+            copy = name.replace(f".{last}.", f".{last + 2}.")
+            assert torch.equal(after[copy], after[name])
+            after[copy].add_(1)
             assert torch.equal(after[name], before[name])
-    assert len(models.trainable(hf).layers) == 5
+    assert len(models.trainable(hf).layers) == deeper
     hf.set_attn_implementation("sdpa")
     models.save(hf, tmp_path / "deeper")
-    loaded = models.load(tmp_path / "deeper")
-    assert len(loaded.layers) == 5 and [x.window for x in loaded.layers[3:]] == [x.window for x in loaded.layers[1:3]]
-    with pytest.raises(ModelError, match="has 5 layers, so 6 can't be copied"):
+    windows = [layer.window for layer in models.load(tmp_path / "deeper").layers]
+    assert len(windows) == deeper and windows[-2:] == windows[-4:-2]
+    with pytest.raises(ModelError, match=f"has {deeper} layers, so 6 can't be copied"):
         models.stack(hf, 6)
 
 

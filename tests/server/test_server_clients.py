@@ -282,7 +282,7 @@ def test_an_error_names_the_field(server, fields, param, code, message):
 
 
 def test_a_route_that_is_not_there_names_those_that_are(server):
-    told = error(httpx.post(f"{server.url}/v1/chat", json={}), 404)
+    told = error(httpx.post(f"{server.url}/v1/chat", json={}, timeout=60), 404)
     assert told["code"] == "unknown_url" and "/v1/chat/completions" in told["message"] and "/health" in told["message"]
 
 

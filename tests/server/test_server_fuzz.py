@@ -21,7 +21,7 @@ from kvgraph.server.settings import Settings
 from serving import serve
 from soak import SOAK, draws
 
-LONG = 10_000_000 if SOAK else 1_000_000
+LONG, LIMIT = (10_000_000, 16 << 20) if SOAK else (300_000, 2 << 20)
 KEY = "the-key-of-ann"
 pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
 load_all_checks()
@@ -33,9 +33,7 @@ def url(tmp_path_factory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("fuzz") / "tiny"
     folder.mkdir()
     demo.write_model(folder)
-    with serve(
-        folder, default_max_tokens=2, max_request_bytes=16 << 20, api_keys=[{"key": KEY, "tenant": "ann"}]
-    ) as url:
+    with serve(folder, default_max_tokens=2, max_request_bytes=LIMIT, api_keys=[{"key": KEY, "tenant": "ann"}]) as url:
         yield url
 
 
@@ -50,7 +48,7 @@ if not SOAK:
 
 
 @api.parametrize()
-@settings(max_examples=draws(12), suppress_health_check=list(HealthCheck), deadline=None, database=None)
+@settings(max_examples=draws(6, 300), suppress_health_check=list(HealthCheck), deadline=None, database=None)
 def test_every_route_keeps_to_its_document(case, url):
     within_reach(case.body)
     case.call_and_validate(url, excluded_checks=[positive_data_acceptance])
@@ -92,7 +90,7 @@ def raw(text: str | bytes) -> dict[str, Any]:
 
 
 HOSTILE: dict[str, tuple[int, dict[str, Any] | list | str | None]] = {
-    "a body above the limit": (413, chat(documents=[{"text": "x" * (17 << 20)}])),
+    "a body above the limit": (413, chat(documents=[{"text": "x" * LIMIT}])),
     f"a document of {LONG // 5:,} words": (400, chat(documents=[{"text": "lorem ipsum " * (LONG // 10)}])),
     f"a word of {LONG:,} characters": (400, chat(documents=[{"text": "x" * LONG}])),
     f"a question of {LONG:,} characters": (400, chat(messages=[{"role": "user", "content": "x" * LONG}])),

@@ -33,8 +33,8 @@ def scored(engine: Engine, context: str, continuation: str) -> tuple[float, bool
 
 def test_choices_are_scored(server, client, model):
     engine = Engine(model, kv_budget=1 << 28)
-    likely = engine.generate(ContextGraph([], "2 + 2 ="), max_tokens=2, logit_bias={0: -100}).text
-    pairs = [("2 + 2 =", " 4"), ("2 + 2 =", " 5"), ("Ships pass", " at night."), ("2 + 2 =", likely)]
+    likely = engine.generate(ContextGraph([], "What is 2 + 2?"), max_tokens=2, logit_bias={0: -100}).text
+    pairs = [("2 + 2 =", " 4"), ("2 + 2 =", " 5"), ("Ships pass", " at night."), ("What is 2 + 2?", likely)]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     found = client.loglikelihood(requests, disable_tqdm=True)
     want = [scored(engine, *pair) for pair in pairs]

@@ -18,7 +18,7 @@ from kvgraph.server.prompts import lay_out
 from kvgraph.server.schema import ChatRequest
 from kvgraph.server.tools.dialect import dialect_of
 from serving import Live, application, error, events, serving
-from soak import draws
+from soak import SOAK, draws
 from template_tokenizer import tokenizer
 from tool_templates import ELEMENTS, HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, PLAIN, THINKING, THINKS
 
@@ -49,7 +49,9 @@ def small(marks: Sequence[str] = ()) -> models.Model:
     """A model that is smaller than that of other modules, with a token a byte. marks: further special tokens."""
     made = tokenizer(None)
     made.add_special_tokens({"eos_token": "<|end|>", "additional_special_tokens": list(marks)})
-    return models.wrap(families.build("Llama", vocab_size=len(made), eos_token_id=made.eos_token_id), made)
+    return models.wrap(
+        families.build("Llama", num_hidden_layers=1, vocab_size=len(made), eos_token_id=made.eos_token_id), made
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +95,13 @@ def calls(choice: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+CHOICES = {"required": "required", "named": NAMED}
+FORCED = [(template, choice) for choice in CHOICES for template in TEMPLATES]
+
+
+@pytest.mark.parametrize(("template", "choice"), FORCED if SOAK else [*FORCED[:6:2], *FORCED[7::2]])
 def test_forced_calls_parse_and_validate(served, template, choice):
-    server = served(TEMPLATES[template])
+    server, choice = served(TEMPLATES[template]), CHOICES[choice]
     for seed in range(draws(1)):
         made = ask(server, tool_choice=choice, seed=seed)
         found = calls(made)

@@ -16,7 +16,7 @@ def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
     server.kill()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # it takes seconds to start; each test has a prefix of its own
 def s3_server() -> Iterator[S3Server]:
     server = S3Server()
     yield server

@@ -23,7 +23,7 @@ from kvgraph.store.codecs.registry import packed, parse
 from kvgraph.store.record import PackedKV
 from kvgraph.store.remote import redis as redis_module
 from kvgraph.store.remote.store import RemoteStore
-from remotes import MemoryPlace, RedisServer, S3Server, has_redis
+from remotes import MemoryPlace, has_redis
 from soak import SOAK
 from store_worker import got, key_of, make, same
 
@@ -147,15 +147,12 @@ HOSTILE = {
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory):
+def servers(request, s3_server):
     """The environment that the real tiers need, and their URLs."""
-    started = {}
+    started = {"s3": s3_server}
     if has_redis():
-        started["redis"] = RedisServer(tmp_path_factory.mktemp("redis"))
-    started["s3"] = S3Server()
-    yield started
-    for server in started.values():
-        server.kill()
+        started["redis"] = request.getfixturevalue("redis_server")
+    return started
 
 
 class Place:

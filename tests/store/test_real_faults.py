@@ -4,7 +4,6 @@
 """
 
 import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -13,10 +12,11 @@ import pytest
 
 import bucket_worker
 import families
+from commands import Command
 from kvgraph import Engine, SamplingParams, models
 from kvgraph.graph import ContextGraph
 from kvgraph.store import DiskStore, TieredStore, open_store
-from remotes import Proxy, RedisServer, S3Server, has_redis
+from remotes import Proxy, RedisServer, has_redis
 from soak import SOAK
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
@@ -134,12 +134,10 @@ def test_redis_under_load(llama, right, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def s3():
-    server = S3Server()
-    proxy = Proxy(server.address)
-    yield server, proxy
+def s3(s3_server):
+    proxy = Proxy(s3_server.address)
+    yield s3_server, proxy
     proxy.close()
-    server.kill()
 
 
 @pytest.fixture
@@ -223,12 +221,11 @@ def test_a_full_disk_under_load(llama, right, tmp_path):
 def test_two_processes_on_one_bucket_share_no_record_and_delete_none_of_each_other(bucket):
     _, url = bucket
     owners = [("a", "96"), ("b", "96"), ("a", "80")] if SOAK else [("a", "96"), ("b", "80")]
-    command = [sys.executable, bucket_worker.__file__, url]
-    started = [subprocess.Popen([*command, *owner], stdout=subprocess.PIPE, text=True) for owner in owners]
+    started = [Command(url, *owner, module="bucket_worker") for owner in owners]
     found = []
     for process in started:
-        fingerprint, *keys = process.communicate(timeout=300)[0].split()
-        assert process.returncode == 0 and len(keys) == bucket_worker.DOCUMENTS
+        code, (fingerprint, *keys) = process.wait(300), process.stdout.split()
+        assert code == 0 and len(keys) == bucket_worker.DOCUMENTS
         found.append((fingerprint, set(keys)))
     everything = set.union(*(keys for _, keys in found))
     assert len(everything) == bucket_worker.DOCUMENTS * len(owners), "a record in common"

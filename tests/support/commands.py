@@ -1,4 +1,4 @@
-"""The command line in processes that start at once: a program imports what takes seconds, and forks a child for each command.
+"""Commands in processes that start at once: a program imports what takes seconds, and forks a child for each command.
 With KVGRAPH_SOAK=1 each is started as a user would start it.
 
 A child ends as any process does: with its own exit code, by a signal, and after whatever runs at Python's exit.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,19 +23,21 @@ from soak import SOAK
 
 
 class Command:
-    """`kvgraph WORDS` in a process of its own. What it prints goes into two files. fresh: whether it isn't forked."""
+    """`kvgraph WORDS`, or `python -m MODULE WORDS`, in a process of its own. What it prints goes into two files.
+    fresh: whether it isn't forked."""
 
-    def __init__(self, *words: object, fresh: bool = SOAK, **environment: str):
+    def __init__(self, *words: object, module: str = "kvgraph.cli", fresh: bool = SOAK, **environment: str):
         folder = Path(tempfile.mkdtemp(prefix="command-", dir=os.environ["XDG_CACHE_HOME"]))
         self._out, self._err = folder / "out", folder / "err"
         self._out.touch()
         self._err.touch()
         self.returncode: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        environment = {"PYTHONPATH": os.pathsep.join(sys.path), **environment}
         if fresh:
             with self._out.open("wb") as out, self._err.open("wb") as err:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "kvgraph.cli", *map(str, words)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                    [sys.executable, "-m", module, *map(str, words)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                     env={**os.environ, **environment},
                     # Who runs the tests in the background may have made them ignore Ctrl-C, which would be inherited.
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -42,6 +45,7 @@ class Command:
             self.pid = self._process.pid
             return
         job = {
+            "module": module,
             "words": [str(word) for word in words],
             "stdout": str(self._out),
             "stderr": str(self._err),
@@ -103,6 +107,12 @@ def _ask(line: str) -> str:
         return _program.stdout.readline()
 
 
+def end() -> None:
+    """End the program, if it was started."""
+    if _program is not None:
+        _program.communicate()
+
+
 def _next_job() -> dict[str, Any] | None:
     """In a child: its command. In the program: None, when nobody asks any more."""
     for line in sys.stdin:
@@ -127,6 +137,7 @@ def _become(job: dict[str, Any]) -> None:
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.path[:0] = [folder for folder in job["environment"]["PYTHONPATH"].split(os.pathsep) if folder not in sys.path]
     sys.argv = ["kvgraph", *job["words"]]
 
 
@@ -135,10 +146,11 @@ if __name__ == "__main__":
 
     kvgraph.cli._keep_libraries_quiet()  # transformers looks at it once, when it is imported
     for name in ("uvicorn", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-                 "transformers.tokenization_utils_tokenizers", "kvgraph.engine.engine", "kvgraph.server.app"):  # fmt: skip
+                 "transformers.tokenization_utils_tokenizers", "kvgraph.engine.engine", "kvgraph.server.app",
+                 "kvgraph.train.trainer", "kvgraph.eval.run"):  # fmt: skip
         importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = _next_job()
     if job is not None:
         _become(job)
-        kvgraph.cli.main(job["words"])
+        runpy.run_module(job["module"], run_name="__main__", alter_sys=True)

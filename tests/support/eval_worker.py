@@ -1,8 +1,4 @@
-"""Evaluations that may be killed. Run as a program: `eval_worker.py MODEL`.
-
-It loads the model once and forks a child for every line it reads, `run FOLDER`; it answers with the child's pid. `wait PID`
-answers the child's exit status.
-"""
+"""An evaluation that may be killed. Run as a program: `eval_worker.py MODEL FOLDER`."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-import forks
 from kvgraph import Engine, demo, models
 from kvgraph.data.chat import Document
 from kvgraph.data.task import Item, Task
@@ -50,17 +45,13 @@ def items(count: int = 12) -> list[Item]:
     ]
 
 
-def run(model: models.Model, folder: Path) -> None:
-    """The whole evaluation, as a user's process would do it."""
-    with Engine(model, store=folder.with_name(f"{folder.name}-kv")) as engine:
-        evaluate(engine, TASK, METHOD, items(), folder, window=4)
-
-
 def main() -> None:
+    """The whole evaluation, as a user's process would do it."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    model = models.load(sys.argv[1])
-    forks.serve({"run": lambda folder: run(model, Path(folder))})
+    model, folder = models.load(sys.argv[1]), Path(sys.argv[2])
+    with Engine(model, store=folder.with_name(f"{folder.name}-kv")) as engine:
+        evaluate(engine, TASK, METHOD, items(), folder, window=4)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,16 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from soak import SOAK
+
+LAYERS = 3 if SOAK else 2
 WINDOW = 8
 LIMIT = 131072
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -43,7 +46,9 @@ DUAL = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
 }
-ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+# A layer's keys depend on other tokens from the second layer on, so each kind of layer comes second in some family.
+SLIDING_FIRST = ["sliding_attention", "full_attention", "sliding_attention"][:LAYERS]
+FULL_FIRST = ["full_attention", "sliding_attention", "full_attention"][:LAYERS]
 
 
 def build(family: str, **changes: Any) -> PreTrainedModel:
@@ -76,7 +81,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         build,
         "Gemma2",
         sliding_window=WINDOW,
-        layer_types=ALTERNATING,
+        layer_types=SLIDING_FIRST,
         attn_logit_softcapping=5.0,
         final_logit_softcapping=20.0,
         query_pre_attn_scalar=24,
@@ -85,14 +90,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         build,
         "Gemma3Text",
         sliding_window=WINDOW,
-        layer_types=ALTERNATING,
+        layer_types=FULL_FIRST,
         rope_parameters=DUAL,
         query_pre_attn_scalar=24,
     ),
     "phi3": partial(build, "Phi3", rope_parameters=rope(partial_rotary_factor=0.5)),
     "olmo2": partial(build, "Olmo2"),
-    "olmo3": partial(build, "Olmo3", sliding_window=WINDOW, layer_types=ALTERNATING, rope_parameters=DUAL),
-    "smollm3": partial(build, "SmolLM3", no_rope_layers=[1, 0, 1]),
+    "olmo3": partial(build, "Olmo3", sliding_window=WINDOW, layer_types=SLIDING_FIRST, rope_parameters=DUAL),
+    "smollm3": partial(build, "SmolLM3", no_rope_layers=[1, 0, 1][:LAYERS]),
     "granite": partial(
         build,
         "Granite",
@@ -103,7 +108,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         logits_scaling=2.0,
     ),
     "cohere": partial(build, "Cohere", use_qk_norm=True, logit_scale=0.5),
-    "cohere2": partial(build, "Cohere2", sliding_window=WINDOW, layer_types=ALTERNATING, logit_scale=0.5),
+    "cohere2": partial(build, "Cohere2", sliding_window=WINDOW, layer_types=SLIDING_FIRST, logit_scale=0.5),
     "glm4": partial(build, "Glm4", rope_parameters=rope(partial_rotary_factor=0.5)),
     "gpt_oss": partial(
         build,
@@ -111,7 +116,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=WINDOW,
-        layer_types=ALTERNATING,
+        layer_types=SLIDING_FIRST,
         rope_parameters={**YARN, "truncate": False},
     ),
     "starcoder2": partial(build, "Starcoder2", sliding_window=WINDOW),

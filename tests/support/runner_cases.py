@@ -92,7 +92,7 @@ def test_answers_are_those_of_the_plain_runner(monkeypatch, most):
     ]
     tokens = 3 if SOAK else 2
     if not SOAK:
-        graphs = graphs[1:3] if most else graphs[2:3]
+        graphs = graphs[1:2] if most else graphs[2:3]
     for graph, method in graphs:
         for _ in range(2):  # cold, then warm
             a, b = (
@@ -100,7 +100,8 @@ def test_answers_are_those_of_the_plain_runner(monkeypatch, most):
             )
             torch.testing.assert_close(b.first_logits, a.first_logits, atol=1e-4, rtol=0)
             assert a.token_ids == b.token_ids
-    batch = [ContextGraph([[5, 6, 7], [9, 8]], [3, 4, i]) for i in range(3)]
-    a, b = (e.generate(batch, "block", max_tokens=tokens, ignore_eos=True) for e in (plain, cuda))
-    assert [r.token_ids for r in a] == [r.token_ids for r in b]
+    if most or SOAK:
+        batch = [ContextGraph([[5, 6, 7], [9, 8]], [3, 4, i]) for i in range(3)]
+        a, b = (e.generate(batch, "block", max_tokens=tokens, ignore_eos=True) for e in (plain, cuda))
+        assert [r.token_ids for r in a] == [r.token_ids for r in b]
     assert (replays > 4) == bool(most)

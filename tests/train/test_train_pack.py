@@ -22,7 +22,7 @@ from kvgraph.train.example import Example
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.links import add_link_tokens, rows_of, train_only_rows
 from kvgraph.train.pack import Packed, lay, pack
-from soak import draws
+from soak import draws, some
 
 VOCAB = 128
 LONG = 1 << 12
@@ -132,7 +132,7 @@ def few_rows(monkeypatch):
 # the engine
 
 
-@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+@pytest.mark.parametrize("family", some(sorted(families.FAMILIES), 7, turn=1))
 def test_training_logits_are_the_engines_for_every_family_and_method(family):
     """What training sees at an answer is what the engine scores: log-probabilities within 1e-4, by either kernel."""
     hf = families.FAMILIES[family]()

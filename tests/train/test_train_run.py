@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 
+from commands import Command
 from kvgraph import ContextGraph, Engine, methods, models
 from kvgraph.data.world import tokenizer
 from kvgraph.errors import KVGraphError
@@ -364,49 +364,20 @@ def test_examples_that_never_fit_end_the_run(llama, tmp_path):
 # -- killed, stopped, without memory or disk -------------------------------------------------------------------------
 
 
-class Workers:
-    """Processes that run the command line; see train_worker.py."""
-
-    def __init__(self) -> None:
-        self.program = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parents[1] / "support" / "train_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-
-    def ask(self, line: str) -> int:
-        assert self.program.stdin is not None and self.program.stdout is not None
-        self.program.stdin.write(line + "\n")
-        self.program.stdin.flush()
-        return int(self.program.stdout.readline())
-
-    def start(self, settings: Config, out: Path, **more: Any) -> int:
-        """Start `kvgraph train` in a process; its id. Its messages go to OUT.err."""
-        file = out.with_suffix(".json")
-        file.write_text(settings.to_json())
-        words = ["train", "--config", str(file), "--out", str(out)]
-        return self.ask(json.dumps({"words": words, "stderr": str(out.with_suffix(".err")), **more}))
-
-    def wait(self, pid: int) -> int:
-        return self.ask(f"wait {pid}")
+def started(settings: Config, out: Path, memory: int = 0, file_size: int = 0, **environment: str) -> Command:
+    """`kvgraph train` in a process; see train_worker.py for its limits."""
+    file = out.with_suffix(".json")
+    file.write_text(settings.to_json())
+    words = ("train", "--config", file, "--out", out)
+    return Command(memory, file_size, *words, module="train_worker", **environment)
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    made = Workers()
-    yield made
-    made.program.kill()
-    made.program.wait()
-
-
-def wait_for_step(out: Path, step: int) -> None:
+def wait_for_step(process: Command, out: Path, step: int) -> None:
     """Until the log has this step, or a later one."""
     end = time.monotonic() + 60
     log = out / "log.jsonl"
     while not any(line.startswith(tuple(f'{{"step": {n},' for n in range(step, step + 9))) for line in _lines(log)):
-        assert time.monotonic() < end, out.with_suffix(".err").read_text()
+        assert time.monotonic() < end, process.stderr
         time.sleep(0.01)
 
 
@@ -414,35 +385,35 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(llama, workers, tmp_path):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(llama, tmp_path):
     """SIGKILL at any time, even while a checkpoint is written: same losses, same data, same evaluations."""
     long = config(llama, stages=(Stage((HOPS,), steps=6), Stage((HOPS, CHUNKS), steps=14)), save_every=2)
     train(long, tmp_path / "unbroken")
     for seed in range(15 if SOAK else 1):
         rng, out = random.Random(seed), tmp_path / str(seed)
         for step in sorted(rng.sample(range(1, 19), 2)):
-            pid = workers.start(long, out)
-            wait_for_step(out, step)
+            process = started(long, out)
+            wait_for_step(process, out, step)
             time.sleep(rng.random() / 10)
-            os.kill(pid, signal.SIGKILL)
-            workers.wait(pid)
-        assert workers.wait(workers.start(long, out)) == 0
+            process.kill()
+            process.wait()
+        assert started(long, out).wait() == 0
         assert rows_without_time(out) == rows_without_time(tmp_path / "unbroken")
         assert len(checkpoint.found(out)) == long.keep and not list(out.glob(".step*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_and_says_how_to_go_on(number, llama, workers, tmp_path):
+def test_a_stopped_run_saves_and_says_how_to_go_on(number, llama, tmp_path):
     long = config(llama, stages=(Stage((HOPS,), steps=30),), evaluation=0, save_every=1000)
     train(long, tmp_path / "unbroken")
     out = tmp_path / "run"
-    pid = workers.start(replace(long, stages=(Stage((HOPS,), steps=30),)), out)
-    wait_for_step(out, 10)
-    os.kill(pid, number)
-    assert workers.wait(pid) == 128 + number
+    process = started(replace(long, stages=(Stage((HOPS,), steps=30),)), out)
+    wait_for_step(process, out, 10)
+    process.send_signal(number)
+    assert process.wait() == 128 + number
     (saved,) = checkpoint.found(out)
     step = int(saved.name.removeprefix("step-"))
-    said = out.with_suffix(".err").read_text().splitlines()
+    said = process.stderr.splitlines()
     assert f"stopped by {number.name} after step {step}; resume with: kvgraph train --resume {out}" in said
     assert 10 <= step < 30
     train(long, out)
@@ -456,13 +427,13 @@ def test_a_second_interrupt_ends_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_without_memory_a_run_ends_with_what_to_lower(llama, workers, tmp_path):
+def test_without_memory_a_run_ends_with_what_to_lower(llama, tmp_path):
     wide = write_model(tmp_path / "wide", intermediate_size=8192)
     first, out = config(wide, limit=1, batch=8, length=2048, evaluation=0), tmp_path / "run"
     train(first, out)
-    pid = workers.start(replace(first, limit=2), out, memory=400 << 20)
-    assert workers.wait(pid) == 1
-    said = out.with_suffix(".err").read_text().splitlines()[-1]
+    process = started(replace(first, limit=2), out, memory=400 << 20)
+    assert process.wait() == 1
+    said = process.stderr.splitlines()[-1]
     assert re.match(r"kvgraph: out of memory; lower length \(2,048\), use checkpointing=full", said)
     saved = checkpoint.found(out)[-1]
     assert f"{saved} is complete" in said
@@ -471,12 +442,12 @@ def test_without_memory_a_run_ends_with_what_to_lower(llama, workers, tmp_path):
     assert steps(out) == steps(tmp_path / "unbroken")
 
 
-def test_with_a_full_disk_the_last_checkpoint_stays(llama, workers, unbroken, tmp_path):
+def test_with_a_full_disk_the_last_checkpoint_stays(llama, unbroken, tmp_path):
     out = tmp_path / "run"
     train(config(llama, limit=3), out)
-    pid = workers.start(config(llama), out, file_size=50_000)
-    assert workers.wait(pid) == 1
-    said = out.with_suffix(".err").read_text().splitlines()[-1]
+    process = started(config(llama), out, file_size=50_000)
+    assert process.wait() == 1
+    said = process.stderr.splitlines()[-1]
     assert said.startswith(f"kvgraph: {out} can't be written: File too large; free some space"), said
     assert f"{out}/step-000003 is complete" in said and [p.name for p in checkpoint.found(out)] == ["step-000003"]
     models.load(out / "step-000003" / "model")
@@ -487,14 +458,14 @@ def test_with_a_full_disk_the_last_checkpoint_stays(llama, workers, unbroken, tm
 # -- several processes -----------------------------------------------------------------------------------------------
 
 
-def together(workers: Workers, settings: Config, out: Path, count: int = 2) -> None:
+def together(settings: Config, out: Path, count: int = 2) -> None:
     """Run a configuration in processes that meet over gloo, with the variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    pids = [workers.start(settings, out, env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(count)]
-    assert [workers.wait(pid) for pid in pids] == [0] * count, out.with_suffix(".err").read_text()
+    processes = [started(settings, out, **shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(count)]
+    assert [process.wait() for process in processes] == [0] * count, "".join(p.stderr for p in processes)
 
 
 def assert_close(run: Path, other: Path) -> None:
@@ -524,13 +495,13 @@ def by_torchrun(settings: Config, out: Path) -> None:
 @pytest.mark.parametrize(
     "torchrun", [False, pytest.param(True, marks=pytest.mark.slow)]
 )  # it imports all in each process
-def test_two_processes_are_one(llama, workers, unbroken, tmp_path, torchrun):
+def test_two_processes_are_one(llama, unbroken, tmp_path, torchrun):
     """Each step has several sequences, some steps more for one process than for the other; what they save is one model."""
     out = tmp_path / "run"
     if torchrun:
         by_torchrun(config(llama), out)
     else:
-        together(workers, config(llama), out)
+        together(config(llama), out)
     assert {row["sequences"] % 2 for row in steps(unbroken)} == {0, 1}
     assert_close(out, unbroken)
     alone, shared = weights(unbroken), weights(out)
@@ -539,26 +510,26 @@ def test_two_processes_are_one(llama, workers, unbroken, tmp_path, torchrun):
     assert models.load(tmp_path / "exported").dtype == torch.bfloat16
 
 
-def test_a_run_goes_on_with_another_number_of_processes(llama, workers, unbroken, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(llama, unbroken, tmp_path):
     train(config(llama, limit=4), tmp_path / "one-two")
-    together(workers, config(llama), tmp_path / "one-two")
-    together(workers, config(llama, limit=4), tmp_path / "two-one")
+    together(config(llama), tmp_path / "one-two")
+    together(config(llama, limit=4), tmp_path / "two-one")
     train(config(llama), tmp_path / "two-one")
     for name in ("one-two", "two-one"):
         assert_close(tmp_path / name, unbroken)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k == "lora" or (SOAK and k != "muon")])
-def test_adapters_and_the_rest_are_sharded_too(kind, llama, workers, tmp_path):
+def test_adapters_and_the_rest_are_sharded_too(kind, llama, tmp_path):
     settings = config(llama, limit=4, **KINDS[kind] | {"precision": "float32"})
     train(settings, tmp_path / "one")
-    together(workers, settings, tmp_path / "two")
+    together(settings, tmp_path / "two")
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
-def test_muon_is_for_one_process(llama, workers, tmp_path):
+def test_muon_is_for_one_process(llama, tmp_path):
     with pytest.raises(AssertionError, match="muon needs whole matrices, which several processes share out"):
-        together(workers, config(llama, **KINDS["muon"]), tmp_path / "two")
+        together(config(llama, **KINDS["muon"]), tmp_path / "two")
 
 
 # -- export ----------------------------------------------------------------------------------------------------------
