@@ -38,8 +38,8 @@ def load(
     """Load a causal LM from a folder or hub name with safetensors weights, or from a GGUF file or a folder with one.
 
     adapter: the folder or hub name of a LoRA adapter as PEFT writes it, to merge into the weights. A folder that holds an
-    adapter alone stands for its base with it. dtype: "auto" (the checkpoint's; bfloat16 for quantised GGUF files), "float32",
-    "float16", "bfloat16" or a torch dtype. The tokenizer is None when the folder has none. allow_untested: accept model types
+    adapter alone stands for its base with it. dtype: "auto" (the checkpoint's; for quantised GGUF files bfloat16, or float32 on
+    a CPU without instructions for it), "float32", "float16", "bfloat16" or a torch dtype. The tokenizer is None when the folder has none. allow_untested: accept model types
     that kvgraph doesn't test; what can be checked still is.
     Raises ModelError with the reason.
     """
@@ -55,7 +55,8 @@ def load(
     merging = None if adapter is None else adapters.folder_of(adapter)
     file = gguf.gguf_in(Path(name).expanduser())
     facts = None if merging is None else adapters.facts_of(merging)
-    copy = converted.copy_of(file, facts, wanted) if file else None
+    dequantised = gguf.dequantised_dtype(target)
+    copy = converted.copy_of(file, facts, wanted, dequantised) if file else None
     if file and copy and (copied := copy.read()) is not None:
         (hf, tokenizer), folder, files = copied, file.parent, [file]
         refuse(hf.config, allow_untested)
@@ -63,7 +64,9 @@ def load(
         told = nullcontext() if name == shown else one_line(f"{shown} holds an adapter of {name}")
         with told, gguf.read_once() if file else nullcontext():
             hf, folder, files = (
-                _from_gguf(file, wanted, allow_untested) if file else _from_folder(name, wanted, allow_untested)
+                _from_gguf(file, wanted, dequantised, allow_untested)
+                if file
+                else _from_folder(name, wanted, allow_untested)
             )
             tokenizer = _tokenizer(file or folder, name)
         if merging is not None:
@@ -85,14 +88,14 @@ def load(
 _Loaded = tuple[PreTrainedModel, Path, list[Path]]  # the model, its folder, and the files that its weights are in
 
 
-def _from_gguf(file: Path, wanted: Any, allow_untested: bool) -> _Loaded:
+def _from_gguf(file: Path, wanted: Any, dequantised: torch.dtype, allow_untested: bool) -> _Loaded:
     _refuse_pointers([file], str(file.parent))
     gguf.check(file)
     with one_line(f"can't read the config of {file}"), gguf.explained(file):
         config = AutoConfig.from_pretrained(**gguf.source(file))
     refuse(config, allow_untested)
     with one_line(f"can't load {file}"), _shapes_explained():
-        return gguf.load_weights(file, config, wanted), file.parent, [file]
+        return gguf.load_weights(file, config, wanted, dequantised), file.parent, [file]
 
 
 def _from_folder(name: str, wanted: Any, allow_untested: bool) -> _Loaded:
