@@ -18,6 +18,7 @@ from kvgraph.models.adapter import IMPLEMENTATION, Model, Trainable
 from kvgraph.models.angles import exact_angles
 from kvgraph.models.config import card, declared
 from kvgraph.models.fingerprint import file_hash, fingerprint_of, state_hash
+from kvgraph.models.garbage import not_collected
 from kvgraph.models.observe import plain_logits, probe, require_equal
 from kvgraph.models.support import TESTED, refuse
 
@@ -27,6 +28,7 @@ LFS = b"version https://git-lfs.github.com/spec/"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+@not_collected()
 def load(
     path_or_name: str | Path,
     *,
