@@ -100,6 +100,7 @@ def parts(store: Path) -> None:
 
     tick()
     loaded: Any = models.load(model)
+    models.order(loaded.hf)
     tick()
     gate.require(loaded, composed(loaded))
     tick()

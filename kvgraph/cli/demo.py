@@ -114,7 +114,7 @@ def _specs(model: Model) -> dict[str, str]:
 def _introduce(model: Model, name: str) -> None:
     from kvgraph import demo as content
 
-    size = sum(p.numel() for p in model.hf.parameters()) / 1e6
+    size = model.parameters / 1e6
     typer.echo(
         f"""
 {name} ({size:.0f} million parameters)

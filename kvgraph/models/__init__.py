@@ -19,6 +19,7 @@ from kvgraph.models.adapter import Attend, Layer, Model, Trainable
 from kvgraph.models.checkpoint import save, stack
 from kvgraph.models.fingerprint import ATTENTION_NUMERICS
 from kvgraph.models.loading import load, load_tokenizer, trainable, tuned_for, wrap
+from kvgraph.models.matrices import order
 from kvgraph.models.support import TESTED
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Trainable",
     "load",
     "load_tokenizer",
+    "order",
     "save",
     "stack",
     "trainable",

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvgraph.errors import ModelError
-from kvgraph.models import adapters, converted, gguf
+from kvgraph.models import adapters, converted, gguf, matrices
 from kvgraph.models.adapter import IMPLEMENTATION, Model, Trainable
 from kvgraph.models.angles import exact_angles
 from kvgraph.models.config import card, declared
@@ -34,6 +34,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
     device: str | torch.device = "cpu",
     allow_untested: bool = False,
 ) -> Model:
@@ -41,7 +42,8 @@ def load(
 
     adapter: the folder or hub name of a LoRA adapter as PEFT writes it, to merge into the weights. A folder that holds an
     adapter alone stands for its base with it. dtype: "auto" (the checkpoint's; for quantised GGUF files bfloat16, or float32 on
-    a CPU without instructions for it), "float32", "float16", "bfloat16" or a torch dtype. The tokenizer is None when the folder has none. allow_untested: accept model types
+    a CPU without instructions for it), "float32", "float16", "bfloat16" or a torch dtype. quantize: "int8" or "int4" for the
+    matrices (see `kvgraph.models.matrices`), in bfloat16, on a CPU. The tokenizer is None when the folder has none. allow_untested: accept model types
     that kvgraph doesn't test; what can be checked still is.
     Raises ModelError with the reason.
     """
@@ -49,6 +51,9 @@ def load(
     wanted = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if wanted != "auto" and wanted not in _DTYPES.values():
         raise ModelError(f"dtype {dtype} isn't supported; use auto, {', '.join(_DTYPES)}")
+    quantize = matrices.checked(quantize, wanted, target)
+    if quantize:
+        wanted = torch.bfloat16
     name = shown
     if adapters.is_adapter(Path(name).expanduser()):
         if adapter is not None:
@@ -77,7 +82,9 @@ def load(
             copy.write(hf, tokenizer)
     with one_line(f"can't put {name} on {target}"):
         hf.to(target)  # type: ignore[arg-type]  # stubs know no device of text
-    model = _build(hf, tokenizer, shown, [file_hash(f) for f in files], allow_untested, facts)
+    if quantize:
+        matrices.quantise(hf, quantize)
+    model = _build(hf, tokenizer, shown, [file_hash(f) for f in files], allow_untested, facts, quantize)
     for carded in filter(None, (folder, merging)):
         try:
             model.tuned_for += declared(card(carded), f"the model card in {carded}")
@@ -185,7 +192,13 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
 
 
 def _build(
-    hf: PreTrainedModel, tokenizer: Any, name: str, weights: list[str], allow_untested: bool, adapter: Any = None
+    hf: PreTrainedModel,
+    tokenizer: Any,
+    name: str,
+    weights: list[str],
+    allow_untested: bool,
+    adapter: Any = None,
+    quantize: str | None = None,
 ) -> Model:
     if hf.dtype not in _DTYPES.values():
         raise ModelError(f"{name} is in {hf.dtype}, which isn't supported; use {', '.join(_DTYPES)}")
@@ -194,7 +207,8 @@ def _build(
     with nullcontext() if tested else one_line(f"{name} can't be run"):
         plain = None if tested else plain_logits(hf)
         rotaries, layers = probe(hf, exact_angles(hf))
-        model = Model(hf, tokenizer, name, fingerprint_of(hf, weights, rotaries, layers, adapter), rotaries, layers)
+        fingerprint = fingerprint_of(hf, weights, rotaries, layers, adapter, quantize)
+        model = Model(hf, tokenizer, name, fingerprint, rotaries, layers)
         if plain is not None:
             require_equal(model, *plain)
     return model
