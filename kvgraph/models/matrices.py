@@ -19,10 +19,8 @@ from kvgraph.models.gguf import multiplies_bf16
 
 BITS = ("int8", "int4")
 GROUP = 32  # inputs of an output that share a scale and a zero in int4; GGUF's 4-bit formats have the same
-FEW = {
-    "int8": 4,
-    "int4": 16,
-}  # rows that torch's own kernels multiply faster than a matrix of bfloat16 is made for more
+# As many rows at most are multiplied by torch's kernels for quantised matrices; for more, it is faster to make the matrix.
+FEW = {"int8": 4, "int4": 64}
 MULTIPLE = 64  # int4 kernels want outputs in such numbers
 
 
