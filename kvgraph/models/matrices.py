@@ -29,7 +29,6 @@ class Ordered(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.numbers = linear.weight.numel()
         self.matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = linear.bias
 
@@ -144,14 +143,14 @@ def order(hf: PreTrainedModel) -> None:
 
 
 def count(hf: PreTrainedModel) -> int:
-    """How many numbers a model's weights have."""
-    others = [m.numbers for m in hf.modules() if isinstance(m, Ordered | Quantised)]
-    return sum(others) + sum(p.numel() for p in hf.parameters())
+    """How many numbers a model's weights have, before they are brought into another order."""
+    quantised = sum(m.numbers for m in hf.modules() if isinstance(m, Quantised))
+    return quantised + sum(p.numel() for p in hf.parameters())
 
 
 def checked(bits: str | None, dtype: torch.dtype | str, device: torch.device) -> str | None:
     """What to quantise to. Raises ModelError with the reason if that can't be."""
-    if bits is None or bits == "none":
+    if bits is None:
         return None
     if bits not in BITS:
         raise ModelError(f"quantize {bits} isn't supported; use {' or '.join(BITS)}, or leave it out")

@@ -81,6 +81,19 @@ def test_a_model_passes_the_gate_and_answers_as_its_dense_reference(bits, folder
     assert engine.model.parameters == sum(p.numel() for p in models.load(folder).hf.parameters())
 
 
+@pytest.mark.parametrize("family", families.FAMILIES)
+@torch.inference_mode()
+def test_every_family_runs_with_other_matrices(family):
+    """No model's code may look for the weights of its linear layers."""
+    tokens = torch.arange(20)[None] * 7 % 60
+    plain, quantised = (families.FAMILIES[family]().to(torch.bfloat16).eval() for _ in range(2))
+    before = plain(tokens).logits.float()
+    matrices.order(plain)
+    assert float((plain(tokens).logits.float() - before).abs().max() / before.std()) < 0.05
+    matrices.quantise(quantised, "int8")
+    assert float((quantised(tokens).logits.float() - before).std() / before.std()) < 0.2
+
+
 def test_quantised_models_have_records_of_their_own(folder, tmp_path):
     graph = ContextGraph([list(range(40))], query=[5, 6, 7])
     fingerprints = set()
