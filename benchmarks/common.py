@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
 import sys
@@ -122,6 +123,7 @@ def report(
             "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} " + " ".join(sys.argv[1:]),
             "hardware": hardware, "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__,
+            "load": round(os.getloadavg()[1], 1), "cores": os.cpu_count(),
         }  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)
         found = {"title": title, "environment": environment, "rows": rows, "goals": goals or {}}

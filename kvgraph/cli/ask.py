@@ -26,6 +26,7 @@ from kvgraph.cli.common import (
     NoCheck,
     Pick,
     Prefix,
+    Quantize,
     StorePlaces,
     Template,
 )
@@ -69,6 +70,7 @@ def ask(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
     as_json: Json = False,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "cpu",
     kv_budget: KVBudget = None,
     adapter: Adapter = None,
@@ -114,6 +116,7 @@ def ask(
         name or conversation.model_of(folder, index),
         adapter=adapter,
         dtype=dtype,
+        quantize=quantize,
         device=device,
         allow_untested=allow_untested,
         check=not no_check,

@@ -22,6 +22,7 @@ from kvgraph.cli.common import (
     KVBudget,
     ModelName,
     NoCheck,
+    Quantize,
     ServedPlaces,
 )
 from kvgraph.edges import named_edges
@@ -68,6 +69,7 @@ def bench(
     codec: CodecName = "raw",
     as_json: Json = False,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "cpu",
     kv_budget: KVBudget = None,
     adapter: Adapter = None,
@@ -96,7 +98,13 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load_model(
-        model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check
+        model,
+        adapter=adapter,
+        dtype=dtype,
+        quantize=quantize,
+        device=device,
+        allow_untested=allow_untested,
+        check=not no_check,
     )
     rows = []
     with Progress("measuring", len(names) * repeats) as bar:

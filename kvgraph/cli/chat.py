@@ -23,6 +23,7 @@ from kvgraph.cli.common import (
     KVBudget,
     MethodName,
     NoCheck,
+    Quantize,
     StorePlaces,
 )
 from kvgraph.cli.conversation import Indexed, IndexName, Retrieve
@@ -55,6 +56,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "cpu",
     kv_budget: KVBudget = None,
     adapter: Adapter = None,
@@ -84,6 +86,7 @@ def chat(
         name,
         adapter=adapter,
         dtype=dtype,
+        quantize=quantize,
         device=device,
         allow_untested=allow_untested,
         check=not no_check,

@@ -22,6 +22,7 @@ from kvgraph.cli.common import (
     Json,
     KVBudget,
     ModelName,
+    Quantize,
     StorePlaces,
 )
 
@@ -54,6 +55,7 @@ def check(
     codec: CodecName = "raw",
     as_json: Json = False,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "cpu",
     kv_budget: KVBudget = None,
     adapter: Adapter = None,
@@ -94,6 +96,7 @@ def check(
         model,
         adapter=adapter,
         dtype=dtype,
+        quantize=quantize,
         device=device,
         allow_untested=allow_untested,
         check=False,

@@ -51,6 +51,12 @@ Adapter = Annotated[
     typer.Option(metavar="FOLDER", help="A LoRA adapter in PEFT's format, to merge into the model while loading."),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BITS", help="int8 or int4: quantise the model's matrices, on a CPU. Records have keys of their own."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 KVBudget = Annotated[
     int | None,
@@ -161,11 +167,20 @@ def chosen(
     return corpus.pick(documents, wanted) if pick else documents
 
 
-def load_model(model: str, dtype: str, device: str, allow_untested: bool, adapter: str | None = None) -> Model:
+def load_model(
+    model: str,
+    dtype: str,
+    device: str,
+    allow_untested: bool,
+    adapter: str | None = None,
+    quantize: str | None = None,
+) -> Model:
     """Load a model. The imports that this needs take seconds, so they happen here."""
     from kvgraph import models
 
-    return models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
+    return models.load(
+        model, adapter=adapter, dtype=dtype, quantize=quantize, device=device, allow_untested=allow_untested
+    )
 
 
 def counted(number: int, what: str) -> str:

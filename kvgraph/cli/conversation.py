@@ -11,7 +11,6 @@ import typer
 from kvgraph.data import chat
 from kvgraph.data.chat import Document, Prompt
 from kvgraph.data.retrieval import Hit
-from kvgraph.data.tasks import qa
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
@@ -87,6 +86,10 @@ class Indexed:
 
 def _prompt(tokenizer: Any, said: Sequence[Mapping[str, str]], question: str, documents: Sequence[Document]) -> Prompt:
     """The prompt of the question-answering tasks, which the shipped adapter was tuned on, after a conversation."""
+    from kvgraph.data.tasks import (
+        qa,  # with all other tasks, which take longer to import than the rest of the command line
+    )
+
     asked = qa.QUESTION.format(question=question) if documents else question
     if not getattr(tokenizer, "chat_template", None):
         return chat.plain(tokenizer, f"{qa.INSTRUCTION}\n\n", documents, asked)

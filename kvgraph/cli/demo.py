@@ -18,7 +18,6 @@ from kvgraph.cli import common, world_demo
 from kvgraph.data import prompt
 from kvgraph.data.chat import Document
 from kvgraph.data.task import Item
-from kvgraph.data.tasks import get
 from kvgraph.graph import ContextGraph
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def _specs(model: Model) -> dict[str, str]:
 def _introduce(model: Model, name: str) -> None:
     from kvgraph import demo as content
 
-    size = sum(p.numel() for p in model.hf.parameters()) / 1e6
+    size = model.parameters / 1e6
     typer.echo(
         f"""
 {name} ({size:.0f} million parameters)
@@ -140,6 +139,7 @@ restart: again, by a new process. Computed and reused are tokens.
 def graph_of(model: Model, question: str, method: methods.Method) -> ContextGraph:
     """The question over the articles that share most words with it, asked as `kvgraph eval` asks."""
     from kvgraph import demo as content
+    from kvgraph.data.tasks import get
 
     chosen = ranked(question, content.articles())[:READ]
     number = {document.id: i for i, document in enumerate(chosen)}

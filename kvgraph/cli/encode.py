@@ -23,6 +23,7 @@ from kvgraph.cli.common import (
     ModelName,
     NoCheck,
     Prefix,
+    Quantize,
     StorePlaces,
     Template,
 )
@@ -46,6 +47,7 @@ def encode(
     template: Template = None,
     prefix: Prefix = "",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "cpu",
     kv_budget: KVBudget = None,
     codec: CodecName = "raw",
@@ -83,6 +85,7 @@ def encode(
         "model": model,
         "adapter": adapter,
         "dtype": dtype,
+        "quantize": quantize,
         "device": device,
         "allow_untested": allow_untested,
         "check": not no_check,

@@ -10,7 +10,17 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import Adapter, AllowUntested, CodecName, Device, Dtype, KVBudget, NoCheck, StorePlaces
+from kvgraph.cli.common import (
+    Adapter,
+    AllowUntested,
+    CodecName,
+    Device,
+    Dtype,
+    KVBudget,
+    NoCheck,
+    Quantize,
+    StorePlaces,
+)
 
 if TYPE_CHECKING:
     from kvgraph.eval.ablate import Table
@@ -62,6 +72,7 @@ def evaluate(
     ] = "",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum per answer [default: the task's].")] = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "cpu",
     kv_budget: KVBudget = None,
     adapter: Adapter = None,
@@ -106,7 +117,13 @@ def evaluate(
     from kvgraph.engine.engine import Engine, load_model
 
     loaded = load_model(
-        model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=not no_check
+        model,
+        adapter=adapter,
+        dtype=dtype,
+        quantize=quantize,
+        device=device,
+        allow_untested=allow_untested,
+        check=not no_check,
     )
     assert out is not None
     options: dict[str, Any] = {"data": found, "edges": edges, "max_tokens": max_tokens, "seed": seed}

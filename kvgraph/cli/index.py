@@ -14,7 +14,7 @@ import typer
 
 from kvgraph import methods
 from kvgraph.cli import common
-from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBudget, NoCheck, counted
+from kvgraph.cli.common import Adapter, AllowUntested, Device, Dtype, Json, KVBudget, NoCheck, Quantize, counted
 from kvgraph.errors import KVGraphError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def build(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print chunks, tokens, bytes and time.")] = False,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "cpu",
     kv_budget: KVBudget = None,
     adapter: Adapter = None,
@@ -137,6 +138,7 @@ def build(
         "model": model or _default_model(),
         "adapter": adapter,
         "dtype": dtype,
+        "quantize": quantize,
         "device": device,
         "allow_untested": allow_untested,
         "check": not no_check,

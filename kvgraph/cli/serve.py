@@ -21,6 +21,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one [default: 8771].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="BITS", help="int8 or int4: quantise the model's matrices, on a CPU.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cpu].")] = None,
     store: ServedPlaces = None,
     store_size: Annotated[
@@ -90,6 +93,7 @@ def serve(
         host=host,
         port=port,
         dtype=dtype,
+        quantize=quantize,
         device=device,
         store=store or None,
         store_size=store_size,

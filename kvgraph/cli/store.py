@@ -361,6 +361,7 @@ def import_(
     store: StorePlaces = None,
     adapter: common.Adapter = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Load a file's records into a store. It is refused if they were computed by another model.
@@ -379,7 +380,7 @@ def import_(
     records = archive.count(file)
     fingerprint = model
     if re.fullmatch("[0-9a-f]{8,64}", model) is None:
-        fingerprint = common.load_model(model, dtype, "cpu", False, adapter).fingerprint
+        fingerprint = common.load_model(model, dtype, "cpu", False, adapter, quantize).fingerprint
     catalog = open_catalog(places[0], make=True)
     with Progress("importing", records) as bar:
         done = archive.import_(file, catalog, fingerprint, lambda: bar.advance(1))

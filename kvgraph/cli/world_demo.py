@@ -87,7 +87,7 @@ def _asked(world: World) -> list[Asked]:
 
 
 def _introduce(model: Model, about_documents: Asked, about_chunks: Asked) -> None:
-    size = sum(p.numel() for p in model.hf.parameters()) / 1e6
+    size = model.parameters / 1e6
     typer.echo(f"""\
 A small model that ships with kvgraph ({size:.1f} million parameters) answers questions about documents.
 It was trained on an invented world of short sentences and knows nothing else. The names below were

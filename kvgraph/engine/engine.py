@@ -154,6 +154,7 @@ class Engine:
         *,
         adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
+        quantize: str | None = None,
         device: str = "cpu",
         allow_untested: bool = False,
         check: bool = True,
@@ -167,6 +168,7 @@ class Engine:
         """Load a Hugging Face causal LM from a folder, hub name or GGUF file, run the gate, and return an engine on it.
 
         adapter: a LoRA adapter in PEFT's format to merge into it. A folder with an adapter alone stands for its base with it.
+        quantize: "int8" or "int4" for the model's matrices, on a CPU, with records of their own; None leaves them as they are.
         check=False skips the gate (`kvgraph check`), which refuses a model whose composed logits differ from a plain
         forward. For the other arguments see Engine. Raises ModelError with the reason.
         """
@@ -174,7 +176,13 @@ class Engine:
         codec = parse(codec) if isinstance(codec, str) else codec
         select = parse_selection(select) if isinstance(select, str) else select
         loaded = load_model(
-            model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested, check=check
+            model,
+            adapter=adapter,
+            dtype=dtype,
+            quantize=quantize,
+            device=device,
+            allow_untested=allow_untested,
+            check=check,
         )
         return cls(
             loaded,
@@ -666,12 +674,18 @@ def load_model(
     *,
     adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
     device: str = "cpu",
     allow_untested: bool = False,
     check: bool = True,
 ) -> models.Model:
-    """Load a model and, unless check is False, run the gate. Raises ModelError with the reason."""
-    loaded = models.load(model, adapter=adapter, dtype=dtype, device=device, allow_untested=allow_untested)
+    """Load a model to be run, not saved or trained, and, unless check is False, pass the gate. Raises ModelError with the
+    reason.
+    """
+    loaded = models.load(
+        model, adapter=adapter, dtype=dtype, quantize=quantize, device=device, allow_untested=allow_untested
+    )
+    models.order(loaded.hf)
     if check:
         gate.require(loaded, composed(loaded))
     return loaded

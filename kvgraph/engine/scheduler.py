@@ -155,6 +155,8 @@ class Scheduler:
     def _choose(self) -> list[Work]:
         """Rows of the next step and how many tokens each: decoding first, then prefill, then encoding, oldest first.
 
+        Rows that decode always fit together, because each began in a step that held it beside the others.
+
         Only the oldest request's encodings go before prefill: so, however much work arrives, nothing waits forever. A
         reader may stand beside its sources: every layer writes all rows' keys and values before any row attends. So it
         only waits for sources of which some tokens are left after this step, and for those that a lossy codec changes.

@@ -52,6 +52,7 @@ class KVGraphLM(TemplateLM):
         store: str | None = None,
         adapter: str | None = None,
         dtype: str = "auto",
+        quantize: str | None = None,
         device: str | None = None,  # the harness itself asks for cuda:0, which counts only if there is one
         max_gen_toks: int = 256,
         batch_size: Any = None,  # the harness passes it; the scheduler batches by itself
@@ -59,7 +60,9 @@ class KVGraphLM(TemplateLM):
     ):
         super().__init__()
         device = str(device) if device and torch.cuda.is_available() else "cpu"
-        self.engine = Engine.load(pretrained, adapter=adapter, dtype=str(dtype), device=device, store=store)
+        self.engine = Engine.load(
+            pretrained, adapter=adapter, dtype=str(dtype), quantize=quantize, device=device, store=store
+        )
         if self.engine.model.tokenizer is None:
             raise KVGraphError(f"{pretrained} has no tokenizer, but the harness works on text; give a model with one")
         self.method = methods.resolve(method, self.engine.model.tuned_for)

@@ -9,10 +9,17 @@ if sys.flags.optimize > 1:
         "transformers needs its docstrings, which PYTHONOPTIMIZE=2 (python -OO) leaves out; unset it or set it to 1"
     )
 
+from kvgraph.models.garbage import not_collected
+
+with not_collected():
+    import transformers.masking_utils
+    import transformers.modeling_utils  # noqa: F401  # these two import nearly all that a model needs
+
 from kvgraph.models.adapter import Attend, Layer, Model, Trainable
 from kvgraph.models.checkpoint import save, stack
 from kvgraph.models.fingerprint import ATTENTION_NUMERICS
 from kvgraph.models.loading import load, load_tokenizer, trainable, tuned_for, wrap
+from kvgraph.models.matrices import order
 from kvgraph.models.support import TESTED
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "Trainable",
     "load",
     "load_tokenizer",
+    "order",
     "save",
     "stack",
     "trainable",

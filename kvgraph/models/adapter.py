@@ -26,6 +26,7 @@ from transformers.modeling_utils import AttentionInterface
 from kvgraph.attention.rope import Rotary
 from kvgraph.errors import ModelError
 from kvgraph.models.config import declared, end_ids, limit_of, vocabulary_of
+from kvgraph.models.matrices import count
 
 # (layer, q [H, T, D], k [G, T, D], v [G, T, Dv], scale, softcap or None, sinks [H] or None) -> [H, T, Dv]
 Attend = Callable[[int, Tensor, Tensor, Tensor, float, float | None, Tensor | None], Tensor]
@@ -57,6 +58,7 @@ class Model:
     name: for people.
     fingerprint: 64 hex digits, equal only for models that compute the same KV.
     limit: positions must stay below it.
+    parameters: how many numbers its weights have.
     tuned_for: methods that the model's config, or the front matter of its card (README.md), declares tuning for, under
         the key "kvgraph": {"tuned_for": [...]}.
 
@@ -80,6 +82,7 @@ class Model:
         self.limit = limit_of(hf.config)
         self.heads: int = hf.config.num_attention_heads
         self.vocab_size = vocabulary_of(hf)
+        self.parameters = count(hf)
         self.tuned_for = declared(hf.config.to_dict(), f"{name}'s config")
         numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
         self.kv_bytes_per_token = numbers * self.dtype.itemsize

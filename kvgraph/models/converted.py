@@ -79,13 +79,14 @@ class Copy:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_of(file: Path, adapter: Any, dtype: Any) -> Copy | None:
+def copy_of(file: Path, adapter: Any, dtype: Any, dequantised: Any) -> Copy | None:
     """The place of a converted GGUF file. None where there is no cache folder.
 
-    adapter: what tells the adapter that is merged into it from others (see `adapters.facts_of`), if there is one.
+    adapter: what tells the adapter that is merged into it from others (see `adapters.facts_of`), if there is one. dtype,
+    dequantised: as `gguf.load_weights` takes them.
     """
     with suppress(RuntimeError):
-        facts = [file_hash(file), adapter, str(dtype), *map(_version, MADE_BY)]
+        facts = [file_hash(file), adapter, str(dtype), str(dequantised), *map(_version, MADE_BY)]
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         return Copy(memo.folder() / "gguf" / name)
     return None

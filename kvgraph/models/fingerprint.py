@@ -22,6 +22,7 @@ from kvgraph.models.adapter import Layer
 # GPU have one of their own, because their products run in 16 bits there.
 ATTENTION_NUMERICS = 1
 GPU_16_BIT_NUMERICS = 2
+QUANTISED_NUMERICS = 1  # the same for products of quantised matrices
 
 # Weight files up to WHOLE bytes are hashed at every load. Of larger ones SAMPLE bytes of every EVERY bytes are, so of each
 # tensor of at least EVERY bytes; that is 1/64 of what loading the weights reads anyway.
@@ -43,8 +44,11 @@ def fingerprint_of(
     rotaries: tuple[Rotary, ...],
     layers: tuple[Layer, ...],
     adapter: Any = None,
+    quantize: str | None = None,
 ) -> str:
-    """SHA-256 of all that can change KV: weights, config, dtype, rotation, layers, adapter and our numerics. Not the path."""
+    """SHA-256 of all that can change KV: weights, config, dtype, quantisation, rotation, layers, adapter and our numerics. Not
+    the path.
+    """
     facts = {
         "numerics": GPU_16_BIT_NUMERICS if hf.device.type == "cuda" and hf.dtype.itemsize == 2 else ATTENTION_NUMERICS,
         "weights": sorted(weights),
@@ -54,6 +58,8 @@ def fingerprint_of(
         "layers": [asdict(layer) for layer in layers],
         "adapter": adapter,
     }
+    if quantize is not None:
+        facts["quantize"] = [quantize, QUANTISED_NUMERICS]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

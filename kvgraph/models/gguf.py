@@ -99,12 +99,29 @@ def read_once() -> Iterator[None]:
             setattr(gguf, name, original)
 
 
-def load_weights(file: Path, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bfloat16. Without them torch takes many times as long for
+    one as for a product of float32.
+    """
+    # Older versions of torch tell nothing of ARM. float32 is right there too, only larger.
+    asked: Any = getattr(torch.cpu, "get_capabilities", None)
+    found = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()} if asked is None else asked()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))  # the last two are ARM's
+
+
+def dequantised_dtype(device: torch.device) -> torch.dtype:
+    """What quantised matrices become: bfloat16, which holds more than they do, where it is fast; else float32."""
+    return torch.bfloat16 if device.type != "cpu" or multiplies_bf16() else torch.float32
+
+
+def load_weights(
+    file: Path, config: PreTrainedConfig, dtype: torch.dtype | str, dequantised: torch.dtype
+) -> PreTrainedModel:
     """The model with dequantised weights, as if it had been saved like that.
 
-    dtype: "auto" is the file's where its matrices aren't quantised, else bfloat16, which holds more than the quantised ones.
+    dtype: "auto" is the file's where its matrices aren't quantised, else `dequantised`.
     """
-    wanted = _dtype(file) if dtype == "auto" else dtype
+    wanted = _plain_dtype(file) or dequantised if dtype == "auto" else dtype
     # transformers may keep weights packed, which nothing here can compose or train.
     packing = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
     hf: Any = AutoModelForCausalLM.from_pretrained(**source(file), config=config, dtype=wanted, **packing)
@@ -115,12 +132,16 @@ def load_weights(file: Path, config: PreTrainedConfig, dtype: torch.dtype | str)
     return model
 
 
-def _dtype(file: Path) -> torch.dtype:
-    """What most of the file's numbers are, if it isn't quantised."""
+def _plain_dtype(file: Path) -> torch.dtype | None:
+    """What most of the file's numbers are; None if they are quantised."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     sizes: Counter[Any] = Counter()
     for tensor in GGUFReader(file).tensors:
         sizes[tensor.tensor_type] += int(tensor.n_elements)
-    plain = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
-    return plain.get(sizes.most_common(1)[0][0], torch.bfloat16)
+    plain = {
+        GGMLQuantizationType.F32: torch.float32,
+        GGMLQuantizationType.F16: torch.float16,
+        GGMLQuantizationType.BF16: torch.bfloat16,
+    }
+    return plain.get(sizes.most_common(1)[0][0])

@@ -13,11 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvgraph.errors import ModelError
-from kvgraph.models import adapters, converted, gguf
+from kvgraph.models import adapters, converted, gguf, matrices
 from kvgraph.models.adapter import IMPLEMENTATION, Model, Trainable
 from kvgraph.models.angles import exact_angles
 from kvgraph.models.config import card, declared
 from kvgraph.models.fingerprint import file_hash, fingerprint_of, state_hash
+from kvgraph.models.garbage import not_collected
 from kvgraph.models.observe import plain_logits, probe, require_equal
 from kvgraph.models.support import TESTED, refuse
 
@@ -27,19 +28,22 @@ LFS = b"version https://git-lfs.github.com/spec/"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+@not_collected()
 def load(
     path_or_name: str | Path,
     *,
     adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
     device: str | torch.device = "cpu",
     allow_untested: bool = False,
 ) -> Model:
     """Load a causal LM from a folder or hub name with safetensors weights, or from a GGUF file or a folder with one.
 
     adapter: the folder or hub name of a LoRA adapter as PEFT writes it, to merge into the weights. A folder that holds an
-    adapter alone stands for its base with it. dtype: "auto" (the checkpoint's; bfloat16 for quantised GGUF files), "float32",
-    "float16", "bfloat16" or a torch dtype. The tokenizer is None when the folder has none. allow_untested: accept model types
+    adapter alone stands for its base with it. dtype: "auto" (the checkpoint's; for quantised GGUF files bfloat16, or float32 on
+    a CPU without instructions for it), "float32", "float16", "bfloat16" or a torch dtype. quantize: "int8" or "int4" for the
+    matrices (see `kvgraph.models.matrices`), in bfloat16, on a CPU. The tokenizer is None when the folder has none. allow_untested: accept model types
     that kvgraph doesn't test; what can be checked still is.
     Raises ModelError with the reason.
     """
@@ -47,6 +51,9 @@ def load(
     wanted = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if wanted != "auto" and wanted not in _DTYPES.values():
         raise ModelError(f"dtype {dtype} isn't supported; use auto, {', '.join(_DTYPES)}")
+    quantize = matrices.checked(quantize, wanted, target)
+    if quantize:
+        wanted = torch.bfloat16
     name = shown
     if adapters.is_adapter(Path(name).expanduser()):
         if adapter is not None:
@@ -55,7 +62,8 @@ def load(
     merging = None if adapter is None else adapters.folder_of(adapter)
     file = gguf.gguf_in(Path(name).expanduser())
     facts = None if merging is None else adapters.facts_of(merging)
-    copy = converted.copy_of(file, facts, wanted) if file else None
+    dequantised = gguf.dequantised_dtype(target)
+    copy = converted.copy_of(file, facts, wanted, dequantised) if file else None
     if file and copy and (copied := copy.read()) is not None:
         (hf, tokenizer), folder, files = copied, file.parent, [file]
         refuse(hf.config, allow_untested)
@@ -63,7 +71,9 @@ def load(
         told = nullcontext() if name == shown else one_line(f"{shown} holds an adapter of {name}")
         with told, gguf.read_once() if file else nullcontext():
             hf, folder, files = (
-                _from_gguf(file, wanted, allow_untested) if file else _from_folder(name, wanted, allow_untested)
+                _from_gguf(file, wanted, dequantised, allow_untested)
+                if file
+                else _from_folder(name, wanted, allow_untested)
             )
             tokenizer = _tokenizer(file or folder, name)
         if merging is not None:
@@ -72,7 +82,9 @@ def load(
             copy.write(hf, tokenizer)
     with one_line(f"can't put {name} on {target}"):
         hf.to(target)  # type: ignore[arg-type]  # stubs know no device of text
-    model = _build(hf, tokenizer, shown, [file_hash(f) for f in files], allow_untested, facts)
+    if quantize:
+        matrices.quantise(hf, quantize)
+    model = _build(hf, tokenizer, shown, [file_hash(f) for f in files], allow_untested, facts, quantize)
     for carded in filter(None, (folder, merging)):
         try:
             model.tuned_for += declared(card(carded), f"the model card in {carded}")
@@ -85,14 +97,14 @@ def load(
 _Loaded = tuple[PreTrainedModel, Path, list[Path]]  # the model, its folder, and the files that its weights are in
 
 
-def _from_gguf(file: Path, wanted: Any, allow_untested: bool) -> _Loaded:
+def _from_gguf(file: Path, wanted: Any, dequantised: torch.dtype, allow_untested: bool) -> _Loaded:
     _refuse_pointers([file], str(file.parent))
     gguf.check(file)
     with one_line(f"can't read the config of {file}"), gguf.explained(file):
         config = AutoConfig.from_pretrained(**gguf.source(file))
     refuse(config, allow_untested)
     with one_line(f"can't load {file}"), _shapes_explained():
-        return gguf.load_weights(file, config, wanted), file.parent, [file]
+        return gguf.load_weights(file, config, wanted, dequantised), file.parent, [file]
 
 
 def _from_folder(name: str, wanted: Any, allow_untested: bool) -> _Loaded:
@@ -180,7 +192,13 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
 
 
 def _build(
-    hf: PreTrainedModel, tokenizer: Any, name: str, weights: list[str], allow_untested: bool, adapter: Any = None
+    hf: PreTrainedModel,
+    tokenizer: Any,
+    name: str,
+    weights: list[str],
+    allow_untested: bool,
+    adapter: Any = None,
+    quantize: str | None = None,
 ) -> Model:
     if hf.dtype not in _DTYPES.values():
         raise ModelError(f"{name} is in {hf.dtype}, which isn't supported; use {', '.join(_DTYPES)}")
@@ -189,7 +207,8 @@ def _build(
     with nullcontext() if tested else one_line(f"{name} can't be run"):
         plain = None if tested else plain_logits(hf)
         rotaries, layers = probe(hf, exact_angles(hf))
-        model = Model(hf, tokenizer, name, fingerprint_of(hf, weights, rotaries, layers, adapter), rotaries, layers)
+        fingerprint = fingerprint_of(hf, weights, rotaries, layers, adapter, quantize)
+        model = Model(hf, tokenizer, name, fingerprint, rotaries, layers)
         if plain is not None:
             require_equal(model, *plain)
     return model

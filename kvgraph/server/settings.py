@@ -82,6 +82,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8771
     dtype: str = "auto"
+    quantize: str | None = None  # int8 or int4
     device: str = "cpu"
     store: Annotated[list[Shown], NoDecode, BeforeValidator(_places)] = []  # folders and URLs, fastest first
     store_size: Size | None = None  # the limit of each of its folders; least recently used records go first

@@ -50,6 +50,7 @@ def load_engine(settings: Settings) -> Engine:
         settings.model,
         adapter=settings.adapter,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         device=settings.device,
         allow_untested=settings.allow_untested,
     )

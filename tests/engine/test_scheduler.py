@@ -568,6 +568,25 @@ def test_more_decoding_rows_than_a_step_holds(llama):
         assert_right(llama, request)
 
 
+@pytest.mark.parametrize("step_tokens", [1, 3, 5])
+def test_no_row_that_decodes_is_left_out_of_a_step(llama, step_tokens):
+    """Prompts of a few tokens that see up to 60 places: more of them wait than a step has room for."""
+    engine = Engine(llama, kv_budget=1 << 26, max_step_tokens=step_tokens)
+    requests = []
+    for i, n in enumerate([1, 60, 2, 30, 60, 1, 30, 2]):
+        spans = [contiguous([j % VOCAB, 3], 2 * j) for j in range(n)]
+        prompt = contiguous([1] * (1 + i % 4), 2 * n, [Place(j, 2 * j) for j in range(n)], cached=False)
+        requests.append(engine.submit(Plan((*spans, prompt)), GREEDY, first_logits=True))
+    most = 0
+    while not all(request.finished for request in requests):
+        chosen = {id(owner) for owner, _ in engine.scheduler._choose()}
+        decoding = [request for request in engine.scheduler.running if request.token_ids]
+        assert all(id(request) in chosen for request in decoding)
+        most = max(most, len(decoding))
+        engine.step()
+    assert (most > 1) == (step_tokens > 1)
+
+
 def test_a_token_that_sees_many_places_does_not_widen_its_neighbours(llama, monkeypatch):
     """The merge's scratch follows the (token, place) pairs there are, not the step's tokens times the most places."""
     n = 300

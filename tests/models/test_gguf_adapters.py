@@ -61,7 +61,8 @@ def test_a_gguf_file_is_the_model_with_these_weights(family, kind, tmp_path):
 def test_a_folder_with_a_gguf_file_is_the_file(tmp_path):
     gguf_files.write(build(), tmp_path / "m.gguf", Kind.Q8_0)
     file, folder = models.load(tmp_path / "m.gguf"), models.load(tmp_path)
-    assert file.fingerprint == folder.fingerprint and file.dtype == folder.dtype == torch.bfloat16
+    wanted = reading.dequantised_dtype(torch.device("cpu"))
+    assert file.fingerprint == folder.fingerprint and file.dtype == folder.dtype == wanted
     assert file.limit == 4096 and file.eos_ids == (1,)
     asked = file.tokenizer.apply_chat_template([{"role": "user", "content": "hell"}], tokenize=False)
     assert asked == "<user>hell" and models.load_tokenizer(tmp_path).chat_template == gguf_files.TEMPLATE
@@ -111,6 +112,47 @@ def test_what_is_not_quantised_keeps_its_dtype_and_other_bytes_are_another_model
     gguf_files.write(families.build("Llama", **SIZES | {"initializer_range": 0.1}), tmp_path / "b.gguf")
     a, b = models.load(tmp_path / "a.gguf"), models.load(tmp_path / "b.gguf")
     assert a.dtype == torch.float32 and a.fingerprint != b.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("there", "fast"),
+    [
+        ({"avx2": True}, False),
+        ({"avx512_f": True, "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"neon": True, "bf16": False}, False),
+        ({"neon": True, "bf16": True}, True),
+    ],
+)
+def test_what_quantised_matrices_become_depends_on_the_processor(there, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
+    assert reading.multiplies_bf16() == fast
+    assert reading.dequantised_dtype(torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+    assert reading.dequantised_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+def test_a_processor_without_bf16_uses_float32_and_records_of_its_own(copies, tmp_path, monkeypatch):
+    """Both kinds of machine share the file, the cache folder and the store."""
+    gguf_files.write(build(), tmp_path / "m.gguf", Kind.Q8_0)
+    graph = ContextGraph([list(range(20)), list(range(30, 50))], query=[7, 8])
+
+    def answered(capabilities: dict[str, bool]) -> tuple[torch.dtype, dict[str, int], list[int]]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        with Engine.load(tmp_path / "m.gguf", store=tmp_path / "kv") as engine:
+            result = engine.generate(graph, "block", max_tokens=4)
+            return engine.model.dtype, result.usage.reused_tokens, result.token_ids
+
+    old, new = {"avx2": True}, {"avx2": True, "avx512_bf16": True}
+    first = [answered(old), answered(new)]
+    assert [(dtype, reused) for dtype, reused, _ in first] == [(torch.float32, {}), (torch.bfloat16, {})]
+    again = [answered(old), answered(new)]
+    assert [(dtype, reused) for dtype, reused, _ in again] == [
+        (torch.float32, {"disk": 40}),
+        (torch.bfloat16, {"disk": 40}),
+    ]
+    assert [tokens for *_, tokens in again] == [tokens for *_, tokens in first]
+    assert len(list(copies.iterdir())) == 2
 
 
 @pytest.fixture

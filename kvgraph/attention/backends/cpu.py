@@ -44,14 +44,15 @@ def _open(q: Tensor, keys: Side, values: Side, scale: float) -> tuple[Tensor, Te
     """Every column sees every key. The R heads of a group become rows of one matmul, so keys are read once."""
     (heads, n, dim), groups = q.shape, keys.shape[0]
     rows = q.reshape(1, groups, heads // groups * n, dim)
+    if keys.shape[1] <= TILE:  # as in nearly all calls of a decoding step, which has hundreds of them
+        out, lse = _flash(rows, keys.float()[None], values.float()[None], 0.0, False, attn_mask=None, scale=scale)
+        return out.reshape(heads, n, dim), lse.reshape(heads, n)
     outs, lses = [], []
     for at in range(0, keys.shape[1], TILE):
         k, v = keys[:, at : at + TILE].float(), values[:, at : at + TILE].float()
         out, lse = _flash(rows, k[None], v[None], 0.0, False, attn_mask=None, scale=scale)
         outs.append(out.reshape(heads, n, dim))
         lses.append(lse.reshape(heads, n))
-    if len(outs) == 1:
-        return outs[0], lses[0]
     stacked = torch.stack(lses)
     total = torch.logsumexp(stacked, 0)
     weights = torch.exp(stacked - total)[..., None]
