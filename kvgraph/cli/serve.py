@@ -29,10 +29,11 @@ def serve(
     ] = None,
     codec: Annotated[str | None, typer.Option(help="How records are kept, as in `kvgraph ask` [default: raw].")] = None,
     library: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE",
-            help="Where segments and graphs are kept [default: library.sqlite in the store's first folder].",
+            metavar="PLACE",
+            help="File, or URL of a Postgres, that keeps segments and graphs [default: library.sqlite in the store's first "
+            "folder].",
         ),
     ] = None,
     kv_budget: Annotated[
