@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvgraph.cli.common import ServedPlaces, parse_size, unescaped
+from kvgraph.cli.common import ServedPlaces, library_without_password, parse_size, unescaped
 from kvgraph.errors import KVGraphError
 
 
@@ -32,6 +32,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="PLACE",
+            callback=library_without_password,
             help="File, or URL of a Postgres, that keeps segments and graphs [default: library.sqlite in the store's first "
             "folder].",
         ),

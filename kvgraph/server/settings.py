@@ -55,6 +55,8 @@ def _places(given: Any) -> Any:
 
 def _place(given: Any) -> Any:
     """A file or a URL, of a text. Raises ValueError."""
+    if given is None:
+        return None
     listed = _places(given)
     if len(listed) > 1:
         raise ValueError("it must be one file, or the URL of a Postgres")
