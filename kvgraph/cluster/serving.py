@@ -465,7 +465,7 @@ class Ingress:
 
 def application(settings: dict[str, Any]) -> Any:
     """What `serve run kvgraph.cluster:app` runs. settings: as in a configuration file, and `replicas`, how many."""
-    count = settings.pop("replicas", 1)
+    count = int(settings.pop("replicas", 1))  # `serve run` gives words
     bound = replicas(Settings.load(**settings), num_replicas=count)
     ingress = serve.deployment(name="Ingress", num_replicas=1, max_ongoing_requests=10_000)(Ingress)
     return ingress.bind(settings, bound)
