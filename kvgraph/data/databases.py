@@ -81,7 +81,7 @@ class Database(Protocol):
 class SQLite:
     """A file, None for memory. Raises sqlite3.Error."""
 
-    failures = (sqlite3.Error,)
+    failures: tuple[type[Exception], ...] = (sqlite3.Error,)
 
     def __init__(self, file: Path | None):
         db = sqlite3.connect(file or ":memory:", timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
@@ -141,7 +141,7 @@ class Postgres:
             import sqlalchemy
             from sqlalchemy.exc import SQLAlchemyError
 
-            self.failures = (SQLAlchemyError,)
+            self.failures: tuple[type[Exception], ...] = (SQLAlchemyError,)
             self._engine = sqlalchemy.create_engine(
                 place.text, pool_pre_ping=True, pool_size=1, max_overflow=0, hide_parameters=True
             )
