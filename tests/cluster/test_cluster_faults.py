@@ -62,12 +62,29 @@ def redis(tmp_path_factory) -> Iterator[RedisServer]:
 @pytest.fixture(scope="module")
 def live(local_ray, model_folder, redis) -> Iterator[Live]:
     """Two replicas that can't keep all documents in memory, and a Redis behind them."""
-    from kvgraph.cluster.serving import local_app
+    from ray import serve
 
-    settings = {"served_name": "model", "kv_budget": 48 << 20, "store": redis.url, "grace": GRACE}
-    app = local_app(Settings.load(model=str(model_folder), **settings), 2)
+    from kvgraph.cluster.serving import Planner, make_app
+
+    fixed = {"served_name": "model", "kv_budget": 48 << 20, "store": redis.url, "grace": GRACE}
+    settings = Settings.load(model=str(model_folder), **fixed)
+    serve.start(proxy_location="Disabled")
+    handle = deployed(settings, 2)
+    app = make_app(settings, lambda given: Planner.of(handle, given))
     with serving(app, WAIT) as url:
         yield Live(app, url)
+    serve.shutdown()
+
+
+def deployed(settings: Settings, count: int | None, **options: Any) -> Any:
+    """The handle of so many replicas, once they are there. Those that are there already stay, as with `serve deploy`."""
+    from ray import serve
+
+    from kvgraph.cluster.serving import NAME, local_replicas
+
+    bound = local_replicas(settings, 2, **({"num_replicas": count} | options))
+    bound._bound_deployment._version = "1"  # `serve.run` gives each deployment another one, and replaces all replicas
+    return serve.run(bound, name=NAME, route_prefix=None)
 
 
 @pytest.fixture(scope="module")
@@ -203,12 +220,7 @@ def test_nothing_that_is_killed_costs_more_than_its_own_work(live, answers, redi
 
 def asked_for(live: Live, count: int | None, **options: Any) -> threading.Thread:
     """Ask for another number of replicas; the thread ends when it is so."""
-    from ray import serve
-
-    from kvgraph.cluster.serving import NAME, local_replicas
-
-    bound = local_replicas(live.server.settings, 2, **({"num_replicas": count} | options))
-    thread = threading.Thread(target=serve.run, args=(bound,), kwargs={"name": NAME, "route_prefix": None}, daemon=True)
+    thread = threading.Thread(target=deployed, args=(live.server.settings, count), kwargs=options, daemon=True)
     thread.start()
     return thread
 
@@ -228,7 +240,7 @@ def test_a_replica_that_is_taken_away_ends_its_streams_and_writes_what_waits(liv
         return live.body(documents=[{"text": text}], kvgraph={"method": "block"}, max_tokens=tokens, temperature=0)
 
     def streamed(text: str) -> str:
-        answer = httpx.post(f"{live.url}/v1/completions", json=body(text, 400) | {"stream": True}, timeout=WAIT)
+        answer = httpx.post(f"{live.url}/v1/completions", json=body(text, 200) | {"stream": True}, timeout=WAIT)
         *chunks, last = events(answer.text)
         assert last == "[DONE]", chunks[-1]
         return "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"])
