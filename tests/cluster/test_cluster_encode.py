@@ -13,10 +13,14 @@ from clusters import encoding_workers
 from kvgraph import Engine
 from kvgraph.data import corpus
 from kvgraph.encoding import Documents, Done, Encoder, PlannedSpans, batches, levels, plan_batches
+from kvgraph.errors import StoreError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import parse
 from kvgraph.plan import Plan
 from kvgraph.store.open import open_store
+from kvgraph.store.remote.store import RemoteStore
+from remotes import MemoryPlace
+from serving import until
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:this model doesn't declare tuning"),
@@ -65,6 +69,26 @@ def test_batches_may_be_encoded_in_any_order_and_change_no_byte(model_folder, do
     assert sum(p.computed for p in parts) == whole.computed and sum(p.stored for p in parts) == whole.stored
     again = encode(items, work, tmp_path / "two", model_folder)
     assert (again.computed, again.stored, again.reused) == (0, 0, whole.computed - len("Read:\n"))
+
+
+def test_a_store_that_doesnt_answer_is_tried_again_and_one_that_is_full_isnt(
+    model_folder, documents, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("kvgraph.encoding.PAUSE", 0.05)
+    work = list(batches(documents))[:2]
+    place = MemoryPlace()
+    with Encoder(Documents(parse("block"), ""), [str(tmp_path)], model=str(model_folder), check=False) as encoder:
+        encoder.store = RemoteStore(place, "redis", "redis://cache", encoder.engine.fingerprint)
+        place.fault = "dead"
+        encoder.encode(work[0])
+        until(lambda: place.calls > 3)
+        place.fault = None
+        encoder.flush()
+        assert len(place.kept) == len(work[0])
+        place.fault = "full"
+        encoder.encode(work[1])
+        with pytest.raises(StoreError, match="can't keep a record in redis://cache: full"):
+            encoder.flush()
 
 
 def test_a_graph_is_encoded_level_by_level(model_folder, tmp_path):

@@ -250,13 +250,16 @@ def test_a_replica_that_is_taken_away_ends_its_streams_and_writes_what_waits(liv
         asked = [pool.submit(live.ask, **body(text, 4)) for text in texts.values()]
         assert all(answer.result(WAIT).status_code == 200 for answer in asked)
         streams = [pool.submit(streamed, text) for text in texts.values()]
-        until(lambda: min(ROUTES.loads().values()) == 1)
+        until(lambda: min(ROUTES.loads().values()) == 1, WAIT)
         leaving = asked_for(live, 1)
         until(lambda: metrics(live.url)["kvgraph_replicas"] == 1, WAIT)
+        redis.resume()  # a write is given up after a minute
         told = [stream.result(WAIT) for stream in streams]
     leaving.join(WAIT)
     until(lambda: len(serving_replicas()) == 1, WAIT)
-    until(lambda: all(engine.store.get(key) for key in keys.values()))  # it remembers for seconds what wasn't there
+    until(
+        lambda: all(engine.store.get(key) for key in keys.values()), WAIT
+    )  # it remembers for seconds what wasn't there
     assert told == [streamed(text) for text in texts.values()]
     asked_for(live, 2).join(WAIT)
 

@@ -54,7 +54,10 @@ class RedisServer:
         try:
             yield
         finally:
-            self.process.send_signal(signal.SIGCONT)
+            self.resume()
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def client(self):
         import redis
