@@ -103,7 +103,10 @@ def test_segments_and_graphs_are_the_clusters(url):
     assert again["computed_tokens"] == again["tokens"]  # no replica had kept it
 
 
-def test_the_dashboard_and_the_docs_name_metrics_that_are_there(url):
+def test_the_dashboard_and_the_docs_name_metrics_that_are_there(client, url):  # noqa: F811
+    ask(
+        client, extra_body={"documents": DOCUMENTS, "kvgraph": {"method": "block"}}
+    )  # tokens are told of replicas that read some
     there = {name.partition("{")[0] for name in metrics(url)}
     ours = {name for name in there if re.match("kvgraph_(replica|routed|retried)", name)}
     panels = json.loads((ROOT / "docs/grafana/kvgraph-cluster.json").read_text())["panels"]
