@@ -21,18 +21,21 @@ from kvgraph.attention.rows import on_device
 from kvgraph.data.corpus import CorpusDocument
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.request import Request
-from kvgraph.errors import KVGraphError
+from kvgraph.errors import KVGraphError, StoreError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Place, Plan, Span
 from kvgraph.store.codecs.registry import packed
 from kvgraph.store.open import open_store
 from kvgraph.store.record import Record
+from kvgraph.store.remote.base import RemoteError, RemoteFull
 from kvgraph.units import human_size
 
 MOST = 64  # plans in a batch
 CHARACTERS = 64_000  # of the texts of a batch, unless it is a single text
 TOKENS = 16_000  # of a batch's spans, unless it is a single span
+PATIENCE = 180.0  # seconds for which a store that doesn't answer is tried again
+PAUSE = 1.0  # seconds before the next try
 T = TypeVar("T")
 
 
@@ -260,9 +263,23 @@ class Encoder:
         codec = self.engine.codec
         if codec.name != "raw":
             records = [record if record.packed else packed(record, codec) for record in records]
-        for error in self.store.put_all(records).values():
-            raise error
+        self._put(records)
         return sum(record.stored_bytes for record in records)
+
+    def _put(self, records: list[Record]) -> None:
+        """Write records. A place that doesn't answer is tried again for a while: it may be starting anew."""
+        deadline = time.monotonic() + PATIENCE
+        while errors := self.store.put_all(records):
+            lasting = [error for error in errors.values() if not _may_pass(error)]
+            if lasting or time.monotonic() > deadline:
+                raise (lasting or list(errors.values()))[0]
+            records = [record for record in records if record.key in errors]
+            time.sleep(PAUSE)
+
+
+def _may_pass(error: StoreError) -> bool:
+    """Whether a record couldn't be kept because its place didn't answer."""
+    return isinstance(error.__cause__, RemoteError) and not isinstance(error.__cause__, RemoteFull)
 
 
 class _Collecting(Engine):

@@ -81,6 +81,16 @@ def without_passwords(places: list[str] | None) -> list[str] | None:
     return places
 
 
+def library_without_password(place: str | None) -> str | None:
+    """The same for the place of segments and graphs."""
+    if place is not None and StorePlace(place).has_password:
+        raise typer.BadParameter(
+            f"everybody on this machine can read the password in the URL of {StorePlace(place)}; put the URL into the variable "
+            "KVGRAPH_LIBRARY"
+        )
+    return place
+
+
 def _given_or_set(places: list[str] | None) -> list[str] | None:
     """Places as they were given, or of the environment."""
     return without_passwords(places) or places_of(os.environ.get(VARIABLE, "")) or None

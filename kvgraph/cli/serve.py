@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvgraph.cli.common import ServedPlaces, parse_size, unescaped
+from kvgraph.cli.common import ServedPlaces, library_without_password, parse_size, unescaped
 from kvgraph.errors import KVGraphError
 
 
@@ -32,10 +32,12 @@ def serve(
     ] = None,
     codec: Annotated[str | None, typer.Option(help="How records are kept, as in `kvgraph ask` [default: raw].")] = None,
     library: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE",
-            help="Where segments and graphs are kept [default: library.sqlite in the store's first folder].",
+            metavar="PLACE",
+            callback=library_without_password,
+            help="File, or URL of a Postgres, that keeps segments and graphs [default: library.sqlite in the store's first "
+            "folder].",
         ),
     ] = None,
     kv_budget: Annotated[

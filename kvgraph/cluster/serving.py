@@ -47,6 +47,7 @@ from kvgraph.methods import Method
 from kvgraph.plan import Plan
 from kvgraph.server.app import create_app
 from kvgraph.server.errors import LostError
+from kvgraph.server.metrics import EngineMetrics
 from kvgraph.server.runner import EngineJob, EngineThread, Load, Stopped, Update, Watch
 from kvgraph.server.settings import Settings
 from kvgraph.server.state import load_engine
@@ -80,12 +81,11 @@ class Order:
 
 @dataclass
 class Piece:
-    """What is new of an answer, and of the replica: its name, spans that it evicted, bytes of KV in memory."""
+    """What is new of an answer, and of the replica: its name, and spans that it evicted."""
 
     update: Update
     replica: str
     gone: list[str]
-    kv_bytes: int
     scored: list[Sampled] = field(default_factory=list)
 
 
@@ -101,6 +101,7 @@ class Replica:
         self.engine = await asyncio.to_thread(load_engine, settings)
         self._runner = EngineThread(self.engine)
         self._runner.start()
+        self._metrics = EngineMetrics(self._runner)
         self._gone: deque[str] = deque()  # the engine's thread adds to it
         self.engine.scheduler.memory.pool.on_evict = self._gone.append
 
@@ -126,7 +127,7 @@ class Replica:
 
     def _message(self, update: Update) -> Piece:
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
-        return Piece(update, self.name, gone, self._runner.load.kv_bytes)
+        return Piece(update, self.name, gone)
 
     def probe(self, graph: ContextGraph, method: Method) -> Plan:
         """The plan of a method that must run the model to make it."""
@@ -136,6 +137,11 @@ class Replica:
         """Drop records from memory and store. replica: this one, for the router."""
         await asyncio.wrap_future(self._runner.call(lambda: self.engine.forget(keys, salt)))
         await asyncio.to_thread(self.engine.flush)
+
+    async def metrics(self, *, replica: str) -> list[Metric]:
+        """What a server says of its engine and its stores. replica: this one, for the router."""
+        await asyncio.to_thread(self._metrics.measure)
+        return list(self._metrics.collect())
 
     def check_health(self) -> None:
         """Raise what ended the engine; Ray then starts another replica."""
@@ -227,9 +233,19 @@ class ReplicaRunner(EngineThread):
         self._answer = engine.handle.options(method_name="answer", stream=True)
         self._tasks: dict[EngineJob, asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(1, "kvgraph-calls")
-        self.kv_bytes: dict[str, int] = {}  # by replica
-        self.tokens: Counter[tuple[str, str]] = Counter()  # (replica, "computed" or "reused") -> tokens of documents
+        self.tokens: Counter[tuple[str, str]] = Counter()  # (replica, "computed", "loaded" or "memory") -> span tokens
         self.retried = 0
+
+    def parts(self) -> dict[str, list[Metric]]:
+        """What each replica says of its engine and its stores."""
+        said = {}
+        calls = {name: self.engine.handle.metrics.remote(replica=name) for name in ROUTES.replicas}
+        for name, call in calls.items():
+            try:
+                said[name] = call.result(timeout_s=CALL)
+            except (RayError, RayServeException, TimeoutError) as error:
+                log.warning("a replica doesn't tell its metrics: %s", str(error).splitlines()[0])
+        return said
 
     def start(self) -> None:
         """Take jobs, on the event loop that runs now."""
@@ -314,7 +330,6 @@ class ReplicaRunner(EngineThread):
                 if first:  # all that it reads is in memory now
                     ROUTES.report(message.replica, held=spans_of(request))
                     first = False
-                self.kv_bytes[message.replica] = message.kv_bytes
                 if isinstance(message.update.error, Stopped):
                     raise message.update.error
                 if message.update.result is not None:
@@ -323,8 +338,7 @@ class ReplicaRunner(EngineThread):
         finally:
             stream.cancel()  # of no effect on one that has ended
             ROUTES.finished(ticket)
-            loads = ROUTES.loads()
-            self.load = Load(sum(loads.values()), 0, sum(self.kv_bytes.get(name, 0) for name in loads), 0)
+            self.load = Load(running=sum(ROUTES.loads().values()))
 
     def _taken(self, request: Request, message: Piece) -> Update:
         """The update of a message, noted in the request as the engine would."""
@@ -349,10 +363,8 @@ class ReplicaRunner(EngineThread):
         """Metrics of the replicas, and of the router."""
         yield GaugeMetricFamily("kvgraph_replicas", "Replicas that take requests.", value=len(ROUTES.replicas))
         running = GaugeMetricFamily("kvgraph_replica_requests", "Requests given to a replica.", labels=("replica",))
-        held = GaugeMetricFamily("kvgraph_replica_kv_bytes", "KV in a replica's memory.", labels=("replica",))
         for name, load in ROUTES.loads().items():
             running.add_metric((name,), load)
-            held.add_metric((name,), self.kv_bytes.get(name, 0))
         tokens = CounterMetricFamily(
             "kvgraph_replica_tokens",
             "Span tokens that requests read, by where they were.",
@@ -363,7 +375,7 @@ class ReplicaRunner(EngineThread):
         routed = CounterMetricFamily("kvgraph_routed", "Requests routed by their spans, or by load.", labels=("by",))
         for by in ("spans", "load"):
             routed.add_metric((by,), ROUTES.counts[by])
-        yield from (running, held, tokens, routed)
+        yield from (running, tokens, routed)
         yield CounterMetricFamily("kvgraph_retried", "Requests given to another replica.", value=self.retried)
 
 
@@ -405,27 +417,33 @@ def make_app(settings: Settings, load: Callable[[Settings], Engine]) -> FastAPI:
     return app
 
 
+def local_replicas(settings: Settings, count: int, **options: Any) -> Any:
+    """The deployment of `count` replicas that share this machine, bound."""
+    budget = settings.kv_budget or default_budget(torch.device("cpu")) // count
+    cores = os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))
+    actor = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}}}
+    if settings.device.startswith("cuda"):
+        actor["num_gpus"] = 1
+        budget = settings.kv_budget  # type: ignore[assignment]  # each has a device of its own
+    given = settings.model_copy(update={"kv_budget": budget})
+    return replicas(given, **({"num_replicas": count, "ray_actor_options": actor} | options))
+
+
 def local_app(settings: Settings, count: int, **options: Any) -> FastAPI:
     """The application in this process, in front of `count` replicas on a Ray that it starts."""
-    connect(LOCAL)  # here, as its processes end with the thread that started them
+    # Here, as Ray's processes end with the thread that started them; and before the server has its signal handlers, as Ray's
+    # own would abort this process three seconds after a SIGTERM.
+    connect(LOCAL)
 
     def load(settings: Settings) -> Engine:
-        budget = settings.kv_budget or default_budget(torch.device("cpu")) // count
-        cores = os.cpu_count() or 1
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))
-        actor = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}}}
-        if settings.device.startswith("cuda"):
-            actor["num_gpus"] = 1
-            budget = settings.kv_budget  # type: ignore[assignment]  # each has a device of its own
-        given = settings.model_copy(update={"kv_budget": budget})
         ours = ExitStack()
         ours.callback(serve.shutdown)
         try:
             serve.start(proxy_location="Disabled")
-            bound = replicas(given, **({"num_replicas": count, "ray_actor_options": actor} | options))
-            handle = serve.run(bound, name=NAME, route_prefix=None)
+            handle = serve.run(local_replicas(settings, count, **options), name=NAME, route_prefix=None)
             ours.callback(serve.delete, NAME)  # waits until they have written what is pending
-            return Planner.of(handle, given, ours.close)
+            return Planner.of(handle, settings, ours.close)
         except BaseException:
             ours.close()
             raise
@@ -447,7 +465,7 @@ class Ingress:
 
 def application(settings: dict[str, Any]) -> Any:
     """What `serve run kvgraph.cluster:app` runs. settings: as in a configuration file, and `replicas`, how many."""
-    count = settings.pop("replicas", 1)
+    count = int(settings.pop("replicas", 1))  # `serve run` gives words
     bound = replicas(Settings.load(**settings), num_replicas=count)
     ingress = serve.deployment(name="Ingress", num_replicas=1, max_ongoing_requests=10_000)(Ingress)
     return ingress.bind(settings, bound)

@@ -1,4 +1,5 @@
-"""Stored segments and corpus graphs by tenant: what was given, as token ids, in one SQLite file beside the KV store.
+"""Stored segments and corpus graphs by tenant: what was given, as token ids, in one SQLite file beside the KV store, or in
+a Postgres.
 
 The library holds no KV. It says which tokens an id stands for and who reads whom; keys follow from that, so a record
 that is gone costs a recompute and nothing else.
@@ -21,40 +22,18 @@ from typing import Any, Literal
 
 from kvgraph import methods
 from kvgraph.data.chat import Document
+from kvgraph.data.databases import Database, Postgres, SQLite
 from kvgraph.errors import KVGraphError, StoreError
 from kvgraph.graph import ContextGraph, Text
 from kvgraph.methods import Method
+from kvgraph.places import StorePlace
 
 log = logging.getLogger("kvgraph.data")
 
 State = Literal["pending", "running", "ready", "failed"]
 
-SCHEMA = 1
 DEFAULT_METHOD = "graph-kv"  # of the graphs that don't name theirs: it was the only one when this schema was made
 LIBRARY = "library.sqlite"  # in the folder of the store
-BUSY_TIMEOUT = 10.0  # seconds a writer waits for another process
-_CREATE = """
-CREATE TABLE segments (
-    row INTEGER PRIMARY KEY, model TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, title TEXT NOT NULL,
-    text TEXT NOT NULL, tokens BLOB NOT NULL, created REAL NOT NULL, UNIQUE (model, tenant, id)
-);
-CREATE TABLE graphs (
-    row INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, digest TEXT NOT NULL,
-    method TEXT NOT NULL, segments INTEGER NOT NULL, edges INTEGER NOT NULL, spans INTEGER NOT NULL,
-    tokens INTEGER NOT NULL, created REAL NOT NULL, state TEXT NOT NULL DEFAULT 'pending',
-    done INTEGER NOT NULL DEFAULT 0, error TEXT, UNIQUE (model, tenant, id)
-);
-CREATE TABLE members (
-    graph INTEGER NOT NULL REFERENCES graphs ON DELETE CASCADE, place INTEGER NOT NULL,
-    segment INTEGER NOT NULL REFERENCES segments ON DELETE RESTRICT,
-    PRIMARY KEY (graph, place), UNIQUE (graph, segment)
-) WITHOUT ROWID;
-CREATE INDEX member_of ON members (segment);
-CREATE TABLE edges (
-    graph INTEGER NOT NULL REFERENCES graphs ON DELETE CASCADE, reader INTEGER NOT NULL, source INTEGER NOT NULL,
-    PRIMARY KEY (graph, reader, source)
-) WITHOUT ROWID;
-"""
 
 
 class LibraryError(KVGraphError):
@@ -123,23 +102,30 @@ class GraphPart:
 class Library:
     """Segments and graphs of one model (by fingerprint), by tenant and id. Safe to use from several threads.
 
-    file: the SQLite file, shared with other processes; None keeps everything in memory. Raises StoreError when the file
-    is damaged or another version's. A file that can't be written is left alone, with a warning: then memory serves.
+    place: the SQLite file, or the URL of a Postgres, shared with other processes; None keeps everything in memory. Raises
+    StoreError when it can't be used, is damaged, or another version's. A file that can't be written is left alone, with a
+    warning: then memory serves.
     """
 
-    def __init__(self, file: Path | None, model: str):
+    def __init__(self, place: Path | StorePlace | None, model: str):
         self._model = model
         self._lock = threading.RLock()
+        self._db: Database
+        if isinstance(place, StorePlace):
+            self._db = Postgres(place)
+            return
         try:
-            self._db = _opened(file)
+            self._db = SQLite(place)
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
                 log.warning(
-                    "can't keep segments and graphs in %s, they are lost when the server stops: %s", file, error
+                    "can't keep segments and graphs in %s, they are lost when the server stops: %s", place, error
                 )
-                self._db = _opened(None)
+                self._db = SQLite(None)
             else:
-                raise StoreError(f"{file} can't be used ({error}); move it away and store its segments again") from None
+                raise StoreError(
+                    f"{place} can't be used ({error}); move it away and store its segments again"
+                ) from None
 
     def close(self) -> None:
         """Close the file. Idempotent."""
@@ -305,9 +291,9 @@ class Library:
         columns = (self._model, tenant, id, digest, fields, len(rows), len(edges), spans, tokens, time.time())
         graph = self._db.execute(
             "INSERT INTO graphs (model, tenant, id, digest, method, segments, edges, spans, tokens, created) "
-            f"VALUES ({', '.join('?' * len(columns))})",
+            f"VALUES ({', '.join('?' * len(columns))}) RETURNING row",
             columns,
-        ).lastrowid
+        ).fetchone()[0]
         members = [(graph, place, row) for place, row in enumerate(rows)]
         self._db.executemany("INSERT INTO members (graph, place, segment) VALUES (?, ?, ?)", members)
         pairs = [(graph, reader, source) for source, reader in edges]
@@ -460,56 +446,30 @@ class Library:
             )
             yield StoredSegment(id, _unpacked(tokens))
 
-    # -- SQLite -------------------------------------------------------------------------------------------------------
+    # -- the database -------------------------------------------------------------------------------------------------------
 
     def _one(self, sql: str, *values: Any) -> Any:
         return self._db.execute(sql, values).fetchone()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """One thread at a time; SQLite's errors as StoreError."""
+        """One thread at a time; the database's errors as StoreError."""
         with self._lock:
             try:
-                yield
+                with self._db.reading():
+                    yield
             except UnicodeEncodeError:
                 raise LibraryError("an id isn't valid Unicode: it contains half of a surrogate pair") from None
-            except sqlite3.Error as error:
-                raise StoreError(f"the library of segments can't be used now: {error}") from None
+            except self._db.failures as error:
+                raise StoreError(
+                    f"the library of segments can't be used now: {getattr(error, 'orig', error)}"
+                ) from None
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """A transaction: all of it or nothing."""
-        with self._reading():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # a full disk, for one, has rolled back already
-                    self._db.execute("ROLLBACK")
-                raise
-
-
-def _opened(file: Path | None) -> sqlite3.Connection:
-    """A connection with all tables. Raises sqlite3.Error."""
-    db = sqlite3.connect(file or ":memory:", timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
-    try:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute("BEGIN IMMEDIATE")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            for statement in filter(str.strip, _CREATE.split(";")):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {SCHEMA}")
-        elif version != SCHEMA:
-            raise sqlite3.DatabaseError(f"it has format {version}, this version of kvgraph reads {SCHEMA}")
-        db.execute("COMMIT")
-    except BaseException:
-        db.close()
-        raise
-    return db
+        with self._reading(), self._db.changing():
+            yield
 
 
 def _digest(method: Method, rows: Sequence[int], edges: Sequence[tuple[int, int]]) -> str:

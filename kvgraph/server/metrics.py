@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import generate_latest as written
@@ -115,7 +115,7 @@ class Metrics:
 
     def observe(self, runner: EngineThread) -> None:
         """Show gauges of this runner, its engine and the engine's stores too."""
-        self._state.runner = runner
+        self._state.observe(runner)
 
     def count_http(self, route: str, method: str, status: int, seconds: float) -> None:
         """An HTTP request has been answered. route: its template, never its path."""
@@ -183,16 +183,20 @@ class _Gauges(Collector):
     """Gauges, sampled at scrape time."""
 
     def __init__(self, model: str, ready: Callable[[], bool]):
-        self.runner: EngineThread | None = None
         self._model, self._ready = model, ready
-        self._sizes: dict[Store, int] = {}
+        self._runner: EngineThread | None = None
+        self._engine: EngineMetrics | None = None
+        self._parts: Mapping[str, Sequence[Metric]] | None = None
+
+    def observe(self, runner: EngineThread) -> None:
+        self._runner, self._engine = runner, EngineMetrics(runner)
 
     def measure(self) -> None:
-        """Ask the stores for their sizes; that may wait for a disk."""
-        for store in () if self.runner is None else _tiers(self.runner.engine):
-            size = store.size()
-            if size is not None:
-                self._sizes[store] = size
+        """Ask what may wait: the stores for their sizes, and engines elsewhere."""
+        if self._runner is not None and self._engine is not None:
+            self._parts = self._runner.parts()
+            if self._parts is None:
+                self._engine.measure()
 
     def collect(self) -> Iterator[Metric]:
         """Before the model is loaded: only which server this is, and that it isn't ready."""
@@ -200,19 +204,52 @@ class _Gauges(Collector):
         built.add_metric((__version__, self._model), 1)
         yield built
         yield GaugeMetricFamily("kvgraph_ready", "1 while requests are taken.", value=float(self._ready()))
-        runner = self.runner
-        if runner is None:
+        runner, engine = self._runner, self._engine
+        if runner is None or engine is None:
             return
-        load, budget = runner.load, runner.engine.scheduler.memory.budget
-        yield GaugeMetricFamily("kvgraph_requests_running", "Requests admitted by the engine.", value=load.running)
-        waiting = max(0, runner.pending - load.running)
+        yield GaugeMetricFamily(
+            "kvgraph_requests_running", "Requests admitted by the engine.", value=runner.load.running
+        )
+        waiting = max(0, runner.pending - runner.load.running)
         yield GaugeMetricFamily("kvgraph_requests_waiting", "Requests that wait for the engine.", value=waiting)
+        yield from engine.collect() if self._parts is None else _by_replica(self._parts)
+
+
+def _by_replica(parts: Mapping[str, Sequence[Metric]]) -> Iterator[Metric]:
+    """The metrics of several engines, with the label `replica`."""
+    made: dict[str, Metric] = {}
+    for name, metrics in parts.items():
+        for one in metrics:
+            whole = made.setdefault(one.name, Metric(one.name, one.documentation, one.type))
+            for sample in one.samples:
+                whole.add_sample(sample.name, {**sample.labels, "replica": name}, sample.value)
+    yield from made.values()
+
+
+class EngineMetrics(Collector):
+    """What there is to say of an engine and its stores."""
+
+    def __init__(self, runner: EngineThread):
+        self._runner = runner
+        self._sizes: dict[Store, int] = {}
+
+    def measure(self) -> None:
+        """Ask the stores for their sizes; that may wait for a disk."""
+        for store in _tiers(self._runner.engine):
+            size = store.size()
+            if size is not None:
+                self._sizes[store] = size
+
+    def collect(self) -> Iterator[Metric]:
+        """As the engine's last step left them."""
+        runner, load = self._runner, self._runner.load
         yield GaugeMetricFamily("kvgraph_spans_encoding", "Missing spans being encoded.", value=load.encoding)
         yield SummaryMetricFamily("kvgraph_step_seconds", "Forward passes.", runner.steps, runner.step_seconds)
         yield GaugeMetricFamily("kvgraph_kv_bytes", "KV held in memory.", value=load.kv_bytes)
         yield GaugeMetricFamily(
             "kvgraph_kv_pinned_bytes", "KV in memory that running requests read.", value=load.pinned
         )
+        budget = runner.engine.scheduler.memory.budget
         yield GaugeMetricFamily("kvgraph_kv_budget_bytes", "The limit of KV held in memory.", value=budget)
         yield from self._of_stores(runner.engine)
 

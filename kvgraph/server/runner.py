@@ -10,10 +10,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+from prometheus_client import Metric
 
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.request import Request
@@ -153,6 +155,10 @@ class EngineThread:
     def pending(self) -> int:
         """Jobs submitted and not finished."""
         return len(self._pending)
+
+    def parts(self) -> Mapping[str, Sequence[Metric]] | None:
+        """Metrics of engines elsewhere that this drives, by their names; may wait. None: it drives its own."""
+        return None
 
     @property
     def takes_work(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -73,8 +72,6 @@ class Process(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)  # where Ray runs, its handler has seen SIGTERM first, and would abort in three seconds
         if self._server.closing:
             os._exit(128 + sig)  # records appear on the disk whole or not at all, whenever that is
         self._server.closing = self.should_exit = True

@@ -53,6 +53,16 @@ def _places(given: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def _place(given: Any) -> Any:
+    """A file or a URL, of a text. Raises ValueError."""
+    if given is None:
+        return None
+    listed = _places(given)
+    if len(listed) > 1:
+        raise ValueError("it must be one file, or the URL of a Postgres")
+    return listed[0] if listed else None
+
+
 Shown = Annotated[StorePlace, PlainSerializer(str)]  # no dump of the settings has a password
 
 
@@ -87,7 +97,8 @@ class Settings(BaseSettings):
     store: Annotated[list[Shown], NoDecode, BeforeValidator(_places)] = []  # folders and URLs, fastest first
     store_size: Size | None = None  # the limit of each of its folders; least recently used records go first
     codec: str = "raw"  # how records are kept
-    library: Path | None = None  # file of segments and graphs; default: library.sqlite in the store's first folder
+    # Of segments and graphs: a file, or the URL of a Postgres; default: library.sqlite in the store's first folder
+    library: Annotated[Shown | None, BeforeValidator(_place)] = None
     kv_budget: Size | None = None
     max_step_tokens: PositiveInt | None = None
     allow_untested: bool = False
@@ -134,7 +145,7 @@ class Settings(BaseSettings):
             raise ValueError(str(error)) from None
         return value
 
-    @field_validator("library", "chat_template")
+    @field_validator("chat_template")
     @classmethod
     def _at_home(cls, value: Path | None) -> Path | None:
         return None if value is None else Path(_expanded(str(value)))

@@ -24,6 +24,7 @@ from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
 from kvgraph.models.embedder import SentenceEmbedder
+from kvgraph.places import StorePlace
 from kvgraph.server import logs
 from kvgraph.server.encode import GraphEncoder
 from kvgraph.server.errors import APIError
@@ -75,14 +76,16 @@ def load_engine(settings: Settings) -> Engine:
     )
 
 
-def library_file(settings: Settings) -> Path | None:
-    """Where segments and graphs are kept: a file of this machine, whatever the store's tiers are. None: in memory."""
+def library_place(settings: Settings) -> Path | StorePlace | None:
+    """Where segments and graphs are kept, whatever the store's tiers are: a file, or a database by its URL. None: in memory."""
     if settings.library is not None or settings.folder is None:
         if settings.library is None and settings.store:
             log.warning(
                 "segments and graphs are in memory, because no tier of the store is a folder; give --library FILE"
             )
-        return settings.library
+        if settings.library is None or settings.library.is_url:
+            return settings.library
+        return Path(settings.library.text)
     return settings.folder / LIBRARY
 
 
@@ -127,9 +130,10 @@ class Server:
     async def _open(self) -> None:
         try:
             engine = await _on_daemon(lambda: self._load(self.settings))
-            file = library_file(self.settings)
-            self._library = await asyncio.to_thread(Library, file, engine.model.fingerprint)
-            self._indexes = GraphIndexes(self._library, file and file.parent, SentenceEmbedder)
+            place = library_place(self.settings)
+            self._library = await asyncio.to_thread(Library, place, engine.model.fingerprint)
+            folder = place.parent if isinstance(place, Path) else None
+            self._indexes = GraphIndexes(self._library, folder, SentenceEmbedder)
             runner = self._run(engine, self.metrics.saw)
             runner.start()
             self.metrics.observe(runner)

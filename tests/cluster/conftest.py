@@ -18,14 +18,15 @@ def local_ray() -> Iterator[None]:
 
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # its name
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    options = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 << 20}
+    for left in (2, 1, 0):
+        try:
+            ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, **options)
+            break
+        except Exception as error:  # it waits for 30 seconds, which may be too few on a busy machine
+            ray.shutdown()
+            if not left or "timed out" not in str(error):
+                raise
     yield
     ray.shutdown()
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,9 +12,9 @@ from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import pytest
 
+from clusters import kill_replica, replica_of
 from kvgraph.server.settings import Settings
 from serving import LONG, metrics, serving, until
 from soak import SOAK
@@ -105,32 +103,58 @@ def test_segments_and_graphs_are_the_clusters(url):
     assert again["computed_tokens"] == again["tokens"]  # no replica had kept it
 
 
-def test_the_dashboard_and_the_docs_name_metrics_that_are_there(url):
+def test_the_dashboard_and_the_docs_name_metrics_that_are_there(client, url):  # noqa: F811
+    ask(
+        client, extra_body={"documents": DOCUMENTS, "kvgraph": {"method": "block"}}
+    )  # tokens are told of replicas that read some
     there = {name.partition("{")[0] for name in metrics(url)}
     ours = {name for name in there if re.match("kvgraph_(replica|routed|retried)", name)}
     panels = json.loads((ROOT / "docs/grafana/kvgraph-cluster.json").read_text())["panels"]
     asked = {name for p in panels for t in p["targets"] for name in re.findall(r"kvgraph_\w+", t["expr"])}
     table = set(re.findall(r"^\| `(kvgraph_\w+)`", (ROOT / "docs/how-to/cluster.md").read_text(), re.M))
-    assert asked <= ours and table == ours
+    assert asked <= there and table == ours
+
+
+def by_replica(url: str, name: str) -> dict[str, float]:
+    """The values of a metric, by replica, of all other labels together."""
+    found: dict[str, float] = {}
+    for sample, value in metrics(url).items():
+        if sample.startswith(name + "{"):
+            replica = re.search(r'replica="([^"]+)"', sample)[1]
+            found[replica] = found.get(replica, 0) + value
+    return found
+
+
+def test_metrics_say_what_each_replica_did(client, url):  # noqa: F811
+    """Tokens by source are those of the answers; steps, memory and stores are told by replica; load is where it is."""
+    names = by_replica(url, "kvgraph_replica_requests").keys()
+    sources = ("computed", "memory", "loaded")
+    before = {source: share(url, source) for source in sources}
+    steps = sum(by_replica(url, "kvgraph_step_seconds_count").values())
+    routed = metrics(url)['kvgraph_routed_total{by="spans"}']
+    told = dict.fromkeys(sources, 0)
+    for i in (0, 1, 0, 1):
+        documents = [{"text": f"measured {i} " + "some words " * 3}]
+        usage = ask(client, extra_body={"documents": documents, "kvgraph": {"method": "block"}}).usage.kvgraph
+        told["computed"] += usage["document_tokens_computed"]
+        told["memory"] += usage["reused_tokens"].get("memory", 0)
+    assert told["computed"] and told["memory"] >= told["computed"]
+    assert {source: share(url, source) - before[source] for source in sources} == told
+    assert metrics(url)['kvgraph_routed_total{by="spans"}'] == routed + 4
+
+    until(lambda: sum(by_replica(url, "kvgraph_step_seconds_count").values()) > steps)
+    assert by_replica(url, "kvgraph_kv_budget_bytes") == dict.fromkeys(names, 1 << 27)
+    assert sum(by_replica(url, "kvgraph_kv_bytes").values()) > 0
+    until(lambda: sum(by_replica(url, "kvgraph_store_written_bytes_total").values()) > 0)
+    assert by_replica(url, "kvgraph_store_available") == dict.fromkeys(names, 1)
+
+    with ask(client, stream=True, max_tokens=LONG, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+        assert sorted(by_replica(url, "kvgraph_replica_requests").values()) == [0, 1]
+    until(lambda: sorted(by_replica(url, "kvgraph_replica_requests").values()) == [0, 0])
 
 
 # -- replicas that are killed -------------------------------------------------------------------------------------------
-
-
-def replica_of(url: str) -> str:
-    """The replica that has a request now."""
-    running = {n: v for n, v in metrics(url).items() if n.startswith("kvgraph_replica_requests")}
-    return max(running, key=running.__getitem__).split('"')[1]
-
-
-def kill(replica: str) -> None:
-    """kill -9 of a replica's process, which is the one that writes its log."""
-    for process in psutil.process_iter(["cmdline"]):
-        serves = "ServeReplica" in "".join(process.info["cmdline"] or ())
-        if serves and any(replica in file.path for file in process.open_files()):
-            os.kill(process.pid, signal.SIGKILL)
-            return
-    raise AssertionError(f"there is no process of replica {replica}")
 
 
 def test_a_replica_that_is_killed_ends_its_stream_with_an_error_and_nothing_else(client, engine, url):  # noqa: F811
@@ -145,7 +169,7 @@ def test_a_replica_that_is_killed_ends_its_stream_with_an_error_and_nothing_else
                 pool.submit(ask, client, extra_body={"documents": DOCUMENTS[:n], "kvgraph": {"method": "block"}})
                 for n in (1, 2, 3, 3)
             ]
-            threading.Timer(0.05, kill, [victim]).start()
+            threading.Timer(0.05, kill_replica, [victim]).start()
             with pytest.raises(openai.APIError, match="the replica that answered has failed") as told:
                 for _ in stream:
                     pass

@@ -54,12 +54,65 @@ class RedisServer:
         try:
             yield
         finally:
-            self.process.send_signal(signal.SIGCONT)
+            self.resume()
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def client(self):
         import redis
 
         return redis.Redis(port=self.port)
+
+
+def postgres_programs() -> Path | None:
+    """Where initdb and postgres are."""
+    found = shutil.which("initdb")
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return Path(found).resolve().parent if found else debian[-1].parent if debian else None
+
+
+class PostgresServer:
+    """A Postgres of one's own, which lets in everybody of this machine. It refuses to run as root, so another user does."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        programs = postgres_programs()
+        assert programs is not None
+        self._postgres, self._data = programs / "postgres", folder / "data"
+        self._as = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+        if self._as:
+            shutil.chown(folder, **self._as)
+            for parent in folder.parents:  # a folder of tests is closed to others
+                if parent.owner() == "root" and parent != Path("/"):
+                    parent.chmod(parent.stat().st_mode | 0o011)
+        words = [programs / "initdb", "-D", self._data, "-U", "kvgraph", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, cwd="/", **self._as)
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+psycopg://kvgraph:a-password@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        words = [self._postgres, "-D", self._data, "-p", str(self.port), "-c", f"unix_socket_directories={self._data}"]
+        self.process = subprocess.Popen(
+            [*words, "-c", "fsync=off", "-h", "127.0.0.1"], stderr=subprocess.DEVNULL, cwd="/", **self._as
+        )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 0.2).close()
+                return
+            except OSError:
+                assert self.process.poll() is None and time.monotonic() < deadline, "postgres doesn't start"
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)  # ends connections
+        self.process.wait()
 
 
 class S3Server:

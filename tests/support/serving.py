@@ -93,7 +93,7 @@ def started(process: Command) -> str:
 def wait_ready(url: str, seconds: float = 60) -> None:
     """Wait until a server's model is loaded."""
     deadline = time.monotonic() + seconds
-    while (answer := httpx.get(f"{url}/ready")).status_code != 200:
+    while (answer := httpx.get(f"{url}/ready", timeout=60)).status_code != 200:
         assert time.monotonic() < deadline, answer.text
         time.sleep(0.02)
 
@@ -139,7 +139,7 @@ def head(length: int, path: str = "/v1/completions") -> bytes:
 def metrics(url: str) -> dict[str, float]:
     """{'name{label="value"}': value} of a server's metrics."""
     found = {}
-    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=60).text):
         for sample in family.samples:
             labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
             found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
