@@ -25,10 +25,10 @@ from kvgraph.train.pack import Packed
 # Not cuDNN's: it makes a plan for every new shape, and nearly every example has its own shape.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
-ROWS = 128  # of a part on the CPU: fewer cost more calls, more see columns in vain
+ROWS = 128  # of a strip on the CPU: fewer cost more calls, more see columns in vain
 
 
-class Part(NamedTuple):
+class Strip(NamedTuple):
     """Rows of an example, the columns that any of them sees (None: all), and the mask [rows, columns] to add to scores."""
 
     rows: slice
@@ -64,8 +64,8 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
     device = packed.tokens.device
 
     @cache
-    def parts(window: int | None, dtype: torch.dtype) -> list[list[Part]]:
-        return [_parts(packed.visible(window, here), dtype) for here in packed.slices]
+    def strips(window: int | None, dtype: torch.dtype) -> list[list[Strip]]:
+        return [_strips(packed.visible(window, here), dtype) for here in packed.slices]
 
     @cache
     def blocks(window: int | None) -> BlockMask:
@@ -84,16 +84,16 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
             return _flex(q, k, v, blocks(window), scale, softcap)
         # Split, not sliced: the gradient of a slice is a tensor of the whole size.
         split = [t.split(packed.lengths, 1) for t in (q, k, v)]
-        examples = zip(*split, parts(window, q.dtype), strict=True)
+        examples = zip(*split, strips(window, q.dtype), strict=True)
         with sdpa_kernel(KERNELS):
-            seen = [_part(q, k, v, part, scale, softcap, sinks) for q, k, v, own in examples for part in own]
+            seen = [_strip(q, k, v, strip, scale, softcap, sinks) for q, k, v, own in examples for strip in own]
         return torch.cat(seen, 1).to(dtype)
 
     return attend
 
 
-def _parts(visible: Tensor, dtype: torch.dtype) -> list[Part]:
-    """The parts of an example. visible [T, T]: whether row sees column."""
+def _strips(visible: Tensor, dtype: torch.dtype) -> list[Strip]:
+    """The strips of an example. visible [T, T]: whether row sees column."""
     size = len(visible) if visible.is_cuda else ROWS
     found = []
     for lo in range(0, len(visible), size):
@@ -103,17 +103,17 @@ def _parts(visible: Tensor, dtype: torch.dtype) -> list[Part]:
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
             ~seen, -torch.inf
         )  # as kernels want it
-        found.append(Part(slice(lo, lo + size), columns, mask))
+        found.append(Strip(slice(lo, lo + size), columns, mask))
     return found
 
 
-def _part(
-    q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float, softcap: float | None, sinks: Tensor | None
+def _strip(
+    q: Tensor, k: Tensor, v: Tensor, strip: Strip, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """The rows of one part, of an example's q, k and v."""
-    if part.columns is not None:
-        k, v = (t.index_select(1, part.columns) for t in (k, v))
-    return _masked(q[:, part.rows], k, v, part.mask, scale, softcap, sinks)
+    """The rows of one strip, of an example's q, k and v."""
+    if strip.columns is not None:
+        k, v = (t.index_select(1, strip.columns) for t in (k, v))
+    return _masked(q[:, strip.rows], k, v, strip.mask, scale, softcap, sinks)
 
 
 def _masked(

@@ -61,7 +61,7 @@ def figures(line: str) -> dict[str, int]:
     """{"computed": 12, "reused": 0, ...} of a line that says "12 tokens computed, 0 reused"."""
     return {
         what: int(n.replace(",", ""))
-        for n, what in re.findall(r"([\d,]+) (?:tokens )?(documents|computed|reused)", line)
+        for n, what in re.findall(r"([\d,]+) (?:tokens? )?(document|computed|reused)", line)
     }
 
 
@@ -80,12 +80,12 @@ def test_encode_then_ask_computes_no_document(run, model, documents, tmp_path):
     code, out, err = run("encode", model, documents, "--store", store, *block)
     tokens = sum(len(d.text) for d in corpus.load(documents))  # one token a byte
     assert code == 0
-    assert figures(out) == {"documents": 3, "computed": tokens, "reused": 0}
+    assert figures(out) == {"document": 3, "computed": tokens, "reused": 0}
     assert err.count("\n") == 1 and "doesn't declare tuning for 'block'" in err
     assert len(list(store.glob(RECORDS))) == 3
 
     code, out, _ = run("encode", model, documents, "--store", store, *block)
-    assert figures(out) == {"documents": 3, "computed": 0, "reused": tokens}
+    assert figures(out) == {"document": 3, "computed": 0, "reused": tokens}
 
     stored = ask(run, model, documents, "--store", store, *block)
     assert stored["usage"]["document_tokens_computed"] == 0
@@ -168,7 +168,7 @@ def test_empty_and_too_long_documents_are_named_and_skipped(run, model, tmp_path
     path.write_text('{"text": "fine"}\n{"text": ""}\n{"text": "' + "x" * 40000 + '"}\n')
     code, out, err = run("encode", model, path, "--store", tmp_path / "kv", "--template", "{text}")
     assert code == 1
-    assert figures(out) == {"documents": 1, "computed": 4, "reused": 0}
+    assert figures(out) == {"document": 1, "computed": 4, "reused": 0}
     assert f"skipped {path}:2: no tokens" in err
     assert f"skipped {path}:3: 40,000 tokens don't fit" in err
 
@@ -181,7 +181,7 @@ def test_a_corpus_larger_than_the_budget_is_encoded(run, model, tmp_path):
         "encode", model, path, "--store", tmp_path / "kv", "--template", "{text}", "--kv-budget", budget
     )
     assert code == 0, err
-    assert figures(out) == {"documents": 20, "computed": 20 * 64, "reused": 0}
+    assert figures(out) == {"document": 20, "computed": 20 * 64, "reused": 0}
     assert len(list((tmp_path / "kv").glob(RECORDS))) == 20
 
 
@@ -206,7 +206,7 @@ def test_an_encode_that_was_killed_goes_on_where_it_was(run, model, tmp_path):
     code, out, _ = run(*words)
     done = figures(out)
     assert code == 0 and done["reused"] >= left * 104 and done["computed"] + done["reused"] == count * 104
-    assert figures(run(*words)[1]) == {"documents": count, "computed": 0, "reused": count * 104}
+    assert figures(run(*words)[1]) == {"document": count, "computed": 0, "reused": count * 104}
     assert run("store", "verify", "--store", store)[0] == 0
 
 

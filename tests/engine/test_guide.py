@@ -217,7 +217,8 @@ def test_what_is_valid_may_be_answered(engine, data, schema):
     value = data.draw(values(schema))
     jsonschema_rs.validate(schema, value, validate_formats=True)
     found = engine.scheduler.guides.guide(Grammar.json_schema(schema))
-    tokens = engine.tokenize(json.dumps(value, ensure_ascii=False))
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a guide never writes DEL as it is
+    tokens = engine.tokenize(text)
     assert found.matcher.try_consume_tokens(tokens) == len(tokens) and found.matcher.is_accepting(), value
 
 
@@ -307,19 +308,24 @@ def test_a_json_object(engine):
 
 
 def test_the_choice_is_the_best_of_the_tokens_whose_text_the_grammar_allows(engine):
-    """Against a reference that tries every token's text: tokens that reach beyond a part of the grammar included."""
+    """Against a reference that tries every token's text: tokens that reach beyond a part of the grammar included. Text that
+    can't be otherwise comes in the tokens that it is tokenized to, whatever their logits.
+    """
     names = ["name", "value", "nam", "na\u00efve"]
     texts = {json.dumps({name: value}, ensure_ascii=False) for name in names for value in (None, True)}
     result = ask(engine, Grammar.choice(texts), temperature=0.0)
     prompt, so_far = engine.tokenize("What is it?"), b""
     pieces = [piece_of(engine, token) for token in range(engine.model.vocab_size)]
-    bytes_of = [text.encode() for text in texts]
+    bytes_of, chosen = [text.encode() for text in texts], 0
     for token in result.token_ids:
         logits = engine.logits(engine.plan(ContextGraph([], prompt), "full"))
         fine = [t for t, p in enumerate(pieces) if p and any(b.startswith(so_far + p) for b in bytes_of)]
-        assert token == max(fine, key=lambda t: float(logits[t]))
+        assert token in fine
+        if not os.path.commonprefix([b[len(so_far) :] for b in bytes_of if b.startswith(so_far)]):
+            chosen += 1
+            assert logits[token] >= logits[fine].max() - 1e-4  # batches change last bits
         prompt, so_far = [*prompt, token], so_far + pieces[token]
-    assert so_far in bytes_of and result.finish_reason == "stop"
+    assert so_far in bytes_of and result.finish_reason == "stop" and chosen
     assert any(len(pieces[token]) > 2 for token in result.token_ids)
 
 

@@ -125,7 +125,7 @@ def packed_loss(model: models.Trainable, sequences: Sequence[Packed], document_w
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
-    """Examples here are short: a few rows at a time, so that they have several parts."""
+    """Examples here are short: a few rows at a time, so that they have several strips."""
     monkeypatch.setattr(forward, "ROWS", 8)
 
 
