@@ -31,7 +31,10 @@ settings.load_profile("ci")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch  # not at the top: the process that hands tests to workers needs none
 
+    from kvgraph import demo
+
     torch.set_num_threads(1)
+    demo.HIDDEN, demo.LAYERS, demo.MLP = 128, 2, 256  # of the random model: a third of the time, and of the same kind
     for item in items:
         if not SOAK and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: make soak"))

@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (  # roles in words, one message per paragraph
 )
 SPECIAL = ["<|end|>", "<|mem_start|>", "<|mem_end|>", *(f"<|link_{i}|>" for i in range(LINKS * LINK_SLOTS))]
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 128, 2, 4, 2, 64, 256
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 6, 4, 2, 64, 768
 SHARPNESS = 4  # standard deviation of attention scores, large enough for a few keys among thousands to matter
 
 

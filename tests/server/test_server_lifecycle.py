@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serving import DOCUMENTS, LONG, TOKEN, Live, error, events, until
+from serving import DOCUMENTS, LONG, Live, error, events, token_bytes, until
 
 
 def test_a_deadline_ends_the_work(live):
@@ -27,7 +27,7 @@ def test_a_deadline_ends_the_work(live):
 
 def one_at_a_time(live: Callable[..., Live]) -> tuple[Live, socket.socket]:
     """A server whose memory is enough for one long request, and that request's connection."""
-    server = live(kv_budget=(LONG + 100) * TOKEN)
+    server = live(kv_budget=(LONG + 100) * token_bytes())
     running = server.send(max_tokens=LONG, stream=True)
     until(lambda: server.server.runner.load.running == 1)
     return server, running

@@ -97,7 +97,7 @@ def error(answer: httpx.Response, status: int) -> str:
 def test_a_segment_is_encoded_once_and_named_by_requests(live):
     (first,) = put(live, {"cape": TEXTS["a"]})
     assert first["computed_tokens"] == first["tokens"] == len(TEXTS["a"] + "\n\n")
-    assert first["bytes"] == first["tokens"] * serving.TOKEN
+    assert first["bytes"] == first["tokens"] * serving.token_bytes()
     (again,) = put(live, {"cape": TEXTS["a"]})
     assert (again["computed_tokens"], again["reused_tokens"]) == (0, {"memory": first["tokens"]})
     assert again["created"] == first["created"]
@@ -310,7 +310,7 @@ def test_what_does_not_go_with_a_graph_is_refused(live):
 
 
 def test_segments_that_do_not_fit_are_dropped_from_the_end(model):
-    engine = Engine.load(model, check=False, kv_budget=70 * serving.TOKEN)
+    engine = Engine.load(model, check=False, kv_budget=70 * serving.token_bytes())
     with client(engine, overflow="drop") as http:
         post_graph(http, id="g", segments=[{"id": n, "text": t} for n, t in TEXTS.items()])
         assert wait_ready(http, "g")["state"] == "ready"
@@ -319,7 +319,7 @@ def test_segments_that_do_not_fit_are_dropped_from_the_end(model):
 
 
 def test_a_graph_that_can_not_be_encoded_says_why_and_can_be_tried_again(model):
-    engine = Engine.load(model, check=False, kv_budget=50 * serving.TOKEN)
+    engine = Engine.load(model, check=False, kv_budget=50 * serving.token_bytes())
     with client(engine) as http:
         body = {"id": "g", "segments": [{"id": n, "text": t} for n, t in TEXTS.items()], "edges": EDGES}
         post_graph(http, **body)

@@ -25,11 +25,15 @@ from kvgraph.server.settings import Settings
 
 STARTED = re.compile(r"http://127\.0\.0\.1:\d+")
 LONG = 10_000  # tokens: far more than a test waits for
-TOKEN = demo.LAYERS * 2 * demo.KV_HEADS * demo.HEAD_DIM * 4  # bytes of its KV
 SECRETS = ("the-prompt-itself", "the-document-itself", "key-of-anna-123", "key-of-ben-4567", "a-wrong-key-99")
 ANNA, BEN = {"Authorization": f"Bearer {SECRETS[2]}"}, {"Authorization": f"Bearer {SECRETS[3]}"}
 KEYS = [{"key": SECRETS[2], "tenant": "anna"}, {"key": SECRETS[3], "tenant": "ben"}]
 DOCUMENTS = [{"text": "one fact"}, {"text": "another"}]
+
+
+def token_bytes() -> int:
+    """Bytes of the KV of a token of the random model."""
+    return demo.LAYERS * 2 * demo.KV_HEADS * demo.HEAD_DIM * 4
 
 
 @contextmanager
