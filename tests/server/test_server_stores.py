@@ -11,7 +11,7 @@ import pytest
 
 from kvgraph import Engine
 from kvgraph.server.settings import Settings, SettingsError
-from kvgraph.server.state import library_file, load_engine
+from kvgraph.server.state import library_place, load_engine
 from kvgraph.store.base import tenant_id
 from kvgraph.store.remote.base import Space
 from remotes import RedisServer, has_redis
@@ -95,7 +95,7 @@ def test_where_the_library_is(tmp_path, caplog):
     """A SQLite file is on this machine, whatever the tiers are."""
 
     def of(*places: str, **settings):
-        return library_file(Settings.load(None, model="m", store=list(places), **settings))
+        return library_place(Settings.load(None, model="m", store=list(places), **settings))
 
     kv, own = str(tmp_path / "kv"), tmp_path / "own.sqlite"
     assert of(kv) == of("redis://h/0", kv) == of(kv, "other") == tmp_path / "kv" / "library.sqlite"
