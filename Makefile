@@ -67,7 +67,7 @@ $(DEV): $(READY)
 
 # guidellm asks for other versions than the tested ones. It sees these only for what its own environment leaves out.
 $(GUIDELLM): $(DEV)
-	$(PYTHON) -m venv .venv/guidellm
+	$(BIN)/python -m venv .venv/guidellm
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo .venv/guidellm/lib/python*/site-packages)/beside.pth"
 	.venv/guidellm/bin/pip install "$$(grep '^guidellm==' constraints.txt)"
 	touch $@

@@ -86,9 +86,8 @@ class Indexed:
 
 def _prompt(tokenizer: Any, said: Sequence[Mapping[str, str]], question: str, documents: Sequence[Document]) -> Prompt:
     """The prompt of the question-answering tasks, which the shipped adapter was tuned on, after a conversation."""
-    from kvgraph.data.tasks import (
-        qa,  # with all other tasks, which take longer to import than the rest of the command line
-    )
+    # Not at the top: the tasks take longer to import than the rest of the command line.
+    from kvgraph.data.tasks import qa
 
     asked = qa.QUESTION.format(question=question) if documents else question
     if not getattr(tokenizer, "chat_template", None):

@@ -39,7 +39,7 @@ CREATE TABLE edges (
     PRIMARY KEY (graph, reader, source)
 ) WITHOUT ROWID;
 """
-# SQLite compares texts byte by byte; a list of ids goes on where it stopped only if Postgres does so too.
+# SQLite sorts texts by their bytes. Postgres must sort ids in the same way, so that the next page of a list starts at the right one.
 _OF_POSTGRES = (
     ("INTEGER PRIMARY KEY AUTOINCREMENT", "BIGSERIAL PRIMARY KEY"),
     ("INTEGER PRIMARY KEY", "BIGSERIAL PRIMARY KEY"),

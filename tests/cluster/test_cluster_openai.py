@@ -104,9 +104,8 @@ def test_segments_and_graphs_are_the_clusters(url):
 
 
 def test_the_dashboard_and_the_docs_name_metrics_that_are_there(client, url):  # noqa: F811
-    ask(
-        client, extra_body={"documents": DOCUMENTS, "kvgraph": {"method": "block"}}
-    )  # tokens are told of replicas that read some
+    # A replica has counts of tokens only after it has read some.
+    ask(client, extra_body={"documents": DOCUMENTS, "kvgraph": {"method": "block"}})
     there = {name.partition("{")[0] for name in metrics(url)}
     ours = {name for name in there if re.match("kvgraph_(replica|routed|retried)", name)}
     panels = json.loads((ROOT / "docs/grafana/kvgraph-cluster.json").read_text())["panels"]
@@ -126,7 +125,9 @@ def by_replica(url: str, name: str) -> dict[str, float]:
 
 
 def test_metrics_say_what_each_replica_did(client, url):  # noqa: F811
-    """Tokens by source are those of the answers; steps, memory and stores are told by replica; load is where it is."""
+    """Tokens by source add up to those of the answers. Steps, memory and stores are shown for each replica, and the one that
+    answers shows its load.
+    """
     names = by_replica(url, "kvgraph_replica_requests").keys()
     sources = ("computed", "memory", "loaded")
     before = {source: share(url, source) for source in sources}
