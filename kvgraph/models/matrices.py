@@ -19,8 +19,6 @@ from kvgraph.models.gguf import multiplies_bf16
 
 BITS = ("int8", "int4")
 GROUP = 32  # inputs of an output that share a scale and a zero in int4; GGUF's 4-bit formats have the same
-# As many rows at most are multiplied by torch's kernels for quantised matrices; for more, it is faster to make the matrix.
-FEW = {"int8": 4, "int4": 64}
 MULTIPLE = 64  # int4 kernels want outputs in such numbers
 
 
@@ -39,7 +37,10 @@ class Ordered(nn.Module):
 
 
 class Quantised(nn.Module):
-    """A linear layer with a quantised matrix. Both of its ways multiply by the same numbers."""
+    """A linear layer with a quantised matrix. Both of its ways multiply by the same numbers.
+
+    few: up to so many rows, torch's kernel for quantised matrices is faster than making the matrix.
+    """
 
     few: int
 
@@ -71,7 +72,7 @@ class Quantised(nn.Module):
 class EightBits(Quantised):
     """One scale for every output."""
 
-    few = FEW["int8"]
+    few = 4
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
@@ -90,7 +91,7 @@ class EightBits(Quantised):
 class FourBits(Quantised):
     """A scale and a zero for every GROUP inputs of an output: number = (code - 8) * scale + zero."""
 
-    few = FEW["int4"]
+    few = 64
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
