@@ -24,6 +24,7 @@ from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import Method
 from kvgraph.models.embedder import SentenceEmbedder
+from kvgraph.models.garbage import never_collected
 from kvgraph.places import StorePlace
 from kvgraph.server import logs
 from kvgraph.server.encode import GraphEncoder
@@ -67,13 +68,15 @@ def load_engine(settings: Settings) -> Engine:
         fingerprint = fingerprint_with(model.fingerprint, parse(settings.codec))
         places = [place.text for place in settings.store]
         store = open_store(places, fingerprint, capacity_bytes=settings.store_size)
-    return Engine(
+    engine = Engine(
         model,
         store=store,
         kv_budget=settings.kv_budget,
         max_step_tokens=settings.max_step_tokens,
         codec=settings.codec,
     )
+    never_collected()
+    return engine
 
 
 def library_place(settings: Settings) -> Path | StorePlace | None:
