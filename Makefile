@@ -9,6 +9,7 @@ READY := .venv/.ready
 DEMO := .venv/.ready-demo
 DEV := .venv/.ready-dev
 GUIDELLM := .venv/.ready-guidellm
+export PYTHONDONTWRITEBYTECODE :=  # where it is set, every process of the tests would compile all of the package again
 
 .PHONY: test demo soak bench docs dist lint
 

@@ -1,6 +1,7 @@
 """Settings every test runs under: offline, one thread, and more examples with KVGRAPH_SOAK=1."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -40,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="slow: make soak"))
         if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what was imported stays: nobody looks for garbage there again
 
 
 def pytest_sessionfinish() -> None:

@@ -237,13 +237,13 @@ class ChatAnswer(AnswerForm):
 
     def _entry(self, sampled: Sampled) -> schema.TokenLogprob:
         tokens = self.server.tokens
-        names = tokens.names([token for token, _ in sampled.top])
+        names = tokens.names(sampled)
         top = [
-            schema.TopLogprob(token=name, logprob=finite(logprob), bytes=list(tokens.bytes(token)))
-            for name, (token, logprob) in zip(names, sampled.top, strict=True)
+            schema.TopLogprob(token=names[token], logprob=finite(logprob), bytes=list(tokens.bytes(token)))
+            for token, logprob in sampled.top
         ]
         return schema.TokenLogprob(
-            token=tokens.name(sampled.token),
+            token=names[sampled.token],
             logprob=finite(sampled.logprob or 0.0),
             bytes=list(tokens.bytes(sampled.token)),
             top_logprobs=top,
@@ -318,7 +318,8 @@ class TextAnswer(AnswerForm):
     def _top(self, sampled: Sampled, logprob: float) -> dict[str, float]:
         """The likeliest tokens by name, and the chosen one."""
         top = dict(sampled.top) | ({sampled.token: logprob} if sampled.top else {})
-        return dict(zip(self.server.tokens.names(list(top)), map(finite, top.values()), strict=True))
+        names = self.server.tokens.names(sampled)
+        return {names[token]: finite(logprob) for token, logprob in top.items()}
 
 
 def _delta(event: Event) -> schema.Delta:

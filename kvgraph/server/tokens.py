@@ -10,9 +10,11 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
+
+from kvgraph.engine.sampling import Sampled
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -46,13 +48,16 @@ class TokenNames:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def names(self, tokens: Sequence[int]) -> list[str]:
-        """The tokens' names; where two have one, the later is called as the vocabulary writes it, or by its number."""
-        found: dict[str, None] = {}
-        for token in tokens:
+    def names(self, sampled: Sampled) -> dict[int, str]:
+        """Distinct names of the chosen token, which has its usual one, and of the likeliest.
+
+        Where two tokens are the same text, the later is called as the vocabulary writes it, or by its number.
+        """
+        found: dict[str, int] = {}
+        for token in dict.fromkeys([sampled.token, *(token for token, _ in sampled.top)]):
             names = (self.name(token), self._tokenizer.convert_ids_to_tokens(token), f"token_id:{token}")
-            found[next(name for name in names if name is not None and name not in found)] = None
-        return list(found)
+            found[next(name for name in names if name is not None and name not in found)] = token
+        return {token: name for name, token in found.items()}
 
     def is_byte(self, token: int) -> bool:
         """Whether it stands for one byte in a vocabulary of larger pieces."""

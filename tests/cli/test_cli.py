@@ -651,7 +651,7 @@ def test_characters_that_the_output_lacks_are_replaced(tmp_path):
 
 
 def test_python_without_docstrings_is_named_in_one_line(model, documents):
-    done = shell(f"kvgraph ask {model} why --documents {documents}", PYTHONOPTIMIZE="2")
+    done = shell(f"kvgraph explain {model} --documents {documents}", PYTHONOPTIMIZE="2")
     assert (done.returncode, done.stderr.count(b"\n")) == (1, 1) and b"PYTHONOPTIMIZE=2" in done.stderr
     assert shell("kvgraph --version", PYTHONOPTIMIZE="2").returncode == 0
 

@@ -14,6 +14,7 @@ from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
 from kvgraph import Engine, demo
+from kvgraph.engine.sampling import Sampled
 from kvgraph.graph import ContextGraph
 from kvgraph.server.tokens import Offsets, TokenNames
 from serving import Live, error, events
@@ -108,8 +109,9 @@ def test_tokens_have_their_real_bytes(server):
 def test_offsets_match_the_text_and_entries_are_distinct(server):
     choice = complete(server)
     stands_there(choice)
-    for token, top in zip(choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"], strict=True):
-        assert len(top) == 5 + (token not in list(top)[:5])
+    logprobs = choice["logprobs"]
+    for i, (token, top) in enumerate(zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)):
+        assert top[token] == logprobs["token_logprobs"][i] and len(top) == 5 + (token not in list(top)[:5])
     streamed = events(
         server.ask(prompt="the light", max_tokens=40, temperature=1, seed=5, logprobs=5, stream=True).text
     )
@@ -123,10 +125,12 @@ def test_two_tokens_of_one_name_stay_two():
     tokens = TokenNames(PreTrainedTokenizerFast(tokenizer_object=sentencepiece()))
     vocabulary = sentencepiece().get_vocab()
     same = [vocabulary["a"], vocabulary["<0x61>"], vocabulary["▁a"]]
-    assert tokens.names(same) == ["a", "<0x61>", " a"] and tokens.names(same[1::-1]) == [
-        "a",
-        "token_id:" + str(same[0]),
-    ]
+    likeliest = [(token, -1.0) for token in same]
+    assert list(tokens.names(Sampled(same[0], -1.0, likeliest)).items()) == list(
+        zip(same, ["a", "<0x61>", " a"], strict=True)
+    )
+    chosen = tokens.names(Sampled(same[1], -1.0, likeliest))  # has its usual name
+    assert chosen == {same[1]: "a", same[0]: f"token_id:{same[0]}", same[2]: " a"}
     assert [tokens.bytes(t) for t in same] == [b"a", b"a", b" a"] and tokens.bytes(10**6) == b""
     assert tokens.name(vocabulary["<0xF0>"]) == "bytes:\\xf0"
 
