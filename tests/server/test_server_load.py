@@ -23,7 +23,7 @@ from soak import SOAK
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks aren't installed
 from benchmarks.serving import Ask, Served, asks, load
 
-CLIENTS, SECONDS = (64, 120.0) if SOAK else (16, 4.0)
+CLIENTS, SECONDS = (64, 120.0) if SOAK else (16, 3.0)
 TIE = 1e-3  # two tokens with logits this close may change places when other requests share the step
 GRACE = 1.0  # seconds
 GROWTH = 32 << 20  # bytes that memory besides the pool may grow; each request's own KV is 0.1 MB or more
