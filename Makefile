@@ -14,12 +14,12 @@ export PYTHONDONTWRITEBYTECODE :=  # where it is set, every process of the tests
 .PHONY: test demo soak bench docs dist lint
 
 test: lint $(GUIDELLM)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3
 
 # LangChain's standard tests come without the plugins of pytest that they name: these would change all other tests.
 soak: lint $(GUIDELLM)
 	$(BIN)/pip install --no-deps "$$(grep '^langchain-tests==' constraints.txt)"
-	KVGRAPH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	KVGRAPH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3
 
 demo: $(DEMO)
 	$(BIN)/kvgraph demo

@@ -190,9 +190,9 @@ def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[Shippe
         _Attempts(mixture),
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=AHEAD,
+        prefetch_factor=AHEAD if workers else None,
         worker_init_fn=_deaf,
-        multiprocessing_context="fork",  # sources and tokenizers are inherited as they are
+        multiprocessing_context="fork" if workers else None,  # sources and tokenizers are inherited as they are
     )
     for chunk in loader:
         if isinstance(chunk, KVGraphError):

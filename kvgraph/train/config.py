@@ -121,7 +121,7 @@ class Config:
     attention: Annotated[str, "sdpa (a mask for each example) or flex (FlexAttention, compiled for a GPU)"] = SDPA
     checkpointing: Annotated[str, "of activations, in none, every second (selective) or all (full) layers"] = NONE
     threads: Annotated[int, "CPU threads; 0 for torch's choice"] = 0
-    workers: Annotated[int, "processes that lay out examples ahead of training"] = 1
+    workers: Annotated[int, "processes that lay out examples ahead of training; 0: the trainer does it itself"] = 1
     seed: Annotated[int, "of the data's order and of new weights"] = 0
     evaluate_every: Annotated[int, "steps between evaluations; the last is at the end"] = 500
     evaluation: Annotated[int, "validation examples per component and method; 0 to not evaluate"] = 64
@@ -194,7 +194,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "attention": ATTENTIONS,
 }
 _LEAST = {
-    **dict.fromkeys(("batch", "length", "workers", "lora_rank", "evaluate_every", "save_every", "keep"), 1),
+    **dict.fromkeys(("batch", "length", "lora_rank", "evaluate_every", "save_every", "keep"), 1),
     **dict.fromkeys(
         (
             "limit",
@@ -204,6 +204,7 @@ _LEAST = {
             "links",
             "slots",
             "threads",
+            "workers",
             "evaluation",
             "document_weight",
             "weight_decay",

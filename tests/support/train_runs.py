@@ -9,6 +9,7 @@ from typing import Any
 import families
 from kvgraph.data.world import tokenizer
 from kvgraph.train.config import Component, Config, Stage
+from soak import SOAK
 
 HOPS = Component("hops", "world:hops,questions=3,entities=2-2", ("full", "block", "graph-kv"), 2.0)
 CHUNKS = Component("chunks", "world:chunks,questions=2,entities=2-2", ("block", tokenizer.kvlink(4)))
@@ -33,6 +34,7 @@ def config(model: str, **changes: Any) -> Config:
         "lr": 1e-3,
         "precision": "float32",
         "threads": 1,
+        "workers": int(SOAK),
         "evaluate_every": 4,
         "evaluation": 2,
         "save_every": 3,
