@@ -25,6 +25,7 @@ from hypothesis import settings  # noqa: E402
 import commands  # noqa: E402
 from soak import SOAK, draws  # noqa: E402
 
+commands.share()
 settings.register_profile("ci", deadline=None, max_examples=draws(8, 300))
 settings.load_profile("ci")
 

@@ -43,12 +43,13 @@ def test_case(case):
     plan = run.plan(graph, method)
     # The originals stop at the model's end tokens (KVLink's also at the end-of-turn token, its case's eos_id).
     params = SamplingParams(max_tokens=16, ignore_eos=True, stop_token_ids=(case["eos_id"],))
-    for _ in range(2):  # cold, then from stored KV
-        result = run.wait(run.submit(plan, params, first_logits=True))
+    whole = SamplingParams(max_tokens=16, ignore_eos=True)
+    cold = run.wait(run.submit(plan, params, first_logits=True))
+    stored, longer = run.submit(plan, params, first_logits=True), run.submit(plan, whole)  # in the same steps
+    for result in (cold, run.wait(stored)):
         assert np.abs(result.first_logits.numpy() - oracle.first_logits(case)).max() <= 5e-4
         assert result.token_ids == case["greedy"]
-    whole = SamplingParams(max_tokens=16, ignore_eos=True)
-    assert run.wait(run.submit(plan, whole)).token_ids == case["greedy16_ignoring_eos"]
+    assert run.wait(longer).token_ids == case["greedy16_ignoring_eos"]
 
 
 def _cached(run: Engine, plan) -> dict[tuple[int, int], list[torch.Tensor]]:

@@ -1,5 +1,5 @@
 """Commands in processes that start at once: a program imports what takes seconds, and forks a child for each command.
-With KVGRAPH_SOAK=1 each is started as a user would start it.
+With KVGRAPH_SOAK=1 each is started as a user would start it. All processes of a test run share the program.
 
 A child ends as any process does: with its own exit code, by a signal, and after whatever runs at Python's exit.
 """
@@ -11,15 +11,22 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from soak import SOAK
+
+PLACE = "KVGRAPH_TEST_COMMANDS"  # the variable with the program's socket
+STARTING = 60.0  # seconds that its imports may take
 
 
 class Command:
@@ -88,42 +95,80 @@ class Command:
         self.send_signal(signal.SIGKILL)
 
 
-_program: subprocess.Popen[str] | None = None
-_asking = threading.Lock()
-
-
-def _ask(line: str) -> str:
-    global _program
-    with _asking:
-        if _program is None:
-            path = os.pathsep.join(sys.path)
-            _program = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env={**os.environ, "PYTHONPATH": path},
-            )  # fmt: skip
-        assert _program.stdin is not None and _program.stdout is not None
-        _program.stdin.write(line + "\n")
-        _program.stdin.flush()
-        return _program.stdout.readline()
+def share() -> None:
+    """Let this process, and those that it starts, ask one program, until this process ends it."""
+    os.environ.setdefault(PLACE, os.path.join(os.environ["XDG_CACHE_HOME"], f"commands-{os.getpid()}"))
 
 
 def end() -> None:
-    """End the program, if it was started."""
-    if _program is not None:
-        _program.communicate()
+    """End the program, if it was started and this process is the one that shares it."""
+    place = os.environ[PLACE]
+    if _owner(place) == os.getpid() and os.path.exists(place):
+        _ask("end")
 
 
-def _next_job() -> dict[str, Any] | None:
-    """In a child: its command. In the program: None, when nobody asks any more."""
-    for line in sys.stdin:
-        job = json.loads(line)
-        if "poll" in job:
-            pid, status = os.waitpid(job["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif (answer := os.fork()) == 0:
-            return job
-        print(json.dumps(answer), flush=True)
+def _owner(place: str) -> int:
+    return int(place.rpartition("-")[2])
+
+
+def _ask(line: str) -> str:
+    with _connected(os.environ[PLACE]) as connection, connection.makefile("rw") as stream:
+        stream.write(line + "\n")
+        stream.flush()
+        return stream.readline()
+
+
+@contextmanager
+def _connected(place: str) -> Iterator[socket.socket]:
+    """A connection to the program, which is started if there is none."""
+    if not os.path.exists(place):
+        with FileLock(f"{place}.lock"):
+            if not os.path.exists(place):
+                _start(place)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(place)
+        yield connection
+
+
+def _start(place: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    nothing = subprocess.DEVNULL
+    program = subprocess.Popen([sys.executable, __file__, place], stdin=nothing, stdout=nothing, env=environment)
+    until = time.monotonic() + STARTING
+    while not os.path.exists(place):
+        assert program.poll() is None and time.monotonic() < until, "the program that runs commands doesn't start"
+        time.sleep(0.01)
+
+
+def _next_job(listener: socket.socket, owner: int) -> dict[str, Any] | None:
+    """In a child: its command. In the program: None, when it is told to end or nobody can ask any more."""
+    while os.path.exists(f"/proc/{owner}"):
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        with connection, connection.makefile("rw") as stream:
+            line = stream.readline()
+            if line == "end\n":
+                return None
+            job = json.loads(line)
+            if "poll" in job:
+                pid, status = os.waitpid(job["poll"], os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if pid else None
+            elif (answer := os.fork()) == 0:
+                listener.close()
+                return job
+            stream.write(json.dumps(answer) + "\n")
     return None
+
+
+def _listening(place: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{place}.new")
+    listener.listen()
+    listener.settimeout(5.0)
+    os.rename(f"{place}.new", place)  # only now does anybody find it
+    return listener
 
 
 def _become(job: dict[str, Any]) -> None:
@@ -150,7 +195,7 @@ if __name__ == "__main__":
                  "kvgraph.train.trainer", "kvgraph.eval.run"):  # fmt: skip
         importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    job = _next_job()
+    job = _next_job(_listening(sys.argv[1]), _owner(sys.argv[1]))
     if job is not None:
         _become(job)
         runpy.run_module(job["module"], run_name="__main__", alter_sys=True)

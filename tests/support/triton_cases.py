@@ -154,7 +154,7 @@ def cases(names: str, few: Sequence[object], every: Iterable[object]) -> pytest.
 
 @cases(
     "dtype, shape, layer",
-    [(HALF, (6, 2), 0), (FULL, (3, 1), 1)],
+    [(HALF, (6, 2), 0)],
     product(DTYPES, [(2, 2), (6, 2), (5, 1)], [0]),
 )
 def test_every_kind_of_row(dtype, shape, layer):
@@ -162,7 +162,7 @@ def test_every_kind_of_row(dtype, shape, layer):
     check(problem(dtype=dtype, heads=heads, groups=groups), layers=(layer,))
 
 
-@cases("dtype, dims, layer", [(HALF, SIZES[0], 1), (FULL, SIZES[-1], 0)], product(DTYPES, SIZES, [0]))
+@cases("dtype, dims, layer", [(FULL, SIZES[-1], 0)], product(DTYPES, SIZES, [0]))
 def test_head_sizes(dtype, dims, layer):
     dim, value_dim = dims
     check(problem(1, dtype, heads=HEADS, groups=2, dim=dim, value_dim=value_dim), scale=dim**-0.5, layers=(layer,))
