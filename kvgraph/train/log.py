@@ -20,14 +20,18 @@ class Log:
     """The log of one run. In all processes but the first it does nothing.
 
     step: the step that the run resumes from. Lines of later steps are dropped, since those steps run again.
+    has_evaluation: whether an evaluation after this step was logged.
     """
+
+    has_evaluation = False
 
     def __init__(self, folder: Path, accelerator: Accelerator, step: int, last: int):
         self.accelerator, self.main = accelerator, accelerator.is_main_process
         if not self.main:
             return
         self.path = folder / FILE
-        _keep_until(self.path, step)
+        kept = _keep_until(self.path, step)
+        self.has_evaluation = any(row["step"] == step and "component" in row for row in kept)
         self.file = self.path.open("a", encoding="utf-8")
         self.bar = Progress("training", last, done=step)
         self.bar.start()
@@ -85,14 +89,18 @@ class Log:
         self.accelerator.log(dict(curves), step=step)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop a log's lines of later steps, and an incomplete last line."""
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop a log's lines of later steps, and an incomplete last line. Returns the rows that stay."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, rows = [], []
     for line in io.whole_lines(path):
         try:
-            kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
+            row = json.loads(line)
         except ValueError:
             break
+        if row["step"] <= step:
+            kept.append(line + b"\n")
+            rows.append(row)
     io.write(path, b"".join(kept))
+    return rows

@@ -145,6 +145,8 @@ class Trainer:
         for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
             self.log.say(f"{name} has no validation examples, so it isn't evaluated")
         self._prepare_validation()
+        if self.progress.step and self._is_evaluated() and self._agreed(self.main and not self.log.has_evaluation):
+            self._evaluate()  # the run was killed between its checkpoint and the end of this evaluation
         with _Signals() as signals:
             began = time.perf_counter()
             for step in self._steps():
@@ -166,7 +168,7 @@ class Trainer:
         config, step = self.config, self.progress.step
         last = step == self.last or self._spent() >= 1
         ends = self._agreed(stopping) or last
-        evaluates, saves = step % config.evaluate_every == 0 or last, step % config.save_every == 0 or ends
+        evaluates, saves = last or self._is_evaluated(), step % config.save_every == 0 or ends
         if step % LOG_EVERY == 0 or evaluates or saves:
             self._flush()
         if saves:
@@ -174,6 +176,10 @@ class Trainer:
         if evaluates:  # after saving, so that a failure here loses nothing
             self._evaluate()
         return ends
+
+    def _is_evaluated(self) -> bool:
+        """Whether the latest step is one of those after which the run evaluates."""
+        return self.progress.step % self.config.evaluate_every == 0 or self.progress.step == self.last
 
     def _steps(self) -> Iterator[Batch]:
         return batches.ahead(self.config, self.planned, self.progress, self.student.trainable.limit, self.last)
@@ -240,7 +246,7 @@ class Trainer:
             return logits(self.student.trainable, packed, module=self.module, flex=self.flex)
 
     def _agreed(self, wanted: bool) -> bool:
-        """Whether any process wants to end; all have to end after the same step."""
+        """Whether any process wants something that all have to do together, such as to end after the same step."""
         if self.count == 1:
             return wanted
         return bool(self._sum(torch.tensor(float(wanted))) > 0)

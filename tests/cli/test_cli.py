@@ -374,6 +374,7 @@ def test_demo_runs_to_the_end_without_any_extra(shipped):
     assert max(map(len, done.stdout.splitlines())) <= 104
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_edges_are_for(shipped):
     model = models.load(shipped, dtype="float32")
     chunks = demo_command._asked(demo_command.SHUFFLED_CHUNKS)

@@ -403,6 +403,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(llama, tmp_path):
         assert len(checkpoint.found(out)) == long.keep and not list(out.glob(".step*"))
 
 
+def test_an_evaluation_that_a_kill_cut_off_is_made_after_all(llama, unbroken, tmp_path):
+    train(config(llama, limit=4), tmp_path)
+    kept = [row for row in rows(tmp_path) if "component" not in row]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    train(config(llama), tmp_path)
+    assert rows_without_time(tmp_path) == rows_without_time(unbroken)
+
+
 @pytest.mark.parametrize("number", some([signal.SIGTERM, signal.SIGINT], 1))
 def test_a_stopped_run_saves_and_says_how_to_go_on(number, llama, tmp_path):
     long = config(llama, stages=(Stage((HOPS,), steps=20),), evaluation=0, save_every=1000)
@@ -520,7 +528,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first, then, llama, unbr
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k == "lora" or (SOAK and k != "muon")])
 def test_adapters_and_the_rest_are_sharded_too(kind, llama, tmp_path):
-    settings = config(llama, limit=4, **KINDS[kind] | {"precision": "float32"})
+    settings = config(llama, limit=draws(2, 4), **KINDS[kind] | {"precision": "float32"})
     train(settings, tmp_path / "one")
     together(settings, tmp_path / "two")
     assert_close(tmp_path / "two", tmp_path / "one")
