@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ import httpx
 import pytest
 import torch
 
-from clusters import encoding_workers, kill_replica, replica_of
+from clusters import encoding_workers, kill_replica, replica_of, serving_replicas
 from kvgraph import Engine
 from kvgraph.data.corpus import CorpusDocument
 from kvgraph.encoding import Documents, Done, Encoder, batches
+from kvgraph.graph import ContextGraph
 from kvgraph.methods import parse
 from kvgraph.server.settings import Settings
 from kvgraph.store.open import open_store
 from remotes import RedisServer, has_redis
-from serving import Live, metrics, serving, until
+from serving import Live, events, metrics, serving, until
 from soak import SOAK
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks aren't installed
@@ -221,6 +223,46 @@ def asked_for(live: Live, count: int | None, **options: Any) -> threading.Thread
     thread = threading.Thread(target=deployed, args=(live.server.settings, count), kwargs=options, daemon=True)
     thread.start()
     return thread
+
+
+def test_a_replica_that_is_taken_away_ends_its_streams_and_writes_what_waits(live, redis):
+    """Also where Redis doesn't answer just then."""
+    from kvgraph.cluster.routes import ROUTES
+
+    until(lambda: metrics(live.url)["kvgraph_replicas"] == 2, WAIT)
+    engine, texts, keys = live.server.engine, {}, {}
+    for text in (f"the leaving of replica {i}" for i in range(40)):
+        key = str(engine.keys(engine.plan(ContextGraph([f"{text}\n\n"], "why?"), "block"))[0])
+        texts[ROUTES._router.owner(key)], keys[ROUTES._router.owner(key)] = text, key
+    assert len(texts) == 2
+
+    def body(text: str, tokens: int) -> dict[str, Any]:
+        return live.body(documents=[{"text": text}], kvgraph={"method": "block"}, max_tokens=tokens, temperature=0)
+
+    def streamed(text: str) -> str:
+        answer = httpx.post(f"{live.url}/v1/completions", json=body(text, 200) | {"stream": True}, timeout=WAIT)
+        *chunks, last = events(answer.text)
+        assert last == "[DONE]", chunks[-1]
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"])
+
+    with redis.paused(), ThreadPoolExecutor(4) as pool:
+        # A document's record waits to be written from its first answer on.
+        asked = [pool.submit(live.ask, **body(text, 4)) for text in texts.values()]
+        assert all(answer.result(WAIT).status_code == 200 for answer in asked)
+        streams = [pool.submit(streamed, text) for text in texts.values()]
+        until(lambda: min(ROUTES.loads().values()) == 1, WAIT)
+        leaving = asked_for(live, 1)
+        time.sleep(5)  # one of them leaves by now; a write is given up after a minute
+        redis.resume()
+        told = [stream.result(WAIT) for stream in streams]
+    leaving.join(WAIT)
+    until(lambda: metrics(live.url)["kvgraph_replicas"] == 1, WAIT)
+    until(lambda: len(serving_replicas()) == 1, WAIT)
+    until(
+        lambda: all(engine.store.get(key) for key in keys.values()), WAIT
+    )  # it remembers for seconds what wasn't there
+    assert told == [streamed(text) for text in texts.values()]
+    asked_for(live, 2).join(WAIT)
 
 
 def test_replicas_join_under_load_and_leave_without_it(live, answers):
