@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from kvgraph.engine.sampling import SamplingParams
 
 PROMPT = "> "
+HINT = "Write a question. Ctrl-C ends an answer, /exit or Ctrl-D the conversation."
+HELP, EXIT = ("/help", "/?"), ("/exit", "/quit", "/bye")
 
 
 def chat(
@@ -66,7 +68,8 @@ def chat(
     """Talk with a model; with --index, about your documents.
 
     Every line that you write is a turn. With --index, the chunks that fit it best are found, their stored KV is read, and
-    the answer says which they were. Ctrl-C ends an answer, Ctrl-D the conversation. Lines may also come from a pipe.
+    the answer says which they were. Ctrl-C ends an answer, /exit or Ctrl-D the conversation. Lines may also come from a
+    pipe.
 
     \b
       kvgraph chat --index docs --store kv
@@ -82,6 +85,8 @@ def chat(
     from kvgraph.engine.sampling import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if sys.stdin.isatty():
+        typer.echo("Loading the model ...", err=True)
     engine = Engine.load(
         name,
         adapter=adapter,
@@ -144,6 +149,8 @@ def _lines() -> Iterator[str]:
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401  (edits lines of `input`)
+
+        typer.echo(HINT, err=True)
     while True:
         try:
             line = input(PROMPT) if terminal else sys.stdin.readline()
@@ -155,8 +162,13 @@ def _lines() -> Iterator[str]:
             continue
         if not terminal and not line:
             return
-        if line.strip():
-            yield line.strip()
+        said = line.strip()
+        if terminal and said in EXIT:
+            return
+        if terminal and said in HELP:
+            typer.echo(HINT, err=True)
+        elif said:
+            yield said
 
 
 def _answered(engine: Engine, graph: ContextGraph, method: methods.Method, params: SamplingParams) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from kvgraph.errors import ModelError
+from kvgraph.models.bars import no_bar
 
 
 def stack(hf_model: PreTrainedModel, count: int) -> None:
@@ -56,22 +55,10 @@ def save(
     if weights is None:
         kept = hf_model.state_dict().keys()
         weights = {name: t for name, t in (*hf_model.named_parameters(), *hf_model.named_buffers()) if name in kept}
-    with _no_bar():
+    with no_bar():
         hf_model.save_pretrained(folder, state_dict={name: t.detach().to(dtype) for name, t in weights.items()})
     config = folder / "config.json"  # it has the dtype of the model in memory
     said = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
     config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Inside, transformers draws no progress bar; it would garble the caller's."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvgraph import memo
+from kvgraph.models.bars import no_bar
 from kvgraph.models.checkpoint import save
 from kvgraph.models.fingerprint import file_hash, kv_config, whole
 
@@ -43,7 +44,10 @@ class Copy:
             facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
             if facts["weights"] != whole(self.folder / WEIGHTS):
                 return None
-            loaded: Any = AutoModelForCausalLM.from_pretrained(self.folder, use_safetensors=True, local_files_only=True)
+            with no_bar():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    self.folder, use_safetensors=True, local_files_only=True
+                )
             if facts["config"] != _config_hash(loaded):  # else it would be another model to the store
                 return None
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
 from kvgraph.data.retrieval import RetrievalError
+from kvgraph.models.bars import no_bar
 
 DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGED = {
@@ -58,7 +59,8 @@ class SentenceEmbedder:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            self._model = AutoModel.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
+            with no_bar():
+                self._model = AutoModel.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
         except Exception as error:  # transformers', the hub's, safetensors'
             line = (str(error).strip() or repr(error)).split("\n")[0][:200]
             raise RetrievalError(f"can't load the retriever {name}: {line}") from None

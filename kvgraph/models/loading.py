@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvgraph.errors import ModelError
-from kvgraph.models import adapters, converted, gguf, matrices
+from kvgraph.models import adapters, bars, converted, gguf, matrices
 from kvgraph.models.adapter import IMPLEMENTATION, Model, Trainable
 from kvgraph.models.angles import exact_angles
 from kvgraph.models.config import card, declared
@@ -124,7 +124,7 @@ def _from_folder(name: str, wanted: Any, allow_untested: bool) -> _Loaded:
             kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
             source = snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"])
     files = weight_files(Path(source), name)
-    with one_line(f"can't load {name}"), _shapes_explained():
+    with one_line(f"can't load {name}"), _shapes_explained(), bars.loading(files):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True, **NO_CODE
         )

@@ -173,6 +173,14 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(run, monkeypatch, model)
     assert len(first) < 100 < len(second)  # the first answer ended early, the second had its length
 
 
+def test_in_a_terminal_there_is_help_and_a_way_out(monkeypatch, capsys):
+    lines = iter(["Hello", "  /help", "/exit", "And?"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert list(chat_command._lines()) == ["Hello"] and next(lines) == "And?"
+    assert capsys.readouterr().err == f"{chat_command.HINT}\n" * 2
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal(model):
     """The answer would be very long."""
