@@ -135,7 +135,7 @@ def copied(source: Path, ending: str, folder: Path, parts: list[str]) -> int:
     chosen = [page for page in pages if str(page.relative_to(source.resolve())).startswith(tuple(parts))]
     if not chosen:
         sys.exit(f"there are no pages in {source}; for Python's documentation: apt-get install python3-doc")
-    for page in chosen:
+    for page in [*chosen, *source.resolve().glob("searchindex.js")]:  # by which the pages are known as Sphinx's
         target = folder / page.relative_to(source.resolve())
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(page.read_bytes())

@@ -191,6 +191,15 @@ def test_what_sphinx_makes_beside_its_pages_is_left_out(tmp_path):
         (tmp_path / name).write_text("text")
     found, said = read(tmp_path)
     assert list(found) == ["index.html"] and len(said) == 1 and said[0].startswith("3 files in _downloads, _images")
+    for name in ("searchindex.js", "genindex.html", "genindex-A.html", "sub/genindex.html"):
+        (tmp_path / name).write_text("text")
+    toctree = '<div class="toctree-wrapper compound"><ul><li><a href="a.html">Another page</a></li></ul></div>'
+    (tmp_path / "index.html").write_text(f"<body><p>What is here.</p>{toctree}</body>")
+    found, said = read(tmp_path)
+    assert list(found) == ["index.html", "sub/genindex.html"] and said[1].startswith(
+        "3 lists that Sphinx makes, such as genindex-A"
+    )
+    assert [element.text for element in found["index.html"].elements] == ["What is here."]
 
 
 def test_pages_of_one_id_are_told_apart(tmp_path):

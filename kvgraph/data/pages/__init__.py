@@ -6,7 +6,8 @@ file is held in memory beyond `MOST_BYTES`, and records and messages are read on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ READERS: dict[str, Reader] = {
 RECORDS = tuple(filter(None, io.SUFFIXES))
 TRIPLES = (".tsv", ".nt")
 MAILBOXES = (".mbox", ".mbx")
-SPHINX = {"_sources", "_static", "_images", "_downloads"}  # folders beside its HTML: sources again, and what pages load
+# What Sphinx makes beside its pages: folders (sources again, and what pages load), and lists of what is where in files.
+SPHINX = {"_sources", "_static", "_images", "_downloads"}
+SPHINX_LISTS = ("genindex*.html", "py-modindex.html", "search.html", "searchindex.js", "objects.inv")
 TEXT_FIELDS = ("text", "body", "content", "abstract")
 
 
@@ -51,10 +54,14 @@ def read(source: str | Path, say: Say) -> Iterator[SourcePage]:
         raise PageError(f"there is no file or folder {root}")
     files = io.files(root, PageError) if root.is_dir() else [root]
     beside = {file for file in files if not SPHINX.isdisjoint(file.relative_to(root).parts[:-1])}
+    lists = {file for file in files if (file.parent / "searchindex.js").exists() and _matches(file.name, SPHINX_LISTS)}
     if beside:
         say(
             f"{len(beside):,} files in {', '.join(sorted(SPHINX))} are left out: Sphinx makes these folders beside its pages"
         )
+    if lists:
+        say(f"{len(lists):,} lists that Sphinx makes, such as {min(lists).name}, are left out")
+    beside |= lists
     seen: dict[str, int] = {}
     for file in (file for file in files if file not in beside):
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
@@ -68,6 +75,10 @@ def read(source: str | Path, say: Say) -> Iterator[SourcePage]:
                 say(f"{page.where}: there is another page {page.id!r}; this one is called {new!r}")
                 page = SourcePage(new, page.title, page.elements, page.where, page.url, page.sources)
             yield page
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _file(path: Path, name: str, say: Say) -> Iterator[SourcePage]:

@@ -20,7 +20,7 @@ from kvgraph.data.pages.base import (
 )
 
 SKIPPED = {"script", "style", "nav", "noscript", "template", "svg", "head", "iframe", "object", "select", "button"}
-CLASSES = {"headerlink", "sphinxsidebar", "related"}  # signs and navigation of Sphinx
+CLASSES = {"headerlink", "sphinxsidebar", "related", "toctree-wrapper"}  # signs and navigation of Sphinx
 HEADINGS = {f"h{level}": level for level in range(1, 7)}
 BLOCKS = {
     *"p div section article main aside body blockquote figure figcaption table tbody thead dl dd ul ol hr".split()
