@@ -34,6 +34,7 @@ ORDER = [
     "training",
     "cluster_sim",
     "cluster",
+    "cluster_encoding",
     "world",
 ]
 
