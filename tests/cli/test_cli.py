@@ -361,6 +361,7 @@ def shipped() -> Path:
     return demo.model()
 
 
+@pytest.mark.slow
 def test_demo_runs_to_the_end_without_any_extra(shipped):
     done = subprocess.run([sys.executable, "-c", CORE_ONLY], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stderr == "", done.stderr

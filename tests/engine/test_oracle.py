@@ -10,6 +10,7 @@ import torch
 
 import oracle
 from kvgraph import Engine, SamplingParams
+from soak import some
 from store_worker import got
 
 CASES = oracle.cases()
@@ -36,7 +37,7 @@ def test_every_method_has_cases():
 
 
 @pytest.mark.filterwarnings("ignore:this model doesn't declare tuning")
-@pytest.mark.parametrize("case", CASES, ids=[c["id"] for c in CASES])
+@pytest.mark.parametrize("case", some(CASES, 22), ids=lambda c: c["id"])
 def test_case(case):
     method, graph = oracle.problem(case)
     run = engine(case["model"])

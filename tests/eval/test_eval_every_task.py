@@ -64,7 +64,7 @@ def data_of(name: str, small: dict[str, Path], tmp_path: Path) -> Data:  # noqa:
 
 
 @pytest.mark.filterwarnings("ignore:this model doesn't declare tuning", "ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("name", some(TASKS, 7))
+@pytest.mark.parametrize("name", some(TASKS, 4))
 def test_a_killed_run_ends_as_an_unbroken_one(engine, tmp_path, small, name):  # noqa: F811
     data = data_of(name, small, tmp_path)
 

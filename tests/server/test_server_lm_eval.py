@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import httpx
-import lm_eval
 import pytest
-from lm_eval.api.instance import Instance
-from lm_eval.models.api_models import JsonChatStr
-from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
-from lm_eval.tasks import TaskManager
 
 from kvgraph import Engine
 from kvgraph.graph import ContextGraph
 
 
 @pytest.fixture(scope="module")
-def client(server) -> LocalCompletionsAPI:
-    """With the server's own tokenizer, which the client finds by itself."""
+def client(server) -> Any:
+    """lm-eval's client, with the server's own tokenizer, which it finds by itself."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI  # not at the top: it takes a second
+
     made = LocalCompletionsAPI(model=server.name, base_url=f"{server.url}/v1/completions", max_length=512, batch_size=2)
     assert made.tokenizer_backend == "remote"
     return made
+
+
+def instance(kind: str, arguments: tuple[Any, ...], number: int = 0) -> Any:
+    from lm_eval.api.instance import Instance
+
+    return Instance(kind, {}, arguments, number)
 
 
 def scored(engine: Engine, context: str, continuation: str) -> tuple[float, bool]:
@@ -35,7 +39,7 @@ def test_choices_are_scored(server, client, model):
     engine = Engine(model, kv_budget=1 << 28)
     likely = engine.generate(ContextGraph([], "What is 2 + 2?"), max_tokens=2, logit_bias={0: -100}).text
     pairs = [("2 + 2 =", " 4"), ("2 + 2 =", " 5"), ("Ships pass", " at night."), ("What is 2 + 2?", likely)]
-    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    requests = [instance("loglikelihood", pair, i) for i, pair in enumerate(pairs)]
     found = client.loglikelihood(requests, disable_tqdm=True)
     want = [scored(engine, *pair) for pair in pairs]
     assert [score for score, _ in found] == pytest.approx([score for score, _ in want], abs=1e-3)
@@ -44,10 +48,10 @@ def test_choices_are_scored(server, client, model):
 
 def test_a_rolling_likelihood_is_that_of_the_text(server, client, model):
     text = "The harbour was dug by the guild. " * 30  # more than one window
-    (found,) = client.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    (found,) = client.loglikelihood_rolling([instance("loglikelihood_rolling", (text,))], disable_tqdm=True)
     assert found < 0
     short = "The harbour"
-    (alone,) = client.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (short,), 0)], disable_tqdm=True)
+    (alone,) = client.loglikelihood_rolling([instance("loglikelihood_rolling", (short,))], disable_tqdm=True)
     engine = Engine(model, kv_budget=1 << 28)
     start = client.prefix_token_id
     want = engine.score(ContextGraph([], [start]), engine.tokenize(short)).scores.sum()
@@ -56,7 +60,7 @@ def test_a_rolling_likelihood_is_that_of_the_text(server, client, model):
 
 def test_texts_are_generated(server, client, model):
     (found,) = client.generate_until(
-        [Instance("generate_until", {}, ("Ships", {"until": ["\n"], "max_gen_toks": 5, "temperature": 0}), 0)],
+        [instance("generate_until", ("Ships", {"until": ["\n"], "max_gen_toks": 5, "temperature": 0}))],
         disable_tqdm=True,
     )
     want = Engine(model, kv_budget=1 << 28).generate(ContextGraph([], "Ships"), max_tokens=5, stop=("\n",))
@@ -98,6 +102,9 @@ def test_whole_tasks_run_unmodified(server, client, tmp_path):
     for name, text in TASKS.items():
         (tmp_path / name).write_text(text.replace("DATA", str(data)))
     names = ["kvgraph_choices", "kvgraph_rolling"]
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     found = lm_eval.simple_evaluate(
         model=client,
         tasks=names,
@@ -106,25 +113,28 @@ def test_whole_tasks_run_unmodified(server, client, tmp_path):
         verbosity="ERROR",
     )["results"]
     likely = client.loglikelihood(
-        [Instance("loglikelihood", {}, (row["question"], choice), 0) for row in rows for choice in row["choices"]],
+        [instance("loglikelihood", (row["question"], choice)) for row in rows for choice in row["choices"]],
         disable_tqdm=True,
     )
     scores = [score for score, _ in likely]
     best = [max(range(3), key=lambda i: scores[3 * n + i]) for n in range(3)]
     assert found["kvgraph_choices"]["acc,none"] == pytest.approx(best.count(0) / 3)
     whole = client.loglikelihood_rolling(
-        [Instance("loglikelihood_rolling", {}, (row["question"],), 0) for row in rows], disable_tqdm=True
+        [instance("loglikelihood_rolling", (row["question"],)) for row in rows], disable_tqdm=True
     )
     bits = -sum(whole) / math.log(2) / sum(len(row["question"]) for row in rows)
     assert found["kvgraph_rolling"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-6)
 
 
 def test_chats_are_generated(server, model):
+    from lm_eval.models.api_models import JsonChatStr
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
     made = LocalChatCompletion(model=server.name, base_url=f"{server.url}/v1/chat/completions", tokenizer_backend=None)
     chat = json.dumps([{"role": "user", "content": "Name a ship."}])
     options = {"until": ["\n\n\n"], "max_gen_toks": 5, "temperature": 0}
     (found,) = made.generate_until(
-        [Instance("generate_until", {}, (JsonChatStr(chat), options), 0)], disable_tqdm=True
+        [instance("generate_until", (JsonChatStr(chat), options))], disable_tqdm=True
     )  # fmt: skip
     body = {"model": server.name, "messages": json.loads(chat), "max_tokens": 5, "temperature": 0}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()

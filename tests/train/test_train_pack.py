@@ -132,7 +132,7 @@ def few_rows(monkeypatch):
 # the engine
 
 
-@pytest.mark.parametrize("family", some(sorted(families.FAMILIES), 7, turn=1))
+@pytest.mark.parametrize("family", some(sorted(families.FAMILIES), 4, turn=1))
 def test_training_logits_are_the_engines_for_every_family_and_method(family):
     """What training sees at an answer is what the engine scores: log-probabilities within 1e-4, by either kernel."""
     hf = families.FAMILIES[family]()

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks aren't installe
 from benchmarks import summary
 from benchmarks import world as table
 from benchmarks.world import AFTER, BEFORE, Case
+from soak import some
 
 CASES = list(table.cases())
 BY_ROW = {case.row: case for case in CASES}
@@ -62,7 +63,7 @@ def spoilt(asked: table.Asked) -> table.Asked:
     return asked._replace(examples=examples, packed=packed)
 
 
-@pytest.mark.parametrize("row", [*table.SPECS, "graph-kv, random edges"])
+@pytest.mark.parametrize("row", some([*table.SPECS, "graph-kv, random edges"], 5))
 def test_an_answer_is_right_when_the_engine_gives_it(model, row):
     case = next(case for case in CASES if case.row in (row, f"{row} (pcw)"))
     asked = in_its_own_words(model, table.asked(case, model.engine.model.tokenizer, 2))
