@@ -7,7 +7,7 @@ import math
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -29,6 +29,8 @@ from kvgraph.train.mixture import (
     validation,
 )
 from kvgraph.train.pack import Packed, concatenated, first_fit
+
+T = TypeVar("T")
 
 CHUNK = 8  # examples that a worker lays out at a time
 AHEAD = 4  # chunks laid out ahead by each worker
@@ -189,6 +191,7 @@ def _laid_out(mixture: Mixture, workers: int) -> Iterator[tuple[int, list[Shippe
     loader = DataLoader(
         _Attempts(mixture),
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
         worker_init_fn=_deaf,
@@ -220,6 +223,12 @@ def _lesson(
     rows = torch.tensor([len(laid[i].rows) for i in group])
     held = torch.tensor([drawn[i].held for i in group]).repeat_interleave(rows)
     return Lesson(concatenated([one for i in group if (one := taught[i]) is not None]), held)
+
+
+def _as_it_is(chunk: T) -> T:
+    """Instead of torch's own, which makes tensors of arrays: each would take a shared file, and a worker that finds no room
+    for one loses the chunk, for which the trainer would wait forever."""
+    return chunk
 
 
 def _deaf(worker: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -111,6 +112,20 @@ def test_packing_changes_nothing(llama, unbroken, tmp_path):
     assert [row["loss"] for row in evaluations(tmp_path)] == pytest.approx(
         [row["loss"] for row in evaluations(unbroken)], abs=1e-5
     )
+
+
+def test_workers_send_no_tensors(llama, tmp_path, monkeypatch):
+    """Each would take a shared file; a worker that found no room for one lost the chunk, and the trainer waited forever."""
+    sent, packed = [], batches._packed
+
+    def noted(drawn: list[batches.ShippedExample], *rest: Any) -> batches.Batch:
+        sent.extend(drawn)
+        return packed(drawn, *rest)
+
+    monkeypatch.setattr(batches, "_packed", noted)
+    train(config(llama, limit=2, workers=1, evaluation=0), tmp_path)
+    values = [value for one in sent for value in one.laid.values()]
+    assert any(isinstance(v, np.ndarray) for v in values) and not any(isinstance(v, torch.Tensor) for v in values)
 
 
 def test_activation_checkpointing_changes_nothing(llama, tmp_path):
