@@ -121,10 +121,11 @@ def encode(record: Record, fingerprint: str = "", tenant: str = "", secret: byte
     return [bytes(head), *buffers]
 
 
-def map_file(path: str | Path) -> tuple[torch.Tensor, os.stat_result]:
-    """The file as uint8 [bytes], mapped into memory: read in place, and valid after the file is unlinked.
+def map_file(path: str | Path, ahead: bool = False) -> tuple[torch.Tensor, os.stat_result]:
+    """The file as uint8 [bytes], mapped into memory: read on demand, in place, and valid after the file is unlinked.
 
     With it the file's stat, from which its size was taken: reading past a mapped file's end would kill the process.
+    ahead: let the system begin to read all of it now.
     Raises FileNotFoundError, OSError (it can't be opened or mapped now), BadRecord (not a regular file, or empty).
     """
     for _ in range(OPENINGS):
@@ -133,7 +134,8 @@ def map_file(path: str | Path) -> tuple[torch.Tensor, os.stat_result]:
             raise BadRecord("isn't a regular file")
         if info.st_size == 0:
             raise BadRecord("is empty")
-        _read_ahead(path)
+        if ahead:
+            _read_ahead(path)
         try:  # a private mapping: the file can't change through it. Unlike mmap.mmap it keeps no descriptor open.
             data = torch.from_file(str(path), shared=False, size=info.st_size, dtype=torch.uint8)
         except RuntimeError as error:
@@ -191,6 +193,11 @@ def decode(
         return _decoded(data, key, fingerprint, verify, tenant, secret)
 
 
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 2
+
+
 class _Gate:
     """Lets so many threads check a record at once that one processor is free for the model."""
 
@@ -200,8 +207,7 @@ class _Gate:
 
     def open(self) -> None:
         """Begin with nobody inside."""
-        there = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 2
-        self.inside = threading.Semaphore(max(1, there - 1))
+        self.inside = threading.Semaphore(max(1, processors() - 1))
 
 
 _GATE = _Gate()

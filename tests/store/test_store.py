@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgraph.errors import StoreError
-from kvgraph.store import DiskStore, MemoryStore, Record, Store, TieredStore, tiered
+from kvgraph.store import DiskStore, MemoryStore, Record, Store, TieredStore, format, tiered
 from kvgraph.store.base import EVENTS
 from soak import draws
 from store_worker import got, key_of, make, same
@@ -270,6 +271,18 @@ def test_prune(tmp_path):
     assert present(store, range(6)) == [0, 5]
     assert store.prune() == (0, 0)
     assert store.prune(max_bytes=0) == (1, size) and present(store, range(6)) == [0]
+
+
+def test_only_what_is_read_whole_is_read_ahead(tmp_path, monkeypatch):
+    """An index is made anew from the records' headers, however large they are."""
+    ahead: list[object] = []
+    monkeypatch.setattr(format, "_read_ahead", ahead.append)
+    with closing(DiskStore(tmp_path)) as store:
+        store.put(small(0))
+    (tmp_path / "index.sqlite").unlink()
+    with closing(DiskStore(tmp_path)) as store:
+        assert len(store.ls()) == 1 and not ahead
+        assert store.get(key_of(0)) is not None and len(ahead) == 1
 
 
 def test_rm_takes_the_beginning_of_a_key(tmp_path):

@@ -550,7 +550,7 @@ class DiskStore:
         return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, *rest)
 
     def _data(self, path: Path) -> tuple[torch.Tensor, os.stat_result]:
-        return format.map_file(path) if self.mapped else format.read_file(path)
+        return format.map_file(path, ahead=True) if self.mapped else format.read_file(path)
 
     def _verify_file(self, path: Path, report: VerifyReport) -> None:
         if path.name.startswith(TEMPORARY):

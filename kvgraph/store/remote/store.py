@@ -7,7 +7,6 @@ Its data isn't trusted.
 from __future__ import annotations
 
 import copy
-import os
 import threading
 import time
 from collections import Counter
@@ -31,7 +30,7 @@ T = TypeVar("T")
 
 # Threads: writes take no turn of a read's. A client copies what comes while it holds Python's lock, so eight of them on two
 # processors doubled the time of a step of the model beside them (`benchmarks.reading`).
-READERS, WRITERS = min(8, max(2, (os.cpu_count() or 2) - 1)), 2
+READERS, WRITERS = min(8, max(2, format.processors() - 1)), 2
 WRITE_TIMEOUT = 60.0  # seconds that a write may take; nobody waits for it but the next write
 MEASURED_EVERY = 60.0  # seconds for which a size is good
 
