@@ -29,6 +29,7 @@ from kvgraph.train.mixture import WorldSource
 SPECS = ("raw", "zstd", "fp8", "int8", "kivi", "kivi+zstd", "gear", "kivi:bits=2", "gear:bits=2")
 SELECTED = tuple(f"{name}:keep={keep}" for name in SELECTIONS for keep in (75, 50, 25))
 SEED = 20_261
+BESIDE = 3  # other articles that are read with one
 
 
 def sizes(spec: str, model: models.Model, records: list[Any], tokens: int, folder: str) -> dict[str, float]:
@@ -57,10 +58,14 @@ def sizes(spec: str, model: models.Model, records: list[Any], tokens: int, folde
     }
 
 
+def option(spec: str) -> dict[str, str]:
+    """Of an engine: a codec or a selection."""
+    return {"select": spec} if spec in SELECTED else {"codec": spec}
+
+
 def answers(spec: str, world: models.Model, source: WorldSource, corpora: int) -> tuple[float, float, torch.Tensor]:
     """The mean negative log-likelihood of an answer's tokens, the accuracy, and the logits after every query."""
-    option = {"select": spec} if spec in SELECTED else {"codec": spec}
-    with Engine(world, kv_budget=1 << 30, **option) as engine:
+    with Engine(world, kv_budget=1 << 30, **option(spec)) as engine:
         requests, queries = [], []
         for number in range(corpora):
             example = source[number]
@@ -77,15 +82,14 @@ def answers(spec: str, world: models.Model, source: WorldSource, corpora: int) -
     return nll, right, torch.stack([r.first_logits for r in first])
 
 
-def text_nats(spec: str, model: models.Model, others: int = 3) -> float:
+def text_nats(spec: str, model: models.Model) -> float:
     """The mean negative log-likelihood of the tokens of every article's second half, in nats."""
-    option = {"select": spec} if spec in SELECTED else {"codec": spec}
     texts = [model.tokenizer(f"{d.text}\n\n", add_special_tokens=False).input_ids for d in demo.documents()]
-    with Engine(model, kv_budget=1 << 30, **option) as engine:
+    with Engine(model, kv_budget=1 << 30, **option(spec)) as engine:
         scores = []
         for i, text in enumerate(texts):
             half = len(text) // 2
-            beside = [texts[(i + n) % len(texts)] for n in range(1, others + 1)]
+            beside = [texts[(i + n) % len(texts)] for n in range(1, BESIDE + 1)]
             graph = ContextGraph([*beside, text[:half]], [text[half]])
             scores.append(engine.score(graph, text[half + 1 :], "block").scores)
     return -float(torch.cat(scores).mean())

@@ -145,7 +145,7 @@ class Trainer:
         for name in {c.name: 0 for planned in self.planned for c in planned.unseen}:
             self.log.say(f"{name} has no validation examples, so it isn't evaluated")
         self._prepare_validation()
-        if self.progress.step and self._is_evaluated() and self._agreed(self.main and not self.log.has_evaluation):
+        if self.progress.step and self._evaluates() and self._agreed(self.main and not self.log.has_evaluation):
             self._evaluate()  # the run was killed between its checkpoint and the end of this evaluation
         with _Signals() as signals:
             began = time.perf_counter()
@@ -168,7 +168,7 @@ class Trainer:
         config, step = self.config, self.progress.step
         last = step == self.last or self._spent() >= 1
         ends = self._agreed(stopping) or last
-        evaluates, saves = last or self._is_evaluated(), step % config.save_every == 0 or ends
+        evaluates, saves = last or self._evaluates(), step % config.save_every == 0 or ends
         if step % LOG_EVERY == 0 or evaluates or saves:
             self._flush()
         if saves:
@@ -177,8 +177,8 @@ class Trainer:
             self._evaluate()
         return ends
 
-    def _is_evaluated(self) -> bool:
-        """Whether the latest step is one of those after which the run evaluates."""
+    def _evaluates(self) -> bool:
+        """Whether the run evaluates after the latest step."""
         return self.progress.step % self.config.evaluate_every == 0 or self.progress.step == self.last
 
     def _steps(self) -> Iterator[Batch]:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock
 
 from soak import SOAK
@@ -141,8 +142,10 @@ def _start(place: str) -> None:
 
 
 def _next_job(listener: socket.socket, owner: int) -> dict[str, Any] | None:
-    """In a child: its command. In the program: None, when it is told to end or nobody can ask any more."""
-    while os.path.exists(f"/proc/{owner}"):
+    """Fork a child for each command. In the child, this returns the command. In the program, it returns None: at the end of the
+    test run, or when the process that owns the run is gone.
+    """
+    while psutil.pid_exists(owner):
         try:
             connection, _ = listener.accept()
         except TimeoutError:

@@ -6,7 +6,7 @@ file is held in memory beyond `MOST_BYTES`, and records and messages are read on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ def read(source: str | Path, say: Say) -> Iterator[SourcePage]:
         raise PageError(f"there is no file or folder {root}")
     files = io.files(root, PageError) if root.is_dir() else [root]
     beside = {file for file in files if not SPHINX.isdisjoint(file.relative_to(root).parts[:-1])}
-    lists = {file for file in files if (file.parent / "searchindex.js").exists() and _matches(file.name, SPHINX_LISTS)}
+    listing = [file for file in files if any(fnmatch(file.name, pattern) for pattern in SPHINX_LISTS)]
+    lists = {file for file in listing if (file.parent / "searchindex.js").exists()}
     if beside:
         say(
             f"{len(beside):,} files in {', '.join(sorted(SPHINX))} are left out: Sphinx makes these folders beside its pages"
@@ -75,10 +76,6 @@ def read(source: str | Path, say: Say) -> Iterator[SourcePage]:
                 say(f"{page.where}: there is another page {page.id!r}; this one is called {new!r}")
                 page = SourcePage(new, page.title, page.elements, page.where, page.url, page.sources)
             yield page
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _file(path: Path, name: str, say: Say) -> Iterator[SourcePage]:
