@@ -35,7 +35,7 @@ from kvgraph.train.records import Records
 
 STARTED = time.monotonic()
 RUNS = {"answers": 0.45, "distill": 0.3, "unlabelled": 0.25}  # shares of the time to train
-OVERHEAD, TABLES = 14.0, 40.0  # seconds that a run takes besides its steps, and that the tables take, on a GPU
+OVERHEAD = 14.0  # seconds that a run takes besides its steps
 COMMON: tuple[gap.Way, ...] = (("block", "none"), (KVLINK, "none"), ("pcw", "none"))
 OWN: tuple[gap.Way, ...] = (*COMMON, ("graph-kv", "links"), ("graph-kv", "random"), ("graph-kv", "none"))
 WAYS: dict[str, tuple[gap.Way, ...]] = {
@@ -54,9 +54,9 @@ def main() -> None:
     if torch.cuda.is_available():
         _say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     adapters: dict[str, Path] = {}
-    for number, name in enumerate(RUNS):
-        rest = list(RUNS)[number:]
-        seconds = (_left(options) - OVERHEAD * len(rest) - TABLES) * RUNS[name] / sum(RUNS[n] for n in rest)
+    for number, name in enumerate(options.runs):
+        rest = options.runs[number:]
+        seconds = (_left(options) - OVERHEAD * len(rest) - options.tables) * RUNS[name] / sum(RUNS[n] for n in rest)
         config = dataclasses.replace(
             _changed(recipes.get(f"smollm2-{name}"), options),
             minutes=max(seconds, 1.0) / 60,
@@ -102,7 +102,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True, help="for everything")
+    parser.add_argument("--tables", type=float, default=40.0, help="seconds of these to keep for the tables")
+    parser.add_argument(
+        "--runs", nargs="+", choices=tuple(RUNS), default=list(RUNS), help="in this order [default: all]"
+    )
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=0, help="of a CPU; 0 for torch's choice")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--limit", type=int, default=0, help="steps of each run, to try it out")
@@ -120,6 +125,7 @@ def _changed(config: Config, options: argparse.Namespace) -> Config:
         model=options.model,
         data=str(options.data),
         workers=options.workers,
+        threads=options.threads,
         length=options.length,
         batch=options.batch,
         limit=options.limit,

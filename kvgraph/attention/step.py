@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvgraph.attention.backends import backend_for
+from kvgraph.attention.backends import backend_for, cpu
 from kvgraph.attention.backends.base import Backend, Part
 from kvgraph.attention.blocks import Fresh, KeyBlock, blocks_of
 from kvgraph.attention.rope import Rotary
@@ -27,6 +27,7 @@ from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
 
 _NONE = torch.empty(0, dtype=torch.int64)
+FEW = 64  # tokens that a CPU merges in one compiled loop: many are many enough for torch
 
 
 @dataclass
@@ -52,7 +53,9 @@ class _Seen(NamedTuple):
     def of(self, layer: int, fresh: tuple[Tensor, Tensor]) -> Part:
         """The part of one layer. fresh: the step's new keys [G, T, D], in the frames of their chains, and values."""
         keys, values = fresh if isinstance(self.source, Fresh) else self.source.layer(layer)
-        return Part(self.columns, keys[:, self.here], values[:, self.here], self.mask, self.causal)
+        if self.here.stop - self.here.start < keys.shape[1]:  # a slice for nothing is most of this, in a decoding step
+            keys, values = keys[:, self.here], values[:, self.here]
+        return Part(self.columns, keys, values, self.mask, self.causal)
 
 
 @dataclass
@@ -68,6 +71,8 @@ class _Parts:
     shift: Tensor = _NONE  # [E] index into shifts
     buckets: list[_Bucket] = field(default_factory=list)  # of the packed tokens that have extra pairs
     sharpness: Tensor | None = None  # [E, 1] float32, 1 / temperature; None: no view is in a group
+    order: np.ndarray = field(default_factory=_NONE.numpy)  # [E] the extra pairs of token 0, of token 1, ...
+    ends: np.ndarray = field(default_factory=_NONE.numpy)  # [T] where a token's end in that order
 
 
 class Step:
@@ -159,29 +164,31 @@ class Step:
             parts.extra.append(self._part(block, here))
             columns = here.stop
         tokens = np.concatenate([block.tokens for block in others])
-        at, counts, weights = zip(*(run for block in others for run in block.runs), strict=True)
+        at, lengths, weights = zip(*(run for block in others for run in block.runs), strict=True)
         parts.shifts, segment = np.unique(np.array(at, dtype=np.int64), return_inverse=True)
-        parts.shift = self._tensor(np.repeat(segment, counts))
+        parts.shift = self._tensor(np.repeat(segment, lengths))
         groups = None
         if any(weights):
-            groups = np.repeat([w or (0.0, 1.0, 1.0) for w in weights], counts, axis=0)
+            groups = np.repeat([w or (0.0, 1.0, 1.0) for w in weights], lengths, axis=0)
             parts.sharpness = self._tensor((1 / groups[:, 1:2]).astype(np.float32))
         parts.token = self._tensor(tokens)
-        parts.buckets = list(self._buckets(tokens, groups))
+        parts.order = np.argsort(tokens, kind="stable")
+        counts = np.bincount(tokens, minlength=self.size)
+        parts.ends = np.cumsum(counts)
+        parts.buckets = list(self._buckets(parts.order, counts, groups))
         return parts
 
     def _part(self, block: KeyBlock, columns: slice) -> _Seen:
         mask = None if block.mask is None else self._tensor(block.mask)
         return _Seen(columns, block.source, slice(block.lo, block.hi), mask, block.causal)
 
-    def _buckets(self, tokens: np.ndarray, groups: np.ndarray | None) -> Iterator[_Bucket]:
-        """Buckets of tokens, given the token of every extra pair, and its group, temperature and scale if there are any.
+    def _buckets(self, order: np.ndarray, counts: np.ndarray, groups: np.ndarray | None) -> Iterator[_Bucket]:
+        """Buckets of tokens, given the extra pairs in the order of their tokens, how many each token has, and the group,
+        temperature and scale of every pair if there are any.
 
         A token that sees 1,000 places must not make its neighbours 1,000 wide. The counts of a bucket are within a
         factor of two, so padding at most doubles the pairs.
         """
-        counts = np.bincount(tokens, minlength=self.size)
-        order = np.argsort(tokens, kind="stable")  # the pairs of token 0, of token 1, ...
         first = np.cumsum(counts) - counts
         size = np.where(counts > 0, np.ceil(np.log2(np.maximum(counts, 1))), -1)
         for s in np.unique(size[counts > 0]):
@@ -193,7 +200,7 @@ class Step:
             if members[-1] - members[0] + 1 == len(members):
                 where = slice(int(members[0]), int(members[-1]) + 1)
             joints = () if groups is None else list(self._joints(groups[gather], padding))
-            if gather.size == len(tokens) and np.array_equal(gather.reshape(-1), np.arange(len(tokens))):
+            if gather.size == len(order) and np.array_equal(gather.reshape(-1), np.arange(len(order))):
                 yield _Bucket(where, len(members), joints=joints)
             else:
                 yield _Bucket(where, len(members), self._tensor(gather), self._tensor(padding), joints)
@@ -216,6 +223,9 @@ def _merge(out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, parts: _Par
     Multiplying the joint lse of a group by its scale adds (scale - 1) of it to the lse of each of its parts.
     """
     heads = out.shape[0]
+    if cpu.compiled is not None and out.device.type == "cpu" and out.shape[1] <= FEW and parts.sharpness is None:
+        cpu.compiled.merge(out, lse, seen, seen_lse, parts.order, parts.ends, sinks)
+        return
     for bucket in parts.buckets:
         if bucket.gather is None or bucket.padding is None:
             others = seen.view(heads, -1, bucket.count, seen.shape[-1])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +14,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numba.core.caching import FunctionCache
 from torch import Tensor
 
-from kvgraph.attention.backends import backend_for, cpu, reference
+from kvgraph.attention.backends import backend_for, compiled, cpu, reference
 from kvgraph.attention.backends.base import Backend, Part
 from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV, View, on_device
@@ -21,7 +25,16 @@ from kvgraph.attention.step import Step
 from kvgraph.store.record import Record
 from soak import draws
 
-BACKENDS = [cpu.attend, reference.attend]
+
+def torch_alone(*args) -> tuple[Tensor, Tensor]:
+    """The CPU's backend where Numba isn't installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "compiled", None)
+        return cpu.attend(*args)
+
+
+BACKENDS = [cpu.attend, torch_alone, reference.attend]
+NAMES = ["cpu", "torch", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = 1e-5
 
@@ -101,7 +114,7 @@ def check(backend: Backend, case: Problem, scale: float = 0.25) -> None:
         close(lse[:, part.columns], expected_lse)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
 @pytest.mark.parametrize("tiles", [None, 8], ids=["whole", "tiled"])
 @given(case=problems)
 @settings(max_examples=draws(40), deadline=None)
@@ -113,14 +126,14 @@ def test_backend_equals_naive_softmax(backend: Backend, tiles: int | None, case:
         check(backend, case)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_parts(backend: Backend, dtype):
     long = [("open", 3, 5000), ("causal", 700, 700), ("mask", 40, 3000), ("open", 1, 2 * cpu.TILE + 1)]
     check(backend, problem(0, 2, 2, 16, 16, dtype, None, long))
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
 def test_large_scores_do_not_overflow(backend: Backend):
     case = problem(0, 1, 2, 16, 16, torch.float32, None, [("open", 4, 30), ("causal", 9, 9), ("mask", 4, 30)])
     out, lse = backend(case.q * 1000, case.parts, 1.0, None)
@@ -129,6 +142,97 @@ def test_large_scores_do_not_overflow(backend: Backend):
 
 def test_the_cpu_has_the_fused_backend():
     assert backend_for(torch.device("cpu")) is cpu.attend
+
+
+# --- the compiled kernel of few columns --------------------------------------------------------------------------------
+
+
+def few(seed: int, dtype, sizes: list[tuple[int, int]], dim: int = 64) -> Problem:
+    return problem(seed, 3, 3, dim, dim, dtype, None, [("open", n, total) for n, total in sizes])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [6, 64, 80])
+def test_the_compiled_kernel_takes_decoding_parts_and_equals_torch(monkeypatch, dtype, dim):
+    edges = [1, 3, compiled.TILE - 1, compiled.TILE, compiled.TILE + 1, 2 * compiled.TILE + 2, 1000]
+    case = few(0, dtype, [(1 + i % 2, total) for i, total in enumerate(edges)], dim)
+    taken, others = compiled.divided(case.parts, case.q.shape[0])
+    assert len(taken) == len(edges) and not others
+    out, lse = cpu.attend(case.q, case.parts, 0.125)
+    monkeypatch.setattr(cpu, "compiled", None)
+    expected, expected_lse = cpu.attend(case.q, case.parts, 0.125)
+    assert not torch.equal(out, expected), "it was the same code"
+    close(out, expected)
+    close(lse, expected_lse)
+
+
+def test_what_the_compiled_kernel_is_not_for():
+    kinds = [("causal", 3, 3), ("mask", 1, 9), ("open", 5, 9), ("open", 1, 9)]
+    case = problem(0, 3, 3, 16, 16, torch.float32, None, kinds)
+    taken, others = compiled.divided(case.parts, 9)
+    assert taken == [case.parts[3]] and len(others) == 3
+    assert not compiled.divided(few(0, torch.float16, [(1, 9)]).parts, 9)[0]
+
+
+def test_threads_share_long_parts_and_change_nothing(monkeypatch):
+    case = few(1, torch.bfloat16, [(1, 5000), (1, 7), (1, 11000)])
+    alone = cpu.attend(case.q, case.parts, 0.125)
+    shared, original = [], ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *args: shared.append(args[-2:]) or original(*args))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        together = cpu.attend(case.q, case.parts, 0.125)
+    finally:
+        torch.set_num_threads(before)
+    assert len(shared) == 2 and all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    case = few(1, torch.bfloat16, [(1, 20000), (1, 20000)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = cpu.attend(case.q, case.parts, 0.125)[0]
+        child = multiprocessing.get_context("fork").Process(target=lambda: compare(case, expected))
+        child.start()
+        child.join(60)
+    finally:
+        torch.set_num_threads(before)
+        child.kill()
+    assert child.exitcode == 0
+
+
+def compare(case: Problem, expected: Tensor) -> None:
+    taken, _ = compiled.divided(case.parts, case.q.shape[0])
+    out, lse = torch.empty_like(expected), torch.empty(expected.shape[:2])
+    compiled.attend(case.q, taken, 0.125, out, lse)
+    os._exit(0 if torch.equal(out, expected) else 1)
+
+
+def test_compiling_needs_no_room_for_its_file(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FunctionCache, "save_overload", full)
+    made = compiled._jit(doubled)
+    numbers = np.ones(3)
+    made(numbers)
+    made(numbers)
+    assert (numbers == 4).all()
+    monkeypatch.setattr(FunctionCache, "__init__", lambda *_: no_folder())
+    numbers = np.ones(3)
+    compiled._jit(doubled)(numbers)
+    assert (numbers == 2).all()
+
+
+def doubled(numbers):
+    for i in range(len(numbers)):
+        numbers[i] *= 2
+
+
+def no_folder():
+    raise RuntimeError("cannot cache function: no locator available")
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -315,7 +419,7 @@ def a_world(seed: int, places: list[tuple], past: int, new: int) -> World:
     return World([record], [one], torch.float32, None, None)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
 @given(world=worlds())
 @example(world=a_world(0, [], 0, 5))
 @example(world=a_world(1, [(0, -6, 0, 6), (0, -6, 0, 6)], 0, 5))  # seen twice: counts twice

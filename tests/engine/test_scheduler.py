@@ -600,10 +600,10 @@ def test_a_token_that_sees_many_places_does_not_widen_its_neighbours(llama, monk
     other = engine.submit(long, GREEDY, first_logits=True)
     ratios, original = [], Step._buckets
 
-    def buckets(step, tokens, groups):
-        made = list(original(step, tokens, groups))
-        padded = sum(len(tokens) if b.gather is None else b.gather.numel() for b in made)
-        ratios.append(padded / len(tokens))
+    def buckets(step, order, counts, groups):
+        made = list(original(step, order, counts, groups))
+        padded = sum(len(order) if b.gather is None else b.gather.numel() for b in made)
+        ratios.append(padded / len(order))
         return made
 
     monkeypatch.setattr(Step, "_buckets", buckets)

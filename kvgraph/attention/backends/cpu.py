@@ -1,6 +1,6 @@
 """Attention over parts on the CPU: PyTorch's fused kernel, which tiles the scores and returns the log-sum-exp.
 
-Softcap, and head sizes that differ between keys and values use the reference backend. KV in bf16 or fp16, and packed KV
+Parts of few columns are for `kvgraph.attention.backends.compiled`, if Numba is installed. Softcap, and head sizes that differ between keys and values use the reference backend. KV in bf16 or fp16, and packed KV
 (see `kvgraph.store.record.PackedSide`), become float32 tile by tile, so that scores and sums are float32 and memory stays
 bounded. Tiles are the same for all kinds of KV, and so are the results.
 Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D head size.
@@ -17,6 +17,11 @@ from kvgraph.attention.backends import reference
 from kvgraph.attention.backends.base import Part
 from kvgraph.store.record import Side
 
+try:
+    from kvgraph.attention.backends import compiled
+except ImportError:  # Numba isn't installed
+    compiled = None  # type: ignore[assignment]
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 TILE = 2048  # keys attended to at a time
 
@@ -26,6 +31,10 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
     heads, columns, dim = q.shape
     out = q.new_empty(heads, columns, parts[0].values.shape[-1])
     lse = q.new_empty(heads, columns)
+    if compiled is not None and softcap is None:
+        few, parts = compiled.divided(parts, heads)
+        if few:
+            compiled.attend(q, few, scale, out, lse)
     for part in parts:
         here = part.columns
         if softcap is not None or part.values.shape[-1] != dim:
