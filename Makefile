@@ -26,7 +26,7 @@ demo: $(DEMO)
 
 # About an hour; the figures mean something only on a machine that does nothing else.
 bench: $(DEV)
-	for b in precision encoding concurrency ttft context cold in_place tiers reading serving evaluation training cluster_sim; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
+	for b in kernels precision encoding concurrency ttft context cold in_place tiers reading serving evaluation training cluster_sim; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
 	for b in start cpu; do $(BIN)/python -m benchmarks.$$b --threads 2 --json benchmarks/results/$$b.json || exit 1; done
 	$(BIN)/python -m benchmarks.summary
 

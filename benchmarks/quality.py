@@ -4,9 +4,9 @@
 
 Each item is asked by every method. Recorded are the answer's negative log-likelihood (nats per token), whether the generated
 answer contains a right one (substring EM), the tokens of the item's encoded documents, and, once these are encoded, the tokens
-that a question computes and the time to its first token. All methods of an item share one engine; nothing is kept between
-items. The adapter wasn't trained on any of the questions: of the multi-hop training samples, only the twelfth that its data
-held out is used. An interrupted run resumes (--rows).
+that a question computes and the time to its first token. All methods share one engine, which keeps the KV of some items. The
+adapter wasn't trained on any of the questions: of the multi-hop training samples, only the twelfth that its data held out is used. An
+interrupted run resumes (--rows).
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ WAYS = {  # the name of a row: (method, edges)
 }
 STATES = ("base", "tuned")
 ANSWER_TOKENS = 24
+KV = 1 << 30  # bytes, of some items: those of NQ have the same documents three times
 
 
 class Asked(NamedTuple):
@@ -158,21 +159,20 @@ def measured(engine: Engine, one: Asked, ways: Sequence[str]) -> dict[str, dict[
     return told
 
 
-def run(engines: dict[str, models.Model], found: dict[str, list[Asked]], rows: Path) -> list[dict[str, Any]]:
+def run(engines: dict[str, Engine], found: dict[str, list[Asked]], rows: Path) -> list[dict[str, Any]]:
     """Ask what isn't in `rows` yet. Items of all sets take turns, so that an interrupted run has some of each."""
     done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     known = {(row["set"], row["id"], row["state"], row["way"]) for row in done}
     longest = max(map(len, found.values()))
     turns = [(name, items[i]) for i in range(longest) for name, items in found.items() if i < len(items)]
     with rows.open("a") as file, Progress("asking", len(turns) * len(engines)) as bar:
-        for (name, one), (state, model) in product(turns, engines.items()):
-            with Engine(model, store=None) as engine:
-                ways = [way for way in WAYS if (name, one.item.id, state, way) not in known]
-                for way, told in measured(engine, one, ways).items():
-                    key = {"set": name, "id": one.item.id, "cluster": one.item.cluster, "state": state, "way": way}
-                    done.append(key | told)
-                    file.write(json.dumps(done[-1]) + "\n")
-                file.flush()
+        for (name, one), (state, engine) in product(turns, engines.items()):
+            ways = [way for way in WAYS if (name, one.item.id, state, way) not in known]
+            for way, told in measured(engine, one, ways).items():
+                key = {"set": name, "id": one.item.id, "cluster": one.item.cluster, "state": state, "way": way}
+                done.append(key | told)
+                file.write(json.dumps(done[-1]) + "\n")
+            file.flush()
             bar.advance(1)
     return done
 
@@ -227,6 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the table here")
     parser.add_argument("--table-only", action="store_true", help="only make the table from existing rows")
+    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES), help="which models to ask")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -239,9 +240,10 @@ def main() -> None:
     else:
         folder = demo.adapter()
         base = adapters.base_of(folder)
+        given = {"base": None, "tuned": folder}
         engines = {
-            "base": models.load(base, device=args.device),
-            "tuned": models.load(base, adapter=folder, device=args.device),
+            state: Engine(models.load(base, adapter=given[state], device=args.device), kv_budget=KV)
+            for state in args.states
         }
         done = run(engines, found, args.rows)
     lines = table(done)

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 ORDER = [
     "ttft",
     "cpu",
+    "kernels",
     "start",
     "concurrency",
     "encoding",

@@ -37,7 +37,8 @@ from kvgraph.engine.request import Sequence as TokenSequence
 from kvgraph.engine.result import Chunk, Result, Usage
 from kvgraph.engine.retrieval_heads import retrieval_scores
 from kvgraph.engine.sampling import Sampler, SamplingError, SamplingParams
-from kvgraph.engine.scheduler import Scheduler
+from kvgraph.engine.scheduler import PAIRS, Scheduler
+from kvgraph.engine.scratch import scratch_bytes
 from kvgraph.errors import CapacityError, GraphError, KVGraphError, StoreError
 from kvgraph.graph import ContextGraph, check_text
 from kvgraph.methods import Method
@@ -130,7 +131,7 @@ class Engine:
         self.loader = None if self.store is None else Loader(self._fetch)
         self.scheduler = Scheduler(
             model,
-            kv_budget or default_budget(model.device),
+            kv_budget or default_budget(model.device, scratch_bytes(model, step_tokens, PAIRS * step_tokens)),
             step_tokens,
             self.loader,
             self._save,
@@ -711,13 +712,22 @@ def params_of(params: SamplingParams | None, fields: dict[str, Any]) -> Sampling
     return replace(params or SamplingParams(), **fields)
 
 
-def default_budget(device: torch.device) -> int:
-    """The default KV budget in bytes: half of the free memory, or 80 % of the free GPU memory."""
+def default_budget(device: torch.device, scratch: int = 0) -> int:
+    """The default KV budget in bytes: half of the free memory, or 80 % of the free GPU memory; less if the `scratch` bytes that a
+    step takes need more than the rest. Raises CapacityError if they leave nothing.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    if device.type != "cpu":
+        free, share = torch.cuda.mem_get_info(device)[0], 0.8
+    elif device.type == "cpu":
+        free, share = int(psutil.virtual_memory().available), 0.5
+    else:
         raise CapacityError(f"give kv_budget: kvgraph can't tell how much memory a {device.type!r} device has")
-    return int(psutil.virtual_memory().available) // 2
+    budget = int(min(free * share, free * 0.95 - scratch))
+    if budget <= 0:
+        raise CapacityError(
+            f"a step takes up to {scratch:,} bytes besides KV, and {free:,} are free: give a smaller max_step_tokens, or free memory"
+        )
+    return budget
 
 
 def _outside() -> int:

@@ -28,6 +28,7 @@ from kvgraph.engine.request import Encoding, Loading, Request, Sequence, link_of
 from kvgraph.engine.result import Result
 from kvgraph.engine.runner import runner_for
 from kvgraph.engine.sampling import Sampled, likeliest
+from kvgraph.engine.scratch import most_logits
 from kvgraph.errors import PlanError
 from kvgraph.models import Model
 from kvgraph.plan import Plan
@@ -37,6 +38,7 @@ from kvgraph.store.record import Record
 from kvgraph.store.selection.base import Selection, kept_tokens
 
 AHEAD = 8  # the part of the budget, 1 / AHEAD, that records may take that nobody was admitted to use yet
+PAIRS = 16  # (token, place) pairs of a step, per token
 Work = tuple[Request | Encoding, int]  # who runs in a step, and how many of its tokens
 
 
@@ -61,7 +63,8 @@ class Scheduler:
         codec: Codec,
     ):
         self.model, self.max_step_tokens = model, max_step_tokens
-        self.max_step_pairs = 16 * max_step_tokens  # bounds the scratch of (token, place) pairs
+        self.max_step_pairs = PAIRS * max_step_tokens
+        self.max_step_logits = most_logits(model)
         self.loader, self.save, self.settle, self.selection = loader, save, settle, selection
         self.runner = runner_for(model)
         self.guides = Guides(model)
@@ -169,6 +172,7 @@ class Scheduler:
         work: list[Work] = []
         complete: set[str] = set()  # encodings that this step finishes
         tokens, pairs, room = self.max_step_tokens, self.max_step_pairs, self.memory.room_for_extras
+        logits = self.max_step_logits
         owners: list[Request | Encoding] = [*decoding, *oldest, *prefill, *later]
         for owner in owners:
             if not self._ready_beside(owner, complete):
@@ -178,8 +182,11 @@ class Scheduler:
                 continue
             parts = 1 + owner.sequence.parts
             count = min(owner.sequence.left, tokens, max(1, pairs // parts))
+            unscored = _unscored(owner)
+            count = min(count, unscored + max(1, logits))
             if count <= 0 or (work and pairs < parts):
                 break
+            logits -= max(0, count - unscored)
             work.append((owner, count))
             room -= extra
             if isinstance(owner, Encoding) and count == owner.sequence.left and not self._settles(owner):
@@ -252,10 +259,7 @@ class Scheduler:
         start = 0
         for owner, count in work:
             before = len(want)
-            if isinstance(owner, Request):
-                first = 0 if owner.echo else len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
-                skipped = max(0, first - owner.sequence.done)
-                want.extend(range(start + skipped, start + count))
+            want.extend(range(start + min(count, _unscored(owner)), start + count))
             counts.append(len(want) - before)
             start += count
         return want, counts
@@ -574,6 +578,14 @@ class Scheduler:
         request.usage.kv_bytes = self.memory.held_bytes(request, wanted)
         if request.encode_only:
             self._finish(request, "length")
+
+
+def _unscored(owner: Request | Encoding) -> int:
+    """How many of the next tokens need no logits: those before the last one, or before those that predict the answer."""
+    if isinstance(owner, Encoding):
+        return owner.sequence.left
+    first = 0 if owner.echo else len(owner.plan.prompt.tokens) - max(1, len(owner.answer))
+    return max(0, first - owner.sequence.done)
 
 
 def _read(request: Request) -> set[int]:

@@ -156,8 +156,7 @@ def few(seed: int, dtype, sizes: list[tuple[int, int]], dim: int = 64) -> Proble
 def test_the_compiled_kernel_takes_decoding_parts_and_equals_torch(monkeypatch, dtype, dim):
     edges = [1, 3, compiled.TILE - 1, compiled.TILE, compiled.TILE + 1, 2 * compiled.TILE + 2, 1000]
     case = few(0, dtype, [(1 + i % 2, total) for i, total in enumerate(edges)], dim)
-    taken, others = compiled.divided(case.parts, case.q.shape[0])
-    assert len(taken) == len(edges) and not others
+    assert all(compiled.takes(part, case.q.shape[0]) for part in case.parts)
     out, lse = cpu.attend(case.q, case.parts, 0.125)
     monkeypatch.setattr(cpu, "compiled", None)
     expected, expected_lse = cpu.attend(case.q, case.parts, 0.125)
@@ -169,9 +168,8 @@ def test_the_compiled_kernel_takes_decoding_parts_and_equals_torch(monkeypatch, 
 def test_what_the_compiled_kernel_is_not_for():
     kinds = [("causal", 3, 3), ("mask", 1, 9), ("open", 5, 9), ("open", 1, 9)]
     case = problem(0, 3, 3, 16, 16, torch.float32, None, kinds)
-    taken, others = compiled.divided(case.parts, 9)
-    assert taken == [case.parts[3]] and len(others) == 3
-    assert not compiled.divided(few(0, torch.float16, [(1, 9)]).parts, 9)[0]
+    assert [compiled.takes(part, 9) for part in case.parts] == [False, False, False, True]
+    assert not compiled.takes(few(0, torch.float16, [(1, 9)]).parts[0], 9)
 
 
 def test_threads_share_long_parts_and_change_nothing(monkeypatch):
@@ -204,9 +202,8 @@ def test_a_forked_process_has_threads_of_its_own():
 
 
 def compare(case: Problem, expected: Tensor) -> None:
-    taken, _ = compiled.divided(case.parts, case.q.shape[0])
     out, lse = torch.empty_like(expected), torch.empty(expected.shape[:2])
-    compiled.attend(case.q, taken, 0.125, out, lse)
+    compiled.attend(case.q, case.parts, 0.125, out, lse)
     os._exit(0 if torch.equal(out, expected) else 1)
 
 

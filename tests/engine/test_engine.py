@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +28,10 @@ from kvgraph import (
     models,
 )
 from kvgraph.attention.step import Step
+from kvgraph.engine.engine import default_budget
 from kvgraph.engine.sampling import SamplingError
+from kvgraph.engine.scheduler import PAIRS
+from kvgraph.engine.scratch import scratch_bytes
 from kvgraph.plan import Plan, contiguous
 from kvgraph.store.disk import DiskStore
 from remotes import RedisServer, has_redis
@@ -319,15 +324,67 @@ def test_scratch_memory_does_not_grow_with_the_square_of_the_context(family):
     ids = np.random.default_rng(0).integers(0, VOCAB, 6000).tolist()
     engine.generate(ContextGraph([ids[:600]], query=[1]), "block", max_tokens=1)
     Path("/proc/self/clear_refs").write_text("5")
-
-    def memory(field: str) -> int:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-        return int(line.split()[1]) // 1024
-
-    before = memory("VmRSS")
+    before = resident("VmRSS")
     result = engine.generate(ContextGraph([ids], query=[1]), "block", max_tokens=1)
     assert result.usage.computed_tokens == 6001
-    assert memory("VmHWM") - before < 150
+    assert resident("VmHWM") - before < 150
+
+
+def resident(field: str) -> int:
+    """Megabytes of this process: VmRSS now, VmHWM at most since its peak was cleared."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) // 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("family", ["Llama", "Qwen3Moe"])
+def test_a_step_takes_no_more_than_the_scratch_that_the_budget_leaves(family):
+    """The worst steps: all tokens computed, most pairs seen, most logits scored. Sizes are large enough to be seen in a process."""
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_attention_heads": 8, "vocab_size": 30000}
+    if family == "Qwen3Moe":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2048}
+    model = models.wrap(families.build(family, max_position_embeddings=8192, **sizes))
+    engine = Engine(model, kv_budget=1 << 29)
+    ids = np.random.default_rng(0).integers(0, VOCAB, 4000).tolist()
+    many = ContextGraph([ids[i : i + 80] for i in range(0, 1600, 80)], query=ids[:300])
+    engine.generate(many, "block", max_tokens=1)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    engine.generate(many, "block", max_tokens=1)
+    engine.scores(ContextGraph([ids[:80]], query=ids[:9]), ids[:600], "block")
+    engine.encode(ContextGraph([ids[2000:2600]], query=[1]), "block", progress=False)
+    taken = resident("VmHWM") - before
+    bound = scratch_bytes(model, 512, PAIRS * 512) >> 20
+    assert 0.1 * bound < taken < bound, (taken, bound)
+
+
+def test_a_long_answer_is_scored_in_steps_that_hold_its_logits(llama, monkeypatch):
+    engine = Engine(llama, kv_budget=1 << 26)
+    answer = np.random.default_rng(0).integers(0, VOCAB, 300).tolist()
+    graph = ContextGraph([[1, 2, 3]], query=[4] * 40)
+    expected = engine.scores(graph, answer, "block")
+    asked, original = [], llama.forward
+
+    def forward(tokens, positions, attend, want):
+        asked.append(len(want))
+        return original(tokens, positions, attend, want)
+
+    monkeypatch.setattr(llama, "forward", forward)
+    engine.scheduler.max_step_logits = 64
+    torch.testing.assert_close(engine.scores(graph, answer, "block"), expected, atol=1e-4, rtol=0)
+    assert max(asked) == 64 and sum(asked) == 300
+
+
+def test_the_default_budget_leaves_room_for_a_step(llama, monkeypatch):
+    free = 1 << 30
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    cpu = torch.device("cpu")
+    assert default_budget(cpu) == default_budget(cpu, 1 << 28) == free // 2
+    assert default_budget(cpu, 3 << 28) == int(free * 0.95) - (3 << 28)
+    with pytest.raises(CapacityError, match="smaller max_step_tokens"):
+        default_budget(cpu, free)
+    with pytest.raises(CapacityError, match="smaller max_step_tokens"):
+        Engine(llama, max_step_tokens=1 << 22)
 
 
 LOSSES = {"fp8": 0.8, "int8": 0.15, "int8+zstd": 0.15, "kivi:group=8": 2.0, "gear:group=8": 1.0}  # wrong KV: 3 and more

@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kvgraph.attention.backends.base import Part
+from kvgraph.store.record import PackedSide
 
 ROWS = 12  # columns x R of a part, at most: with more, PyTorch's products of matrices are faster
 TILE = 64  # keys at a time; as float32 they fit in the processor's first cache
@@ -35,24 +36,28 @@ FAST = {"contract", "reassoc", "nsz", "arcp"}
 Kernel = Callable[..., None]
 
 
-def divided(parts: Sequence[Part], heads: int) -> tuple[list[Part], list[Part]]:
-    """The parts that this kernel is for, and the others. heads: H."""
-    few: list[Part] = []
-    others: list[Part] = []
-    for part in parts:
-        k, v = part.keys, part.values
-        rows = (part.columns.stop - part.columns.start) * heads // k.shape[0]
-        plain = isinstance(k, Tensor) and isinstance(v, Tensor) and k.dtype in WIDTHS and part.mask is None
-        takes = plain and rows <= ROWS and (not part.causal or k.shape[1] == 1)
-        (few if takes else others).append(part)
-    return few, others
+def takes(part: Part, heads: int) -> bool:
+    """Whether a part is for this kernel. heads: H."""
+    rows = (part.columns.stop - part.columns.start) * heads // part.keys.shape[0]
+    whole = part.mask is None and (not part.causal or part.keys.shape[1] == 1)
+    return rows <= ROWS and whole and part.keys.dtype in WIDTHS
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
     """Attention of the parts' columns of q [H, C, D] float32, written to out [H, C, Dv] and lse [H, C], both float32.
 
-    The last dimension of keys and values is contiguous, as in records and rows.
+    The last dimension of keys and values is contiguous, as in records and rows. Packed ones are unpacked a part at a time.
     """
+    plain = [part for part in parts if isinstance(part.keys, Tensor) and isinstance(part.values, Tensor)]
+    if plain:
+        _attend_all(q, plain, scale, out, lse)
+    for part in parts if len(plain) < len(parts) else ():
+        if isinstance(part.keys, PackedSide) or isinstance(part.values, PackedSide):
+            k, v = (side.to(side.dtype) for side in (part.keys, part.values))
+            _attend_all(q, [part._replace(keys=k, values=v)], scale, out, lse)
+
+
+def _attend_all(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
     groups = parts[0].keys.shape[0]
     table = np.array([_row(part) for part in parts], dtype=np.int64)
     arguments = (q.contiguous().numpy(), out.numpy(), lse.numpy(), table, np.float32(scale), groups)

@@ -8,7 +8,9 @@ Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -32,9 +34,10 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
     out = q.new_empty(heads, columns, parts[0].values.shape[-1])
     lse = q.new_empty(heads, columns)
     if compiled is not None and softcap is None:
-        few, parts = compiled.divided(parts, heads)
-        if few:
-            compiled.attend(q, few, scale, out, lse)
+        few = [compiled.takes(part, heads) for part in parts]
+        if any(few):
+            compiled.attend(q, list(compress(parts, few)), scale, out, lse)
+            parts = list(compress(parts, map(operator.not_, few)))
     for part in parts:
         here = part.columns
         if softcap is not None or part.values.shape[-1] != dim:
