@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from random import Random
 from statistics import median
 from typing import Any
@@ -76,14 +77,15 @@ def _plans(model: Model, seed: int) -> list[tuple[str, str, Plan | None]]:
     def ids(n: int) -> tuple[int, ...]:
         return tuple(random.randrange(model.vocab_size) for _ in range(n))
 
-    def plan(method: str, edges: tuple[Edge, ...] = (), **fields: Any) -> Plan:
-        return methods.get(method, **fields).plan(ContextGraph(segments, query, prefix, edges))
+    def plan(method: str, edges: tuple[Edge, ...] = (), asked: int = 7, **fields: Any) -> Plan:
+        return methods.get(method, **fields).plan(ContextGraph(segments, query[:asked], prefix, edges))
 
     segments, query, prefix = [ids(n) for n in (17, 24, 9)], ids(7), ids(5)
     far = min(model.limit, 1 << 17) - 100
     cases: list[tuple[str, str, Plan | None]] = [
         ("chain", "a causal chain of spans", plan("full")),
         ("alone", "spans encoded alone, read at their places", plan("block")),
+        ("token", "the same by one token, as in decoding", plan("block", asked=1)),
         ("shared", "re-encoded readers at shared positions", plan("graph-kv", all_pairs(3))),
         ("moved", "spans read elsewhere than computed", plan("graph-kv-rag", all_pairs(3))),
         ("rounds", "three rounds along a chain", plan("graph-kv", chain(3), rounds=3)),
@@ -101,7 +103,8 @@ def _plans(model: Model, seed: int) -> list[tuple[str, str, Plan | None]]:
 
 def require(model: Model, logits: Logits) -> None:
     """Raise ModelError unless the gate passes. A pass is remembered for this model, these versions and this device."""
-    versions = [version(package) for package in ("kvgraph", "torch", "transformers")]
+    packages = ["kvgraph", "torch", "transformers", *(["numba"] if find_spec("numba") else [])]
+    versions = [f"{package} {version(package)}" for package in packages]
     key = " ".join([model.fingerprint, model.device.type, *versions])
     if memo.recall("gate", key):
         return

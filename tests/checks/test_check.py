@@ -49,9 +49,9 @@ def test_in_16_bits_a_doubtful_first_draw_is_drawn_again():
 
         return check.gate(model, logits)
 
-    assert all(case.passed for case in off([0.1])) and len({id(plan) for plan in asked}) == 7
-    assert not any(case.passed for case in off([1.0, 1.0, 1.0])) and len({id(plan) for plan in asked}) == 21
-    assert all(case.passed for case in off([1.0, 0.1, 0.1])) and len({id(plan) for plan in asked}) == 21
+    assert all(case.passed for case in off([0.1])) and len({id(plan) for plan in asked}) == 8
+    assert not any(case.passed for case in off([1.0, 1.0, 1.0])) and len({id(plan) for plan in asked}) == 24
+    assert all(case.passed for case in off([1.0, 0.1, 0.1])) and len({id(plan) for plan in asked}) == 24
 
 
 def break_rotation(monkeypatch):
@@ -70,6 +70,13 @@ def break_merge(monkeypatch):
     )
 
 
+def break_kernel(monkeypatch):
+    from kvgraph.attention.backends import compiled
+
+    original = compiled.attend
+    monkeypatch.setattr(compiled, "attend", lambda q, parts, scale, *rest: original(q, parts, 2 * scale, *rest))
+
+
 def break_window(monkeypatch):
     from kvgraph.attention import step
 
@@ -79,7 +86,12 @@ def break_window(monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "damage", "case"),
-    [("llama", break_rotation, "alone"), ("llama", break_merge, "chain"), ("mistral", break_window, "sliding")],
+    [
+        ("llama", break_rotation, "alone"),
+        ("llama", break_merge, "chain"),
+        ("llama", break_kernel, "token"),
+        ("mistral", break_window, "sliding"),
+    ],
 )
 def test_gate_fails_when_composition_is_wrong(family, damage, case, monkeypatch, tmp_path):
     model = models.wrap(families.FAMILIES[family]())
