@@ -178,19 +178,31 @@ def run(engines: dict[str, Engine], found: dict[str, list[Asked]], rows: Path) -
 
 
 def table(done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each set, state and method, over the items that every method of that set and state answered."""
+    """A line for each set, model and method, over the items that every method of that set and model answered.
+
+    First those of all sets together, and of all sets whose documents have links.
+    """
+    sets = list(dict.fromkeys(row["set"] for row in done))
+    linked = [name for name in sets if any(row["set"] == name and row["way"] == "graph-kv links" for row in done)]
+    plain = [way for way in WAYS if way not in ("graph-kv links", "graph-kv random")]
     lines = []
-    for name in dict.fromkeys(row["set"] for row in done):
+    for name, members, ways in (
+        (f"all {len(sets)} sets", sets, plain),
+        (f"the {len(linked)} with links", linked, list(WAYS)),
+        *((name, [name], list(WAYS)) for name in sets),
+    ):
         for state in STATES:
-            mine = [row for row in done if (row["set"], row["state"]) == (name, state)]
-            ways = [way for way in WAYS if any(row["way"] == way for row in mine)]
-            by = {way: {row["id"]: row for row in mine if row["way"] == way} for way in ways}
+            mine = [row for row in done if row["set"] in members and row["state"] == state]
+            there = [way for way in ways if any(row["way"] == way for row in mine)]
+            by = {way: {(row["set"], row["id"]): row for row in mine if row["way"] == way} for way in there}
             ids = sorted(set.intersection(*map(set, by.values()))) if by else []
-            lines += [_line(name, state, way, by, ids) for way in ways if ids]
+            lines += [_line(name, state, way, by, ids) for way in there if ids]
     return lines
 
 
-def _line(name: str, state: str, way: str, by: dict[str, dict[str, Any]], ids: list[str]) -> dict[str, Any]:
+def _line(
+    name: str, state: str, way: str, by: dict[str, dict[tuple[str, str], Any]], ids: list[tuple[str, str]]
+) -> dict[str, Any]:
     rows, full = [by[way][i] for i in ids], [by["full"][i] for i in ids]
     clusters = [row["cluster"] or row["id"] for row in rows]
     right = mean_interval([row["right"] for row in rows], clusters)

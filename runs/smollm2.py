@@ -129,7 +129,7 @@ def _changed(config: Config, options: argparse.Namespace) -> Config:
         length=options.length,
         batch=options.batch,
         limit=options.limit,
-        save_every=10**6,
+        save_every=100,
         evaluate_every=10**6,
     )
 
