@@ -90,6 +90,7 @@ class Step:
             at += len(row.tokens)
         self.size = at
         self.leads = np.repeat([row.lead for row in rows], [len(row.tokens) for row in rows])
+        self.linked = bool(self.leads.any())  # some row continues the one before it
         self._leads: dict[int, tuple[Tensor, ...]] = {}
         self._parts: dict[int | None, _Parts] = {}
         self._tables: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
@@ -128,7 +129,7 @@ class Step:
     def _in_chains(self, layer: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries, in float32, and keys of the step, each rotated from its row's frame into that of its chain's first."""
         index = self.layers[layer].rotary
-        if index is None or not self.leads.any():
+        if index is None or not self.linked:
             return q.float(), k
         if index not in self._leads:
             self._leads[index] = tuple(
