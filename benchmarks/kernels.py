@@ -34,7 +34,7 @@ def main() -> None:
         layers = [[Part(slice(i, i + 1), k, v) for i, (k, v) in enumerate(layer)] for layer in kv]
         found: dict[bool, list[float]] = {True: [], False: []}
         for ours in [True, False] * args.repeats:
-            cpu.compiled = compiled if ours else None  # type: ignore[assignment]
+            cpu.compiled = (lambda: compiled) if ours else (lambda: None)  # type: ignore[assignment]
             started = time.perf_counter()
             for parts in layers:
                 cpu.attend(q, parts, DIM**-0.5)

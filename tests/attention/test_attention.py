@@ -29,7 +29,7 @@ from soak import draws
 def torch_alone(*args) -> tuple[Tensor, Tensor]:
     """The CPU's backend where Numba isn't installed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "compiled", None)
+        patch.setattr(cpu, "compiled", lambda: None)
         return cpu.attend(*args)
 
 
@@ -156,9 +156,9 @@ def few(seed: int, dtype, sizes: list[tuple[int, int]], dim: int = 64) -> Proble
 def test_the_compiled_kernel_takes_decoding_parts_and_equals_torch(monkeypatch, dtype, dim):
     edges = [1, 3, compiled.TILE - 1, compiled.TILE, compiled.TILE + 1, 2 * compiled.TILE + 2, 1000]
     case = few(0, dtype, [(1 + i % 2, total) for i, total in enumerate(edges)], dim)
-    assert all(compiled.takes(part, case.q.shape[0]) for part in case.parts)
+    assert all(cpu._few(part, case.q.shape[0]) for part in case.parts)
     out, lse = cpu.attend(case.q, case.parts, 0.125)
-    monkeypatch.setattr(cpu, "compiled", None)
+    monkeypatch.setattr(cpu, "compiled", lambda: None)
     expected, expected_lse = cpu.attend(case.q, case.parts, 0.125)
     assert not torch.equal(out, expected), "it was the same code"
     close(out, expected)
@@ -168,8 +168,8 @@ def test_the_compiled_kernel_takes_decoding_parts_and_equals_torch(monkeypatch, 
 def test_what_the_compiled_kernel_is_not_for():
     kinds = [("causal", 3, 3), ("mask", 1, 9), ("open", 5, 9), ("open", 1, 9)]
     case = problem(0, 3, 3, 16, 16, torch.float32, None, kinds)
-    assert [compiled.takes(part, 9) for part in case.parts] == [False, False, False, True]
-    assert not compiled.takes(few(0, torch.float16, [(1, 9)]).parts[0], 9)
+    assert [cpu._few(part, 9) for part in case.parts] == [False, False, False, True]
+    assert not cpu._few(few(0, torch.float16, [(1, 9)]).parts[0], 9)
 
 
 def test_threads_share_long_parts_and_change_nothing(monkeypatch):

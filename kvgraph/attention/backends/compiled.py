@@ -26,21 +26,12 @@ from torch import Tensor
 from kvgraph.attention.backends.base import Part
 from kvgraph.store.record import PackedSide
 
-ROWS = 12  # columns x R of a part, at most: with more, PyTorch's products of matrices are faster
 TILE = 64  # keys at a time; as float32 they fit in the processor's first cache
 SHARED = 1 << 17  # scores from which on threads share the work: waking one takes as long as half of these
-WIDTHS = {torch.float32: 4, torch.bfloat16: 2}  # bytes of the numbers that the kernel reads
 KEYS, START, COLUMNS, WIDTH = range(6, 10)  # columns of the kernel's table, after addresses and strides; see `_row`
 # Sums may be reordered and fused; infinities keep their meaning.
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 Kernel = Callable[..., None]
-
-
-def takes(part: Part, heads: int) -> bool:
-    """Whether a part is for this kernel. heads: H."""
-    rows = (part.columns.stop - part.columns.start) * heads // part.keys.shape[0]
-    whole = part.mask is None and (not part.causal or part.keys.shape[1] == 1)
-    return rows <= ROWS and whole and part.keys.dtype in WIDTHS
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
@@ -93,7 +84,7 @@ def _row(part: Part) -> tuple[int, ...]:
     assert isinstance(k, Tensor) and isinstance(v, Tensor)
     (kg, kn, _), (vg, vn, _) = k.stride(), v.stride()
     n = k.shape[1]
-    return k.data_ptr(), v.data_ptr(), kg, kn, vg, vn, n, here.start, here.stop - here.start, WIDTHS[k.dtype]
+    return k.data_ptr(), v.data_ptr(), kg, kn, vg, vn, n, here.start, here.stop - here.start, k.dtype.itemsize
 
 
 @functools.cache

@@ -8,9 +8,12 @@ Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns 
 
 from __future__ import annotations
 
+import functools
+import importlib
 import operator
 from collections.abc import Sequence
 from itertools import compress
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,13 +22,19 @@ from kvgraph.attention.backends import reference
 from kvgraph.attention.backends.base import Part
 from kvgraph.store.record import Side
 
-try:
-    from kvgraph.attention.backends import compiled
-except ImportError:  # Numba isn't installed
-    compiled = None  # type: ignore[assignment]
-
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 TILE = 2048  # keys attended to at a time
+FEW = 12  # columns x R of a part that the compiled kernel takes, at most: with more, PyTorch's products are faster
+COMPILED = (torch.float32, torch.bfloat16)  # what that kernel reads
+
+
+@functools.cache
+def compiled() -> ModuleType | None:
+    """The module of that name, imported when it is first needed; None without Numba."""
+    try:
+        return importlib.import_module("kvgraph.attention.backends.compiled")
+    except ImportError:
+        return None
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -33,11 +42,10 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
     heads, columns, dim = q.shape
     out = q.new_empty(heads, columns, parts[0].values.shape[-1])
     lse = q.new_empty(heads, columns)
-    if compiled is not None and softcap is None:
-        few = [compiled.takes(part, heads) for part in parts]
-        if any(few):
-            compiled.attend(q, list(compress(parts, few)), scale, out, lse)
-            parts = list(compress(parts, map(operator.not_, few)))
+    few = [softcap is None and _few(part, heads) for part in parts]
+    if any(few) and (module := compiled()) is not None:
+        module.attend(q, list(compress(parts, few)), scale, out, lse)
+        parts = list(compress(parts, map(operator.not_, few)))
     for part in parts:
         here = part.columns
         if softcap is not None or part.values.shape[-1] != dim:
@@ -50,6 +58,13 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
         else:
             out[:, here], lse[:, here] = _open(q[:, here], part.keys, part.values, scale)
     return out, lse
+
+
+def _few(part: Part, heads: int) -> bool:
+    """Whether a part is one for the compiled kernel."""
+    rows = (part.columns.stop - part.columns.start) * heads // part.keys.shape[0]
+    whole = part.mask is None and (not part.causal or part.keys.shape[1] == 1)
+    return rows <= FEW and whole and part.keys.dtype in COMPILED
 
 
 def _open(q: Tensor, keys: Side, values: Side, scale: float) -> tuple[Tensor, Tensor]:
