@@ -344,7 +344,7 @@ def test_bench_measures_cold_and_warm(run, model):
 CORE_ONLY = """
 import sys
 from dataclasses import replace
-sys.modules |= dict.fromkeys(("datasets", "fastapi", "matplotlib", "numba", "peft", "pyarrow", "scipy"))
+sys.modules |= dict.fromkeys(("datasets", "fastapi", "matplotlib", "numba", "peft", "pyarrow", "rouge_score", "scipy"))
 from kvgraph.cli import main, world_demo as demo
 demo.EACH = 1
 demo.DOCUMENTS, demo.SHUFFLED_CHUNKS = (replace(w, count=1) for w in (demo.DOCUMENTS, demo.SHUFFLED_CHUNKS))
