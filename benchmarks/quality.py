@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -204,7 +204,7 @@ def _line(
     name: str, state: str, way: str, by: dict[str, dict[tuple[str, str], Any]], ids: list[tuple[str, str]]
 ) -> dict[str, Any]:
     rows, full = [by[way][i] for i in ids], [by["full"][i] for i in ids]
-    clusters = [row["cluster"] or row["id"] for row in rows]
+    clusters = [row["cluster"] or row["id"].partition("@")[0] for row in rows]  # NQ asks a question three times
     right = mean_interval([row["right"] for row in rows], clusters)
     against = paired([row["right"] for row in full], [row["right"] for row in rows], clusters)
     more = [row["nats"] - other["nats"] for row, other in zip(rows, full, strict=True)]
@@ -214,7 +214,7 @@ def _line(
         "method": way,
         "items": len(ids),
         "answer nats": mean(row["nats"] for row in rows),
-        "above full": "" if way == "full" else f"{mean(more):+.2f} ± {_spread(more):.2f}",
+        "above full": "" if way == "full" else f"{mean(more):+.2f} ± {_spread(more, clusters):.2f}",
         "right": f"{right.mean:.1%} [{right.low:.0%}, {right.high:.0%}]",
         "p against full": "" if way == "full" else p_text(against.p),
         "tokens": round(mean(row["prompt"] for row in rows)),
@@ -224,9 +224,14 @@ def _line(
     }
 
 
-def _spread(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of a mean, by the normal distribution."""
-    return 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+def _spread(values: Sequence[float], clusters: Sequence[str]) -> float:
+    """Half of the 95 % interval of a mean, by the normal distribution, if the values of a cluster depend on each other."""
+    off: dict[str, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        off[cluster] = off.get(cluster, 0.0) + value - mean(values)
+    count = len(off)
+    variance = count / (count - 1) * sum(x * x for x in off.values()) if count > 1 else float("nan")
+    return 1.96 * variance**0.5 / len(values)
 
 
 def main() -> None:
