@@ -1,5 +1,9 @@
-"""The pictures of the playground: `python docs/screenshots.py` (needs playwright and a chromium) serves SmolLM2-135M-Instruct
-with the adapter that ships with kvgraph, asks two questions, and writes docs/images/playground-{light,dark}.png."""
+"""The pictures of the playground and of a report; they need playwright and a chromium.
+
+python docs/screenshots.py                  serves SmolLM2-135M-Instruct with the adapter that ships with kvgraph, asks two
+                                            questions, and writes docs/images/playground-{light,dark}.png
+python docs/screenshots.py report RUNS      writes docs/images/report.png of the runs that `kvgraph eval --out RUNS` made
+"""
 
 from __future__ import annotations
 
@@ -39,8 +43,28 @@ def shoot(page: Page, name: str) -> None:
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
+def report(runs: Path) -> None:
+    """The top of the report's page."""
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        page = Path(folder) / "report.html"
+        subprocess.run([sys.executable, "-m", "kvgraph.cli", "report", runs, "--out", page], check=True)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        shown = browser.new_page(viewport={"width": 1200, "height": 1400}, color_scheme="light")
+        shown.goto(page.as_uri())
+        shown.screenshot(path=IMAGES / "report.png")
+        browser.close()
+
+
 def main() -> None:
-    """Both pictures."""
+    """What the arguments say."""
+    if sys.argv[1:2] == ["report"]:
+        report(Path(sys.argv[2]))
+    else:
+        playground()
+
+
+def playground() -> None:
+    """Both pictures of the playground."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model", demo.adapter(), "--store", f"{folder}/kv", "--port", PORT]
         server = subprocess.Popen([sys.executable, "-m", "kvgraph.cli", "serve", *map(str, flags)])
@@ -58,7 +82,7 @@ def main() -> None:
                 page.fill("#system", qa.INSTRUCTION)  # what the adapter was trained with
                 page.select_option("#order", "turn")
                 ask(page)
-                page.select_option("#examples", index=1)
+                page.select_option("#examples", index=3)
                 ask(page)
                 shoot(page, "light")
                 page.emulate_media(color_scheme="dark")

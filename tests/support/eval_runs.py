@@ -1,16 +1,10 @@
-"""Made-up evaluation runs for the report: folders as `kvgraph eval` leaves them, with invented answers and times.
-
-`python -m tests.eval_runs` writes some (three tasks, four methods, ablations) and makes docs/images/report.png of their
-report (needs playwright and a chromium).
-"""
+"""Made-up evaluation runs for the report: folders as `kvgraph eval` leaves them, with invented answers and times."""
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,26 +160,3 @@ def write_set(folder: Path, count: int = 200) -> None:
             chance=lambda i, s=skill: tasks["morehopqa"][1](i) + s, ablation=None if name == "base" else name,
             kinds=tasks["morehopqa"][2], cost=(120, 0.11),
         )  # fmt: skip
-
-
-def main() -> None:
-    """Write docs/images/report.png."""
-    from playwright.sync_api import sync_playwright
-
-    from kvgraph.eval import report
-
-    picture = Path(__file__).parents[2] / "docs" / "images" / "report.png"
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        write_set(Path(folder) / "runs")
-        page = Path(folder) / "report.html"
-        page.write_text(report.build([Path(folder) / "runs"]).html(), encoding="utf-8")
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        shown = browser.new_page(viewport={"width": 1200, "height": 1560}, color_scheme="light")
-        shown.goto(page.as_uri())
-        shown.screenshot(path=picture)
-        browser.close()
-    print(f"{picture}: {picture.stat().st_size / 1000:.0f} kB")
-
-
-if __name__ == "__main__":
-    main()
