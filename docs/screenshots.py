@@ -82,7 +82,7 @@ def playground() -> None:
                 page.fill("#system", qa.INSTRUCTION)  # what the adapter was trained with
                 page.select_option("#order", "turn")
                 ask(page)
-                page.select_option("#examples", index=3)
+                page.select_option("#examples", index=2)
                 ask(page)
                 shoot(page, "light")
                 page.emulate_media(color_scheme="dark")
