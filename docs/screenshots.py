@@ -49,7 +49,7 @@ def report(runs: Path) -> None:
         page = Path(folder) / "report.html"
         subprocess.run([sys.executable, "-m", "kvgraph.cli", "report", runs, "--out", page], check=True)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        shown = browser.new_page(viewport={"width": 1200, "height": 1400}, color_scheme="light")
+        shown = browser.new_page(viewport={"width": 1440, "height": 1250}, color_scheme="light")
         shown.goto(page.as_uri())
         shown.screenshot(path=IMAGES / "report.png")
         browser.close()
