@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 import numba
@@ -39,13 +40,12 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Ten
 
     The last dimension of keys and values is contiguous, as in records and rows. Packed ones are unpacked a part at a time.
     """
-    plain = [part for part in parts if isinstance(part.keys, Tensor) and isinstance(part.values, Tensor)]
-    if plain:
-        _attend_all(q, plain, scale, out, lse)
-    for part in parts if len(plain) < len(parts) else ():
-        if isinstance(part.keys, PackedSide) or isinstance(part.values, PackedSide):
-            k, v = (side.to(side.dtype) for side in (part.keys, part.values))
-            _attend_all(q, [part._replace(keys=k, values=v)], scale, out, lse)
+    packed = [isinstance(part.keys, PackedSide) or isinstance(part.values, PackedSide) for part in parts]
+    if not all(packed):
+        _attend_all(q, list(compress(parts, map(operator.not_, packed))), scale, out, lse)
+    for part in compress(parts, packed):
+        k, v = (side.to(side.dtype) for side in (part.keys, part.values))
+        _attend_all(q, [part._replace(keys=k, values=v)], scale, out, lse)
 
 
 def _attend_all(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
