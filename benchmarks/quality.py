@@ -159,7 +159,9 @@ def measured(engine: Engine, one: Asked, ways: Sequence[str]) -> dict[str, dict[
     return told
 
 
-def run(engines: dict[str, Engine], found: dict[str, list[Asked]], rows: Path) -> list[dict[str, Any]]:
+def run(
+    engines: dict[str, Engine], found: dict[str, list[Asked]], rows: Path, asked_by: Sequence[str]
+) -> list[dict[str, Any]]:
     """Ask what isn't in `rows` yet. Items of all sets take turns, so that an interrupted run has some of each."""
     done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     known = {(row["set"], row["id"], row["state"], row["way"]) for row in done}
@@ -167,7 +169,7 @@ def run(engines: dict[str, Engine], found: dict[str, list[Asked]], rows: Path) -
     turns = [(name, items[i]) for i in range(longest) for name, items in found.items() if i < len(items)]
     with rows.open("a") as file, Progress("asking", len(turns) * len(engines)) as bar:
         for (name, one), (state, engine) in product(turns, engines.items()):
-            ways = [way for way in WAYS if (name, one.item.id, state, way) not in known]
+            ways = [way for way in asked_by if (name, one.item.id, state, way) not in known]
             for way, told in measured(engine, one, ways).items():
                 key = {"set": name, "id": one.item.id, "cluster": one.item.cluster, "state": state, "way": way}
                 done.append(key | told)
@@ -244,6 +246,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the table here")
     parser.add_argument("--table-only", action="store_true", help="only make the table from existing rows")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="methods to ask by [default: all]")
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES), help="which models to ask")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -262,7 +265,7 @@ def main() -> None:
             state: Engine(models.load(base, adapter=given[state], device=args.device), kv_budget=KV)
             for state in args.states
         }
-        done = run(engines, found, args.rows)
+        done = run(engines, found, args.rows, args.ways)
     lines = table(done)
     if not lines:
         sys.exit("no item was asked by every method yet")

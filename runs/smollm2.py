@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from kvgraph.train import gap, model, recipes, trainer
-from kvgraph.train.config import Config
+from kvgraph.train.config import ATTENTIONS, SDPA, Config
 from kvgraph.train.forward import logits
 from kvgraph.train.mixture import VALIDATION
 from kvgraph.train.pack import Packed
@@ -110,6 +110,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; 0 for torch's choice")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--attention", choices=ATTENTIONS, default=SDPA)
     parser.add_argument("--limit", type=int, default=0, help="steps of each run, to try it out")
     parser.add_argument("--examples", type=int, default=36, help="of each held-out set in a table")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -128,6 +129,7 @@ def _changed(config: Config, options: argparse.Namespace) -> Config:
         threads=options.threads,
         length=options.length,
         batch=options.batch,
+        attention=options.attention,
         limit=options.limit,
         save_every=100,
         evaluate_every=10**6,
