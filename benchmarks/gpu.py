@@ -28,6 +28,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from benchmarks import gpu_training
 from benchmarks.common import LARGE, engine_on, ids, interleaved, median
 from kvgraph import ContextGraph, Engine, methods, models
 from kvgraph.edges import all_pairs, chain
@@ -59,6 +60,12 @@ class Bench:
     def engine(self, shape: str = "8B", **options: Any) -> Engine:
         """A new engine on the same weights."""
         return engine_on(self.hf(shape), kv_budget=40 << 30, **options)
+
+    def free(self) -> None:
+        """Give back the models' memory; they are made anew when needed."""
+        for shape in ("8B", "1B"):
+            self._made.pop(shape, None)
+        torch.cuda.empty_cache()
 
     @property
     def limits(self) -> Figures:
@@ -429,6 +436,12 @@ def compiled(bench: Bench) -> Figures:
     return {"ms a token": (times[2] - times[1]) / 32 * 1e3, "first call, with compilation s": times[0]}
 
 
+def training(bench: Bench) -> Figures:
+    """Training steps of an adapter of a 135M model."""
+    bench.free()
+    return gpu_training.figures(DEVICE, 6 if bench.quick else 10, profile)
+
+
 PARTS: dict[str, Callable[[Bench], Figures]] = {
     "limits": lambda bench: bench.limits,
     "correct": correct,
@@ -442,6 +455,7 @@ PARTS: dict[str, Callable[[Bench], Figures]] = {
     "dtypes": dtypes,
     "compiled": compiled,
     "kernels": kernels,
+    "training": training,
 }
 
 

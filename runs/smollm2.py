@@ -59,13 +59,11 @@ def main() -> None:
         seconds = (_left(options) - OVERHEAD * len(rest) - options.tables) * RUNS[name] / sum(RUNS[n] for n in rest)
         config = dataclasses.replace(
             _changed(recipes.get(f"smollm2-{name}"), options),
-            minutes=max(seconds, 1.0) / 60,
-            adapter=str(adapters.get("answers", "")) if name == "distill" else "",
+            minutes=0.0 if options.steps else max(seconds, 1.0) / 60,
+            adapter=str(_start(name, adapters, options)),
         )
         _say(f"{name}: {seconds:.0f} s")
-        done = _attempted(
-            name, lambda config=config, name=name: trainer.train(config, out / f"{name}.run", resume=False)
-        )
+        done = _attempted(name, lambda config=config, name=name: trainer.train(config, out / f"{name}.run"))
         _freed()
         if done is None:
             continue
@@ -79,6 +77,12 @@ def main() -> None:
             _attempted(f"table of {name}", lambda name=name: _table(base, adapters, name, options))
             _freed()
     _say("done")
+
+
+def _start(name: str, adapters: dict[str, Path], options: argparse.Namespace) -> Path | str:
+    """The adapter that a run goes on from."""
+    started = options.start or ""
+    return {"answers": started, "distill": adapters.get("answers", started)}.get(name, "")
 
 
 def _left(options: argparse.Namespace) -> float:
@@ -112,6 +116,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--attention", choices=ATTENTIONS, default=SDPA)
     parser.add_argument("--limit", type=int, default=0, help="steps of each run, to try it out")
+    parser.add_argument("--steps", type=int, default=0, help="of each run, instead of a time limit")
+    parser.add_argument("--lr", type=float, help="peak learning rate [default: the recipe's]")
+    parser.add_argument("--start", type=Path, help="an adapter to go on from, for answers and distill")
     parser.add_argument("--examples", type=int, default=36, help="of each held-out set in a table")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -121,8 +128,11 @@ def _options() -> argparse.Namespace:
 
 
 def _changed(config: Config, options: argparse.Namespace) -> Config:
+    stages = tuple(dataclasses.replace(stage, steps=options.steps or stage.steps) for stage in config.stages)
     return dataclasses.replace(
         config,
+        stages=stages,
+        lr=options.lr or config.lr,
         model=options.model,
         data=str(options.data),
         workers=options.workers,
@@ -131,7 +141,7 @@ def _changed(config: Config, options: argparse.Namespace) -> Config:
         batch=options.batch,
         attention=options.attention,
         limit=options.limit,
-        save_every=100,
+        save_every=20,
         evaluate_every=10**6,
     )
 

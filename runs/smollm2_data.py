@@ -29,8 +29,10 @@ from scipy.sparse import csr_matrix
 
 HELD_OUT = 12  # one document in so many is for validation
 WORDS = 1000  # of the documents of an example, at most
-DOCUMENTS = (5, 12)  # of an example over passages
+LEAST_WORDS = 300  # of passages to train on, the most is drawn from here up: short examples teach more per token
+DOCUMENTS = (3, 12)  # of an example over passages
 QUESTIONS = 6  # of an example, at most
+PASSAGE_QUESTIONS = 8  # the same, over passages
 PLAIN = 0.25  # share of examples that are asked as in a chat, without the evaluation's instruction
 
 Document = dict[str, str]
@@ -132,15 +134,16 @@ def over_passages(data: Path, pool: Sequence[Passage], held_out: bool, rng: rand
         count = rng.randint(*DOCUMENTS)
         others = list(near[number]) if rng.random() < 0.7 else rng.sample(range(len(pool)), min(24, len(pool)))
         chosen = [number, *(i for i in others if i != number)]
-        yield gathered("nq", [pool[i] for i in fitting(pool, chosen, count)], passage, rng)
+        words = WORDS if held_out else rng.randint(LEAST_WORDS, WORDS)
+        yield gathered("nq", [pool[i] for i in fitting(pool, chosen, count, words)], passage, rng)
 
 
-def fitting(pool: Sequence[Passage], chosen: Iterable[int], count: int) -> list[int]:
-    """The first `count` of the chosen passages that are short enough together."""
+def fitting(pool: Sequence[Passage], chosen: Iterable[int], count: int, most: int) -> list[int]:
+    """The first `count` of the chosen passages that have at most `most` words together."""
     kept, words = [], 0
     for i in chosen:
         size = len(pool[i].document["text"].split())
-        if len(kept) < count and words + size <= WORDS:
+        if len(kept) < count and words + size <= most:
             kept.append(i)
             words += size
     return kept
@@ -150,7 +153,7 @@ def gathered(task: str, chosen: Sequence[Passage], first: Passage, rng: random.R
     """A record over these passages in random order: some questions of the first, some of the others."""
     own = rng.sample(first.questions, min(3, len(first.questions)))
     others = [q for p in chosen if p is not first for q in p.questions]
-    questions = own + rng.sample(others, min(QUESTIONS - len(own), len(others)))
+    questions = own + rng.sample(others, min(PASSAGE_QUESTIONS - len(own), len(others)))
     documents = [p.document for p in chosen]
     rng.shuffle(documents)
     rng.shuffle(questions)
