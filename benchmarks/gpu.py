@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu --json gpu.json                  # everything, under 8 minutes on an H100
     python -m benchmarks.gpu --only limits,correct,ttft       # parts
+    python -m benchmarks.gpu --only candidates                # beside PyTorch and, if installed, flashinfer-python
 
 Each part writes its figures to the JSON file at once, so an interrupted run still has results. A part that fails is recorded
 with its error, and the others continue. Each figure is given with its limit: the bytes to move divided by the copy rate
@@ -436,6 +437,15 @@ def compiled(bench: Bench) -> Figures:
     return {"ms a token": (times[2] - times[1]) / 32 * 1e3, "first call, with compilation s": times[0]}
 
 
+def candidates(bench: Bench) -> Figures:
+    """Attention of one layer by kvgraph's kernels, PyTorch and FlashInfer, on the same inputs."""
+    from benchmarks import gpu_candidates
+
+    matrix, copy = rates()
+    found = {"matrix TFLOP/s": matrix / 1e12, "device copy TB/s (read + written)": copy / 1e12}
+    return found | gpu_candidates.compare(matrix, copy, 10 if bench.quick else 30)
+
+
 PARTS: dict[str, Callable[[Bench], Figures]] = {
     "limits": lambda bench: bench.limits,
     "correct": correct,
@@ -449,6 +459,7 @@ PARTS: dict[str, Callable[[Bench], Figures]] = {
     "dtypes": dtypes,
     "compiled": compiled,
     "kernels": kernels,
+    "candidates": candidates,
 }
 
 
