@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu --json gpu.json                  # everything, under 8 minutes on an H100
     python -m benchmarks.gpu --only limits,correct,ttft       # parts
+    python -m benchmarks.gpu --only candidates                # beside PyTorch and, if installed, flashinfer-python
 
 Each part writes its figures to the JSON file at once, so an interrupted run still has results. A part that fails is recorded
 with its error, and the others continue. Each figure is given with its limit: the bytes to move divided by the copy rate
@@ -138,15 +139,22 @@ def profile(run: Callable[[], Any], rows: int = 14) -> list[str]:
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def limits(bench: Bench) -> Figures:
-    """The card's best rates: bf16 matrix products, and copies."""
+def rates() -> tuple[float, float]:
+    """The card's best rates: bf16 matrix products, in operations/s, and copies, in bytes/s read + written."""
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     product = timed(lambda: [a @ b for _ in range(10)], 5) / 10
     source = torch.randn(1 << 30, device=DEVICE, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     copy = timed(lambda: [target.copy_(source) for _ in range(5)], 5) / 5
+    return 2 * 8192**3 / product, 2 * source.numel() * 2 / copy
+
+
+def limits(bench: Bench) -> Figures:
+    """The card's best rates, of uploads and with the model's own matrices too."""
+    matrix, copy = rates()
     pinned = torch.empty(1 << 28, dtype=torch.bfloat16, pin_memory=True)
-    upload = timed(lambda: target[: 1 << 28].copy_(pinned, non_blocking=True), 5)
+    target = torch.empty(1 << 28, dtype=torch.bfloat16, device=DEVICE)
+    upload = timed(lambda: target.copy_(pinned, non_blocking=True), 5)
     hf = bench.hf()
     x = torch.randn(8192, hf.config.hidden_size, device=DEVICE, dtype=torch.bfloat16)
     with torch.inference_mode():
@@ -161,9 +169,9 @@ def limits(bench: Bench) -> Figures:
         dense = timed(lambda: [m(x) for m in mats for _ in range(4)], 5)
     flops = 2 * 8192 * 4 * sum(m.weight.numel() for m in mats)
     return {
-        "matrix TFLOP/s": 2 * 8192**3 / product / 1e12,
+        "matrix TFLOP/s": matrix / 1e12,
         "the model's own matrices TFLOP/s": flops / dense / 1e12,
-        "device copy TB/s (read + written)": 2 * source.numel() * 2 / copy / 1e12,
+        "device copy TB/s (read + written)": copy / 1e12,
         "pinned upload GB/s": pinned.numel() * 2 / upload / 1e9,
         "weights GB": weight_bytes(hf) / 1e9,
     }
@@ -442,6 +450,15 @@ def training(bench: Bench) -> Figures:
     return gpu_training.figures(DEVICE, 6 if bench.quick else 10, profile)
 
 
+def candidates(bench: Bench) -> Figures:
+    """Attention of one layer by kvgraph's kernels, PyTorch and FlashInfer, on the same inputs."""
+    from benchmarks import gpu_candidates
+
+    matrix, copy = rates()
+    found = {"matrix TFLOP/s": matrix / 1e12, "device copy TB/s (read + written)": copy / 1e12}
+    return found | gpu_candidates.compare(matrix, copy, 10 if bench.quick else 30)
+
+
 PARTS: dict[str, Callable[[Bench], Figures]] = {
     "limits": lambda bench: bench.limits,
     "correct": correct,
@@ -456,6 +473,7 @@ PARTS: dict[str, Callable[[Bench], Figures]] = {
     "compiled": compiled,
     "kernels": kernels,
     "training": training,
+    "candidates": candidates,
 }
 
 
