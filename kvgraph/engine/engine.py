@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
-from kvgraph.attention.rows import SHORT, on_device
+from kvgraph.attention.rows import SHORT
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.loader import Loader
@@ -590,7 +590,7 @@ class Engine:
         record, tier = found
         if not self._fits(record):
             return None
-        return self.scheduler.pooling.of(record), tier
+        return self.scheduler.pooling.read(record), tier
 
     def _fits(self, record: Record) -> bool:
         """Whether a record can be of this model. A checksum doesn't say so, and attention doesn't ask."""
@@ -638,7 +638,7 @@ class Engine:
         store = self._store_of(salt)
         assert store is not None
         try:
-            records = [on_device(record, torch.device("cpu")) for record in records]
+            records = [self.scheduler.pooling.on_host(record) for record in records]
             if self.codec.name != "raw":
                 records = [record if record.packed else packed(record, self.codec) for record in records]
             errors: dict[str, Exception] = dict(store.put_all(records))

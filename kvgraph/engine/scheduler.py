@@ -9,6 +9,7 @@ the steps, and encoded if it isn't there or comes too late: once for everyone wh
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -36,6 +37,8 @@ from kvgraph.store.base import Found
 from kvgraph.store.codecs.base import Codec
 from kvgraph.store.record import Record
 from kvgraph.store.selection.base import Selection, kept_tokens
+
+log = logging.getLogger("kvgraph.engine")
 
 AHEAD = 8  # the part of the budget, 1 / AHEAD, that records may take that nobody was admitted to use yet
 PAIRS = 16  # (token, place) pairs of a step, per token
@@ -124,6 +127,7 @@ class Scheduler:
         self._admit()
         work = self._choose()
         if not work:
+            self.pooling.begin()
             assert self.loading or not self.running, "admitted requests, but nothing can run"  # better than forever
             return not self.loading
         new = [e for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
@@ -136,6 +140,7 @@ class Scheduler:
             guided = [o for o, n in work if isinstance(o, Request) and o.guide and n == o.sequence.left]
             finding = self.guides.begin([request.guide for request in guided if request.guide]) if guided else None
             logits = self.runner.run(rows, want)
+            self.pooling.begin()
             masks = () if finding is None else finding.result().to(logits.device)
         except Exception as error:  # such as out of memory: the rows of this step fail, all others continue
             for owner, _ in work:
@@ -226,7 +231,10 @@ class Scheduler:
             lead = lead + sequence.span.start - sequence.span.sees[-1].at if joined else 0
             views = () if joined else self._views(sequence)
             here = slice(sequence.done, sequence.done + count)
-            rows.append(Row(sequence.tokens[here], sequence.positions[here], views, sequence.kv, joined, lead))
+            arrivals = self.pooling.on_the_way(views)
+            rows.append(
+                Row(sequence.tokens[here], sequence.positions[here], views, sequence.kv, joined, lead, arrivals)
+            )
             before = owner if isinstance(owner, Encoding) and count == sequence.left else None
         return rows
 
@@ -238,6 +246,8 @@ class Scheduler:
         if any(isinstance(view.source, RowKV) for view in views):
             return views  # of sources beside it in this step: next time they are records
         if sequence.to_gather:
+            for arrival in self.pooling.on_the_way(views):
+                arrival.wait()
             rotaries = [None if x.rotary is None else self.model.rotaries[x.rotary] for x in self.model.layers]
             views = list(gathered(views, self.shapes, rotaries, sequence.longest))
             sequence.copied = sum(view.source.nbytes for view in views if isinstance(view.source, RowKV))
@@ -496,11 +506,10 @@ class Scheduler:
         """A record has come, or there is none. Returns whether there is one."""
         if found is not None and found[0].nbytes != loading.nbytes:  # it isn't of this span's tokens
             found = None
-        if found is not None:
-            self.memory.make_room(found[0].nbytes)
-            self.memory.keep(found[0])
-            if not loading.waiters:
-                self.ahead[loading.key] = found[1], found[0].nbytes
+        if found is not None and not self._bring(found[0]):
+            found = None
+        if found is not None and not loading.waiters:
+            self.ahead[loading.key] = found[1], found[0].nbytes
         for request, index in loading.waiters.items():
             request.loads.discard(loading.key)
             if found is None:
@@ -509,6 +518,16 @@ class Scheduler:
             request.missing.discard(loading.key)
             self._reused(request, index, found[1])
         return found is not None
+
+    def _bring(self, record: Record) -> bool:
+        """Keep a record that was read; False if there is no room for it after all, as on a GPU that others use too."""
+        self.memory.make_room(record.nbytes)
+        try:
+            self.memory.keep(self.pooling.bring(record))
+        except RuntimeError as error:  # it is a cache: what can't be brought is computed
+            log.warning("a record can't be brought to %s, computing instead: %s", self.model.device, error)
+            return False
+        return True
 
     def _encode_absent(self, request: Request, absent: set[str]) -> None:
         """Encode what was in no tier: all of it at once, so that the links of a chain run in one step.
