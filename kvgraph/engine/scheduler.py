@@ -35,6 +35,7 @@ from kvgraph.models import Model
 from kvgraph.plan import Plan
 from kvgraph.store.base import Found
 from kvgraph.store.codecs.base import Codec
+from kvgraph.store.memory import HostStore
 from kvgraph.store.record import Record
 from kvgraph.store.selection.base import Selection, kept_tokens
 
@@ -51,7 +52,7 @@ class Scheduler:
     loader: reads records of the backing store; None: there is none. save(record, salt): hand a tenant's new record to it.
     settle(record, queries): what a new record becomes before anything reads it; None: it stays as it is. queries: of its
     last tokens, if the selection looks at them. selection: which tokens of a span are kept; None: all. codec: of the
-    records that `settle` makes.
+    records that `settle` makes. host: records in pinned memory, for a GPU's engine; None: there is no such tier.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class Scheduler:
         settle: Callable[[Record, list[Tensor]], Record] | None,
         selection: Selection | None,
         codec: Codec,
+        host: HostStore | None = None,
     ):
-        self.model, self.max_step_tokens = model, max_step_tokens
+        self.model, self.max_step_tokens, self.host = model, max_step_tokens, host
         self.max_step_pairs = PAIRS * max_step_tokens
         self.max_step_logits = most_logits(model)
         self.loader, self.save, self.settle, self.selection = loader, save, settle, selection
@@ -439,10 +441,15 @@ class Scheduler:
                 continue
             request.resolved.add(key)
             if key in self.memory.pool:
+                if self.host is not None:
+                    self.host.touch(key)
                 ahead = self.ahead.pop(key, None)
                 if ahead is not None and self.loader is not None:
                     self.loader.count("ahead_used")
                 self._reused(request, index, "memory" if ahead is None else ahead[0])
+                continue
+            if span.cached and key not in self.encodings and key not in self.loading and self._from_host(key):
+                self._reused(request, index, HostStore.name)
                 continue
             request.missing.add(key)
             if key in self.encodings:
@@ -471,6 +478,11 @@ class Scheduler:
         reused[tier] = reused.get(tier, 0) + len(request.plan.spans[index])
 
     # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _from_host(self, key: str) -> bool:
+        """Bring a record from pinned memory, if it is there: it arrives while the step that reads it runs."""
+        found = None if self.host is None else self.host.get(key)
+        return found is not None and self._bring(found[0])
 
     def _load(self, loader: Loader, key: str, tokens: int, salt: str, ahead: bool = False) -> Loading:
         """The read of a record, begun if it isn't under way."""
@@ -508,6 +520,8 @@ class Scheduler:
             found = None
         if found is not None and not self._bring(found[0]):
             found = None
+        if found is not None and self.host is not None:
+            self.host.put(found[0])
         if found is not None and not loading.waiters:
             self.ahead[loading.key] = found[1], found[0].nbytes
         for request, index in loading.waiters.items():
@@ -565,6 +579,8 @@ class Scheduler:
             for index in sorted(_read(request)):
                 key, span = request.keys[index], request.plan.spans[index]
                 if not span.cached or key in self.memory.pool or key in self.encodings or key in self.loading:
+                    continue
+                if self.host is not None and key in self.host:  # it comes at once when it is needed
                     continue
                 taken += self.pooling.nbytes(len(span))
                 if taken > self.memory.budget // AHEAD:

@@ -11,8 +11,10 @@ import torch
 import families
 from kvgraph import Engine, SamplingParams, methods, models
 from kvgraph.attention.rows import RowKV, View, flat
+from kvgraph.engine import engine as engines
 from kvgraph.engine import transfers as module
 from kvgraph.engine.transfers import Arrival, Transfers
+from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
 from kvgraph.store.record import Record
 from streams import Late
@@ -254,3 +256,103 @@ def test_copies_that_fail_end_the_request_and_leave_nothing_wrong_behind(llama, 
         late.broken = False
         result = engine.wait(engine.submit(plan(), FIRST, first_logits=True))
         close(result.first_logits, Engine(llama, kv_budget=1 << 26).logits(plan()))
+
+
+# -- copies in the host's memory ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosted(llama, monkeypatch):
+    """Makes engines with a host tier, on a CPU that is treated as a GPU."""
+    monkeypatch.setattr(engines, "PINS", ("cpu",))
+
+    def make(budget: int = 1 << 26, host: int = 1 << 26, **options) -> Engine:
+        engine = Engine(llama, kv_budget=budget, host_budget=host, **options)
+        pooling = engine.scheduler.pooling
+        pooling.transfers = Transfers(llama.device, pooling._shapes, Late(), Late())
+        return engine
+
+    return make
+
+
+def test_what_memory_lost_comes_back_from_the_host(llama, hosted):
+    with hosted() as engine:
+        wanted = engine.wait(engine.submit(plan(), GREEDY, first_logits=True))
+        engine.flush()
+        for _ in range(3):
+            engine.scheduler.memory.pool.evict_to(0)
+            found = engine.wait(engine.submit(plan(), GREEDY, first_logits=True))
+            assert found.usage.reused_tokens == {"host": 48} and found.token_ids == wanted.token_ids
+            close(found.first_logits, wanted.first_logits)
+        assert engine.wait(engine.submit(plan(), GREEDY)).usage.reused_tokens == {"memory": 48}
+
+
+def test_a_record_comes_back_bit_by_bit(llama, hosted):
+    with hosted() as engine:
+        request = engine.submit(plan(), FIRST)
+        engine.wait(request)
+        engine.flush()
+        pool = engine.scheduler.memory.pool
+        keys = [key for key in request.keys if key in pool]
+        records = {key: pool.get(key)[0] for key in keys}
+        assert len(keys) == 6 and all(same(engine.host.get(key)[0], records[key]) for key in keys)
+
+
+def test_what_is_read_from_a_store_stays_in_the_host_as_well(llama, hosted, folder):
+    with hosted(store=folder) as engine:
+        assert engine.wait(engine.submit(plan(), FIRST)).usage.reused_tokens == {"disk": 48}
+        engine.scheduler.memory.pool.evict_to(0)
+        request = engine.submit(plan(), FIRST)
+        assert engine.tier(request.keys[0]) == "host" and [tier.name for tier in engine.tiers] == ["host", "disk"]
+        assert engine.wait(request).usage.reused_tokens == {"host": 48}
+
+
+def test_the_host_keeps_what_was_used_last(llama, hosted):
+    with hosted() as engine:
+        request = engine.submit(plan(), FIRST)
+        engine.wait(request)
+        engine.flush()
+        engine.host.evict_to(engine.host.bytes)  # nothing goes
+        first = request.keys[0]
+        engine.wait(engine.submit(plan(1), FIRST))  # of the first document: it is in memory
+        engine.host.evict_to(engine.host.bytes // 6)
+        assert first in engine.host and len(engine.host) == 1
+
+
+def test_the_hosts_memory_is_bounded_by_what_its_buffers_take(llama, hosted):
+    size = 1 << (8 * llama.kv_bytes_per_token - 1).bit_length()
+    with hosted(host=3 * size + 5) as engine:
+        engine.wait(engine.submit(plan(), FIRST))
+        engine.flush()
+        assert len(engine.host) == 3 and engine.host.size() == 3 * size
+
+
+def test_forgotten_records_are_nowhere(llama, hosted):
+    with hosted() as engine:
+        request = engine.submit(plan(), FIRST)
+        engine.wait(request)
+        engine.forget([request.keys[0]])
+        engine.flush()
+        assert engine.tier(request.keys[0]) is None and engine.tier(request.keys[1]) == "memory" and len(engine.host) == 5
+
+
+def test_small_memory_turns_over_and_answers_stay(llama, hosted):
+    """Two requests that never fit together, many times: every one evicts what the other one's records were."""
+    budget = 60 * llama.kv_bytes_per_token
+    plans = [methods.get("block").plan(ContextGraph(documents(6, seed=seed), query=[5, 6])) for seed in range(3)]
+    plain = Engine(llama, kv_budget=1 << 26)
+    wanted = [plain.logits(plan) for plan in plans]
+    with hosted(budget) as engine:
+        for round_ in range(4):
+            for plan_, logits in zip(plans, wanted, strict=True):
+                found = engine.wait(engine.submit(plan_, FIRST, first_logits=True))
+                engine.flush()
+                close(found.first_logits, logits)
+                assert round_ == 0 or found.usage.document_tokens_computed == 0
+
+
+def test_a_host_budget_is_for_gpus(llama):
+    with pytest.raises(KVGraphError, match="larger kv_budget"):
+        Engine(llama, kv_budget=1 << 26, host_budget=1 << 20)
+    with pytest.raises(KVGraphError, match="number of bytes"):
+        Engine(llama, kv_budget=1 << 26, host_budget=-1)
