@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -47,6 +47,7 @@ from kvgraph.progress import Progress
 from kvgraph.store.base import Found, Store
 from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
+from kvgraph.store.disk.store import DiskStore
 from kvgraph.store.memory import HostStore
 from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
@@ -152,6 +153,8 @@ class Engine:
             self.codec,
             self.host,
         )
+        if self.scheduler.pooling.transfers is not None:
+            _read_into(() if self.store is None else self.store.tiers, self.scheduler.pooling.transfers.bytes)
         self._lock = threading.RLock()
         self._uncached = count()
         self._warned: set[str] = set()
@@ -754,6 +757,13 @@ def default_budget(device: torch.device, scratch: int = 0) -> int:
             f"a step takes up to {scratch:,} bytes besides KV, and {free:,} are free: give a smaller max_step_tokens, or free memory"
         )
     return budget
+
+
+def _read_into(tiers: Iterable[Store], memory: Callable[[int], Tensor]) -> None:
+    """Have folders read records straight into such memory, without a copy between."""
+    for tier in tiers:
+        if isinstance(tier, DiskStore):
+            tier.memory = memory
 
 
 def _outside() -> int:

@@ -89,7 +89,8 @@ class Arrival:
 
     def __init__(self, stream: Stream, sizes: Sequence[int]):
         self._stream, self._prefix = stream, [0, *accumulate(sizes)]
-        self._records: list[tuple[Tensor, Tensor, int]] = []  # (on the device, on the host, tokens), until it is done
+        self._records: list[tuple[Tensor, Tensor, int]] = []  # (on the device, on the host, tokens), until it has begun
+        self._sources: list[Tensor] = []  # from then on, until it is done
         self._events: list[Event] = []  # one for so many layers:
         self._layers = 1
         self._done = False
@@ -103,7 +104,7 @@ class Arrival:
     def done(self) -> bool:
         """See `Arriving`."""
         if self._events and self._events[-1].query():
-            self._done, self._events, self._records = True, [], []
+            self._done, self._events, self._sources = True, [], []
         return self._done
 
     def add(self, target: Tensor, source: Tensor, tokens: int) -> None:
@@ -124,6 +125,7 @@ class Arrival:
             pairs = [(to[n * lo : n * hi], source[n * lo : n * hi]) for to, source, n in self._records]
             events.append(self._stream.copy(pairs))
         self._events, self._layers = events, layers
+        self._sources, self._records = [source for _, source, _ in self._records], []
 
     def wait(self, layer: int | None = None) -> None:
         """See `Arriving`."""
@@ -174,6 +176,7 @@ class Transfers:
         assert source is not None, "what is brought is one buffer"
         kv = RowKV(shapes_of(record), record.held, record.keys[0].dtype, self.device)
         if not self._arrivals or self._arrivals[-1].begun:
+            self._arrivals = [arrival for arrival in self._arrivals if not arrival.done]
             self._arrivals.append(Arrival(self._incoming, self._sizes))
         self._arrivals[-1].add(kv.buffer, source, record.held)
         return replace(record, keys=kv.keys, values=kv.values, arrival=self._arrivals[-1])
@@ -204,6 +207,11 @@ class Transfers:
         self._outgoing.follow()
         self._outgoing.copy(pairs).synchronize()
         return replace(record, keys=kv.keys, values=kv.values, packed=packed)
+
+    @staticmethod
+    def bytes(size: int) -> Tensor:
+        """Pinned memory to read a record's file into, [size] uint8. torch keeps what is freed, and gives it out again."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
     @staticmethod
     def _buffer(record: Record) -> RowKV:

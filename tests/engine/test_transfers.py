@@ -16,6 +16,7 @@ from kvgraph.engine import transfers as module
 from kvgraph.engine.transfers import Arrival, Transfers
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
+from kvgraph.store.disk import DiskStore
 from kvgraph.store.record import Record
 from streams import Late
 
@@ -119,7 +120,7 @@ def test_a_source_is_let_go_once_it_has_been_copied(moving):
     assert torch.equal(flat(brought), whole)
     moving.begin()
     gc.collect()
-    assert not moving._arrivals and gone() is None and not brought.arrival._records
+    assert not moving._arrivals and gone() is None and not brought.arrival._sources
 
 
 def test_after_an_error_nothing_counts_as_arrived(moving, late):
@@ -258,6 +259,25 @@ def test_copies_that_fail_end_the_request_and_leave_nothing_wrong_behind(llama, 
         close(result.first_logits, Engine(llama, kv_budget=1 << 26).logits(plan()))
 
 
+def test_a_file_is_read_straight_into_the_memory_that_is_copied(llama, folder):
+    given = []
+
+    def memory(size):
+        given.append(torch.empty(size, dtype=torch.uint8))
+        return given[-1]
+
+    with Engine(llama, kv_budget=1 << 26) as engine:
+        key = engine.keys(plan())[0]
+    mapped, read = (DiskStore(folder, fingerprint=llama.fingerprint) for _ in range(2))
+    read.memory = memory
+    for _ in range(2):  # checked, then not
+        (a, _), (b, _) = mapped.get(key), read.get(key)
+        assert same(a, b) and flat(b).untyped_storage().data_ptr() == given[-1].data_ptr()
+    path = read._path(key)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert read.get(key) is None and read.counts()["bad"] == 1
+
+
 # -- copies in the host's memory ---------------------------------------------------------------------------------------
 
 
@@ -333,7 +353,9 @@ def test_forgotten_records_are_nowhere(llama, hosted):
         engine.wait(request)
         engine.forget([request.keys[0]])
         engine.flush()
-        assert engine.tier(request.keys[0]) is None and engine.tier(request.keys[1]) == "memory" and len(engine.host) == 5
+        assert (
+            engine.tier(request.keys[0]) is None and engine.tier(request.keys[1]) == "memory" and len(engine.host) == 5
+        )
 
 
 def test_small_memory_turns_over_and_answers_stay(llama, hosted):
