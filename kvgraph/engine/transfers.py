@@ -39,7 +39,7 @@ class Event(Protocol):
         ...
 
 
-class Stream(Protocol):
+class CopyStream(Protocol):
     """Copies beside the device's main work, in order."""
 
     def follow(self) -> None:
@@ -63,15 +63,15 @@ class CudaStream:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def follow(self) -> None:
-        """See `Stream`."""
+        """See `CopyStream`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def hold(self, tensor: Tensor) -> None:
-        """See `Stream`."""
+        """See `CopyStream`."""
         tensor.record_stream(self._stream)
 
     def copy(self, pairs: Iterable[Pair]) -> Event:
-        """See `Stream`."""
+        """See `CopyStream`."""
         event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
@@ -87,7 +87,7 @@ class Arrival:
     is given first. sizes: numbers of a token's keys and values, by layer.
     """
 
-    def __init__(self, stream: Stream, sizes: Sequence[int]):
+    def __init__(self, stream: CopyStream, sizes: Sequence[int]):
         self._stream, self._prefix = stream, [0, *accumulate(sizes)]
         self._records: list[tuple[Tensor, Tensor, int]] = []  # (on the device, on the host, tokens), until it has begun
         self._sources: list[Tensor] = []  # from then on, until it is done
@@ -152,8 +152,8 @@ class Transfers:
         self,
         device: torch.device,
         shapes: Sequence[tuple[int, int, int]],
-        incoming: Stream | None = None,
-        outgoing: Stream | None = None,
+        incoming: CopyStream | None = None,
+        outgoing: CopyStream | None = None,
     ):
         self.device, self._sizes = device, [heads * (key + value) for heads, key, value in shapes]
         self._incoming = incoming or CudaStream(device)
