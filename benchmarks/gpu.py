@@ -20,7 +20,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from benchmarks.common import LARGE, engine_on, ids, interleaved, median
 from kvgraph import ContextGraph, Engine, methods, models
 from kvgraph.edges import all_pairs, chain
 from kvgraph.engine import runner
+from kvgraph.engine.loader import THREADS
 
 DEVICE = "cuda"
 SMALL = dict(LARGE, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, vocab_size=4096,
@@ -358,22 +361,173 @@ def encode(bench: Bench) -> Figures:
 
 
 def tiers(bench: Bench) -> Figures:
-    """The same request with its KV in pinned host memory, and on disk."""
+    """The same request with its KV on the device, in pinned host memory, and on disk.
+
+    Blocking: all copies first, then the step. Share: of the step's time, as with KV on the device, what the copies hide.
+    """
     vocab = LARGE["vocab_size"]
     graph = ContextGraph([ids(LENGTH, i, vocab) for i in range(DOCUMENTS)], query=ids(QUERY, 999, vocab))
     with tempfile.TemporaryDirectory() as folder:
-        bench.engine(store=folder).encode(graph, "block")
-        kv = DOCUMENTS * LENGTH * 131072
-        times = []
-        for _ in range(2 if bench.quick else 3):
-            engine = bench.engine(store=folder)
+        # After each other: two engines' memory wouldn't fit beside the model.
+        found = from_host(bench, graph)
+        with bench.engine(store=folder) as engine:
+            engine.encode(graph, "block")
+        return found | from_disk(bench, graph, folder, found)
+
+
+def lost(engine: Engine) -> None:
+    """Take all records from the device's memory, once nothing is being copied."""
+    engine.flush()
+    torch.cuda.synchronize()
+    engine.scheduler.memory.pool.evict_to(0)
+
+
+def first_token(engine: Engine, graph: ContextGraph, tier: str) -> float:
+    """Seconds to the first token of an answer whose documents are in a tier."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    usage = engine.generate(graph, "block", max_tokens=1).usage
+    seconds = time.perf_counter() - started
+    assert set(usage.reused_tokens) == {tier} and usage.document_tokens_computed == 0, usage.reused_tokens
+    return seconds
+
+
+def from_host(bench: Bench, graph: ContextGraph) -> Figures:
+    """Figures of `tiers` for the device and pinned host memory."""
+    times: dict[str, list[float]] = {"device": [], "host": [], "copies": [], "blocking": []}
+    with bench.engine(host_budget=16 << 30) as engine:
+        engine.encode(graph, "block")
+        pool, pooling, host = engine.scheduler.memory.pool, engine.scheduler.pooling, engine.host
+        assert host is not None
+        keys = [key for key in engine.keys(engine.plan(graph, "block")) if key is not None]
+        first_token(engine, graph, "memory")
+        for _ in range(bench.repeats + 1):
+            times["device"].append(first_token(engine, graph, "memory"))
+            lost(engine)
+            times["host"].append(first_token(engine, graph, "host"))
+            lost(engine)
+            sources = [got[0] for got in map(host.get, keys) if got is not None]
             torch.cuda.synchronize()
             started = time.perf_counter()
-            result = engine.generate(graph, "block", max_tokens=1)
-            times.append(time.perf_counter() - started)
-            assert result.usage.document_tokens_computed == 0
+            records = [pooling.bring(record) for record in sources]
+            pooling.begin()
+            torch.cuda.synchronize()
+            times["copies"].append(time.perf_counter() - started)
+            for record in records:
+                pool.put(record)
+            times["blocking"].append(times["copies"][-1] + first_token(engine, graph, "memory"))
+            del sources, records
+        nbytes = host.size()
+    step, took, copies, blocking = (median(times[name][1:]) for name in ("device", "host", "copies", "blocking"))
+    kv = len(keys) * LENGTH * 131072
     upload = kv / bench.limits["pinned upload GB/s"] / 1e9
-    return {"from disk, page cache warm ms": median(times) * 1e3, "upload of its bytes ms": upload * 1e3}
+    return {
+        "documents' KV GB": kv / 1e9,
+        "pinned memory taken GB": nbytes / 1e9,
+        "on the device ms": step * 1e3,
+        "upload of its bytes, one large copy ms": upload * 1e3,
+        "the copies alone ms": copies * 1e3,
+        "from pinned host memory ms": took * 1e3,
+        "from pinned host memory / upload": took / upload,
+        "blocking ms": blocking * 1e3,
+        "share of the step that the copies hide": (copies + step - took) / step,
+        "from pinned host memory, every time ms": [round(t * 1e3, 1) for t in times["host"]],
+    }
+
+
+def from_disk(bench: Bench, graph: ContextGraph, folder: str, others: Figures) -> Figures:
+    """Figures of `tiers` for a folder whose files are in the page cache."""
+    first, again = [], []
+    for _ in range(2):
+        with bench.engine(store=folder) as engine:
+            first.append(first_token(engine, graph, "disk"))
+            for _ in range(2 if bench.quick else 3):
+                lost(engine)
+                again.append(first_token(engine, graph, "disk"))
+    with bench.engine(store=folder) as engine:  # the reading alone, with the engine's own threads
+        keys = [key for key in engine.keys(engine.plan(graph, "block")) if key is not None]
+        with ThreadPoolExecutor(THREADS) as threads:
+            seconds = []
+            for _ in range(2):  # the first time checks the records
+                started = time.perf_counter()
+                for done in threads.map(lambda key: engine._fetch(key, "") is not None, keys):
+                    assert done
+                seconds.append(time.perf_counter() - started)
+    step, copies = others["on the device ms"], others["the copies alone ms"]
+    return {
+        "from disk, page cache warm, checked ms": median(first[1:]) * 1e3,
+        "from disk, page cache warm, the first time in a process ms": first[0] * 1e3,
+        "from disk, page cache warm, again ms": median(again) * 1e3,
+        "reading alone, again ms": seconds[1] * 1e3,
+        "share of copies and step that reading hides": (seconds[1] * 1e3 + copies + step - median(again) * 1e3)
+        / (copies + step),
+        "from disk, again, every time ms": [round(t * 1e3, 1) for t in again],
+    }
+
+
+def arrivals(bench: Bench) -> Figures:
+    """The same plan cold, and with its KV on the device, in host memory and on disk: are the logits equal, bit by bit?
+
+    Steps run kernel by kernel. Memory is small, so that records come and go; requests are cancelled in between. Cold answers may differ in
+    the last bits, as documents and question share steps of other sizes; how much is in standard deviations.
+    """
+    vocab, found = SMALL["vocab_size"], Counter[str]()
+    model = models.wrap(random_llama(SMALL, torch.bfloat16))
+    graphs = [
+        ContextGraph([ids(200 + 13 * i, 50 * seed + i, vocab) for i in range(8)], query=ids(9, seed, vocab))
+        for seed in range(6)
+    ]
+    graphs += [ContextGraph([ids(12, 900 + i, vocab) for i in range(40)], query=ids(9, 7, vocab))]  # short: gathered
+    budget = 6000 * model.kv_bytes_per_token  # two or three of the seven
+    apart = 0.0
+    with tempfile.TemporaryDirectory() as folder, without_graphs():
+        with Engine(model, store=folder, kv_budget=4 << 30) as engine:
+            plans = [engine.plan(graph, "block") for graph in graphs]
+            cold = [engine.logits(plan) for plan in plans]
+            warm = [engine.logits(plan) for plan in plans]
+            apart = max(float((a - b).abs().max() / b.std()) for a, b in zip(cold, warm, strict=True))
+            engine.flush()
+        with (
+            Engine(model, store=folder, kv_budget=budget) as disk,
+            Engine(model, store=folder, kv_budget=budget, host_budget=2 << 30) as host,
+        ):
+            steps = [watched_steps(engine) for engine in (disk, host)]
+            for round_ in range(4 if bench.quick else 12):
+                for number, plan in enumerate(plans):
+                    for engine in (disk, host):
+                        given_up = engine.submit(plans[(number + 3) % len(plans)])
+                        if round_ % 2:  # by then, some of its records are on their way
+                            engine.step()
+                        engine.cancel(given_up)
+                        result = engine.wait(engine.submit(plan, sampling(1), first_logits=True))
+                        assert result.first_logits is not None
+                        equal = torch.equal(result.first_logits, warm[number])
+                        for tier in result.usage.reused_tokens:
+                            found[f"answers that read {tier}"] += 1
+                            found[f"of them, not equal ({tier})"] += not equal
+                        found["documents' tokens computed"] += result.usage.document_tokens_computed
+            found["steps that waited for the device"] = sum(map(len, steps))
+    return {"cold / warm, largest difference": apart, **found}
+
+
+def watched_steps(engine: Engine) -> list[str]:
+    """Has an engine note the errors of steps in which the host would wait for the device."""
+    run, waited = engine.scheduler.runner.run, []
+
+    def watched(rows: Any, want: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(rows, want)
+        except RuntimeError as error:
+            traceback.print_exception(error)
+            waited.append(str(error))
+            torch.cuda.set_sync_debug_mode("default")
+            return run(rows, want)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine.scheduler.runner.run = watched  # type: ignore[method-assign]
+    return waited
 
 
 def cold(model: Any, graph: ContextGraph, method: Any) -> float:
@@ -462,6 +616,7 @@ def candidates(bench: Bench) -> Figures:
 PARTS: dict[str, Callable[[Bench], Figures]] = {
     "limits": lambda bench: bench.limits,
     "correct": correct,
+    "arrivals": arrivals,
     "ttft": ttft,
     "decode": decode,
     "encode": encode,

@@ -233,13 +233,13 @@ class Encoder:
 
     def _bring(self, plan: Plan, missing: Iterable[str], done: Done) -> None:
         """Have in memory what a plan's own spans read: from the store, or computed one by one."""
-        pool = self.engine.scheduler.memory.pool
+        pool, pooling = self.engine.scheduler.memory.pool, self.engine.scheduler.pooling
         for i, key in enumerate(self.engine.keys(plan)):
             if key is None or key in missing or pool.contains(key):
                 continue
             found = self.store.get(key)
             if found is not None:
-                pool.put(self.engine.scheduler.pooling.of(found[0]))
+                pool.put(pooling.bring(pooling.read(found[0])))
                 continue
             self._run([_alone(plan, i)], done)
 

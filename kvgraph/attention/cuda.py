@@ -23,8 +23,8 @@ from torch import Tensor
 from kvgraph.attention.backends import triton as kernels
 from kvgraph.attention.blocks import Fresh, KeyBlock, blocks_of
 from kvgraph.attention.rope import Rotary
-from kvgraph.attention.rows import Row, RowKV
-from kvgraph.store.record import Record
+from kvgraph.attention.rows import Row, RowKV, arrivals_of
+from kvgraph.store.record import Arriving, Record
 
 SMALL = 16  # rows of a small tile: blocks that few tokens see
 MIN_KEYS = 128  # keys are never split into shorter runs
@@ -342,13 +342,17 @@ class Attention:
         rotaries: Sequence[Rotary],
         tune: Tuning,
         partial: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
+        arrivals: Sequence[Arriving] = (),
     ):
-        """partial: scratch memory for partial results, to share it with others of the same sizes."""
+        """partial: scratch memory for partial results, to share it with others of the same sizes. arrivals: each layer waits
+        for its own keys and values of these.
+        """
         self.tables, self.flags, self.layers, self.rotaries, self.tune = tables, flags, layers, rotaries, tune
         numbers = [layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers]
         self.prefix = [0, *accumulate(numbers)]
         self._angles: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
         self._partial = {} if partial is None else partial
+        self._arrivals = arrivals
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -374,6 +378,8 @@ class Attention:
             INTERLEAVED=interleaved, CHAINED=self.flags.chained, num_warps=1,
         )  # fmt: skip
         partial, partial_lse = self._room(heads, value_dim, q.device)
+        for arrival in self._arrivals:
+            arrival.wait(layer)
         kinds = [(0, SMALL, "small", sizes.small)] + [(1, tune.rows, "large", sizes.large)] * self.flags.large
         for which, rows, name, most in kinds:
             if not most:
@@ -426,6 +432,7 @@ class CudaStep:
         heads: int,
     ):
         self.rows, self.want, self.layers, self.rotaries, self.device = rows, want, layers, rotaries, device
+        self.arrivals = arrivals_of(rows)
         self.starts = [0, *accumulate(len(row.tokens) for row in rows)]
         self.size = self.starts.pop()
         for row in rows:
@@ -478,4 +485,4 @@ class CudaStep:
         """The tables on the device, of exactly the needed size, and attention from them. staging: >= `length` int64."""
         made = Tables(self.device, self.sizes, self.windows, self.flags.groups, self.scratch(self.size))
         made.fill(self, staging)
-        return made, Attention(made, self.flags, self.layers, self.rotaries, self.tune)
+        return made, Attention(made, self.flags, self.layers, self.rotaries, self.tune, arrivals=self.arrivals)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvgraph.attention.rope import Rotary
-from kvgraph.store.record import Record, Side
+from kvgraph.store.record import Arriving, Record, Side
 
 
 class View:
@@ -116,6 +116,8 @@ class Row:
     sees, and all earlier rows of the chain, which are new and whole, except that the first may have a past. Its own views
     are not used. lead: the position of its frame's origin in the frame of the chain's first row, higher than all positions
     there.
+
+    arrivals: of its views' records, those that may still be on their way to the device.
     """
 
     tokens: Sequence[int]
@@ -124,33 +126,51 @@ class Row:
     kv: RowKV
     joined: bool = False
     lead: int = 0
+    arrivals: Sequence[Arriving] = ()
 
     def commit(self) -> None:
         """Count the new tokens as part of the row's KV. Call it once, after the forward."""
         self.kv.length += len(self.tokens)
 
 
-def on_device(record: Record, device: torch.device) -> Record:
-    """The record with its KV on a device, in one buffer as a row's own; itself if it is there already.
+def arrivals_of(rows: Sequence[Row]) -> list[Arriving]:
+    """What a step of these rows must have wait, each once."""
+    found = {id(arrival): arrival for row in rows for arrival in row.arrivals}
+    return [arrival for arrival in found.values() if not arrival.done]
 
-    It goes through pinned memory to a GPU, and comes from one in one copy.
+
+def shapes_of(record: Record) -> list[tuple[int, int, int]]:
+    """(kv heads, key dim, value dim) of every layer of a record whose keys and values are there."""
+    return [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(record.keys, record.values, strict=True)]
+
+
+def flat(record: Record) -> torch.Tensor | None:
+    """A record's keys and values as one tensor [numbers], if they lie in memory as those of a `RowKV`."""
+    sides = [side for layer in zip(record.keys, record.values, strict=True) for side in layer]
+    first = sides[0]
+    storage, at = first.untyped_storage().data_ptr(), first.data_ptr()
+    for side in sides:
+        if side.data_ptr() != at or side.untyped_storage().data_ptr() != storage or not side.is_contiguous():
+            return None
+        at += side.numel() * side.element_size()
+    return torch.as_strided(first, (sum(side.numel() for side in sides),), (1,), first.storage_offset())
+
+
+def on_device(record: Record, device: torch.device) -> Record:
+    """The record with its KV on a device, in one buffer as a row's own; itself if it is so already. It is waited for.
+
+    Records that are stored reach a GPU beside the steps instead: see `kvgraph.engine.transfers`.
     """
     source = record.keys[0].device
-    if source.type == device.type:
+    if source.type == device.type and (source.type == "cpu" or flat(record) is not None):
         return record
-    shapes = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(record.keys, record.values, strict=True)]
-    arrived = RowKV(shapes, record.held, record.keys[0].dtype, device)
-    if source.type == "cpu":
-        staging = RowKV(shapes, record.held, record.keys[0].dtype, source, pinned=torch.cuda.is_available())
-        for mine, theirs in zip((*staging.keys, *staging.values), (*record.keys, *record.values), strict=True):
-            mine.copy_(theirs)
-        arrived.buffer.copy_(staging.buffer, non_blocking=True)
-        if device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the staging buffer lives until the copy is done
-    else:  # computed there, so it is one buffer
-        first = record.keys[0]
-        whole = torch.as_strided(first, (arrived.buffer.numel(),), (1,), first.storage_offset())
+    arrived = RowKV(shapes_of(record), record.held, record.keys[0].dtype, device)
+    whole = None if source.type == "cpu" else flat(record)
+    if whole is not None:  # computed there: one copy
         arrived.buffer.copy_(whole)
+    else:
+        for mine, theirs in zip((*arrived.keys, *arrived.values), (*record.keys, *record.values), strict=True):
+            mine.copy_(theirs)
     return replace(record, keys=arrived.keys, values=arrived.values)
 
 

@@ -20,6 +20,7 @@ from kvgraph.cli.common import (
     CodecName,
     Device,
     Dtype,
+    HostBudget,
     KVBudget,
     MethodName,
     NoCheck,
@@ -61,6 +62,7 @@ def chat(
     quantize: Quantize = None,
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    host_budget: HostBudget = None,
     adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
@@ -96,6 +98,7 @@ def chat(
         allow_untested=allow_untested,
         check=not no_check,
         kv_budget=kv_budget,
+        host_budget=host_budget or 0,
         store=store or None,
         codec=codec,
     )

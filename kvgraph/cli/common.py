@@ -64,6 +64,12 @@ KVBudget = Annotated[
         parser=parse_size, metavar="SIZE", help="KV held in memory at once [default: half of the free memory]."
     ),
 ]
+HostBudget = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_size, metavar="SIZE", help="Pinned host memory of a GPU for copies of KV [default: none]."
+    ),
+]
 AllowUntested = Annotated[
     bool, typer.Option("--allow-untested", help="Accept model types that kvgraph isn't tested on.")
 ]

@@ -16,6 +16,7 @@ from kvgraph.cli.common import (
     CodecName,
     Device,
     Dtype,
+    HostBudget,
     KVBudget,
     NoCheck,
     Quantize,
@@ -75,6 +76,7 @@ def evaluate(
     quantize: Quantize = None,
     device: Device = "cpu",
     kv_budget: KVBudget = None,
+    host_budget: HostBudget = None,
     adapter: Adapter = None,
     allow_untested: AllowUntested = False,
     no_check: NoCheck = False,
@@ -130,7 +132,7 @@ def evaluate(
     summaries = []
 
     def open_engine() -> Engine:
-        return Engine(loaded, store=store, kv_budget=kv_budget, codec=codec)
+        return Engine(loaded, store=store, kv_budget=kv_budget, host_budget=host_budget or 0, codec=codec)
 
     try:
         for spec, parsed_method in zip(specs, parsed, strict=True):

@@ -44,6 +44,12 @@ def serve(
         int | None,
         typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory [default: half of the free memory]."),
     ] = None,
+    host_budget: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size, metavar="SIZE", help="Pinned host memory of a GPU for copies of KV [default: none]."
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help="For requests without one [default: the first the model declares tuning for, else full]."),
@@ -102,6 +108,7 @@ def serve(
         codec=codec,
         library=library,
         kv_budget=kv_budget,
+        host_budget=host_budget,
         method=method,
         served_name=served_name,
         chat_template=chat_template,

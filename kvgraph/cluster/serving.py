@@ -65,8 +65,8 @@ LOADING = 3600.0  # seconds that replicas may take to load the model
 CALL = 60.0  # seconds that a short call to a replica may take
 # What a replica's engine depends on. It needs no key of a caller.
 OF_ENGINE = (
-    "model", "adapter", "dtype", "quantize", "device", "store_size", "codec", "kv_budget", "max_step_tokens", "allow_untested",
-    "chat_template", "grace",
+    "model", "adapter", "dtype", "quantize", "device", "store_size", "codec", "kv_budget", "host_budget", "max_step_tokens",
+    "allow_untested", "chat_template", "grace",
 )  # fmt: skip
 
 

@@ -13,12 +13,12 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count, groupby
+from itertools import count, groupby, product
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
-from kvgraph.attention.rows import SHORT, on_device
+from kvgraph.attention.rows import SHORT
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
 from kvgraph.engine.loader import Loader
@@ -47,6 +47,8 @@ from kvgraph.progress import Progress
 from kvgraph.store.base import Found, Store
 from kvgraph.store.codecs.base import Codec
 from kvgraph.store.codecs.registry import fingerprint_with, packed, parse
+from kvgraph.store.disk.store import DiskStore
+from kvgraph.store.memory import HostStore
 from kvgraph.store.open import Where, open_store
 from kvgraph.store.record import Record
 from kvgraph.store.selection.base import ByLayer, Selection, selected
@@ -58,6 +60,7 @@ BEFORE = 8  # tokens of a prompt that its continuation is decoded with
 WRITES = 64  # records that may wait to be written; beyond this, encoding waits for the disk
 BATCH = 64 << 20  # bytes of records that are handed to the store together
 PATIENCE = 0.01  # seconds that a step waits for the store when nothing else can run; then others may have the lock
+PINS = ("cuda",)  # devices that copy from pinned host memory
 IN_FLIGHT = 128  # requests that `run` keeps in the engine at once
 
 
@@ -89,6 +92,8 @@ class Engine:
     kept, as text such as "kivi:bits=2" (see `kvgraph.store.codecs.registry`). What a lossy one loses is lost before a
     span's first use, so answers don't depend on where a record came from; its records have keys of their own. select:
     which tokens of a span are kept, as text such as "snapkv:keep=50" (see `kvgraph.store.selection.registry`); None: all.
+    host_budget: bytes of pinned host memory in which a GPU's engine keeps copies of its records, the least recently used of
+    which go first. What the GPU's memory lost comes back from there in about the time of the copy. 0: none are kept.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Engine:
         *,
         store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
+        host_budget: int = 0,
         max_step_tokens: int | None = None,
         salt: str = "",
         codec: str | Codec = "raw",
@@ -105,6 +111,12 @@ class Engine:
         for name, value in (("kv_budget", kv_budget), ("max_step_tokens", max_step_tokens)):
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise KVGraphError(f"{name} must be a positive integer, not {value!r}")
+        if not (isinstance(host_budget, int) and host_budget >= 0):
+            raise KVGraphError(f"host_budget must be a number of bytes, not {host_budget!r}")
+        if host_budget and model.device.type not in PINS:
+            raise KVGraphError(
+                f"host_budget is for GPUs; on device {model.device.type}, give a larger kv_budget instead"
+            )
         if not isinstance(codec, str) and not hasattr(codec, "pack"):
             raise KVGraphError(f"codec must be a name or a codec, not {type(codec).__name__}")
         if not isinstance(salt, str):
@@ -129,6 +141,7 @@ class Engine:
         self.store_error: StoreError | None = None  # the first one
         step_tokens = max_step_tokens or (512 if model.device.type == "cpu" else 8192)
         self.loader = None if self.store is None else Loader(self._fetch)
+        self.host = HostStore(host_budget) if host_budget else None
         self.scheduler = Scheduler(
             model,
             kv_budget or default_budget(model.device, scratch_bytes(model, step_tokens, PAIRS * step_tokens)),
@@ -138,11 +151,15 @@ class Engine:
             None if self.codec.lossless and self.selection is None else self._settle,
             self.selection,
             self.codec,
+            self.host,
         )
+        if self.scheduler.pooling.transfers is not None:
+            _read_into(() if self.store is None else self.store.tiers, self.scheduler.pooling.transfers.bytes)
         self._lock = threading.RLock()
         self._uncached = count()
         self._warned: set[str] = set()
-        self._writer = ThreadPoolExecutor(1, "kvgraph-writer") if self.store is not None else None
+        kept = self.store is not None or self.host is not None
+        self._writer = ThreadPoolExecutor(1, "kvgraph-writer") if kept else None
         self._writes: list[Future[None]] = []
         self._pending: deque[tuple[str, Record | list[str]]] = (
             deque()
@@ -161,6 +178,7 @@ class Engine:
         check: bool = True,
         store: Store | Where | Sequence[Where] | None = None,
         kv_budget: int | None = None,
+        host_budget: int = 0,
         max_step_tokens: int | None = None,
         salt: str = "",
         codec: str | Codec = "raw",
@@ -189,6 +207,7 @@ class Engine:
             loaded,
             store=store,
             kv_budget=kv_budget,
+            host_budget=host_budget,
             max_step_tokens=max_step_tokens,
             salt=salt,
             codec=codec,
@@ -480,14 +499,21 @@ class Engine:
     # -- store --------------------------------------------------------------------------------------------------------
 
     @property
+    def tiers(self) -> tuple[Store, ...]:
+        """Where records are found that memory doesn't have: pinned host memory, if it is used, and the store's tiers."""
+        host = () if self.host is None else (self.host,)
+        return host + (() if self.store is None else self.store.tiers)
+
+    @property
     def writing(self) -> int:
-        """Records that wait to be written to the store, and the one being written."""
+        """Records that wait to be written to the store or to host memory, and the one being written."""
         return sum(not write.done() for write in list(self._writes))
 
     def tier(self, key: str, salt: str | None = None) -> str | None:
-        """Where a tenant's span's KV is now: "memory", the store's first tier that has it, or None. Changes nothing."""
-        if self.scheduler.memory.pool.contains(key):
-            return self.scheduler.memory.pool.name
+        """Where a tenant's span's KV is now: "memory", "host", the store's first tier that has it, or None. Changes nothing."""
+        for held in (self.scheduler.memory.pool, self.host):
+            if held is not None and held.contains(key):
+                return held.name
         store = self._store_of(self.salt if salt is None else salt)
         tiers = () if store is None else store.tiers
         return next((tier.name for tier in tiers if tier.contains(key)), None)
@@ -522,8 +548,9 @@ class Engine:
                 self.loader.close()
         if writer is not None:
             writer.shutdown()
-            assert self.store is not None
-            self.store.close()
+            for kept in (self.host, self.store):
+                if kept is not None:
+                    kept.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -590,7 +617,7 @@ class Engine:
         record, tier = found
         if not self._fits(record):
             return None
-        return self.scheduler.pooling.of(record), tier
+        return self.scheduler.pooling.read(record), tier
 
     def _fits(self, record: Record) -> bool:
         """Whether a record can be of this model. A checksum doesn't say so, and attention doesn't ask."""
@@ -636,9 +663,12 @@ class Engine:
 
     def _write(self, records: list[Record], salt: str) -> None:
         store = self._store_of(salt)
-        assert store is not None
         try:
-            records = [on_device(record, torch.device("cpu")) for record in records]
+            records = [self.scheduler.pooling.on_host(record) for record in records]
+            if self.host is not None:
+                self.host.put_all([replace(record, packed=None) for record in records])
+            if store is None:
+                return
             if self.codec.name != "raw":
                 records = [record if record.packed else packed(record, self.codec) for record in records]
             errors: dict[str, Exception] = dict(store.put_all(records))
@@ -652,10 +682,9 @@ class Engine:
             log.warning("the store can't keep records, continuing without it: %s", first)
 
     def _erase(self, keys: Iterable[str], salt: str) -> None:
-        store = self._store_of(salt)
-        assert store is not None
+        stores = [store for store in (self.host, self._store_of(salt)) if store is not None]
         try:
-            for key in keys:
+            for store, key in product(stores, keys):
                 store.delete(key)
         except StoreError as error:
             log.warning("the store can't remove records: %s", error)
@@ -728,6 +757,13 @@ def default_budget(device: torch.device, scratch: int = 0) -> int:
             f"a step takes up to {scratch:,} bytes besides KV, and {free:,} are free: give a smaller max_step_tokens, or free memory"
         )
     return budget
+
+
+def _read_into(tiers: Iterable[Store], memory: Callable[[int], Tensor]) -> None:
+    """Have folders read records straight into such memory, without a copy between."""
+    for tier in tiers:
+        if isinstance(tier, DiskStore):
+            tier.memory = memory
 
 
 def _outside() -> int:

@@ -138,6 +138,8 @@ def _give_way() -> None:
 def _touch(found: Found) -> None:
     """Read a byte of every page, so that a record mapped from a file is in memory before a step looks at it."""
     record = found[0]
+    if record.keys and record.keys[0].is_pinned():  # it was copied there just now
+        return
     packed = record.packed.tensors.values() if record.packed and not record.keys else ()
     for tensor in (*record.keys, *record.values, *packed):
         if tensor.device.type == "cpu" and tensor.is_contiguous():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvgraph.attention.rows import Row
+from kvgraph.attention.rows import Row, arrivals_of
 from kvgraph.attention.step import Step
 from kvgraph.models import Model
 
@@ -36,6 +36,8 @@ class Runner:
 
         They are valid until the next call. The rows aren't committed.
         """
+        for arrival in arrivals_of(rows):
+            arrival.wait()
         step = Step(rows, self.model.layers, self.model.rotaries, self.model.device)
         wanted = torch.tensor(want, dtype=torch.int64, device=self.model.device)
         return self.model.forward(step.tokens, step.positions, step, wanted)
@@ -58,7 +60,8 @@ class CudaRunner(Runner):
         from kvgraph.attention.cuda import CudaStep
 
         step = CudaStep(rows, want, self.model.layers, self.rotaries, self.model.device, self.model.heads)
-        if self._capturable and step.size <= GRAPH_TOKENS and not step.flags.masked:
+        # What is still arriving is waited for layer by layer, which a graph can't; the copies take longer than the launches.
+        if self._capturable and step.size <= GRAPH_TOKENS and not step.flags.masked and not step.arrivals:
             logits = self._replay(step)
             if logits is not None:
                 return logits
@@ -110,7 +113,8 @@ class CudaRunner(Runner):
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads may ask for memory meanwhile, for records that they read or write.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = forward()
         except RuntimeError as error:  # a model whose forward depends on data, such as some routers
             log.warning("%s can't run as CUDA graphs; decoding will be slower: %s", model.name, error)

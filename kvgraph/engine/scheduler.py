@@ -9,6 +9,7 @@ the steps, and encoded if it isn't there or comes too late: once for everyone wh
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -34,8 +35,11 @@ from kvgraph.models import Model
 from kvgraph.plan import Plan
 from kvgraph.store.base import Found
 from kvgraph.store.codecs.base import Codec
+from kvgraph.store.memory import HostStore
 from kvgraph.store.record import Record
 from kvgraph.store.selection.base import Selection, kept_tokens
+
+log = logging.getLogger("kvgraph.engine")
 
 AHEAD = 8  # the part of the budget, 1 / AHEAD, that records may take that nobody was admitted to use yet
 PAIRS = 16  # (token, place) pairs of a step, per token
@@ -48,7 +52,7 @@ class Scheduler:
     loader: reads records of the backing store; None: there is none. save(record, salt): hand a tenant's new record to it.
     settle(record, queries): what a new record becomes before anything reads it; None: it stays as it is. queries: of its
     last tokens, if the selection looks at them. selection: which tokens of a span are kept; None: all. codec: of the
-    records that `settle` makes.
+    records that `settle` makes. host: records in pinned memory, for a GPU's engine; None: there is no such tier.
     """
 
     def __init__(
@@ -61,8 +65,9 @@ class Scheduler:
         settle: Callable[[Record, list[Tensor]], Record] | None,
         selection: Selection | None,
         codec: Codec,
+        host: HostStore | None = None,
     ):
-        self.model, self.max_step_tokens = model, max_step_tokens
+        self.model, self.max_step_tokens, self.host = model, max_step_tokens, host
         self.max_step_pairs = PAIRS * max_step_tokens
         self.max_step_logits = most_logits(model)
         self.loader, self.save, self.settle, self.selection = loader, save, settle, selection
@@ -124,6 +129,7 @@ class Scheduler:
         self._admit()
         work = self._choose()
         if not work:
+            self.pooling.begin()
             assert self.loading or not self.running, "admitted requests, but nothing can run"  # better than forever
             return not self.loading
         new = [e for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
@@ -136,6 +142,7 @@ class Scheduler:
             guided = [o for o, n in work if isinstance(o, Request) and o.guide and n == o.sequence.left]
             finding = self.guides.begin([request.guide for request in guided if request.guide]) if guided else None
             logits = self.runner.run(rows, want)
+            self.pooling.begin()
             masks = () if finding is None else finding.result().to(logits.device)
         except Exception as error:  # such as out of memory: the rows of this step fail, all others continue
             for owner, _ in work:
@@ -226,7 +233,10 @@ class Scheduler:
             lead = lead + sequence.span.start - sequence.span.sees[-1].at if joined else 0
             views = () if joined else self._views(sequence)
             here = slice(sequence.done, sequence.done + count)
-            rows.append(Row(sequence.tokens[here], sequence.positions[here], views, sequence.kv, joined, lead))
+            arrivals = self.pooling.on_the_way(views)
+            rows.append(
+                Row(sequence.tokens[here], sequence.positions[here], views, sequence.kv, joined, lead, arrivals)
+            )
             before = owner if isinstance(owner, Encoding) and count == sequence.left else None
         return rows
 
@@ -238,6 +248,8 @@ class Scheduler:
         if any(isinstance(view.source, RowKV) for view in views):
             return views  # of sources beside it in this step: next time they are records
         if sequence.to_gather:
+            for arrival in self.pooling.on_the_way(views):
+                arrival.wait()
             rotaries = [None if x.rotary is None else self.model.rotaries[x.rotary] for x in self.model.layers]
             views = list(gathered(views, self.shapes, rotaries, sequence.longest))
             sequence.copied = sum(view.source.nbytes for view in views if isinstance(view.source, RowKV))
@@ -429,10 +441,15 @@ class Scheduler:
                 continue
             request.resolved.add(key)
             if key in self.memory.pool:
+                if self.host is not None:
+                    self.host.touch(key)
                 ahead = self.ahead.pop(key, None)
                 if ahead is not None and self.loader is not None:
                     self.loader.count("ahead_used")
                 self._reused(request, index, "memory" if ahead is None else ahead[0])
+                continue
+            if span.cached and key not in self.encodings and key not in self.loading and self._from_host(key):
+                self._reused(request, index, HostStore.name)
                 continue
             request.missing.add(key)
             if key in self.encodings:
@@ -461,6 +478,11 @@ class Scheduler:
         reused[tier] = reused.get(tier, 0) + len(request.plan.spans[index])
 
     # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _from_host(self, key: str) -> bool:
+        """Bring a record from pinned memory, if it is there: it arrives while the step that reads it runs."""
+        found = None if self.host is None else self.host.get(key)
+        return found is not None and self._bring(found[0])
 
     def _load(self, loader: Loader, key: str, tokens: int, salt: str, ahead: bool = False) -> Loading:
         """The read of a record, begun if it isn't under way."""
@@ -496,11 +518,12 @@ class Scheduler:
         """A record has come, or there is none. Returns whether there is one."""
         if found is not None and found[0].nbytes != loading.nbytes:  # it isn't of this span's tokens
             found = None
-        if found is not None:
-            self.memory.make_room(found[0].nbytes)
-            self.memory.keep(found[0])
-            if not loading.waiters:
-                self.ahead[loading.key] = found[1], found[0].nbytes
+        if found is not None and not self._bring(found[0]):
+            found = None
+        if found is not None and self.host is not None:
+            self.host.put(found[0])
+        if found is not None and not loading.waiters:
+            self.ahead[loading.key] = found[1], found[0].nbytes
         for request, index in loading.waiters.items():
             request.loads.discard(loading.key)
             if found is None:
@@ -509,6 +532,16 @@ class Scheduler:
             request.missing.discard(loading.key)
             self._reused(request, index, found[1])
         return found is not None
+
+    def _bring(self, record: Record) -> bool:
+        """Keep a record that was read; False if there is no room for it after all, as on a GPU that others use too."""
+        self.memory.make_room(record.nbytes)
+        try:
+            self.memory.keep(self.pooling.bring(record))
+        except RuntimeError as error:  # it is a cache: what can't be brought is computed
+            log.warning("a record can't be brought to %s, computing instead: %s", self.model.device, error)
+            return False
+        return True
 
     def _encode_absent(self, request: Request, absent: set[str]) -> None:
         """Encode what was in no tier: all of it at once, so that the links of a chain run in one step.
@@ -546,6 +579,8 @@ class Scheduler:
             for index in sorted(_read(request)):
                 key, span = request.keys[index], request.plan.spans[index]
                 if not span.cached or key in self.memory.pool or key in self.encodings or key in self.loading:
+                    continue
+                if self.host is not None and key in self.host:  # it comes at once when it is needed
                     continue
                 taken += self.pooling.nbytes(len(span))
                 if taken > self.memory.budget // AHEAD:

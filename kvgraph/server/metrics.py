@@ -235,7 +235,7 @@ class EngineMetrics(Collector):
 
     def measure(self) -> None:
         """Ask the stores for their sizes; that may wait for a disk."""
-        for store in _tiers(self._runner.engine):
+        for store in self._runner.engine.tiers:
             size = store.size()
             if size is not None:
                 self._sizes[store] = size
@@ -254,7 +254,7 @@ class EngineMetrics(Collector):
         yield from self._of_stores(runner.engine)
 
     def _of_stores(self, engine: Engine) -> Iterator[Metric]:
-        stores = _tiers(engine)
+        stores = engine.tiers
         for event, help in (
             ("hits", "Records found."),
             ("misses", "Records not found."),
@@ -317,7 +317,3 @@ def _of_loader(loader: Loader) -> Iterator[Metric]:
     ahead.add_metric(("begun",), counts.get("ahead", 0))
     ahead.add_metric(("used",), counts.get("ahead_used", 0))
     yield ahead
-
-
-def _tiers(engine: Engine) -> tuple[Store, ...]:
-    return () if engine.store is None else engine.store.tiers

@@ -100,6 +100,7 @@ class Settings(BaseSettings):
     # Of segments and graphs: a file, or the URL of a Postgres; default: library.sqlite in the store's first folder
     library: Annotated[Shown | None, BeforeValidator(_place)] = None
     kv_budget: Size | None = None
+    host_budget: Size | None = None  # pinned host memory of a GPU's server for copies of its records; none by default
     max_step_tokens: PositiveInt | None = None
     allow_untested: bool = False
 

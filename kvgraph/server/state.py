@@ -72,6 +72,7 @@ def load_engine(settings: Settings) -> Engine:
         model,
         store=store,
         kv_budget=settings.kv_budget,
+        host_budget=settings.host_budget or 0,
         max_step_tokens=settings.max_step_tokens,
         codec=settings.codec,
     )

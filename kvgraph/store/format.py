@@ -14,6 +14,7 @@ import os
 import stat
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,17 +156,28 @@ def _read_ahead(path: str | Path) -> None:
             os.close(descriptor)
 
 
-def read_file(path: str | Path, most: int | None = None) -> tuple[torch.Tensor, os.stat_result]:
-    """As `map_file`, but read into memory now, at most so many bytes: what happens to the file later changes nothing."""
+def _bytes(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def read_file(
+    path: str | Path, most: int | None = None, memory: Callable[[int], torch.Tensor] = _bytes
+) -> tuple[torch.Tensor, os.stat_result]:
+    """As `map_file`, but read into memory now, at most so many bytes: what happens to the file later changes nothing.
+
+    memory: gives so many bytes of it, [bytes] uint8 on the CPU.
+    """
     with open(path, "rb") as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
             raise BadRecord("isn't a regular file")
-        data = bytearray(info.st_size if most is None else min(most, info.st_size))
-        size = file.readinto(data)
+        if info.st_size == 0:
+            raise BadRecord("is empty")
+        data = memory(info.st_size if most is None else min(most, info.st_size))
+        size = file.readinto(data.numpy().data)
     if size == 0:
         raise BadRecord("is empty")
-    return torch.frombuffer(data, dtype=torch.uint8, count=size), info
+    return data[:size], info
 
 
 def identity(info: os.stat_result) -> tuple[int, int, int]:

@@ -74,7 +74,7 @@ class MemoryStore:
 
         A record that doesn't fit beside the pinned ones isn't kept, and nothing is evicted for it.
         """
-        nbytes = record.nbytes
+        nbytes = self._taken(record)
         with self._lock:
             if record.key in self._pinned:
                 return
@@ -91,6 +91,12 @@ class MemoryStore:
     def put_all(self, records: Sequence[Record]) -> dict[str, StoreError]:
         """One by one."""
         return one_by_one(self.put, records)
+
+    def touch(self, key: str) -> None:
+        """Make a record the most recently used, if it is there. Counts nothing."""
+        with self._lock:
+            if key in self._idle:
+                self._idle.move_to_end(key)
 
     def evict_to(self, size: int) -> None:
         """Evict least recently used records until at most `size` bytes are held, or only pinned ones. Idempotent."""
@@ -144,9 +150,26 @@ class MemoryStore:
             self._pinned.clear()
             self.bytes = self.pinned_bytes = 0
 
+    def _taken(self, record: Record) -> int:
+        """Bytes that a record takes."""
+        return record.nbytes
+
     def _evict_to(self, size: int) -> None:
         while self.bytes > size and self._idle:
             key, entry = self._idle.popitem(last=False)
             self.bytes -= entry.nbytes
             if self.on_evict is not None:
                 self.on_evict(key)
+
+
+class HostStore(MemoryStore):
+    """Records in pinned memory, each in one buffer, from which a GPU copies them: see `kvgraph.engine.transfers`.
+
+    It also holds what is on the GPU, as long as it is among the most recently used. Its bytes are those that torch's
+    allocator takes, which gives pinned memory in powers of two.
+    """
+
+    name = "host"
+
+    def _taken(self, record: Record) -> int:
+        return 1 << (record.keys[0].untyped_storage().nbytes() - 1).bit_length()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -66,6 +67,19 @@ class PackedKV:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
+class Arriving(Protocol):
+    """KV that are being copied to a device, layer by layer."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all of them are there. The host doesn't wait; once True, it stays so."""
+        ...
+
+    def wait(self, layer: int | None = None) -> None:
+        """What the device is given from now on runs once a layer is there, None: all of them. The host doesn't wait."""
+        ...
+
+
 @dataclass(frozen=True)
 class Record:
     """KV of one span, with keys rotated as if the span's first token stood at position 0.
@@ -80,6 +94,8 @@ class Record:
     packed: the packed form that the KV was decoded from, if a codec was used. Stores write it unchanged, because
     packing decoded KV again could change it. In the engine's memory a record may have this alone: no keys and values,
     but `packed.layers`, from which attention unpacks what it reads (see `kvgraph.store.codecs.registry.in_place`).
+
+    arrival: who reads keys and values on a device must have it wait first, as long as it isn't done. None: they are there.
     """
 
     key: str
@@ -88,6 +104,7 @@ class Record:
     positions: torch.Tensor
     packed: PackedKV | None = field(default=None, compare=False, repr=False)
     kept: tuple[torch.Tensor, ...] | None = None
+    arrival: Arriving | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.positions.shape[0]

@@ -13,7 +13,9 @@ import families
 from kvgraph import ContextGraph, Engine, models
 from kvgraph.edges import all_pairs, chain
 from kvgraph.engine import runner as runners
+from kvgraph.engine import transfers
 from soak import SOAK
+from streams import Late
 
 replays = 0
 
@@ -48,7 +50,7 @@ def pretend(monkeypatch):
     recorded = {}
 
     @contextmanager
-    def graph(made, pool=None):
+    def graph(made, pool=None, capture_error_mode=None):
         recorded["graph"] = made
         yield
 
@@ -105,3 +107,33 @@ def test_answers_are_those_of_the_plain_runner(monkeypatch, most):
         a, b = (e.generate(batch, "block", max_tokens=tokens, ignore_eos=True) for e in (plain, cuda))
         assert [r.token_ids for r in a] == [r.token_ids for r in b]
     assert (replays > 4) == bool(most)
+
+
+def test_layers_wait_for_their_own_part_of_what_arrives(monkeypatch, tmp_path):
+    """Steps that read what is arriving run kernel by kernel; those after it are graphs again."""
+    global replays
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = models.wrap(families.build("Llama", **shape))
+    monkeypatch.setattr(runners, "GRAPH_TOKENS", 32)
+    monkeypatch.setattr(transfers, "LEAST", 1)
+    graph = ContextGraph([[5, 6, 7], [9, 8]], [3])
+    with Engine(model, store=tmp_path, kv_budget=1 << 26) as engine:
+        plain = [engine.generate(graph, "block", max_tokens=2, ignore_eos=True, first_logits=True) for _ in range(2)][1]
+    with Engine(model, store=tmp_path, kv_budget=1 << 26) as engine:
+        engine.loader.close()  # reads at once: all that comes, comes together
+        engine.scheduler.runner = runners.CudaRunner(model)
+        pooling, late = engine.scheduler.pooling, Late()
+        pooling.transfers = transfers.Transfers(model.device, pooling._shapes, late, Late())
+        replays, steps = 0, []
+        run = engine.scheduler.runner.run
+
+        def watched(rows, want):
+            logits = run(rows, want)
+            steps.append((replays, [mark.waits for mark in late.marks]))
+            return logits
+
+        engine.scheduler.runner.run = watched
+        found = engine.generate(graph, "block", max_tokens=2, ignore_eos=True, first_logits=True)
+    assert steps == [(0, [1, 1]), (1, [1, 1])]
+    torch.testing.assert_close(found.first_logits, plain.first_logits, atol=1e-4, rtol=0)
+    assert found.token_ids == plain.token_ids

@@ -102,6 +102,8 @@ class DiskStore:
         self._untrusted: set[str] = set()  # keys whose file isn't signed with this secret: a put replaces it
         # Who may write to the folder could change a mapped file after its signature was checked.
         self.mapped = not self._secret and not is_remote(self.folder)
+        # Gives memory to read whole records into, such as what a GPU copies from by itself; None: files are mapped or read.
+        self.memory: Callable[[int], torch.Tensor] | None = None
         self._records = self.folder / "records"
         self._counts: Counter[str] = Counter()
         self._checked: dict[str, tuple[int, int, int]] = {}  # key → the file whose checksum was right
@@ -550,6 +552,8 @@ class DiskStore:
         return Entry(key, info.st_size, info.st_mtime, info.st_mtime, False, *rest)
 
     def _data(self, path: Path) -> tuple[torch.Tensor, os.stat_result]:
+        if self.memory is not None:
+            return format.read_file(path, memory=self.memory)
         return format.map_file(path, ahead=True) if self.mapped else format.read_file(path)
 
     def _verify_file(self, path: Path, report: VerifyReport) -> None:
