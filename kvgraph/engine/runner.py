@@ -52,11 +52,14 @@ class CudaRunner(Runner):
         self._pool: Any = None
         self._partial: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._capturable = True
+        self._decoding: Any = None  # the last replayed step as a `Decoding`, with its graph and logits, if it can go on
 
     def run(self, rows: Sequence[Row], want: Sequence[int]) -> Tensor:
         """See `Runner.run`."""
         from kvgraph.attention.cuda import CudaStep
 
+        if self._decoding is not None and len(rows) <= GRAPH_TOKENS and self._decoding[0].continues(rows, want):
+            return self._decode(rows)
         step = CudaStep(rows, want, self.model.layers, self.rotaries, self.model.device, self.model.heads)
         if self._capturable and step.size <= GRAPH_TOKENS and not step.flags.masked:
             logits = self._replay(step)
@@ -70,6 +73,7 @@ class CudaRunner(Runner):
     def _replay(self, step: Any) -> Tensor | None:
         """The logits of a step by its CUDA graph; None if it fits none or the model can't be captured."""
         from kvgraph.attention.cuda import fixed_sizes
+        from kvgraph.attention.decoding import Decoding, continuable
 
         size = 1 << (step.size - 1).bit_length()
         flags = step.flags._replace(large=size * self.model.heads // self.model.layers[0].kv_heads > 16, merges=True)
@@ -87,6 +91,17 @@ class CudaRunner(Runner):
         event.record()
         graph.replay()
         found: Tensor = logits[: len(step.want)]
+        self._decoding = (Decoding(step, tables, staging), graph, found) if continuable(step) else None
+        return found
+
+    def _decode(self, rows: Sequence[Row]) -> Tensor:
+        """The logits of a step that continues the last replayed one."""
+        decoding, graph, logits = self._decoding
+        staging, event = self._upload_buffer(decoding.length)
+        decoding.advance(rows, staging)
+        event.record()
+        graph.replay()
+        found: Tensor = logits
         return found
 
     def _captured(self, step: Any, sizes: Any, flags: Any) -> Any:
