@@ -45,7 +45,10 @@ class CudaRunner(Runner):
     """Runs rows with Triton kernels; see `kvgraph.attention.cuda`."""
 
     def __init__(self, model: Model):
+        from kvgraph.models.fused import Fused
+
         super().__init__(model)
+        self._fused = Fused(model.hf)
         self.rotaries = tuple(replace(r, inv_freq=r.inv_freq.to(model.device)) for r in model.rotaries)
         self._graphs: dict[tuple[int, Any], Any] = {}
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
@@ -68,7 +71,12 @@ class CudaRunner(Runner):
         staging, event = self._upload_buffer(step.length)
         tables, attention = step.on_device(staging)
         event.record()
-        return self.model.forward(tables.tokens, tables.positions, attention, tables.want)
+        return self._forward(tables, attention)
+
+    def _forward(self, tables: Any, attention: Any) -> Tensor:
+        """The model's forward of a step, with fused kernels where they give the same results."""
+        with self._fused.used():
+            return self.model.forward(tables.tokens, tables.positions, attention, tables.want)
 
     def _replay(self, step: Any) -> Tensor | None:
         """The logits of a step by its CUDA graph; None if it fits none or the model can't be captured."""
@@ -116,7 +124,7 @@ class CudaRunner(Runner):
 
         def forward() -> Tensor:
             attention = Attention(tables, flags, model.layers, self.rotaries, step.tune, self._partial)
-            return model.forward(tables.tokens, tables.positions, attention, tables.want)
+            return self._forward(tables, attention)
 
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream())
