@@ -29,7 +29,6 @@ from kvgraph.store.record import Record
 
 SMALL = 16  # rows of a small tile: blocks that few tokens see
 MIN_KEYS = 128  # keys are never split into shorter runs
-MERGED = 16  # partial results that `merge` reads at once
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -57,6 +56,12 @@ def tuning(dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
         return Tuning(64, 32, (4, 4), 2, (processors * 3, processors * 2))
     stages = 3 if shared > 160 << 10 else 2
     return Tuning(128 if shared > 128 << 10 else 64, 64, (4, 8), stages, (processors * 4, processors * 2))
+
+
+def merging(tokens: int) -> tuple[int, int]:
+    """Partial results that `merge` reads at once, and its warps. A few programs are slow if they read one part after another;
+    many programs hide that, and then what a program reads in vain counts."""
+    return (64, 4) if tokens <= 64 else (16, 2)
 
 
 class Sizes(NamedTuple):
@@ -401,11 +406,12 @@ class Attention:
                 num_warps=tune.warps[which], num_stages=tune.stages,
             )  # fmt: skip
         if self.flags.merges:
+            read, warps = merging(sizes.merged)
             kernels.merge[(sizes.merged, heads)](
                 partial, partial_lse, out, table["merged"], table["counts"], table["entries"], table["more"],
                 out if sinks is None else sinks, sizes.slots,
-                H=heads, DV=value_dim, BLOCK_DV=block_dv, READ=MERGED, GROUPS=self.flags.groups,
-                SINKS=sinks is not None, num_warps=2,
+                H=heads, DV=value_dim, BLOCK_DV=block_dv, READ=read, GROUPS=self.flags.groups,
+                SINKS=sinks is not None, num_warps=warps,
             )  # fmt: skip
         return out.transpose(0, 1)
 

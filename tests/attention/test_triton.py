@@ -18,7 +18,7 @@ import torch
 import families
 from kvgraph import models
 from kvgraph.attention.backends import backend_for, reference
-from kvgraph.attention.cuda import MERGED, Tuning, tuning
+from kvgraph.attention.cuda import Tuning, tuning
 from kvgraph.engine.runner import CudaRunner, Runner, runner_for
 from kvgraph.models.adapter import Layer
 from soak import SOAK
@@ -55,7 +55,7 @@ def compiled(tune: Tuning, dim: int, architecture: int, dtype: str) -> Any:
         return build(kernel, types, architecture, constants, num_warps=tune.warps[1], num_stages=tune.stages)
 
     sizes = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "KV": kv}
-    made(backend.merge, H=32, DV=dim, BLOCK_DV=dim, READ=MERGED, GROUPS=2, SINKS=True)
+    made(backend.merge, H=32, DV=dim, BLOCK_DV=dim, READ=64, GROUPS=2, SINKS=True)
     made(backend.write, G=8, **sizes)
     return made(
         backend.attend, H=32, G=8, ROWS=tune.rows, KEYS=tune.keys, ROTATED=dim, INTERLEAVED=False, MASKED=True, SHARP=True,
