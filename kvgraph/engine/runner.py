@@ -1,7 +1,8 @@
 """Running rows through the model: one packed forward, on a CPU or a GPU.
 
 On a GPU, steps of few tokens (decoding, short questions) are CUDA graphs, one for each power of two of tokens, captured
-when first needed. Replaying a graph takes one upload, the step's tables, and nothing in it waits for the device.
+when first needed. Replaying a graph takes one upload, the step's tables, and nothing in it waits for the device. While the same
+rows decode, the upload is only what differs from the step before.
 """
 
 from __future__ import annotations

@@ -106,3 +106,15 @@ def test_answers_are_those_of_the_plain_runner(monkeypatch, most):
         assert [r.token_ids for r in a] == [r.token_ids for r in b]
     assert (replays > 4) == bool(most)
     assert (cuda.scheduler.runner._decoding is not None) == bool(most)
+
+
+def test_a_16_bit_model_runs_with_fused_kernels(monkeypatch):
+    monkeypatch.setattr(runners, "GRAPH_TOKENS", 0)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = models.wrap(families.build("Qwen3", **shape).half())
+    plain, cuda = Engine(model, kv_budget=1 << 26), Engine(model, kv_budget=1 << 26)
+    cuda.scheduler.runner = runner = runners.CudaRunner(model)
+    assert len(runner._fused.forwards) == 4 + 1 + 1 + 1  # norms, a gate, attention, and the last norm
+    plan = plain.plan(ContextGraph([[5, 6, 7], [9, 8]], [3, 4, 5], [2, 1]), "block")
+    expected = plain.logits(plan)
+    torch.testing.assert_close(cuda.logits(plan), expected, atol=2e-2 * float(expected.abs().max()), rtol=0)
