@@ -221,7 +221,7 @@ def tables(
     )  # fmt: skip
 
 
-class Section(NamedTuple):
+class Extent(NamedTuple):
     """Where a table lies in the buffer: entries of 8 bytes."""
 
     at: int
@@ -253,10 +253,10 @@ class _Layout:
             for window in range(windows)
         ]
 
-    def _take(self, size: int) -> Section:
+    def _take(self, size: int) -> Extent:
         size = max(2, size + 1 & -2)  # 16-byte steps, and never empty
         self.end += size
-        return Section(self.end - size, size)
+        return Extent(self.end - size, size)
 
 
 class Tables:
@@ -316,12 +316,12 @@ class Tables:
         self.buffer[:end].copy_(staging[:end], non_blocking=True)
 
     @staticmethod
-    def _put(host: np.ndarray, section: Section, values: np.ndarray, rest: int | None = None) -> None:
+    def _put(host: np.ndarray, section: Extent, values: np.ndarray, rest: int | None = None) -> None:
         host[section.at : section.at + values.size] = values.reshape(-1)
         if rest is not None:
             host[section.at + values.size : section.at + section.size] = rest
 
-    def view(self, section: Section) -> Tensor:
+    def view(self, section: Extent) -> Tensor:
         """A table on the device, [size] int64."""
         return self.buffer[section.at : section.at + section.size]
 

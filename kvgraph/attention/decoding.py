@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from torch import Tensor
 
-from kvgraph.attention.cuda import CudaStep, Section, Tables, Window
+from kvgraph.attention.cuda import CudaStep, Extent, Tables, Window
 from kvgraph.attention.rows import Row, RowKV, View
 
 
@@ -91,7 +91,7 @@ def _reach(step: CudaStep) -> list[int] | None:
     return [min([int(row.kv.positions[0]), *(v.first for v in row.views)]) + narrowest for row in step.rows]
 
 
-def _ends(window: Window, sections: dict[str, Section], ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ends(window: Window, sections: dict[str, Extent], ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the tables say how far each row's own KV reach, and of which row: the last tile of each row's own block.
 
     Block i is row i's own, see `blocks_of`. ends [n]: where the rows' own KV end.

@@ -35,12 +35,18 @@ class Fused:
         self._hf = hf
         self.forwards: dict[nn.Module, _Forward] = {}
         if hf.dtype in (torch.bfloat16, torch.float16):
-            rotations: dict[_Forward, _Forward] = {}
-            for module in hf.modules():
-                found = None if "forward" in vars(module) else _faster(module, hf.dtype, hf.device, rotations)
-                if found is not None:
-                    self.forwards[module] = found
+            with lock_of(hf):
+                self._find()
         log.debug("%d modules use fused kernels", len(self.forwards))
+
+    def _find(self) -> None:
+        rotations: dict[_Forward, _Forward] = {}
+        for module in self._hf.modules():
+            if "forward" in vars(module):  # somebody, such as accelerate, has replaced it
+                continue
+            found = _faster(module, self._hf.dtype, self._hf.device, rotations)
+            if found is not None:
+                self.forwards[module] = found
 
     @contextmanager
     def used(self) -> Iterator[None]:
