@@ -96,6 +96,7 @@ class CudaRunner(Runner):
             return None
         tables, graph, logits = self._graphs[key]
         staging, event = self._upload_buffer(tables.layout.end)
+        self._decoding = None  # an interrupt from here on must not leave one whose tables hold another step
         tables.fill(step, staging)
         event.record()
         graph.replay()
