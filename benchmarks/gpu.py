@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -212,10 +213,10 @@ def against_dense(dtype: torch.dtype) -> Figures:
 
 def kernels(bench: Bench) -> Figures:
     """The kernels' own cases, compiled for this card."""
-    cases = ["-k", "dtype2 or fixed"] if bench.quick else []
+    cases = ["-k", "dtype2 or fixed or fused"] if bench.quick else []
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", ".", *cases,
-         "tests/support/triton_cases.py"],
+         "tests/support/triton_cases.py", "tests/support/fused_cases.py"],
         capture_output=True, text=True, timeout=240, env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": "."},
     )  # fmt: skip
     return {"pytest": done.stdout.strip().splitlines()[-12 if done.returncode else -1 :]}
@@ -320,11 +321,24 @@ def decode(bench: Bench) -> Figures:
         requests = [engine.submit(engine.plan(g, "block"), sampling(40)) for g in graphs]
         while any(len(r.token_ids) < 8 for r in requests):
             engine.step()
+        found[f"{rows} rows: ms of the host a step"] = host_seconds(engine, 20) * 1e3
         found[f"{rows} rows: profile of 4 steps"] = profile(lambda: [engine.step() for _ in range(4)])
         for request in requests:
             engine.cancel(request)
     found["16 rows / one row"] = found["16 rows: tokens/s"] / found["1 rows: tokens/s"]
     return found
+
+
+def host_seconds(engine: Engine, steps: int) -> float:
+    """Median seconds of a decode step without its CUDA graph: the host's work, and one read from a device that is idle."""
+    times = []
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", lambda graph: None):
+        for _ in range(steps):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - started)
+    return median(times)
 
 
 def sampling(tokens: int) -> Any:

@@ -68,7 +68,7 @@ def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) ->
     for i, j in zip(firsts, [*firsts[1:], len(rows)], strict=True):
         row, chain = rows[i], rows[i:j]
         p = row.positions if len(chain) == 1 else np.concatenate([r.positions + r.lead for r in chain])
-        index = np.arange(starts[i], starts[i] + len(p))
+        index, first, last = np.arange(starts[i], starts[i] + len(p)), int(p[0]), int(p[-1])
         past = row.kv.length
         if len(p) == 1 and (window is None or p[0] - row.kv.positions[0] < window):
             past = 0  # one token that sees all of its row needs one block instead of two
@@ -80,7 +80,9 @@ def blocks_of(rows: Sequence[Row], starts: Sequence[int], window: int | None) ->
         hi = lo + len(p) if len(chain) > 1 else row.kv.length + len(row.tokens)
         own.append(KeyBlock(index, source, lo, hi, _runs(chain, 0, 0, len(p)), mask, fits and len(p) > 1))
         for view in row.views:
-            if p[0] > view.last and (window is None or p[-1] - view.first < window):
+            if window is not None and first - view.last >= window:
+                continue  # all of it has left the window
+            if first > view.last and (window is None or last - view.first < window):
                 slices: list[_Slice] = [(0, len(p), 0, view.hi - view.lo, None)]  # the common case, without numpy
             else:
                 slices = _slices(p, view.positions + view.at, window)

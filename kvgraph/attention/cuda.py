@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -28,7 +29,6 @@ from kvgraph.store.record import Arriving, Record
 
 SMALL = 16  # rows of a small tile: blocks that few tokens see
 MIN_KEYS = 128  # keys are never split into shorter runs
-MERGED = 16  # partial results that `merge` reads at once
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -56,6 +56,12 @@ def tuning(dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
         return Tuning(64, 32, (4, 4), 2, (processors * 3, processors * 2))
     stages = 3 if shared > 160 << 10 else 2
     return Tuning(128 if shared > 128 << 10 else 64, 64, (4, 8), stages, (processors * 4, processors * 2))
+
+
+def merging(tokens: int) -> tuple[int, int]:
+    """Partial results that `merge` reads at once, and its warps. A few programs are slow if they read one part after another;
+    many programs hide that, and then what a program reads in vain counts."""
+    return (64, 4) if tokens <= 64 else (16, 2)
 
 
 class Sizes(NamedTuple):
@@ -99,6 +105,8 @@ class Window:
     slots: int
     masks: list[np.ndarray]
     sharp: bool
+    work: int  # what its tokens read: keys x tiles x groups
+    run: int  # of so many keys is each part of a block that is split
 
     @property
     def groups(self) -> int:
@@ -123,14 +131,19 @@ def address(source: Record | RowKV, numbers: int) -> tuple[int, int]:
     return begin, capacity
 
 
+def run_length(work: int, tune: Tuning) -> int:
+    """Keys of a run, so that the runs of all blocks fill the device. It never falls as the work grows."""
+    run = max(MIN_KEYS, -(-work // tune.programs[0]))
+    return -(-run // tune.keys) * tune.keys
+
+
 def tables(
     blocks: Sequence[KeyBlock], leads: np.ndarray, repeat: int, groups: int, numbers: int, tune: Tuning
 ) -> Window:
     """The tables of the blocks of a step. leads [T]: of each token's row. numbers: keys and values of a token, of all layers."""
     tokens = len(leads)
     work = groups * sum((b.hi - b.lo) * -(-len(b.tokens) * repeat // tune.rows) for b in blocks if not b.causal)
-    run = max(MIN_KEYS, -(-work // tune.programs[0]))
-    run = -(-run // tune.keys) * tune.keys
+    run = run_length(work, tune)
     splits = [1 if b.causal or b.mask is not None else -(-(b.hi - b.lo) // run) for b in blocks]
     counts = np.zeros(tokens, dtype=np.int64)
     for block, n in zip(blocks, splits, strict=True):
@@ -204,11 +217,11 @@ def tables(
 
     return Window(
         shifts, pairs, table(rows_of, 6), moves, table(small, 8), table(large, 8), merged, entries, more.astype(np.float32),
-        slots, masks, sharp,
+        slots, masks, sharp, work, run,
     )  # fmt: skip
 
 
-class _Section(NamedTuple):
+class Extent(NamedTuple):
     """Where a table lies in the buffer: entries of 8 bytes."""
 
     at: int
@@ -216,33 +229,34 @@ class _Section(NamedTuple):
 
 
 class _Layout:
-    """Where every table of a step lies in one buffer of int64."""
+    """Where every table of a step lies in one buffer of int64. What each decode step changes comes first."""
 
     def __init__(self, sizes: Sizes, windows: int, groups: int):
         self.end = 0
         self.tokens, self.positions = self._take(sizes.tokens), self._take(sizes.tokens)
         self.want, self.rows = self._take(sizes.want), self._take(3 * sizes.tokens)
+        small = [self._take(8 * sizes.small) for _ in range(windows)]
         self.windows = [
             {
+                "small": small[window],
                 "counts": self._take(4),
                 "shifts": self._take(sizes.shifts),
                 "pairs": self._take(3 * sizes.pairs),
                 "blocks": self._take(6 * sizes.blocks),
                 "leads": self._take(sizes.tokens),
-                "small": self._take(8 * sizes.small),
                 "large": self._take(8 * sizes.large),
                 "merged": self._take(3 * sizes.merged),
                 "entries": self._take(2 * sizes.entries),
                 "more": self._take(max(1, sizes.merged * groups)),
                 "masks": self._take(-(-sizes.mask_bytes // 8)),
             }
-            for _ in range(windows)
+            for window in range(windows)
         ]
 
-    def _take(self, size: int) -> _Section:
+    def _take(self, size: int) -> Extent:
         size = max(2, size + 1 & -2)  # 16-byte steps, and never empty
         self.end += size
-        return _Section(self.end - size, size)
+        return Extent(self.end - size, size)
 
 
 class Tables:
@@ -295,15 +309,19 @@ class Tables:
             for mask in found.masks:
                 host.view(np.uint8)[at : at + mask.size] = mask.reshape(-1)
                 at += mask.size + 15 & -16
-        self.buffer.copy_(staging[: self.layout.end], non_blocking=True)
+        self.upload(staging, self.layout.end)
+
+    def upload(self, staging: Tensor, end: int) -> None:
+        """Start the upload of the first `end` entries of a staging buffer (pinned)."""
+        self.buffer[:end].copy_(staging[:end], non_blocking=True)
 
     @staticmethod
-    def _put(host: np.ndarray, section: _Section, values: np.ndarray, rest: int | None = None) -> None:
+    def _put(host: np.ndarray, section: Extent, values: np.ndarray, rest: int | None = None) -> None:
         host[section.at : section.at + values.size] = values.reshape(-1)
         if rest is not None:
             host[section.at + values.size : section.at + section.size] = rest
 
-    def view(self, section: _Section) -> Tensor:
+    def view(self, section: Extent) -> Tensor:
         """A table on the device, [size] int64."""
         return self.buffer[section.at : section.at + section.size]
 
@@ -394,11 +412,12 @@ class Attention:
                 num_warps=tune.warps[which], num_stages=tune.stages,
             )  # fmt: skip
         if self.flags.merges:
+            read, warps = merging(sizes.merged)
             kernels.merge[(sizes.merged, heads)](
                 partial, partial_lse, out, table["merged"], table["counts"], table["entries"], table["more"],
                 out if sinks is None else sinks, sizes.slots,
-                H=heads, DV=value_dim, BLOCK_DV=block_dv, READ=MERGED, GROUPS=self.flags.groups,
-                SINKS=sinks is not None, num_warps=2,
+                H=heads, DV=value_dim, BLOCK_DV=block_dv, READ=read, GROUPS=self.flags.groups,
+                SINKS=sinks is not None, num_warps=warps,
             )  # fmt: skip
         return out.transpose(0, 1)
 
@@ -440,13 +459,14 @@ class CudaStep:
             row.kv.positions[n : n + len(row.tokens)] = row.positions
         self.tune = tuning(max(max(x.key_dim, x.value_dim) for x in layers), rows[0].kv.buffer.dtype, device)
         groups = layers[0].kv_heads
+        self.repeat = heads // groups
         self.numbers = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in layers)
         self.windows = list(dict.fromkeys(layer.window for layer in layers))
         self.leads = np.repeat([row.lead for row in rows], [len(row.tokens) for row in rows])
         self.tables = []
         for window in self.windows:
             own, others = blocks_of(rows, self.starts, window)
-            self.tables.append(tables([*own, *others], self.leads, heads // groups, groups, self.numbers, self.tune))
+            self.tables.append(tables([*own, *others], self.leads, self.repeat, groups, self.numbers, self.tune))
 
     def scratch(self, tokens: int) -> Tensor | None:
         """Room for the new keys and values of one layer, of so many tokens, if some row is joined to a chain."""
@@ -455,7 +475,7 @@ class CudaStep:
         most = max(x.kv_heads * (x.key_dim + x.value_dim) for x in self.layers)
         return torch.empty(tokens * most, dtype=self.rows[0].kv.buffer.dtype, device=self.device)
 
-    @property
+    @cached_property
     def sizes(self) -> Sizes:
         """The capacities that this step needs."""
 
@@ -469,7 +489,7 @@ class CudaStep:
             most(lambda t: t.mask_bytes),
         )  # fmt: skip
 
-    @property
+    @cached_property
     def flags(self) -> Flags:
         return Flags(
             bool(self.leads.any()), any(t.masks for t in self.tables), any(t.sharp for t in self.tables), max(t.groups for t in self.tables),

@@ -45,13 +45,25 @@ class Sequence:
     def __init__(self, span: Span, keys: list[str], room: int = 0, *, linked: bool = False):
         self.span = span
         self.tokens = list(span.tokens)
-        self.positions = np.asarray(span.positions, dtype=np.int64) - span.start  # [len(tokens)], the frame's own
         self.capacity = len(span) + room  # tokens its KV has room for
+        self._positions = np.empty(self.capacity, dtype=np.int64)
+        self._positions[: len(span)] = np.asarray(span.positions, dtype=np.int64) - span.start
         self.kv: RowKV | None = None  # made when its first row runs
         self.views: SequenceOf[View] | None = None  # made when its first row runs that isn't joined to another
         self.copied = 0  # bytes of spans that were gathered for it
         self.longest = LINKED if linked else SHORT  # of the spans that it gathers, on average
         self._keys = keys
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Of its tokens [len(tokens)] int64, in its own frame."""
+        return self._positions[: len(self.tokens)]
+
+    def append(self, token: int) -> None:
+        """A token of the answer, after all others. There must be room."""
+        n = len(self.tokens)
+        self._positions[n] = self._positions[n - 1] + 1
+        self.tokens.append(token)
 
     @cached_property
     def places(self) -> list[Seen]:

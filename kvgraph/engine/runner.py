@@ -1,7 +1,8 @@
 """Running rows through the model: one packed forward, on a CPU or a GPU.
 
 On a GPU, steps of few tokens (decoding, short questions) are CUDA graphs, one for each power of two of tokens, captured
-when first needed. Replaying a graph takes one upload, the step's tables, and nothing in it waits for the device.
+when first needed. Replaying a graph takes one upload, the step's tables, and nothing in it waits for the device. While the same
+rows decode, the upload is only what differs from the step before.
 """
 
 from __future__ import annotations
@@ -47,18 +48,24 @@ class CudaRunner(Runner):
     """Runs rows with Triton kernels; see `kvgraph.attention.cuda`."""
 
     def __init__(self, model: Model):
+        from kvgraph.models.fused import Fused
+
         super().__init__(model)
+        self._fused = Fused(model.hf)
         self.rotaries = tuple(replace(r, inv_freq=r.inv_freq.to(model.device)) for r in model.rotaries)
         self._graphs: dict[tuple[int, Any], Any] = {}
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
         self._pool: Any = None
         self._partial: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._capturable = True
+        self._decoding: Any = None  # the last replayed step as a `Decoding`, with its graph and logits, if it can go on
 
     def run(self, rows: Sequence[Row], want: Sequence[int]) -> Tensor:
         """See `Runner.run`."""
         from kvgraph.attention.cuda import CudaStep
 
+        if self._decoding is not None and len(rows) <= GRAPH_TOKENS and self._decoding[0].continues(rows, want):
+            return self._decode(rows)
         step = CudaStep(rows, want, self.model.layers, self.rotaries, self.model.device, self.model.heads)
         # What is still arriving is waited for layer by layer, which a graph can't; the copies take longer than the launches.
         if self._capturable and step.size <= GRAPH_TOKENS and not step.flags.masked and not step.arrivals:
@@ -68,11 +75,17 @@ class CudaRunner(Runner):
         staging, event = self._upload_buffer(step.length)
         tables, attention = step.on_device(staging)
         event.record()
-        return self.model.forward(tables.tokens, tables.positions, attention, tables.want)
+        return self._forward(tables, attention)
+
+    def _forward(self, tables: Any, attention: Any) -> Tensor:
+        """The model's forward of a step, with fused kernels where they give the same results."""
+        with self._fused.used():
+            return self.model.forward(tables.tokens, tables.positions, attention, tables.want)
 
     def _replay(self, step: Any) -> Tensor | None:
         """The logits of a step by its CUDA graph; None if it fits none or the model can't be captured."""
         from kvgraph.attention.cuda import fixed_sizes
+        from kvgraph.attention.decoding import Decoding, continuable
 
         size = 1 << (step.size - 1).bit_length()
         flags = step.flags._replace(large=size * self.model.heads // self.model.layers[0].kv_heads > 16, merges=True)
@@ -86,10 +99,22 @@ class CudaRunner(Runner):
             return None
         tables, graph, logits = self._graphs[key]
         staging, event = self._upload_buffer(tables.layout.end)
+        self._decoding = None  # an interrupt from here on must not leave one whose tables hold another step
         tables.fill(step, staging)
         event.record()
         graph.replay()
         found: Tensor = logits[: len(step.want)]
+        self._decoding = (Decoding(step, tables, staging), graph, found) if continuable(step) else None
+        return found
+
+    def _decode(self, rows: Sequence[Row]) -> Tensor:
+        """The logits of a step that continues the last replayed one."""
+        decoding, graph, logits = self._decoding
+        staging, event = self._upload_buffer(decoding.length)
+        decoding.advance(rows, staging)
+        event.record()
+        graph.replay()
+        found: Tensor = logits
         return found
 
     def _captured(self, step: Any, sizes: Any, flags: Any) -> Any:
@@ -104,7 +129,7 @@ class CudaRunner(Runner):
 
         def forward() -> Tensor:
             attention = Attention(tables, flags, model.layers, self.rotaries, step.tune, self._partial)
-            return model.forward(tables.tokens, tables.positions, attention, tables.want)
+            return self._forward(tables, attention)
 
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream())

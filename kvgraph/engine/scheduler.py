@@ -13,10 +13,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from itertools import count as counter
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,8 +178,8 @@ class Scheduler:
         later = [e for e in ready if self.running[0] not in e.waiters]
         work: list[Work] = []
         complete: set[str] = set()  # encodings that this step finishes
-        tokens, pairs, room = self.max_step_tokens, self.max_step_pairs, self.memory.room_for_extras
-        logits = self.max_step_logits
+        tokens, pairs, logits = self.max_step_tokens, self.max_step_pairs, self.max_step_logits
+        room = self.memory.room_for_extras if self.encodings else 0
         owners: list[Request | Encoding] = [*decoding, *oldest, *prefill, *later]
         for owner in owners:
             if not self._ready_beside(owner, complete):
@@ -240,10 +240,10 @@ class Scheduler:
             before = owner if isinstance(owner, Encoding) and count == sequence.left else None
         return rows
 
-    def _views(self, sequence: Sequence) -> list[View]:
-        """What a sequence's rows see; short spans are gathered once all of them are there."""
+    def _views(self, sequence: Sequence) -> SequenceOf[View]:
+        """What a sequence's rows see; short spans are gathered once all of them are there, and then it stays the same."""
         if sequence.views is not None:
-            return list(sequence.views)
+            return sequence.views
         views = [View(self._source(seen.key), *seen[1:]) for seen in sequence.places]
         if any(isinstance(view.source, RowKV) for view in views):
             return views  # of sources beside it in this step: next time they are records
@@ -303,10 +303,11 @@ class Scheduler:
             at += n
             if isinstance(owner, Request) and count == owner.sequence.left and owner.params.takes_best:
                 last[owner] = at - 1
-        if len(last) < 2:
+        if not last:
             return {}
         rows = logits[torch.tensor(list(last.values()))] if len(last) < len(logits) else logits
-        found = torch.stack([rows.argmax(-1).double(), rows.amax(-1).double()]).tolist()
+        best = rows.argmax(-1, keepdim=True)
+        found = torch.cat([best.double(), rows.gather(-1, best).double()], -1).T.tolist()
         return {r: (int(token), logit) for r, token, logit in zip(last, *found, strict=True)}
 
     def _decoded(
@@ -331,8 +332,7 @@ class Scheduler:
             return self._finish(request, "stop")
         if sequence.done >= sequence.capacity:  # its last token needs no KV of its own
             return self._finish(request, "length")
-        sequence.tokens.append(choice.token)
-        sequence.positions = np.append(sequence.positions, sequence.positions[-1] + 1)
+        sequence.append(choice.token)
 
     def _first(self, request: Request, logits: Tensor) -> None:
         request.first_token_at = time.perf_counter()

@@ -192,8 +192,13 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 
 def run(hf: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:
     """One forward of [T] tokens; `attend` is every layer's attention. Returns the logits [n, V] float32 of `want`."""
-    with _LOCKS.setdefault(hf, threading.RLock()), torch.no_grad(), attention_set(hf.config, IMPLEMENTATION):
+    with lock_of(hf), torch.no_grad(), attention_set(hf.config, IMPLEMENTATION):
         return _call(hf, tokens, positions, attend, want)
+
+
+def lock_of(hf: PreTrainedModel) -> threading.RLock:
+    """Who holds it runs the model, or changes how it runs."""
+    return _LOCKS.setdefault(hf, threading.RLock())
 
 
 def _call(module: Callable[..., Any], tokens: Tensor, positions: Tensor, attend: _LayerCall, want: Tensor) -> Tensor:

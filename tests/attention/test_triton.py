@@ -1,5 +1,5 @@
-"""The Triton kernels equal the reference (triton_cases.py and runner_cases.py, in a process of their own) and compile for
-NVIDIA GPUs."""
+"""The Triton kernels equal the reference (triton_cases.py, runner_cases.py and fused_cases.py, in a process of their own) and
+compile for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,22 @@ from soak import SOAK
 ROOT = Path(__file__).parents[2]
 
 
-def compiled(tune: Tuning, dim: int, architecture: int, dtype: str) -> Any:
-    """The attention kernel compiled for a GPU's architecture, as its two smaller ones can be too. It needs no GPU."""
+def build(kernel: Any, types: dict[str, str], architecture: int, constants: dict[str, Any], **options: int) -> Any:
+    """A kernel compiled for a GPU's architecture. It needs no GPU. types: of its arguments; the others are constants."""
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {n: types.get(n, "constexpr") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def compiled(tune: Tuning, dim: int, architecture: int, dtype: str) -> Any:
+    """The attention kernel compiled for a GPU's architecture, as its two smaller ones can be too."""
+    import triton.language as tl
 
     from kvgraph.attention.backends import triton as backend
 
@@ -41,18 +51,13 @@ def compiled(tune: Tuning, dim: int, architecture: int, dtype: str) -> Any:
     types |= dict.fromkeys("tiles counts blocks pairs rows tokens entries more".split(), "*i64")
     types |= dict.fromkeys("which prefix slots q_head q_token k_head k_token v_head v_token".split(), "i32")
 
-    def build(kernel: Any, **constants: Any) -> Any:
-        names = kernel.arg_names
-        signature = {n: types.get(n, "constexpr") for n in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
-        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-        options = {"num_warps": tune.warps[1], "num_stages": tune.stages}
-        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    def made(kernel: Any, **constants: Any) -> Any:
+        return build(kernel, types, architecture, constants, num_warps=tune.warps[1], num_stages=tune.stages)
 
     sizes = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "KV": kv}
-    build(backend.merge, H=32, DV=dim, BLOCK_DV=dim, READ=16, GROUPS=2, SINKS=True)
-    build(backend.write, G=8, **sizes)
-    return build(
+    made(backend.merge, H=32, DV=dim, BLOCK_DV=dim, READ=64, GROUPS=2, SINKS=True)
+    made(backend.write, G=8, **sizes)
+    return made(
         backend.attend, H=32, G=8, ROWS=tune.rows, KEYS=tune.keys, ROTATED=dim, INTERLEAVED=False, MASKED=True, SHARP=True,
         SOFTCAP=True, SINKS=True, **sizes,
     )  # fmt: skip
@@ -66,9 +71,9 @@ def needs_triton() -> None:
 
 
 # The kernels run compiled where there is a GPU; the GPU's runner always runs them in Triton's interpreter.
-CASES = [(["triton_cases.py"], "0"), (["runner_cases.py"], "1")]
+CASES = [(["triton_cases.py", "fused_cases.py"], "0"), (["runner_cases.py"], "1")]
 if not torch.cuda.is_available():
-    CASES = [(["triton_cases.py", "runner_cases.py"], "1")]  # one process: to start one takes seconds
+    CASES = [(["triton_cases.py", "runner_cases.py", "fused_cases.py"], "1")]  # one process: to start one takes seconds
 
 
 @pytest.mark.parametrize(("files", "interpret"), CASES)
@@ -100,6 +105,22 @@ def test_kernels_compile_within_a_gpus_limits(monkeypatch, architecture, most, d
     assert shared <= most * 1024
     assert ptx.count("cp.async.cg") > 0  # 16 bytes at a time
     assert (products > 0) == (dtype == "bfloat16")  # tensor cores for 16 bits, IEEE products for 32
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [(80, "fp16"), (80, "bf16"), (90, "bf16")])
+def test_fused_kernels_compile_and_round_to_nearest(architecture, dtype):
+    needs_triton()
+    from kvgraph.attention.backends import elementwise
+
+    types = dict.fromkeys("x weight out q k cos sin out_q out_k gate up".split(), "*" + dtype) | {"eps": "fp32"}
+    types |= dict.fromkeys("stride heads groups q_head q_token k_head k_token angle_token n".split(), "i32")
+    for kernel, constants in (
+        (elementwise.rms_norm_kernel, {"N": 4096, "BLOCK": 4096}),
+        (elementwise.rotary_kernel, {"D": 128, "BLOCK": 128}),
+        (elementwise.gated_silu_kernel, {"BLOCK": 1024}),
+    ):
+        ptx = build(kernel, types, architecture, constants).asm["ptx"]
+        assert f"cvt.rn.{dtype.replace('fp', 'f')}" in ptx
 
 
 @pytest.mark.gpu
