@@ -304,11 +304,10 @@ class Load(RuleBasedStateMachine):
         self.streams = [x for x in self.streams if x[1].error is None]
 
     def drain(self) -> None:
-        """Run until idle: every step computes a token at least, so what is asked for bounds how many there are."""
+        """Run until idle: a step that waits for no record computes a token at least, so what is asked for bounds their number."""
         bound = 1 + sum(sum(distinct(r).values()) + own_tokens(r) for r in self.requests if not r.finished)
-        for _ in range(bound):
-            if not self.engine.step():
-                break
+        while bound and self.engine.step():
+            bound -= not self.engine.scheduler.loading
             check_accounts(self.engine)
         assert_released(self.engine)
         self.compare()
