@@ -139,10 +139,11 @@ def measured(engine: Engine, one: Asked, ways: Sequence[str]) -> dict[str, dict[
         method = methods.parse(spec)
         graph = prompt.build(one.task, one.item, engine.model.tokenizer).graph(edges)
         try:
-            plans[way] = engine.plan(graph, method)
-        except (GraphError, PlanError):  # more documents than link tokens
+            plan = engine.plan(graph, method)
+            encoded = engine.encode(graph, method, progress=False)
+        except (GraphError, PlanError):  # more documents than link tokens, or positions than the model has
             continue
-        encoded = engine.encode(graph, method, progress=False)
+        plans[way] = plan
         usage = engine.generate(graph, method, max_tokens=1).usage
         told[way] = {
             "nats": -float(engine.scores(graph, one.item.references[0], method).mean()),
