@@ -465,8 +465,21 @@ def _template(name: str) -> Any:
         loader=FunctionLoader(_text), undefined=StrictUndefined, autoescape=name.endswith(".html"),
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"p": stats.p_text, "cell": markdown_cell, "ms": _ms, "short": _short}
+    environment.filters |= {
+        "p": stats.p_text,
+        "cell": markdown_cell,
+        "ms": _ms,
+        "short": _short,
+        "breakable": _breakable,
+    }
     return environment.get_template(name)
+
+
+def _breakable(text: str) -> Any:
+    """Text for HTML that may break after a comma or a colon: a method's settings are one long word."""
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(re.split(r"(?<=[,:])", text))
 
 
 def markdown_cell(text: Any) -> str:

@@ -111,7 +111,7 @@ def test_a_probe_is_part_of_the_cost(tmp_path):
 class Page(HTMLParser):
     """A page's elements, its text, and whether every element is closed."""
 
-    VOID = {"meta", "br", "link", "img"}
+    VOID = {"meta", "br", "wbr", "link", "img"}
 
     def __init__(self, text: str):
         super().__init__()
