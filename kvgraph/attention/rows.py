@@ -157,21 +157,27 @@ def flat(record: Record) -> torch.Tensor | None:
 
 
 def on_device(record: Record, device: torch.device) -> Record:
-    """The record with its KV on a device, in one buffer as a row's own; itself if it is so already. It is waited for.
+    """A copy of the record on a device, once the copy is done. Its KV are one buffer there, laid out as a row's own.
 
-    Records that are stored reach a GPU beside the steps instead: see `kvgraph.engine.transfers`.
+    A record that already lies there like this is returned as it is. Stored records reach a GPU in another way, beside the
+    steps: see `kvgraph.engine.transfers`.
     """
     source = record.keys[0].device
     if source.type == device.type and (source.type == "cpu" or flat(record) is not None):
         return record
     arrived = RowKV(shapes_of(record), record.held, record.keys[0].dtype, device)
     whole = None if source.type == "cpu" else flat(record)
-    if whole is not None:  # computed there: one copy
-        arrived.buffer.copy_(whole)
-    else:
-        for mine, theirs in zip((*arrived.keys, *arrived.values), (*record.keys, *record.values), strict=True):
-            mine.copy_(theirs)
+    if whole is None:
+        return copied(record, arrived)
+    arrived.buffer.copy_(whole)  # computed there: one copy
     return replace(record, keys=arrived.keys, values=arrived.values)
+
+
+def copied(record: Record, to: RowKV) -> Record:
+    """The record with its keys and values copied to this memory, one layer's after another's."""
+    for mine, theirs in zip((*to.keys, *to.values), (*record.keys, *record.values), strict=True):
+        mine.copy_(theirs)
+    return replace(record, keys=to.keys, values=to.values)
 
 
 MANY, SHORT = 16, 64  # at least so many views, of at most so many tokens on average, are gathered

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvgraph.cli.common import ServedPlaces, library_without_password, parse_size, unescaped
+from kvgraph.cli.common import HostBudget, ServedPlaces, library_without_password, parse_size, unescaped
 from kvgraph.errors import KVGraphError
 
 
@@ -44,12 +44,7 @@ def serve(
         int | None,
         typer.Option(parser=parse_size, metavar="SIZE", help="KV held in memory [default: half of the free memory]."),
     ] = None,
-    host_budget: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_size, metavar="SIZE", help="Pinned host memory of a GPU for copies of KV [default: none]."
-        ),
-    ] = None,
+    host_budget: HostBudget = None,
     method: Annotated[
         str | None,
         typer.Option(help="For requests without one [default: the first the model declares tuning for, else full]."),

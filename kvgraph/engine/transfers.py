@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvgraph.attention.rows import RowKV, View, flat, shapes_of
+from kvgraph.attention.rows import RowKV, View, copied, flat, shapes_of
 from kvgraph.store.record import Arriving, Record
 
 COPIES = 512  # of one arrival, at most about: a stream takes about 1,000 before the host waits for it
@@ -161,14 +161,14 @@ class Transfers:
         self._arrivals: list[Arrival] = []  # those that may not be done; the last one may still take records
 
     def pinned(self, record: Record) -> Record:
-        """A record of the host in one pinned buffer, unpacked: what `bring` takes. Itself if it is so already."""
+        """A record that `bring` takes, made of one in the host's memory: its KV are unpacked, in one pinned buffer.
+
+        A record that already lies like this isn't copied.
+        """
         whole = flat(record)
         if whole is not None and whole.is_pinned():
             return replace(record, packed=None)
-        kv = self._buffer(record)
-        for mine, theirs in zip((*kv.keys, *kv.values), (*record.keys, *record.values), strict=True):
-            mine.copy_(theirs)
-        return replace(record, keys=kv.keys, values=kv.values, packed=None)
+        return replace(copied(record, self._buffer(record)), packed=None)
 
     def bring(self, record: Record) -> Record:
         """The record on the device, where its numbers arrive by and by; see `Record.arrival`. record: of `pinned`."""
