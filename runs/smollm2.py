@@ -34,7 +34,7 @@ from kvgraph.train.recipes.smollm2 import KVLINK
 from kvgraph.train.records import Records
 
 STARTED = time.monotonic()
-RUNS = {"answers": 0.45, "distill": 0.3, "unlabelled": 0.25}  # shares of the time to train
+RUNS = {"answers": 0.6, "distill": 0.15, "unlabelled": 0.25}  # shares of the time to train
 OVERHEAD = 14.0  # seconds that a run takes besides its steps
 COMMON: tuple[gap.Way, ...] = (("block", "none"), (KVLINK, "none"), ("pcw", "none"))
 OWN: tuple[gap.Way, ...] = (*COMMON, ("graph-kv", "links"), ("graph-kv", "random"), ("graph-kv", "none"))

@@ -29,11 +29,12 @@ from scipy.sparse import csr_matrix
 
 HELD_OUT = 12  # one document in so many is for validation
 WORDS = 1000  # of the documents of an example, at most
-LEAST_WORDS = 300  # of passages to train on, the most is drawn from here up: short examples teach more per token
+LEAST_WORDS = 500  # of passages to train on, the most is drawn from here up: short examples teach more per token
 DOCUMENTS = (3, 12)  # of an example over passages
-QUESTIONS = 6  # of an example, at most
-PASSAGE_QUESTIONS = 8  # the same, over passages
+QUESTIONS = 24  # of an example, at most: the documents are what costs, and all questions share them
 PLAIN = 0.25  # share of examples that are asked as in a chat, without the evaluation's instruction
+SEARCHED = 0.5  # share of questions that are written as for a search engine: in small letters, without a question mark
+YES_OR_NO = 8  # one in so many of the questions that yes or no answers: few, because what they teach is two words
 
 Document = dict[str, str]
 Record = dict[str, Any]
@@ -64,9 +65,8 @@ def main() -> None:
             rounds = 1 if held_out else options.rounds
             splits[split] = [r for _ in range(rounds) for r in make(options.data, side, held_out, rng)]
             rng.shuffle(splits[split])
-            for record in splits[split] if split == "train" else ():
-                if rng.random() < PLAIN:
-                    record["plain"] = True
+            if split == "train":
+                splits[split] = [varied(record, rng) for record in splits[split]]
         write(options.out / name, name, splits)
     write(options.out / "test-nq", "test-nq", {"train": [], "validation": list(tests(options.data))})
 
@@ -103,6 +103,17 @@ def asked(question: str, answer: Any) -> Document:
     return {"question": question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?"), "answer": answer}
 
 
+def varied(record: Record, rng: random.Random) -> Record:
+    """A record whose questions come in the ways in which people ask them."""
+    questions = [searched(q) if rng.random() < SEARCHED else q for q in record["questions"]]
+    return record | {"questions": questions} | ({"plain": True} if rng.random() < PLAIN else {})
+
+
+def searched(question: Document) -> Document:
+    """A question as somebody types it to search."""
+    return question | {"question": question["question"].rstrip("?").lower()}
+
+
 def passages(data: Path) -> Iterator[Passage]:
     """Passages with questions that each answers by itself."""
     found: dict[str, Passage] = {}
@@ -118,10 +129,10 @@ def passages(data: Path) -> Iterator[Passage]:
     for r in lines(data / "quoref_superni.jsonl.gz"):
         add("", r["context"], r["question"], r["answers"][0])
     for number, r in enumerate(lines(data / "boolq_train_sample.jsonl.gz")):
-        if number % 2 == 0:  # few: what they teach is two words
+        if number % YES_OR_NO == 0:
             add(r["title"], r["passage"], r["question"], r["answer"])
     for number, r in enumerate(lines(data / "conditionalqa_train.jsonl.gz")):
-        if r["evidences"] and not r["not_answerable"] and number % 2 == 0:
+        if r["evidences"] and not r["not_answerable"] and number % YES_OR_NO == 0:
             text = " ".join(r["evidences"])
             add("", text, f"{r['scenario']} {r['question']}", r["answers"][0][0], r["url"])
     return iter(found.values())
@@ -151,9 +162,9 @@ def fitting(pool: Sequence[Passage], chosen: Iterable[int], count: int, most: in
 
 def gathered(task: str, chosen: Sequence[Passage], first: Passage, rng: random.Random) -> Record:
     """A record over these passages in random order: some questions of the first, some of the others."""
-    own = rng.sample(first.questions, min(3, len(first.questions)))
+    own = rng.sample(first.questions, min(6, len(first.questions)))
     others = [q for p in chosen if p is not first for q in p.questions]
-    questions = own + rng.sample(others, min(PASSAGE_QUESTIONS - len(own), len(others)))
+    questions = own + rng.sample(others, min(QUESTIONS - len(own), len(others)))
     documents = [p.document for p in chosen]
     rng.shuffle(documents)
     rng.shuffle(questions)

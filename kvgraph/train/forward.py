@@ -2,14 +2,16 @@
 
 Attention is PyTorch's: SDPA with explicit masks, or FlexAttention with a block mask, which skips blocks that nothing sees.
 SDPA takes an example at once on a GPU. On the CPU it takes a few of its rows at a time with the columns that they see, which
-is faster (benchmarks/training.py), most of all where documents don't see each other. With sinks it is written out, as is
-softcapping without FlexAttention. Attention dropout isn't applied.
+is faster (benchmarks/training.py), most of all where documents don't see each other. For 16-bit training on a CPU that
+multiplies bfloat16, it is written out, since PyTorch's kernels for CPUs don't use these instructions. With sinks it is written
+out everywhere, as is softcapping without FlexAttention. Attention dropout isn't applied.
 Shapes: H query heads, G key/value heads, D, Dv head sizes, V vocabulary; T, N as in kvgraph.train.pack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from kvgraph.models import Attend, Trainable
+from kvgraph.models.gguf import multiplies_bf16
 from kvgraph.train.pack import Packed
 
 # Not cuDNN's: it makes a plan for every new shape, and nearly every example has its own shape.
@@ -85,6 +88,8 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
         # Split, not sliced: the gradient of a slice is a tensor of the whole size.
         split = [t.split(packed.lengths, 1) for t in (q, k, v)]
         examples = zip(*split, strips(window, q.dtype), strict=True)
+        if dtype == torch.bfloat16 and not v.is_cuda and softcap is None and sinks is None and multiplies_bf16():
+            return torch.cat([_Half.apply(*example, scale) for example in examples], 1)
         with sdpa_kernel(KERNELS):
             seen = [_strip(q, k, v, strip, scale, softcap, sinks) for q, k, v, own in examples for strip in own]
         return torch.cat(seen, 1).to(dtype)
@@ -111,9 +116,7 @@ def _strip(
     q: Tensor, k: Tensor, v: Tensor, strip: Strip, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """The rows of one strip, of an example's q, k and v."""
-    if strip.columns is not None:
-        k, v = (t.index_select(1, strip.columns) for t in (k, v))
-    return _masked(q[:, strip.rows], k, v, strip.mask, scale, softcap, sinks)
+    return _masked(q[:, strip.rows], _seen(k, strip), _seen(v, strip), strip.mask, scale, softcap, sinks)
 
 
 def _masked(
@@ -136,6 +139,74 @@ def _masked(
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(-1, rows, 1)], -1)
     return (torch.softmax(scores, -1)[..., :columns] @ v).to(dtype)
+
+
+class _Half(torch.autograd.Function):
+    """An example's attention on a CPU: q [H, T, D], k [G, T, D], v [G, T, Dv] float32 -> [H, T, Dv] bfloat16.
+
+    Products take operands of 16 bits and add in float32, as GPU kernels do. As there, the backward pass computes the weights
+    again, so that they take no memory in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, strips: list[Strip], scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.strips, ctx.scale = strips, scale
+        out = q.new_empty(*q.shape[:2], v.shape[-1], dtype=torch.bfloat16)
+        values = v.bfloat16()
+        with _sixteen_bits():
+            for strip in strips:
+                seen = _weights(q, k, strip, scale).bfloat16() @ _seen(values, strip)
+                out[:, strip.rows] = seen.view(len(q), -1, v.shape[-1])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        grad, keys = grads[0].float(), k.bfloat16()
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        with _sixteen_bits():
+            for strip in ctx.strips:
+                weights, above = _weights(q, k, strip, ctx.scale), _folded(grad, strip, len(k))
+                dv.index_add_(1, strip.columns, (weights.bfloat16().mT @ above.bfloat16()).float())
+                products = above @ _seen(v, strip).mT
+                scores = torch._softmax_backward_data(products, weights, -1, torch.float32).mul_(ctx.scale).bfloat16()
+                dq[:, strip.rows] = (scores @ _seen(keys, strip)).view(len(q), -1, k.shape[-1]).float()
+                dk.index_add_(1, strip.columns, (scores.mT @ _folded(q, strip, len(k)).bfloat16()).float())
+        return dq, dk, dv, None, None
+
+
+@contextmanager
+def _sixteen_bits() -> Iterator[None]:
+    """A block in which products of float32 tensors round their operands to 16 bits, but neither sums nor results."""
+    backend: Any = torch.backends.mkldnn
+    matmul = getattr(backend, "matmul", None)  # not before torch 2.9: there these products are exact, and slower
+    before = matmul and matmul.fp32_precision
+    with torch.autocast("cpu", enabled=False):
+        try:
+            if matmul:
+                matmul.fp32_precision = "bf16"
+            yield
+        finally:
+            if matmul:
+                matmul.fp32_precision = before
+
+
+def _weights(q: Tensor, k: Tensor, strip: Strip, scale: float) -> Tensor:
+    """Softmax of a strip's scores: [G, H / G * rows, columns] float32."""
+    scores = _folded(q, strip, len(k)) @ _seen(k, strip).mT
+    masked = scores.view(len(q), -1, scores.shape[-1]).mul_(scale).add_(strip.mask)
+    return torch.softmax(masked, -1).view_as(scores)
+
+
+def _folded(t: Tensor, strip: Strip, groups: int) -> Tensor:
+    """A strip's rows of t [H, T, D], those of heads that share keys together: [G, H / G * rows, D]."""
+    return t[:, strip.rows].reshape(groups, -1, t.shape[-1])
+
+
+def _seen(t: Tensor, strip: Strip) -> Tensor:
+    """The columns of a strip, of t [G, T, D]: [G, columns, D]."""
+    return t if strip.columns is None else t.index_select(1, strip.columns)
 
 
 @cache

@@ -52,10 +52,10 @@ def _components(recite: int) -> tuple[Component, ...]:
     """
     ranked, own = ("all", "top-k:3", "none"), ("links", "links", "random", "none")
     return (
-        Component("passages", "passages", METHODS, 44, recite=recite),
-        Component("passages-graph", "passages", ("graph-kv",), 22, edges=ranked, recite=recite),
-        Component("stories", "stories", METHODS, 10, recite=recite),
-        Component("stories-graph", "stories", ("graph-kv",), 10, edges=own, recite=recite),
-        Component("hops", "hops", METHODS, 6, recite=recite),
-        Component("hops-graph", "hops", ("graph-kv",), 8, edges=(*own, "all"), recite=recite),
+        Component("passages", "passages", METHODS, 50, recite=recite),
+        Component("passages-graph", "passages", ("graph-kv",), 26, edges=ranked, recite=recite),
+        Component("stories", "stories", METHODS, 8, recite=recite),
+        Component("stories-graph", "stories", ("graph-kv",), 8, edges=own, recite=recite),
+        Component("hops", "hops", METHODS, 4, recite=recite),
+        Component("hops-graph", "hops", ("graph-kv",), 4, edges=(*own, "all"), recite=recite),
     )
