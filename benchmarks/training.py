@@ -1,8 +1,9 @@
 """Training steps on many questions about shared documents: packed on one layout of the documents, against one question per
-sequence; and attention a few rows at a time, against all rows of an example at once.
+sequence; attention a few rows at a time, against all rows of an example at once; and autocast to bfloat16 with our attention
+on the CPU, against PyTorch's.
 
 Every side runs forward and backward over the same questions without padding. The third side packs too, but repeats the
-documents for every question, like an ordinary packer. Losses and gradients are equal; the sides run in turn.
+documents for every question, like an ordinary packer. Losses and gradients are equal, up to rounding in bfloat16; the sides run in turn.
 
     python -m benchmarks.training --length 150 --questions 6 --shape small
 
@@ -11,7 +12,9 @@ is nearer to the training of a real model: most of its tokens are documents.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +27,7 @@ from kvgraph.train.forward import logits, loss
 from kvgraph.train.pack import Packed, pack
 
 ALL_ROWS = "the same, all rows at once"
+HALF, THEIRS = "the same in bfloat16", "the same in bfloat16, PyTorch's attention"
 # The size of a model that learns a small synthetic world on a CPU: 2.7 M parameters and a whole-word vocabulary.
 TINY = dict(
     hidden_size=192, num_hidden_layers=6, num_attention_heads=3, num_key_value_heads=3, head_dim=64,
@@ -52,13 +56,12 @@ def main() -> None:
         ALL_ROWS: pack(together, length),
         "packed, every question with its documents": pack(apart, length),
         "one question a sequence": [pack([one], length)[0] for one in apart],
+        HALF: pack(together, length),
+        THEIRS: pack(together, length),
     }
     sides = {name: [packed.to(args.device) for packed in sequences] for name, sequences in sides.items()}
     times = interleaved(
-        {
-            name: lambda s=sequences, rows=1 << 30 if name == ALL_ROWS else forward.ROWS: step(model, s, rows)
-            for name, sequences in sides.items()
-        },
+        {name: partial(step, model, sequences, name) for name, sequences in sides.items()},
         args.repeats,
         args.device,
     )
@@ -67,7 +70,7 @@ def main() -> None:
         {
             "side": name, "sequences": len(sequences), "tokens": sum(map(len, sequences)),
             "ms a step": median(times[name]) * 1e3, "questions/s": args.questions / median(times[name]),
-            "speed-up": slowest / median(times[name]), "loss": step(model, sequences, forward.ROWS),
+            "speed-up": slowest / median(times[name]), "loss": step(model, sequences, name),
         }
         for name, sequences in sides.items()
     ]  # fmt: skip
@@ -76,16 +79,22 @@ def main() -> None:
     report(title, rows, args, {"speed-up of sharing": (rows[0]["speed-up"], "≥ 1.5 on a CPU")})
 
 
-def step(model: models.Trainable, sequences: list[Packed], rows: int) -> float:
-    """Forward and backward over the sequences of one optimizer step, on a CPU so many rows at a time; returns their loss."""
-    forward.ROWS = rows
+def step(model: models.Trainable, sequences: list[Packed], side: str) -> float:
+    """Forward and backward over the sequences of one optimizer step, as this side does it; returns their loss."""
+    rows = 1 << 30 if side == ALL_ROWS else forward.ROWS
+    ours = side != THEIRS and forward.multiplies_bf16()
     model.hf.zero_grad()
     answers = sum(packed.counts[0] for packed in sequences)
     total = 0.0
-    for packed in sequences:
-        value = loss(logits(model, packed), packed, totals=(answers, 0))
-        value.backward()
-        total += value.item()
+    with (
+        patch.object(forward, "ROWS", rows),
+        patch.object(forward, "multiplies_bf16", lambda: ours),
+        torch.autocast(model.hf.device.type, torch.bfloat16, enabled=side in (HALF, THEIRS)),
+    ):
+        for packed in sequences:
+            value = loss(logits(model, packed), packed, totals=(answers, 0))
+            value.backward()
+            total += value.item()
     return total
 
 
