@@ -29,7 +29,7 @@ from scipy.sparse import csr_matrix
 
 HELD_OUT = 12  # one document in so many is for validation
 WORDS = 1000  # of the documents of an example, at most
-LEAST_WORDS = 500  # of passages to train on, the most is drawn from here up: short examples teach more per token
+LEAST_WORDS = 500  # of passages to train on, the most is drawn from here up
 DOCUMENTS = (3, 12)  # of an example over passages
 QUESTIONS = 24  # of an example, at most: the documents are what costs, and all questions share them
 PLAIN = 0.25  # share of examples that are asked as in a chat, without the evaluation's instruction

@@ -3,8 +3,8 @@
 Attention is PyTorch's: SDPA with explicit masks, or FlexAttention with a block mask, which skips blocks that nothing sees.
 SDPA takes an example at once on a GPU. On the CPU it takes a few of its rows at a time with the columns that they see, which
 is faster (benchmarks/training.py), most of all where documents don't see each other. For 16-bit training on a CPU that
-multiplies bfloat16, it is written out, since PyTorch's kernels for CPUs don't use these instructions. With sinks it is written
-out everywhere, as is softcapping without FlexAttention. Attention dropout isn't applied.
+multiplies bfloat16, it is written out, which is faster again: PyTorch's kernel takes as long in 16 bits as in 32. With sinks it
+is written out everywhere, as is softcapping without FlexAttention. Attention dropout isn't applied.
 Shapes: H query heads, G key/value heads, D, Dv head sizes, V vocabulary; T, N as in kvgraph.train.pack.
 """
 
