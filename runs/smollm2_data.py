@@ -31,7 +31,8 @@ HELD_OUT = 12  # one document in so many is for validation
 WORDS = 1000  # of the documents of an example, at most
 LEAST_WORDS = 500  # of passages to train on, the most is drawn from here up
 DOCUMENTS = (3, 12)  # of an example over passages
-QUESTIONS = 24  # of an example, at most: the documents are what costs, and all questions share them
+PASSAGE_QUESTIONS = 24  # of an example over passages, at most: the documents cost most, and all questions share them
+QUESTIONS = 6  # the same, over stories. The quality benchmark's questions about stories depend on it
 PLAIN = 0.25  # share of examples that are asked as in a chat, without the evaluation's instruction
 SEARCHED = 0.5  # share of questions that are written as for a search engine: in small letters, without a question mark
 YES_OR_NO = 8  # one in so many of the questions that yes or no answers: few, because what they teach is two words
@@ -164,7 +165,7 @@ def gathered(task: str, chosen: Sequence[Passage], first: Passage, rng: random.R
     """A record over these passages in random order: some questions of the first, some of the others."""
     own = rng.sample(first.questions, min(6, len(first.questions)))
     others = [q for p in chosen if p is not first for q in p.questions]
-    questions = own + rng.sample(others, min(QUESTIONS - len(own), len(others)))
+    questions = own + rng.sample(others, min(PASSAGE_QUESTIONS - len(own), len(others)))
     documents = [p.document for p in chosen]
     rng.shuffle(documents)
     rng.shuffle(questions)
