@@ -65,6 +65,7 @@ def loss(
 def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
     """Every layer's attention. Masks are made once for all layers with the same window."""
     device = packed.tokens.device
+    halves = device.type == "cpu" and multiplies_bf16()
 
     @cache
     def strips(window: int | None, dtype: torch.dtype) -> list[list[Strip]]:
@@ -80,7 +81,7 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
     ) -> Tensor:
         window = model.layers[layer].window
         dtype = v.dtype
-        # Autocast leaves some in float32, which FlexAttention may refuse. On the CPU float32 is the faster one.
+        # Autocast leaves some in float32, which FlexAttention may refuse. PyTorch's kernel for CPUs is faster in float32.
         wide = dtype if v.is_cuda else torch.promote_types(dtype, torch.float32)
         q, k, v = (t.to(wide) for t in (q, k, v))
         if flex and sinks is None:
@@ -88,7 +89,7 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
         # Split, not sliced: the gradient of a slice is a tensor of the whole size.
         split = [t.split(packed.lengths, 1) for t in (q, k, v)]
         examples = zip(*split, strips(window, q.dtype), strict=True)
-        if dtype == torch.bfloat16 and not v.is_cuda and softcap is None and sinks is None and multiplies_bf16():
+        if halves and dtype == torch.bfloat16 and softcap is None and sinks is None:
             return torch.cat([_Half.apply(*example, scale) for example in examples], 1)
         with sdpa_kernel(KERNELS):
             seen = [_strip(q, k, v, strip, scale, softcap, sinks) for q, k, v, own in examples for strip in own]
