@@ -27,7 +27,6 @@ from kvgraph.attention.rows import Row, RowKV
 from kvgraph.store.record import Record
 
 _NONE = torch.empty(0, dtype=torch.int64)
-FEW = 4  # tokens that a CPU merges in one compiled loop
 
 
 @dataclass
@@ -224,7 +223,7 @@ def _merge(out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, parts: _Par
     Multiplying the joint lse of a group by its scale adds (scale - 1) of it to the lse of each of its parts.
     """
     heads = out.shape[0]
-    if out.device.type == "cpu" and out.shape[1] <= FEW and parts.sharpness is None and (module := cpu.compiled()):
+    if out.device.type == "cpu" and parts.sharpness is None and (module := cpu.compiled()):
         module.merge(out, lse, seen, seen_lse, parts.order, parts.ends, sinks)
         return
     for bucket in parts.buckets:

@@ -15,13 +15,15 @@ import xxhash
 from transformers import PreTrainedModel
 
 from kvgraph import memo
+from kvgraph.attention.backends import cpu
 from kvgraph.attention.rope import Rotary
 from kvgraph.models.adapter import Layer
 
-# Raise it whenever attention or rotation gives other numbers. Old records then become misses. 16-bit models on a
-# GPU have one of their own, because their products run in 16 bits there.
+# Raise it whenever attention or rotation gives other numbers. Old records then become misses. Models whose attention
+# multiplies in 16 bits have one of their own: on GPUs, and on CPUs that multiply bfloat16.
 ATTENTION_NUMERICS = 1
 GPU_16_BIT_NUMERICS = 2
+CPU_16_BIT_NUMERICS = 3
 QUANTISED_NUMERICS = 1  # the same for products of quantised matrices
 
 # Weight files up to WHOLE bytes are hashed at every load. Of larger ones SAMPLE bytes of every EVERY bytes are, so of each
@@ -50,7 +52,7 @@ def fingerprint_of(
     the path.
     """
     facts = {
-        "numerics": GPU_16_BIT_NUMERICS if hf.device.type == "cuda" and hf.dtype.itemsize == 2 else ATTENTION_NUMERICS,
+        "numerics": _numerics(hf),
         "weights": sorted(weights),
         "config": kv_config(hf),
         "dtype": str(hf.dtype),
@@ -61,6 +63,14 @@ def fingerprint_of(
     if quantize is not None:
         facts["quantize"] = [quantize, QUANTISED_NUMERICS]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _numerics(hf: PreTrainedModel) -> int:
+    if hf.device.type == "cuda" and hf.dtype.itemsize == 2:
+        return GPU_16_BIT_NUMERICS
+    if hf.device.type == "cpu" and hf.dtype == torch.bfloat16 and cpu.halves() is not None:
+        return CPU_16_BIT_NUMERICS
+    return ATTENTION_NUMERICS
 
 
 def kv_config(hf: PreTrainedModel) -> dict[str, Any]:

@@ -52,16 +52,23 @@ def _attend_all(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse
     groups = parts[0].keys.shape[0]
     table = np.array([_row(part) for part in parts], dtype=np.int64)
     arguments = (q.contiguous().numpy(), out.numpy(), lse.numpy(), table, np.float32(scale), groups)
-    units = len(parts) * groups
-    threads = min(torch.get_num_threads(), units)
-    work = table[:, KEYS] * table[:, COLUMNS]
-    if threads == 1 or work.sum() * len(q) < SHARED:
-        _attend(*arguments, 0, units)
+    scores = table[:, KEYS] * table[:, COLUMNS] * (len(q) // groups)
+    in_threads(_attend, arguments, np.repeat(scores, groups), SHARED)
+
+
+def in_threads(kernel: Kernel, arguments: tuple[Any, ...], work: np.ndarray, shared: int) -> None:
+    """Call the kernel with these arguments and a first and a last unit, for all units; in threads if there is work for them.
+
+    work: of every unit. shared: the work from which on threads share it.
+    """
+    threads = min(torch.get_num_threads(), len(work))
+    if threads == 1 or work.sum() < shared:
+        kernel(*arguments, 0, len(work))
         return
-    done = np.cumsum(np.repeat(work, groups))
-    bounds = [0, *np.searchsorted(done, done[-1] * np.arange(1, threads) / threads).tolist(), units]
-    others = [_pool().submit(_attend, *arguments, a, b) for a, b in pairwise(bounds[1:])]
-    _attend(*arguments, bounds[0], bounds[1])
+    done = np.cumsum(work)
+    bounds = [0, *np.searchsorted(done, done[-1] * np.arange(1, threads) / threads).tolist(), len(work)]
+    others = [_pool().submit(kernel, *arguments, a, b) for a, b in pairwise(bounds[1:])]
+    kernel(*arguments, bounds[0], bounds[1])
     for other in others:
         other.result()
 
@@ -75,7 +82,8 @@ def merge(
     sinks [H]: attention sinks, for tokens that have other parts.
     """
     none = np.empty(0, np.float32) if sinks is None else sinks.float().numpy()
-    _merge(out.numpy(), lse.numpy(), seen.numpy(), seen_lse.numpy(), order, ends, none)
+    arguments = (out.numpy(), lse.numpy(), seen.numpy(), seen_lse.numpy(), order, ends, none)
+    in_threads(_merge, arguments, np.diff(ends, prepend=0) * out.shape[0] * out.shape[2], SHARED)
 
 
 def _row(part: Part) -> tuple[int, ...]:
@@ -178,9 +186,10 @@ def _jit(function: Callable[..., None]) -> Kernel:
 
 
 @_jit
-def _merge(out, lse, seen, seen_lse, order, ends, sinks):  # type: ignore[no-untyped-def]
-    heads, tokens, size = out.shape
-    for t in range(tokens):
+def _merge(out, lse, seen, seen_lse, order, ends, sinks, first, last):  # type: ignore[no-untyped-def]
+    """Tokens first..last."""
+    heads, _, size = out.shape
+    for t in range(first, last):
         start = ends[t - 1] if t else 0
         if start == ends[t]:
             continue

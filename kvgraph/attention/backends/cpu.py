@@ -1,7 +1,7 @@
 """Attention over parts on the CPU: PyTorch's fused kernel, which tiles the scores and returns the log-sum-exp.
 
-Parts of few columns are for `kvgraph.attention.backends.compiled`, if Numba is installed; it unpacks a part of one layer at a time.
-Softcap, and head sizes that differ between keys and values use the reference backend. Otherwise, KV in bf16 or fp16 and packed KV
+If Numba is installed, parts of few columns are for `kvgraph.attention.backends.compiled`, and others of bfloat16 KV for
+`kvgraph.attention.backends.halves` where the processor multiplies bfloat16. Both unpack a part of one layer at a time. Softcap, and head sizes that differ between keys and values use the reference backend. Otherwise, KV in bf16 or fp16 and packed KV
 (see `kvgraph.store.record.PackedSide`) become float32 tile by tile, so that scores and sums are float32 and memory stays bounded.
 Tiles are the same for all kinds of KV, and so are the results.
 Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D head size.
@@ -38,6 +38,18 @@ def compiled() -> ModuleType | None:
         return None
 
 
+@functools.cache
+def halves() -> ModuleType | None:
+    """The module of that name; None where Numba's code can't have the instruction that multiplies bfloat16."""
+    if compiled() is None:
+        return None
+    numba, codegen = importlib.import_module("numba"), importlib.import_module("numba.core.codegen")
+    told = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # to make code for another processor than this
+    if told or "+avx512bf16" not in codegen.get_host_cpu_features().split(","):
+        return None
+    return importlib.import_module("kvgraph.attention.backends.halves")
+
+
 def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """q [H, C, D] float32 -> out [H, C, Dv], lse [H, C], float32."""
     heads, columns, dim = q.shape
@@ -47,6 +59,11 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
     if any(few) and (module := compiled()) is not None:
         module.attend(q, list(compress(parts, few)), scale, out, lse)
         parts = list(compress(parts, map(operator.not_, few)))
+    if softcap is None and not dim % 2 and parts and (sixteen := halves()) is not None:
+        half = [part.values.dtype == torch.bfloat16 for part in parts]  # a chain's new keys are float32
+        if any(half):
+            sixteen.attend(q, list(compress(parts, half)), scale, out, lse)
+        parts = list(compress(parts, map(operator.not_, half)))
     for part in parts:
         here = part.columns
         if softcap is not None or part.values.shape[-1] != dim:

@@ -1,0 +1,54 @@
+"""Parts of attention drawn at random, and a naive float64 softmax over them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvgraph.attention.backends.base import Part
+
+
+def softmax_of(scores: Tensor, visible: Tensor, values: Tensor, softcap: float | None, sinks: Tensor | None = None):
+    """scores [H, n, N], visible [n, N], values [H, N, Dv], float64 -> out [H, n, Dv], lse [H, n]; sinks [H]."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.where(visible, scores.exp(), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.double().exp()[:, None, None]
+    return weights / total @ values, total[..., 0].log()
+
+
+def naive(q: Tensor, part: Part, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    repeat = q.shape[0] // part.keys.shape[0]
+    keys, values = (t.double().repeat_interleave(repeat, 0) for t in (part.keys, part.values))
+    scores = q[:, part.columns].double() @ keys.transpose(1, 2) * scale
+    visible = torch.ones(scores.shape[1:], dtype=torch.bool) if part.mask is None else part.mask
+    return softmax_of(scores, visible.tril() if part.causal else visible, values, softcap)
+
+
+class Problem(NamedTuple):
+    q: Tensor
+    parts: list[Part]
+    softcap: float | None
+
+
+def problem(
+    seed: int, groups: int, repeat: int, dim: int, value_dim: int, dtype, softcap, kinds: list[tuple[str, int, int]]
+) -> Problem:
+    """kinds: (open | causal | mask, columns, keys). Keys and values are slices and transposes of larger tensors."""
+    torch.manual_seed(seed)
+    parts, at = [], 0
+    for kind, n, total in kinds:
+        total = n if kind == "causal" else total
+        keys = torch.randn(groups, total + 3, dim).to(dtype)[:, 1 : 1 + total]
+        values = torch.randn(total, groups, value_dim).to(dtype).transpose(0, 1)
+        mask = None
+        if kind == "mask":
+            mask = torch.rand(n, total) < 0.5
+            mask[torch.arange(n), torch.randint(total, (n,))] = True
+        parts.append(Part(slice(at, at + n), keys, values, mask, kind == "causal"))
+        at += n
+    return Problem(torch.randn(at, groups * repeat, dim).transpose(0, 1), parts, softcap)
