@@ -16,7 +16,6 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 QUESTION = r"\nWho discovered polonium?\n"
 METHOD, PICK = "block", "0,1,2,3,4"
@@ -93,14 +92,13 @@ def parts(store: Path) -> None:
     def tick() -> None:
         clock.append((time.time(), time.process_time()))
 
-    from kvgraph import demo, models
+    from kvgraph import demo
     from kvgraph.checks import gate
     from kvgraph.cli import common
-    from kvgraph.engine.engine import Engine, composed
+    from kvgraph.engine.engine import Engine, composed, load_model
 
     tick()
-    loaded: Any = models.load(model)
-    models.order(loaded.hf)
+    loaded = load_model(model, check=False)
     tick()
     gate.require(loaded, composed(loaded))
     tick()

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
+from kvgraph.attention.backends import cpu
 from kvgraph.attention.rows import SHORT
 from kvgraph.checks import gate
 from kvgraph.engine.detokenize import TextStream
@@ -712,10 +713,13 @@ def load_model(
     """Load a model to be run, not saved or trained, and, unless check is False, pass the gate. Raises ModelError with the
     reason.
     """
-    loaded = models.load(
-        model, adapter=adapter, dtype=dtype, quantize=quantize, device=device, allow_untested=allow_untested
-    )
-    models.order(loaded.hf)
+    with ThreadPoolExecutor(1) as beside:  # reading weights leaves a processor idle
+        if device.startswith("cpu"):
+            beside.submit(cpu.warm)
+        loaded = models.load(
+            model, adapter=adapter, dtype=dtype, quantize=quantize, device=device, allow_untested=allow_untested
+        )
+        models.order(loaded.hf)
     if check:
         gate.require(loaded, composed(loaded))
     return loaded

@@ -50,6 +50,13 @@ def halves() -> ModuleType | None:
     return importlib.import_module("kvgraph.attention.backends.halves")
 
 
+def warm() -> None:
+    """Load the compiled kernels, or compile them where that never happened, so that the first question needn't wait."""
+    for dtype in COMPILED:
+        q, kv = torch.zeros(1, FEW + 2, 2), torch.zeros(1, 1, 2, dtype=dtype)
+        attend(q, [Part(slice(0, 1), kv, kv), Part(slice(1, FEW + 2), kv, kv)], 1.0)
+
+
 def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """q [H, C, D] float32 -> out [H, C, Dv], lse [H, C], float32."""
     heads, columns, dim = q.shape
