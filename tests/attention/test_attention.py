@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numba.core.caching import FunctionCache
 from torch import Tensor
 
-from kvgraph.attention.backends import backend_for, compiled, cpu, reference
+from kvgraph.attention.backends import backend_for, compiled, cpu, jit, reference
 from kvgraph.attention.backends.base import Backend, Part
 from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV, View, on_device
@@ -177,14 +177,14 @@ def test_compiling_needs_no_room_for_its_file(monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(FunctionCache, "save_overload", full)
-    made = compiled._jit(doubled)
+    made = jit.jit(doubled)
     numbers = np.ones(3)
     made(numbers)
     made(numbers)
     assert (numbers == 4).all()
     monkeypatch.setattr(FunctionCache, "__init__", lambda *_: no_folder())
     numbers = np.ones(3)
-    compiled._jit(doubled)(numbers)
+    jit.jit(doubled)(numbers)
     assert (numbers == 2).all()
 
 

@@ -107,8 +107,6 @@ def test_what_it_is_not_for(monkeypatch):
         raise AssertionError("asked")
 
     monkeypatch.setattr(cpu.halves(), "attend", refused)
-    few = problem(0, 1, 2, 64, 64, torch.bfloat16, None, [("open", 3, 30)])
-    cpu.attend(few.q, few.parts, 0.125)
     for dim, dtype, softcap in (
         (64, torch.float16, None),
         (64, torch.float32, None),

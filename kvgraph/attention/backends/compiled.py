@@ -7,32 +7,22 @@ Shapes: H query heads, G key/value heads, R = H / G, C query columns, P parts, N
 
 from __future__ import annotations
 
-import functools
-import math
 import operator
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import compress, pairwise
-from typing import Any
+from collections.abc import Sequence
+from itertools import compress
 
 import numba
 import numpy as np
-import torch
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from kvgraph.attention.backends.base import Part
+from kvgraph.attention.backends.jit import exponential, in_threads, inline, jit, pointer, prefetch
 from kvgraph.store.record import PackedSide
 
 TILE = 64  # keys at a time; as float32 they fit in the processor's first cache
 SHARED = 1 << 17  # scores from which on threads share the work: waking one takes as long as half of these
 KEYS, START, COLUMNS, WIDTH = range(6, 10)  # columns of the kernel's table, after addresses and strides; see `_row`
-# Sums may be reordered and fused; infinities keep their meaning.
-FAST = {"contract", "reassoc", "nsz", "arcp"}
-Kernel = Callable[..., None]
+ZERO = np.float32(0)
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
@@ -56,23 +46,6 @@ def _attend_all(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse
     in_threads(_attend, arguments, np.repeat(scores, groups), SHARED)
 
 
-def in_threads(kernel: Kernel, arguments: tuple[Any, ...], work: np.ndarray, shared: int) -> None:
-    """Call the kernel with these arguments and a first and a last unit, for all units; in threads if there is work for them.
-
-    work: of every unit. shared: the work from which on threads share it.
-    """
-    threads = min(torch.get_num_threads(), len(work))
-    if threads == 1 or work.sum() < shared:
-        kernel(*arguments, 0, len(work))
-        return
-    done = np.cumsum(work)
-    bounds = [0, *np.searchsorted(done, done[-1] * np.arange(1, threads) / threads).tolist(), len(work)]
-    others = [_pool().submit(kernel, *arguments, a, b) for a, b in pairwise(bounds[1:])]
-    kernel(*arguments, bounds[0], bounds[1])
-    for other in others:
-        other.result()
-
-
 def merge(
     out: Tensor, lse: Tensor, seen: Tensor, seen_lse: Tensor, order: np.ndarray, ends: np.ndarray, sinks: Tensor | None
 ) -> None:
@@ -83,7 +56,10 @@ def merge(
     """
     none = np.empty(0, np.float32) if sinks is None else sinks.float().numpy()
     arguments = (out.numpy(), lse.numpy(), seen.numpy(), seen_lse.numpy(), order, ends, none)
-    in_threads(_merge, arguments, np.diff(ends, prepend=0) * out.shape[0] * out.shape[2], SHARED)
+    if seen.numel() < SHARED:
+        _merge(*arguments, 0, len(ends))
+    else:
+        in_threads(_merge, arguments, np.diff(ends, prepend=0), 0)
 
 
 def _row(part: Part) -> tuple[int, ...]:
@@ -95,97 +71,22 @@ def _row(part: Part) -> tuple[int, ...]:
     return k.data_ptr(), v.data_ptr(), kg, kn, vg, vn, n, here.start, here.stop - here.start, k.dtype.itemsize
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="kvgraph-attention")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(_: Any, address: Any, like: Any) -> Any:
-    """The pointer to numbers of the type of `like` at an address."""
-    kind = types.CPointer(like.dtype)
-
-    def code(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(kind))
-
-    return kind(types.int64, like), code
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(_: Any, address: Any) -> Any:
-    """Bring the 64 bytes at an address into the processor's second cache; any address may be given."""
-
-    def code(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        to_read, in_second_cache, data = (ir.Constant(number, n) for n in (0, 2, 1))
-        builder.call(function, [builder.inttoptr(arguments[0], byte), to_read, in_second_cache, data])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), code
-
-
-# exp(x) = 2^k exp(y), |y| <= ln(2) / 2. ln(2) is in two parts, so that y is exact; exp(y) is its series, right to 1e-7.
-LOG2E, HIGH, LOW = np.float32(math.log2(math.e)), np.float32(0.693359375), np.float32(-2.12194440e-4)
-C2, C3, C4, C5, C6, C7, C8 = (np.float32(1 / math.factorial(n)) for n in range(2, 9))
-ZERO, HALF, ONE, SMALLEST = np.float32(0), np.float32(0.5), np.float32(1), np.float32(-87)
-_inline = numba.njit(nogil=True, fastmath=FAST, inline="always")
-
-
-@_inline  # type: ignore[untyped-decorator]
+@inline  # type: ignore[untyped-decorator]
 def _tile(address, stride, n, size, width, half_like, bits, tile):  # type: ignore[no-untyped-def]
     """n rows of numbers at an address, as float32 [n, size or more]; in `tile` if they were bfloat16. bits: the same memory."""
     for j in range(n):  # a processor fetches ahead within a page of memory, and a page is half a tile
         for b in range(0, width * size, 64):
-            _prefetch(address + width * (j + 2 * TILE) * stride + b)
+            prefetch(address + width * (j + 2 * TILE) * stride + b)
     if width == 4:
-        return numba.carray(_pointer(address, tile), (n, stride))
+        return numba.carray(pointer(address, tile), (n, stride))
     for j in range(n):
-        upper = numba.carray(_pointer(address + 2 * j * stride, half_like), size)
+        upper = numba.carray(pointer(address + 2 * j * stride, half_like), size)
         for d in range(size):
             bits[j, d] = np.uint32(upper[d]) << np.uint32(16)
     return tile
 
 
-@_inline  # type: ignore[untyped-decorator]
-def _exponentials(scores, bits, n, top):  # type: ignore[no-untyped-def]
-    """scores [n] become exp(scores - top), and their sum is returned. bits: the same memory as int32."""
-    for j in range(n):
-        x = max(scores[j] - top, SMALLEST)
-        k = np.floor(x * LOG2E + HALF)
-        y = x - k * HIGH - k * LOW
-        z = ((((((C8 * y + C7) * y + C6) * y + C5) * y + C4) * y + C3) * y + C2) * y * y + y + ONE
-        scores[j] = z
-        bits[j] += np.int32(k) << np.int32(23)
-    total = np.float32(0)
-    for j in range(n):
-        total += scores[j]
-    return total
-
-
-def _jit(function: Callable[..., None]) -> Kernel:
-    """The function, compiled at its first call, and kept in a file if there is a folder that Numba may write to."""
-    try:
-        made = numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True, fastmath=FAST, error_model="numpy")(function)
-
-    @functools.wraps(function)
-    def called(*arguments: Any) -> None:
-        try:
-            made(*arguments)
-        except OSError:  # it is compiled, but the file can't be written: the disk is full, say
-            made(*arguments)
-
-    return called
-
-
-@_jit
+@jit
 def _merge(out, lse, seen, seen_lse, order, ends, sinks, first, last):  # type: ignore[no-untyped-def]
     """Tokens first..last."""
     heads, _, size = out.shape
@@ -212,7 +113,7 @@ def _merge(out, lse, seen, seen_lse, order, ends, sinks, first, last):  # type: 
                 out[h, t, d] /= total
 
 
-@_jit
+@jit
 def _attend(q, out, lse, table, scale, groups, first, last):  # type: ignore[no-untyped-def]
     """Units first..last, each a part and a group, by a softmax over tiles of keys that keeps its maximum."""
     repeat = q.shape[0] // groups
@@ -224,7 +125,6 @@ def _attend(q, out, lse, table, scale, groups, first, last):  # type: ignore[no-
     key_tile, value_tile = key_bits.view(np.float32), value_bits.view(np.float32)
     half_like = np.empty(0, np.uint16)
     scores = np.empty((rows, TILE), np.float32)
-    score_bits = scores.view(np.int32)
     query, sums = np.empty((rows, dim), np.float32), np.empty((rows, value_dim), np.float32)
     top, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
     for unit in range(first, last):
@@ -268,7 +168,11 @@ def _attend(q, out, lse, table, scale, groups, first, last):  # type: ignore[no-
                     total[r] *= less
                     for d in range(value_dim):
                         sums[r, d] *= less
-                total[r] += _exponentials(scores[r], score_bits[r], here, highest)
+                sum_here = ZERO
+                for j in range(here):
+                    scores[r, j] = exponential(scores[r, j] - highest)
+                    sum_here += scores[r, j]
+                total[r] += sum_here
                 for j in range(0, fours, 4):
                     a, b, c, e = scores[r, j], scores[r, j + 1], scores[r, j + 2], scores[r, j + 3]
                     for d in range(value_dim):

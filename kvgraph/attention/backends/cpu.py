@@ -1,7 +1,7 @@
 """Attention over parts on the CPU: PyTorch's fused kernel, which tiles the scores and returns the log-sum-exp.
 
-If Numba is installed, parts of few columns are for `kvgraph.attention.backends.compiled`, and others of bfloat16 KV for
-`kvgraph.attention.backends.halves` where the processor multiplies bfloat16. Both unpack a part of one layer at a time. Softcap, and head sizes that differ between keys and values use the reference backend. Otherwise, KV in bf16 or fp16 and packed KV
+If Numba is installed, parts of bfloat16 KV are for `kvgraph.attention.backends.halves` where the processor multiplies bfloat16, and
+others of few columns for `kvgraph.attention.backends.compiled`. Both unpack a part of one layer at a time. Softcap, and head sizes that differ between keys and values use the reference backend. Otherwise, KV in bf16 or fp16 and packed KV
 (see `kvgraph.store.record.PackedSide`) become float32 tile by tile, so that scores and sums are float32 and memory stays bounded.
 Tiles are the same for all kinds of KV, and so are the results.
 Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D head size.
@@ -62,15 +62,15 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None
     heads, columns, dim = q.shape
     out = q.new_empty(heads, columns, parts[0].values.shape[-1])
     lse = q.new_empty(heads, columns)
+    if softcap is None and not dim % 2 and (sixteen := halves()) is not None:
+        half = [part.values.dtype == torch.bfloat16 for part in parts]  # a chain's new keys are float32
+        if any(half):
+            sixteen.attend(q, list(compress(parts, half)), scale, out, lse)
+            parts = list(compress(parts, map(operator.not_, half)))
     few = [softcap is None and _few(part, heads) for part in parts]
     if any(few) and (module := compiled()) is not None:
         module.attend(q, list(compress(parts, few)), scale, out, lse)
         parts = list(compress(parts, map(operator.not_, few)))
-    if softcap is None and not dim % 2 and parts and (sixteen := halves()) is not None:
-        half = [part.values.dtype == torch.bfloat16 for part in parts]  # a chain's new keys are float32
-        if any(half):
-            sixteen.attend(q, list(compress(parts, half)), scale, out, lse)
-        parts = list(compress(parts, map(operator.not_, half)))
     for part in parts:
         here = part.columns
         if softcap is not None or part.values.shape[-1] != dim:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from itertools import product
 from typing import Any
 
 import numba
@@ -23,35 +22,18 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kvgraph.attention.backends.base import Part
-from kvgraph.attention.backends.compiled import (
-    C2,
-    C3,
-    C4,
-    C5,
-    C6,
-    C7,
-    HALF,
-    HIGH,
-    LOG2E,
-    LOW,
-    ONE,
-    SMALLEST,
-    TILE,
-    _inline,
-    _jit,
-    _pointer,
-    in_threads,
-)
+from kvgraph.attention.backends.jit import exponential, in_threads, inline, jit, pointer, prefetch, to_bits
+from kvgraph.store.record import PackedSide
 
 LANES = 16  # float32 numbers of a register
 WIDTH = 4 * LANES  # columns of a product, and keys of a tile
 ROWS = 6  # rows of a product: 24 registers of sums, of 32
 UNIT = 384  # rows that share a packed tile of keys; their sums stay in the processor's second cache
 SHARED = 1 << 19  # scores from which on threads share the work
-assert WIDTH == TILE
 binding.initialize_native_asmparser()  # for the instruction below
 
-KEYS, VALUES, KEY_STRIDE, VALUE_STRIDE, COUNT, START, FIRST, LAST, GROUP, CAUSAL, MASK, MASK_STRIDE = range(12)
+# Columns of the kernel's table. Strides are in bytes; a part without a mask has address 0 for it.
+KEYS, VALUES, KEY_GROUP, VALUE_GROUP, KEY_ROW, VALUE_ROW, COUNT, START, FIRST, LAST, CAUSAL, MASK, MASK_ROW = range(13)
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
@@ -59,30 +41,40 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Ten
 
     Keys and values are bfloat16, and their last dimension is contiguous and even, as in records and rows.
     """
-    unpacked = [
-        part._replace(keys=part.keys.to(torch.bfloat16), values=part.values.to(torch.bfloat16)) for part in parts
-    ]
-    repeat = len(q) // parts[0].keys.shape[0]
-    table = np.array([unit for part in unpacked for unit in _units(part, repeat)], dtype=np.int64)
-    arguments = (q.contiguous().numpy(), out.numpy(), lse.numpy(), table, np.float32(scale), repeat)
-    work = table[:, COUNT] * (table[:, LAST] - table[:, FIRST]) * repeat
-    in_threads(_attend, arguments, work, SHARED)
+    together: list[Part] = []
+    for part in parts:
+        if isinstance(part.keys, PackedSide) or isinstance(part.values, PackedSide):
+            _attend_all(q, [_in_16_bits(part)], scale, out, lse)  # unpacked, it shouldn't take memory for long
+        else:
+            together.append(part if part.keys.dtype == part.values.dtype == torch.bfloat16 else _in_16_bits(part))
+    if together:
+        _attend_all(q, together, scale, out, lse)
 
 
-def _units(part: Part, repeat: int) -> Iterator[tuple[int, ...]]:
-    """What is computed at once, as the kernel reads it: columns FIRST..LAST of the part, of the heads of one group.
+def _attend_all(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
+    groups = parts[0].keys.shape[0]
+    repeat = len(q) // groups
+    table = np.array([row for part in parts for row in _rows(part, max(1, UNIT // repeat))], dtype=np.int64)
+    arguments = (q.contiguous().numpy(), out.numpy(), lse.numpy(), table, np.float32(scale), groups)
+    scores = table[:, COUNT] * (table[:, LAST] - table[:, FIRST]) * repeat
+    in_threads(_attend, arguments, np.repeat(scores, groups), SHARED)
 
-    Strides are in bytes. A part without a mask has address 0 for it.
-    """
+
+def _in_16_bits(part: Part) -> Part:
+    return part._replace(keys=part.keys.to(torch.bfloat16), values=part.values.to(torch.bfloat16))
+
+
+def _rows(part: Part, step: int) -> Iterator[tuple[int, ...]]:
+    """A part as the kernel reads it, up to `step` of its columns at a time."""
     k, v, mask = part.keys, part.values, part.mask
     assert isinstance(k, Tensor) and isinstance(v, Tensor)
-    columns, step = part.columns.stop - part.columns.start, max(1, UNIT // repeat)
     where = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
-    (groups, n, _), (kg, kn, _), (vg, vn, _) = k.shape, k.stride(), v.stride()
-    for group, first in product(range(groups), range(0, columns, step)):
-        addresses = k.data_ptr() + 2 * group * kg, v.data_ptr() + 2 * group * vg, 2 * kn, 2 * vn, n
-        which = part.columns.start, first, min(columns, first + step), group
-        yield *addresses, *which, int(part.causal and mask is None), *where
+    (kg, kn, _), (vg, vn, _) = k.stride(), v.stride()
+    columns = part.columns.stop - part.columns.start
+    causal = int(part.causal and mask is None)
+    for first in range(0, columns, step):
+        which = part.columns.start, first, min(columns, first + step), causal
+        yield k.data_ptr(), v.data_ptr(), 2 * kg, 2 * vg, 2 * kn, 2 * vn, k.shape[1], *which, *where
 
 
 def _product(fresh: bool) -> Any:
@@ -154,6 +146,39 @@ _set_product, _add_product = _product(True), _product(False)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def _transpose(_: Any, source: Any, step: Any, target: Any) -> Any:
+    """LANES rows of LANES words, `step` bytes from row to row, become columns at `target`, whose rows are WIDTH words long."""
+
+    def code(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        source, step, target = arguments
+        number, words = ir.IntType(64), ir.VectorType(ir.IntType(32), LANES)
+
+        def at(base: Any, row: int, step: Any) -> Any:
+            offset = builder.add(base, builder.mul(step, ir.Constant(number, row)))
+            return builder.inttoptr(offset, words.as_pointer())
+
+        rows = [builder.load(at(source, row, step), align=2) for row in range(LANES)]
+        size = 1  # blocks of size x size words that are in their places
+        while size < LANES:
+            for row in range(LANES):
+                if not row & size:
+                    one, other = rows[row], rows[row + size]
+                    masks = [
+                        [c + shift if not c & size else c - size + shift + LANES for c in range(LANES)]
+                        for shift in (0, size)
+                    ]
+                    rows[row], rows[row + size] = (
+                        builder.shuffle_vector(one, other, ir.Constant(words, mask)) for mask in masks
+                    )
+            size *= 2
+        for row in range(LANES):
+            builder.store(rows[row], at(target, row, ir.Constant(number, 4 * WIDTH)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), code
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def _highest(_: Any, address: Any) -> Any:
     """The highest of WIDTH float32 numbers at an address."""
 
@@ -175,42 +200,25 @@ def _highest(_: Any, address: Any) -> Any:
     return types.float32(types.int64), code
 
 
-def _same_bits(source: Any, target: Any) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def cast(_: Any, number: Any) -> Any:
-        return target(source), lambda context, builder, _, arguments: builder.bitcast(
-            arguments[0], context.get_value_type(target)
-        )
-
-    return cast
-
-
-_to_bits, _from_bits = _same_bits(types.float32, types.int32), _same_bits(types.int32, types.float32)
-
-
-@_inline  # type: ignore[untyped-decorator]
+@inline  # type: ignore[untyped-decorator]
 def _rounded(x):  # type: ignore[no-untyped-def]
     """float32 to the bits of bfloat16, ties to even."""
-    bits = np.uint32(_to_bits(x))
+    bits = np.uint32(to_bits(x))
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@_inline  # type: ignore[untyped-decorator]
+@inline  # type: ignore[untyped-decorator]
 def _exponentials(scores, scale, top, weights):  # type: ignore[no-untyped-def]
     """weights [WIDTH] bfloat16 of exp(scale * scores - top), and the sum of these before they are rounded."""
     total = np.float32(0)
     for j in range(WIDTH):
-        x = max(scores[j] * scale - top, SMALLEST)
-        k = np.floor(x * LOG2E + HALF)
-        y = x - k * HIGH - k * LOW
-        z = (((((C7 * y + C6) * y + C5) * y + C4) * y + C3) * y + C2) * y * y + y + ONE
-        z *= _from_bits((np.int32(k) + np.int32(127)) << np.int32(23))
-        total += z
-        weights[j] = _rounded(z)
+        weight = exponential(scores[j] * scale - top)
+        total += weight
+        weights[j] = _rounded(weight)
     return total
 
 
-@_inline  # type: ignore[untyped-decorator]
+@inline  # type: ignore[untyped-decorator]
 def _aligned(rows, columns):  # type: ignore[no-untyped-def]
     """Memory [rows, columns] uint32 that begins at a line of the processor's cache."""
     memory = np.zeros(rows * columns + LANES, np.uint32)
@@ -218,71 +226,74 @@ def _aligned(rows, columns):  # type: ignore[no-untyped-def]
     return memory[skip : skip + rows * columns].reshape(rows, columns)
 
 
-@_jit
-def _attend(q, out, lse, table, scale, repeat, begin, end):  # type: ignore[no-untyped-def]
-    """Units begin..end, by a softmax over tiles of keys that keeps its maximum. A unit's rows are its columns' R heads."""
-    dim, value_dim = q.shape[2], out.shape[2]
+@jit
+def _attend(q, out, lse, table, scale, groups, begin, end):  # type: ignore[no-untyped-def]
+    """Units begin..end, each a row of the table and a group, by a softmax over tiles of keys that keeps its maximum.
+
+    The rows of a unit are its columns' R heads.
+    """
+    repeat, dim, value_dim = q.shape[0] // groups, q.shape[2], out.shape[2]
     pairs, blocks = dim // 2, (value_dim + WIDTH - 1) // WIDTH
     most = 0
     for u in range(begin, end):
-        most = max(most, (table[u, LAST] - table[u, FIRST]) * repeat)
+        most = max(most, (table[u // groups, LAST] - table[u // groups, FIRST]) * repeat)
     most = (most + ROWS - 1) // ROWS * ROWS
     word_like, half_like, flag_like = np.empty(0, np.uint32), np.empty(0, np.uint16), np.empty(0, np.uint8)
-    query = np.zeros((most, dim), np.uint16)
+    query, weights = np.zeros((most, dim), np.uint16), np.zeros((ROWS, WIDTH), np.uint16)
     keys, values = _aligned(pairs, WIDTH), _aligned(blocks * (WIDTH // 2), WIDTH)
     sums = _aligned(most, blocks * WIDTH).view(np.float32)
     bits = _aligned(ROWS, WIDTH)
     scores = bits.view(np.float32)
-    weights = np.zeros((ROWS, WIDTH), np.uint16)
     top, total = np.empty(most, np.float32), np.empty(most, np.float32)
     query_bytes, sum_bytes = 2 * dim, 4 * blocks * WIDTH
     for u in range(begin, end):
-        n, start, first, last = table[u, COUNT], table[u, START], table[u, FIRST], table[u, LAST]
-        causal, mask = table[u, CAUSAL], table[u, MASK]
+        row, group = table[u // groups], u % groups
+        n, start, first, last, causal, mask = row[COUNT], row[START], row[FIRST], row[LAST], row[CAUSAL], row[MASK]
         rows = (last - first) * repeat
-        padded = (rows + ROWS - 1) // ROWS * ROWS
-        for r in range(padded):
-            if r < rows:
-                h, c = table[u, GROUP] * repeat + r % repeat, start + first + r // repeat
-                for d in range(dim):
-                    query[r, d] = _rounded(q[h, c, d])
+        for r in range(rows):
+            h, c = group * repeat + r % repeat, start + first + r // repeat
+            for d in range(dim):
+                query[r, d] = _rounded(q[h, c, d])
             sums[r], top[r], total[r] = 0, -np.inf, 0
         for at in range(0, min(n, last) if causal else n, WIDTH):
             here = min(WIDTH, n - at)
+            address = row[KEYS] + group * row[KEY_GROUP] + at * row[KEY_ROW]
+            value_address = row[VALUES] + group * row[VALUE_GROUP] + at * row[VALUE_ROW]
+            for j in range(WIDTH, 2 * WIDTH):  # a processor fetches ahead within a page of memory, half a tile
+                for b in range(0, 2 * dim, 64):
+                    prefetch(address + j * row[KEY_ROW] + b)
+                for b in range(0, 2 * value_dim, 64):
+                    prefetch(value_address + j * row[VALUE_ROW] + b)
+            whole_keys, whole_pairs = here // LANES * LANES, pairs // LANES * LANES
+            for j in range(0, whole_keys, LANES):
+                for p in range(0, whole_pairs, LANES):
+                    _transpose(address + j * row[KEY_ROW] + 4 * p, row[KEY_ROW], keys[p].ctypes.data + 4 * j)
             for j in range(here):
-                address = table[u, KEYS] + (at + j) * table[u, KEY_STRIDE]
-                words = numba.carray(_pointer(address, word_like), pairs)
-                for p in range(pairs):
+                words = numba.carray(pointer(address + j * row[KEY_ROW], word_like), pairs)
+                for p in range(whole_pairs if j < whole_keys else 0, pairs):
                     keys[p, j] = words[p]
             for i in range((here + 1) // 2):
-                address = table[u, VALUES] + (at + 2 * i) * table[u, VALUE_STRIDE]
-                even = numba.carray(_pointer(address, half_like), value_dim)
+                address = value_address + 2 * i * row[VALUE_ROW]
+                even = numba.carray(pointer(address, half_like), value_dim)
                 odd = even  # of no weight, if there is none
                 if at + 2 * i + 1 < n:
-                    odd = numba.carray(_pointer(address + table[u, VALUE_STRIDE], half_like), value_dim)
+                    odd = numba.carray(pointer(address + row[VALUE_ROW], half_like), value_dim)
                 for b in range(blocks):
                     for d in range(min(WIDTH, value_dim - b * WIDTH)):
                         low, high = np.uint32(even[b * WIDTH + d]), np.uint32(odd[b * WIDTH + d])
                         values[b * (WIDTH // 2) + i, d] = low | high << np.uint32(16)
-            seeing = (
-                max(0, at - first) * repeat // ROWS * ROWS if causal else 0
-            )  # the rows before it see none of the tile
-            for r0 in range(seeing, padded, ROWS):
+            seeing = max(0, at - first) * repeat // ROWS * ROWS if causal else 0  # rows before it see nothing here
+            for r0 in range(seeing, rows, ROWS):
                 _set_product(
-                    query.ctypes.data + r0 * query_bytes,
-                    query_bytes,
-                    keys.ctypes.data,
-                    bits.ctypes.data,
-                    4 * WIDTH,
-                    pairs,
-                )
-                for r in range(ROWS):
-                    c = min(last - 1, first + (r0 + r) // repeat)
-                    visible = min(here, c - at + 1) if causal else here
-                    for j in range(max(0, visible), WIDTH):
+                    query.ctypes.data + r0 * query_bytes, query_bytes, keys.ctypes.data, bits.ctypes.data, 4 * WIDTH, pairs
+                )  # fmt: skip
+                for r in range(min(ROWS, rows - r0)):
+                    c = first + (r0 + r) // repeat
+                    visible = max(0, min(here, c - at + 1)) if causal else here
+                    for j in range(visible, WIDTH):
                         scores[r, j] = -np.inf
                     if mask:
-                        shown = numba.carray(_pointer(mask + c * table[u, MASK_STRIDE] + at, flag_like), here)
+                        shown = numba.carray(pointer(mask + c * row[MASK_ROW] + at, flag_like), here)
                         for j in range(here):
                             if not shown[j]:
                                 scores[r, j] = -np.inf
@@ -297,7 +308,7 @@ def _attend(q, out, lse, table, scale, repeat, begin, end):  # type: ignore[no-u
                         for d in range(blocks * WIDTH):
                             sums[r0 + r, d] *= less
                     total[r0 + r] += _exponentials(scores[r], scale, highest, weights[r])
-                    for j in range(max(0, visible), WIDTH):
+                    for j in range(visible, WIDTH):
                         weights[r, j] = 0
                 for b in range(blocks):
                     _add_product(
@@ -305,7 +316,7 @@ def _attend(q, out, lse, table, scale, repeat, begin, end):  # type: ignore[no-u
                         sums.ctypes.data + r0 * sum_bytes + 4 * b * WIDTH, sum_bytes, (here + 1) // 2,
                     )  # fmt: skip
         for r in range(rows):
-            h, c = table[u, GROUP] * repeat + r % repeat, start + first + r // repeat
+            h, c = group * repeat + r % repeat, start + first + r // repeat
             for d in range(value_dim):
                 out[h, c, d] = sums[r, d] / total[r]
             lse[h, c] = top[r] + np.log(total[r])
