@@ -1,8 +1,9 @@
 """Attention over parts on the CPU: PyTorch's fused kernel, which tiles the scores and returns the log-sum-exp.
 
 If Numba is installed, parts of bfloat16 KV are for `kvgraph.attention.backends.halves` where the processor multiplies bfloat16, and
-others of few columns for `kvgraph.attention.backends.compiled`. Both unpack a part of one layer at a time. Softcap, and head sizes that differ between keys and values use the reference backend. Otherwise, KV in bf16 or fp16 and packed KV
-(see `kvgraph.store.record.PackedSide`) become float32 tile by tile, so that scores and sums are float32 and memory stays bounded.
+others of few columns for `kvgraph.attention.backends.compiled`. Both unpack a part of one layer at a time. Softcap, and head sizes
+that differ between keys and values, use the reference backend. Otherwise, KV in bf16 or fp16 and packed KV (see
+`kvgraph.store.record.PackedSide`) become float32 tile by tile, so that scores and sums are float32 and memory stays bounded.
 Tiles are the same for all kinds of KV, and so are the results.
 Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D head size.
 """
