@@ -84,6 +84,14 @@ def test_large_scores_do_not_overflow():
     assert torch.isfinite(out).all() and torch.isfinite(lse).all() and lse.abs().max() > 100
 
 
+def test_what_is_not_a_number_is_not_hidden():
+    case = problem(0, 1, 2, 16, 16, torch.bfloat16, None, [("open", 20, 90), ("open", 1, 90)])
+    case.parts[0].keys[0, 70] = torch.nan
+    case.parts[1].values[0, 70] = torch.nan
+    out, lse = cpu.attend(case.q, case.parts, 0.25)
+    assert out.isnan().all() and lse[:, :20].isnan().all() and not lse[:, 20:].isnan().any()
+
+
 def test_a_chain_brings_new_keys_in_float32():
     case = problem(0, 1, 2, 64, 64, torch.bfloat16, None, [("causal", 90, 90)])
     part = case.parts[0]
