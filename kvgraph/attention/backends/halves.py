@@ -1,4 +1,4 @@
-"""Attention of many query columns to bfloat16 KV on a CPU that multiplies bfloat16, compiled by Numba: prefill and encoding.
+"""Attention to bfloat16 KV on a CPU that multiplies bfloat16, compiled by Numba.
 
 PyTorch's fused kernel for CPUs takes as long for products of bfloat16 as of float32. Here queries and weights are rounded to
 bfloat16, and a processor's instruction multiplies pairs of such numbers and adds them in float32, as tensor cores of GPUs do.
@@ -227,6 +227,44 @@ def _aligned(rows, columns):  # type: ignore[no-untyped-def]
     return memory[skip : skip + rows * columns].reshape(rows, columns)
 
 
+@inline  # type: ignore[untyped-decorator]
+def _lay_keys(address, step, here, pairs, keys, like):  # type: ignore[no-untyped-def]
+    """`here` keys at an address, as the second factor of a product: [pairs, WIDTH], pairs of a key's numbers in its column.
+
+    A processor fetches ahead within a page of memory, which is half a tile. The next tile is fetched here, a little at a time:
+    asked for at once, it takes a third longer.
+    """
+    whole_keys, whole_pairs = here // LANES * LANES, pairs // LANES * LANES
+    for j in range(0, whole_keys, LANES):
+        for i in range(j + WIDTH, j + WIDTH + LANES):
+            for b in range(0, 4 * pairs, LINE):
+                prefetch(address + i * step + b)
+        for p in range(0, whole_pairs, LANES):
+            _transpose(address + j * step + 4 * p, step, keys[p].ctypes.data + 4 * j)
+    for j in range(here):
+        words = numba.carray(pointer(address + j * step, like), pairs)
+        for p in range(whole_pairs if j < whole_keys else 0, pairs):
+            keys[p, j] = words[p]
+
+
+@inline  # type: ignore[untyped-decorator]
+def _lay_values(address, step, here, dim, values, like):  # type: ignore[no-untyped-def]
+    """`here` values at an address, as second factors: [blocks of WIDTH dimensions, pairs of values, WIDTH]."""
+    for i in range((here + 1) // 2):
+        first = address + 2 * i * step
+        for b in range(0, 2 * dim, LINE):
+            prefetch(first + WIDTH * step + b)
+            prefetch(first + (WIDTH + 1) * step + b)
+        even = numba.carray(pointer(first, like), dim)
+        odd = (
+            numba.carray(pointer(first + step, like), dim) if 2 * i + 1 < here else even
+        )  # of no weight, if there is none
+        for b in range((dim + WIDTH - 1) // WIDTH):
+            for d in range(min(WIDTH, dim - b * WIDTH)):
+                low, high = np.uint32(even[b * WIDTH + d]), np.uint32(odd[b * WIDTH + d])
+                values[b * (WIDTH // 2) + i, d] = low | high << np.uint32(16)
+
+
 @jit
 def _attend(q, out, lse, table, scale, groups, begin, end):  # type: ignore[no-untyped-def]
     """Units begin..end, each a row of the table and a group, by a softmax over tiles of keys that keeps its maximum.
@@ -242,9 +280,7 @@ def _attend(q, out, lse, table, scale, groups, begin, end):  # type: ignore[no-u
     word_like, half_like, flag_like = np.empty(0, np.uint32), np.empty(0, np.uint16), np.empty(0, np.uint8)
     query, weights = np.zeros((most, dim), np.uint16), np.zeros((ROWS, WIDTH), np.uint16)
     keys, values = _aligned(pairs, WIDTH), _aligned(blocks * (WIDTH // 2), WIDTH)
-    sums = _aligned(most, blocks * WIDTH).view(np.float32)
-    bits = _aligned(ROWS, WIDTH)
-    scores = bits.view(np.float32)
+    sums, scores = _aligned(most, blocks * WIDTH).view(np.float32), _aligned(ROWS, WIDTH).view(np.float32)
     top, total = np.empty(most, np.float32), np.empty(most, np.float32)
     query_bytes, sum_bytes = 2 * dim, 4 * blocks * WIDTH
     for u in range(begin, end):
@@ -259,37 +295,13 @@ def _attend(q, out, lse, table, scale, groups, begin, end):  # type: ignore[no-u
         for at in range(0, min(n, last) if causal else n, WIDTH):
             here = min(WIDTH, n - at)
             address = row[KEYS] + group * row[KEY_GROUP] + at * row[KEY_ROW]
-            value_address = row[VALUES] + group * row[VALUE_GROUP] + at * row[VALUE_ROW]
-            whole_keys, whole_pairs = here // LANES * LANES, pairs // LANES * LANES
-            # A processor fetches ahead within a page of memory, half a tile. What comes next is fetched here, a little at a time:
-            # asked for at once, a tile takes a third longer.
-            for j in range(0, whole_keys, LANES):
-                for i in range(j + WIDTH, j + WIDTH + LANES):
-                    for b in range(0, 2 * dim, LINE):
-                        prefetch(address + i * row[KEY_ROW] + b)
-                for p in range(0, whole_pairs, LANES):
-                    _transpose(address + j * row[KEY_ROW] + 4 * p, row[KEY_ROW], keys[p].ctypes.data + 4 * j)
-            for j in range(here):
-                words = numba.carray(pointer(address + j * row[KEY_ROW], word_like), pairs)
-                for p in range(whole_pairs if j < whole_keys else 0, pairs):
-                    keys[p, j] = words[p]
-            for i in range((here + 1) // 2):
-                address = value_address + 2 * i * row[VALUE_ROW]
-                for b in range(0, 2 * value_dim, LINE):
-                    prefetch(address + WIDTH * row[VALUE_ROW] + b)
-                    prefetch(address + (WIDTH + 1) * row[VALUE_ROW] + b)
-                even = numba.carray(pointer(address, half_like), value_dim)
-                odd = even  # of no weight, if there is none
-                if at + 2 * i + 1 < n:
-                    odd = numba.carray(pointer(address + row[VALUE_ROW], half_like), value_dim)
-                for b in range(blocks):
-                    for d in range(min(WIDTH, value_dim - b * WIDTH)):
-                        low, high = np.uint32(even[b * WIDTH + d]), np.uint32(odd[b * WIDTH + d])
-                        values[b * (WIDTH // 2) + i, d] = low | high << np.uint32(16)
+            _lay_keys(address, row[KEY_ROW], here, pairs, keys, word_like)
+            address = row[VALUES] + group * row[VALUE_GROUP] + at * row[VALUE_ROW]
+            _lay_values(address, row[VALUE_ROW], here, value_dim, values, half_like)
             seeing = max(0, at - first) * repeat // ROWS * ROWS if causal else 0  # rows before it see nothing here
             for r0 in range(seeing, rows, ROWS):
                 _set_product(
-                    query.ctypes.data + r0 * query_bytes, query_bytes, keys.ctypes.data, bits.ctypes.data, 4 * WIDTH, pairs
+                    query.ctypes.data + r0 * query_bytes, query_bytes, keys.ctypes.data, scores.ctypes.data, 4 * WIDTH, pairs
                 )  # fmt: skip
                 for r in range(min(ROWS, rows - r0)):
                     c = first + (r0 + r) // repeat
@@ -301,16 +313,16 @@ def _attend(q, out, lse, table, scale, groups, begin, end):  # type: ignore[no-u
                         for j in range(here):
                             if not shown[j]:
                                 scores[r, j] = -np.inf
-                    highest = max(top[r0 + r], scale * _highest(bits[r].ctypes.data))
-                    if highest == -np.inf:
+                    highest = max(top[r0 + r], scale * _highest(scores[r].ctypes.data))
+                    if highest == -np.inf:  # the row has seen nothing yet
                         weights[r] = 0
                         continue
                     if highest > top[r0 + r]:
                         less = np.exp(top[r0 + r] - highest)
-                        top[r0 + r] = highest
-                        total[r0 + r] *= less
                         for d in range(blocks * WIDTH):
                             sums[r0 + r, d] *= less
+                        total[r0 + r] *= less
+                        top[r0 + r] = highest
                     total[r0 + r] += _exponentials(scores[r], scale, highest, weights[r])
                     for j in range(visible, WIDTH):
                         weights[r, j] = 0
