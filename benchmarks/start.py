@@ -92,6 +92,9 @@ def parts(store: Path) -> None:
     def tick() -> None:
         clock.append((time.time(), time.process_time()))
 
+    from kvgraph import garbage
+
+    garbage.starting()
     from kvgraph import demo
     from kvgraph.checks import gate
     from kvgraph.cli import common

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvgraph import __version__
+from kvgraph import __version__, garbage
 from kvgraph.cli import ask, bench, chat, check, data, demo, encode, explain, index, report, serve, store, train, tune
 from kvgraph.cli import eval as evaluation
 from kvgraph.errors import KVGraphError
@@ -71,6 +71,7 @@ def kvgraph(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `kvgraph` command: run it and exit. 0: success; 1: an error or failed check; 2: wrong usage; 130: Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    garbage.starting()
     _open_streams()
     _keep_libraries_quiet()
     _warn_in_one_line()

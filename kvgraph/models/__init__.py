@@ -9,7 +9,7 @@ if sys.flags.optimize > 1:
         "transformers needs its docstrings, which PYTHONOPTIMIZE=2 (python -OO) leaves out; unset it or set it to 1"
     )
 
-from kvgraph.models.garbage import not_collected
+from kvgraph.garbage import not_collected
 
 with not_collected():
     import transformers.masking_utils

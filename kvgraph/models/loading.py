@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from kvgraph import garbage
 from kvgraph.errors import ModelError
 from kvgraph.models import adapters, bars, converted, gguf, matrices
 from kvgraph.models.adapter import IMPLEMENTATION, Model, Trainable
 from kvgraph.models.angles import exact_angles
 from kvgraph.models.config import card, declared
 from kvgraph.models.fingerprint import file_hash, fingerprint_of, state_hash
-from kvgraph.models.garbage import not_collected
 from kvgraph.models.observe import plain_logits, probe, require_equal
 from kvgraph.models.support import TESTED, refuse
 
@@ -28,7 +28,7 @@ LFS = b"version https://git-lfs.github.com/spec/"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@not_collected()
+@garbage.not_collected()
 def load(
     path_or_name: str | Path,
     *,
@@ -91,6 +91,7 @@ def load(
         except ModelError as error:
             warnings.warn(f"{error}; until then it declares nothing", stacklevel=2)
     model.tuned_for = tuple(dict.fromkeys(model.tuned_for))
+    garbage.started()
     return model
 
 

@@ -22,9 +22,9 @@ from kvgraph.data.library import LIBRARY, Library
 from kvgraph.data.retrieval.stored import GraphIndexes
 from kvgraph.engine.engine import Engine, load_model
 from kvgraph.errors import KVGraphError
+from kvgraph.garbage import never_collected
 from kvgraph.methods import Method
 from kvgraph.models.embedder import SentenceEmbedder
-from kvgraph.models.garbage import never_collected
 from kvgraph.places import StorePlace
 from kvgraph.server import logs
 from kvgraph.server.encode import GraphEncoder

@@ -6,6 +6,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+USUAL = gc.get_threshold()
+
 
 @contextmanager
 def not_collected() -> Iterator[None]:
@@ -17,6 +19,21 @@ def not_collected() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+START = 2_000_000  # objects, more than imports and loading make
+
+
+def starting() -> None:
+    """For a command that may load a model: nobody looks for garbage until `started`, or until there are very many objects."""
+    gc.set_threshold(START)
+
+
+def started() -> None:
+    """A model is loaded. What there is now stays, and from now on garbage is looked for as usual, if it was postponed."""
+    if gc.get_threshold()[0] == START:
+        gc.freeze()
+        gc.set_threshold(*USUAL)
 
 
 def never_collected() -> None:
