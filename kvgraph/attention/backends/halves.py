@@ -10,7 +10,7 @@ Shapes: H query heads, G key/value heads, R = H / G, C query columns, N keys of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -34,7 +34,8 @@ SHARED = 1 << 19  # scores from which on threads share the work
 binding.initialize_native_asmparser()  # for the instruction below
 
 # Columns of the kernel's table. Strides are in bytes; a part without a mask has address 0 for it.
-KEYS, VALUES, KEY_GROUP, VALUE_GROUP, KEY_ROW, VALUE_ROW, COUNT, START, FIRST, LAST, CAUSAL, MASK, MASK_ROW = range(13)
+COLUMNS = range(13)
+KEYS, VALUES, KEY_GROUP, VALUE_GROUP, KEY_ROW, VALUE_ROW, COUNT, START, FIRST, LAST, CAUSAL, MASK, MASK_ROW = COLUMNS
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
@@ -55,7 +56,10 @@ def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Ten
 def _attend_all(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
     groups = parts[0].keys.shape[0]
     repeat = len(q) // groups
-    table = np.array([row for part in parts for row in _rows(part, max(1, UNIT // repeat))], dtype=np.int64)
+    numbers: list[int] = []
+    for part in parts:
+        _write(part, max(1, UNIT // repeat), numbers)
+    table = np.array(numbers, dtype=np.int64).reshape(-1, len(COLUMNS))
     arguments = (q.contiguous().numpy(), out.numpy(), lse.numpy(), table, np.float32(scale), groups)
     scores = table[:, COUNT] * (table[:, LAST] - table[:, FIRST]) * repeat
     in_threads(_attend, arguments, np.repeat(scores, groups), SHARED)
@@ -65,8 +69,8 @@ def _in_16_bits(part: Part) -> Part:
     return part._replace(keys=part.keys.to(torch.bfloat16), values=part.values.to(torch.bfloat16))
 
 
-def _rows(part: Part, step: int) -> Iterator[tuple[int, ...]]:
-    """A part as the kernel reads it, up to `step` of its columns at a time."""
+def _write(part: Part, step: int, table: list[int]) -> None:
+    """Add a part to the kernel's table, up to `step` of its columns at a time."""
     k, v, mask = part.keys, part.values, part.mask
     assert isinstance(k, Tensor) and isinstance(v, Tensor)
     where = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
@@ -75,7 +79,7 @@ def _rows(part: Part, step: int) -> Iterator[tuple[int, ...]]:
     causal = int(part.causal and mask is None)
     for first in range(0, columns, step):
         which = part.columns.start, first, min(columns, first + step), causal
-        yield k.data_ptr(), v.data_ptr(), 2 * kg, 2 * vg, 2 * kn, 2 * vn, k.shape[1], *which, *where
+        table += (k.data_ptr(), v.data_ptr(), 2 * kg, 2 * vg, 2 * kn, 2 * vn, k.shape[1], *which, *where)
 
 
 def _product(fresh: bool) -> Any:
