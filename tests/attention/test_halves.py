@@ -78,6 +78,19 @@ def test_a_row_that_sees_nothing_of_a_tile():
     check(case._replace(parts=[case.parts[0]._replace(mask=mask)]))
 
 
+def test_a_mask_lies_as_it_likes():
+    """numpy lays out a copy of what was broadcast column by column, and so are the masks of chosen tokens."""
+    case = problem(0, 2, 2, 16, 16, torch.bfloat16, None, [("mask", 20, 200), ("mask", 9, 70)])
+    expected = cpu.attend(case.q, case.parts, 0.25)
+    turned = [part._replace(mask=part.mask.T.contiguous().T) for part in case.parts]
+    assert not any(part.mask.is_contiguous() for part in turned)
+    assert all(torch.equal(a, b) for a, b in zip(cpu.attend(case.q, turned, 0.25), expected, strict=True))
+    wide = torch.zeros(20, 400, dtype=torch.bool)
+    wide[:, ::2] = case.parts[0].mask
+    apart = [case.parts[0]._replace(mask=wide[:, ::2]), case.parts[1]]
+    assert all(torch.equal(a, b) for a, b in zip(cpu.attend(case.q, apart, 0.25), expected, strict=True))
+
+
 def test_large_scores_do_not_overflow():
     case = problem(0, 1, 2, 16, 16, torch.bfloat16, None, [("open", 20, 300), ("causal", 90, 90), ("mask", 20, 30)])
     out, lse = cpu.attend(case.q * 1000, case.parts, 1.0)

@@ -34,8 +34,9 @@ SHARED = 1 << 19  # scores from which on threads share the work
 binding.initialize_native_asmparser()  # for the instruction below
 
 # Columns of the kernel's table. Strides are in bytes; a part without a mask has address 0 for it.
-COLUMNS = range(13)
-KEYS, VALUES, KEY_GROUP, VALUE_GROUP, KEY_ROW, VALUE_ROW, COUNT, START, FIRST, LAST, CAUSAL, MASK, MASK_ROW = COLUMNS
+COLUMNS = range(14)
+KEYS, VALUES, KEY_GROUP, VALUE_GROUP, KEY_ROW, VALUE_ROW, COUNT, *_ = COLUMNS
+*_, START, FIRST, LAST, CAUSAL, MASK, MASK_ROW, MASK_COLUMN = COLUMNS
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:
@@ -73,7 +74,7 @@ def _write(part: Part, step: int, table: list[int]) -> None:
     """Add a part to the kernel's table, up to `step` of its columns at a time."""
     k, v, mask = part.keys, part.values, part.mask
     assert isinstance(k, Tensor) and isinstance(v, Tensor)
-    where = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+    where = (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
     (kg, kn, _), (vg, vn, _) = k.stride(), v.stride()
     columns = part.columns.stop - part.columns.start
     causal = int(part.causal and mask is None)
@@ -313,9 +314,10 @@ def _attend(q, out, lse, table, scale, groups, begin, end):  # type: ignore[no-u
                     for j in range(visible, WIDTH):
                         scores[r, j] = -np.inf
                     if mask:
-                        shown = numba.carray(pointer(mask + c * row[MASK_ROW] + at, flag_like), here)
+                        address = mask + c * row[MASK_ROW] + at * row[MASK_COLUMN]
+                        shown = numba.carray(pointer(address, flag_like), here * row[MASK_COLUMN])
                         for j in range(here):
-                            if not shown[j]:
+                            if not shown[j * row[MASK_COLUMN]]:
                                 scores[r, j] = -np.inf
                     highest = max(top[r0 + r], scale * _highest(scores[r].ctypes.data))
                     if highest == -np.inf:  # the row has seen nothing yet
