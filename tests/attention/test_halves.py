@@ -173,7 +173,7 @@ def test_no_record_is_shared_with_exact_products(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-@pytest.mark.parametrize("method", ["full", "block", "graph-kv", "ape"])
+@pytest.mark.parametrize("method", ["full", "block", "graph-kv", "ape", "epic:k=8", "cacheblend:ratio=0.3"])
 def test_a_model_in_bfloat16_answers_as_with_exact_products(family, method, monkeypatch):
     """Long documents, so that parts have many columns; logits differ as much as other roundings make them."""
     model = models.wrap(families.FAMILIES[family]().bfloat16())
