@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(USAGE)
         status, message = _explained(error)
         _say(message)
+    finally:
+        garbage.started()  # if no model was loaded
     if status == 130:
         _say("interrupted")
     sys.exit(status or 0)

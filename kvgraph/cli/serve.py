@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvgraph import garbage
 from kvgraph.cli.common import HostBudget, ServedPlaces, library_without_password, parse_size, unescaped
 from kvgraph.errors import KVGraphError
 
@@ -118,4 +119,5 @@ def serve(
         from kvgraph.cluster.serving import local_app
     except ModuleNotFoundError as error:
         raise KVGraphError(f"replicas need {error.name}; install it with: pip install 'kvgraph[ray]'") from None
+    garbage.started()  # this process loads no model
     raise typer.Exit(run(settings, lambda given: local_app(given, replicas)))

@@ -714,11 +714,14 @@ def load_model(
     reason.
     """
     with ThreadPoolExecutor(1) as beside:  # reading weights leaves a processor idle
-        if device.startswith("cpu"):
-            beside.submit(cpu.warm)
+        on_cpu = str(device).startswith("cpu")
+        if on_cpu:
+            beside.submit(cpu.compiled)  # which imports Numba
         loaded = models.load(
             model, adapter=adapter, dtype=dtype, quantize=quantize, device=device, allow_untested=allow_untested
         )
+        if on_cpu:
+            beside.submit(cpu.warm, loaded.hf.dtype)
         models.order(loaded.hf)
     if check:
         gate.require(loaded, composed(loaded))

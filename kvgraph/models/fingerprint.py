@@ -68,7 +68,8 @@ def fingerprint_of(
 def _numerics(hf: PreTrainedModel) -> int:
     if hf.device.type == "cuda" and hf.dtype.itemsize == 2:
         return GPU_16_BIT_NUMERICS
-    if hf.device.type == "cpu" and hf.dtype == torch.bfloat16 and cpu.halves() is not None:
+    capped = getattr(hf.config, "attn_logit_softcapping", None)  # whose products are exact
+    if hf.device.type == "cpu" and hf.dtype == torch.bfloat16 and not capped and cpu.halves() is not None:
         return CPU_16_BIT_NUMERICS
     return ATTENTION_NUMERICS
 

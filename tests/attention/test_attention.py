@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -186,6 +187,41 @@ def test_compiling_needs_no_room_for_its_file(monkeypatch, tmp_path):
     numbers = np.ones(3)
     jit.jit(doubled)(numbers)
     assert (numbers == 2).all()
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_are_loaded_whatever_the_default_dtype(default, dtype):
+    """transformers changes it while it loads a model, and they are loaded beside that."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        cpu.warm(dtype)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_what_reads_memory_by_its_address_is_waited_for(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    done = []
+
+    def kernel(first: int, last: int) -> None:
+        if first == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        done.append(last)
+
+    with pytest.raises(KeyboardInterrupt):
+        jit.in_threads(kernel, (), np.ones(2), 0)
+    assert done == [2]
+
+
+def test_a_kernel_is_compiled_again_when_what_it_shares_changes():
+    assert jit.jit(tripled).__qualname__ == f"tripled_{jit.SHARED_CODE}"
+
+
+def tripled(numbers):
+    numbers *= 3
 
 
 def doubled(numbers):

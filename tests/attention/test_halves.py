@@ -97,10 +97,11 @@ def test_large_scores_do_not_overflow():
     assert torch.isfinite(out).all() and torch.isfinite(lse).all() and lse.abs().max() > 100
 
 
-def test_what_is_not_a_number_is_not_hidden():
+@pytest.mark.parametrize("at", [0, 31, 63, 64, 89])
+def test_what_is_not_a_number_is_not_hidden(at):
     case = problem(0, 1, 2, 16, 16, torch.bfloat16, None, [("open", 20, 90), ("open", 1, 90)])
-    case.parts[0].keys[0, 70] = torch.nan
-    case.parts[1].values[0, 70] = torch.nan
+    case.parts[0].keys[0, at] = torch.nan
+    case.parts[1].values[0, at] = torch.nan
     out, lse = cpu.attend(case.q, case.parts, 0.25)
     assert out.isnan().all() and lse[:, :20].isnan().all() and not lse[:, 20:].isnan().any()
 
@@ -167,9 +168,11 @@ def test_code_for_another_processor_goes_without_it(monkeypatch, name):
 def test_no_record_is_shared_with_exact_products(monkeypatch):
     hf = families.FAMILIES["llama"]()
     half, whole = models.wrap(hf.bfloat16()).fingerprint, models.wrap(hf.float()).fingerprint
+    capped = models.wrap(families.FAMILIES["gemma2"]().bfloat16())
     monkeypatch.setattr(cpu, "halves", lambda: None)
     assert models.wrap(hf.bfloat16()).fingerprint != half
     assert models.wrap(hf.float()).fingerprint == whole
+    assert models.wrap(capped.hf).fingerprint == capped.fingerprint  # softcaps have exact products
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
@@ -567,6 +568,16 @@ def test_an_id_of_several_documents_cannot_be_picked_but_others_can(tmp_path):
     with pytest.raises(corpus.CorpusError, match=r"c.jsonl:1 and .*c.jsonl:3 both have the id 'a'"):
         corpus.pick(documents, ["a"])
     assert [d.where for d in corpus.pick(documents, ["b", "2"])] == [f"{path}:2", f"{path}:3"]
+
+
+def test_garbage_is_looked_for_as_usual_after_a_command(run):
+    before = gc.get_threshold()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvgraph.cli._open_streams", lambda: seen.append(gc.get_threshold()))
+        run("--version")
+    assert seen and seen[0][0] > 1_000_000
+    assert gc.get_threshold() == before
 
 
 def test_the_version_is_printed_without_a_command(run):

@@ -12,5 +12,5 @@ from kvgraph.attention.backends.base import Backend
 
 
 def backend_for(device: torch.device) -> Backend:
-    """The fastest exact backend for a device: fused attention on CPUs, plain torch elsewhere."""
+    """The fastest backend for a device: compiled and fused attention on CPUs, plain torch elsewhere."""
     return cpu.attend if device.type == "cpu" else reference.attend

@@ -16,13 +16,14 @@ import numpy as np
 from torch import Tensor
 
 from kvgraph.attention.backends.base import Part
-from kvgraph.attention.backends.jit import exponential, in_threads, inline, jit, pointer, prefetch
+from kvgraph.attention.backends.jit import ZERO, exponential, in_threads, inline, jit, pointer, prefetch
 from kvgraph.store.record import PackedSide
 
 TILE = 64  # keys at a time; as float32 they fit in the processor's first cache
-SHARED = 1 << 17  # scores from which on threads share the work: waking one takes as long as half of these
+SHARED = (
+    1 << 17
+)  # scores, or numbers to merge, from which on threads share the work: waking one takes as long as half of them
 KEYS, START, COLUMNS, WIDTH = range(6, 10)  # columns of the kernel's table, after addresses and strides; see `_row`
-ZERO = np.float32(0)
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, out: Tensor, lse: Tensor) -> None:

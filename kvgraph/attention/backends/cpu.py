@@ -1,8 +1,8 @@
 """Attention over parts on the CPU: PyTorch's fused kernel, which tiles the scores and returns the log-sum-exp.
 
 If Numba is installed, parts of bfloat16 KV are for `kvgraph.attention.backends.halves` where the processor multiplies bfloat16, and
-others of few columns for `kvgraph.attention.backends.compiled`. Both unpack a part of one layer at a time. Softcap, and head sizes
-that differ between keys and values, use the reference backend. Otherwise, KV in bf16 or fp16 and packed KV (see
+others of few columns for `kvgraph.attention.backends.compiled`. Both unpack a part of one layer at a time. Softcap, and what
+is left with head sizes that differ between keys and values, use the reference backend. Otherwise, KV in bf16 or fp16 and packed KV (see
 `kvgraph.store.record.PackedSide`) become float32 tile by tile, so that scores and sums are float32 and memory stays bounded.
 Tiles are the same for all kinds of KV, and so are the results.
 Shapes: H query heads, G key/value heads, R = H / G, C query columns, n columns of a part, N keys, D head size.
@@ -51,11 +51,11 @@ def halves() -> ModuleType | None:
     return importlib.import_module("kvgraph.attention.backends.halves")
 
 
-def warm() -> None:
-    """Load the compiled kernels, or compile them where that never happened, so that the first question needn't wait."""
-    for dtype in COMPILED:
-        q, kv = torch.zeros(1, FEW + 2, 2), torch.zeros(1, 1, 2, dtype=dtype)
-        attend(q, [Part(slice(0, 1), kv, kv), Part(slice(1, FEW + 2), kv, kv)], 1.0)
+def warm(dtype: torch.dtype) -> None:
+    """Load the compiled kernels for KV of a dtype, or compile them where that never happened, so that the first question
+    needn't wait."""
+    q, kv = torch.zeros(1, FEW + 2, 2, dtype=torch.float32), torch.zeros(1, 1, 2, dtype=dtype)
+    attend(q, [Part(slice(0, 1), kv, kv), Part(slice(1, FEW + 2), kv, kv)], 1.0)
 
 
 def attend(q: Tensor, parts: Sequence[Part], scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:

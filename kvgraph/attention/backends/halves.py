@@ -319,11 +319,13 @@ def _attend(q, out, lse, table, scale, groups, begin, end):  # type: ignore[no-u
                         for j in range(here):
                             if not shown[j * row[MASK_COLUMN]]:
                                 scores[r, j] = -np.inf
-                    highest = max(top[r0 + r], scale * _highest(scores[r].ctypes.data))
-                    if highest == -np.inf:  # the row has seen nothing yet
+                    highest = scale * _highest(scores[r].ctypes.data)
+                    if highest == -np.inf:  # it sees nothing of the tile
                         weights[r] = 0
                         continue
-                    if highest > top[r0 + r]:
+                    if highest <= top[r0 + r]:
+                        highest = top[r0 + r]
+                    else:  # also if it isn't a number: the row isn't either then, which must not be hidden
                         less = np.exp(top[r0 + r] - highest)
                         for d in range(blocks * WIDTH):
                             sums[r0 + r, d] *= less

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -21,10 +23,15 @@ from numba.extending import intrinsic
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 Kernel = Callable[..., None]
 inline = numba.njit(nogil=True, fastmath=FAST, inline="always")
+SHARED_CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def jit(function: Callable[..., None]) -> Kernel:
-    """The function, compiled at its first call, and kept in a file if there is a folder that Numba may write to."""
+    """The function, compiled at its first call, and kept in a file if there is a folder that Numba may write to.
+
+    Numba compiles it again when its own file changes. Its name has a hash of this one, so that it does when this one changes too.
+    """
+    function.__qualname__ += f"_{SHARED_CODE}"
     try:
         made = numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)(function)
     except RuntimeError:
@@ -52,7 +59,10 @@ def in_threads(kernel: Kernel, arguments: tuple[Any, ...], work: np.ndarray, sha
     done = np.cumsum(work)
     bounds = [0, *np.searchsorted(done, done[-1] * np.arange(1, threads) / threads).tolist(), len(work)]
     others = [_pool().submit(kernel, *arguments, a, b) for a, b in pairwise(bounds[1:])]
-    kernel(*arguments, bounds[0], bounds[1])
+    try:
+        kernel(*arguments, bounds[0], bounds[1])
+    finally:
+        wait(others)  # they read memory by its address: whatever ends this call, it must be there until they are done
     for other in others:
         other.result()
 
@@ -108,7 +118,7 @@ to_bits, from_bits = _same_bits(types.float32, types.int32), _same_bits(types.in
 # exp(x) = 2^k exp(y), |y| <= ln(2) / 2. ln(2) is in two parts, so that y is exact; exp(y) is its series, right to 1e-7.
 LOG2E, HIGH, LOW = np.float32(math.log2(math.e)), np.float32(0.693359375), np.float32(-2.12194440e-4)
 C2, C3, C4, C5, C6, C7, C8 = (np.float32(1 / math.factorial(n)) for n in range(2, 9))
-HALF, ONE, SMALLEST = np.float32(0.5), np.float32(1), np.float32(-87)
+ZERO, HALF, ONE, SMALLEST = (np.float32(x) for x in (0, 0.5, 1, -87))
 
 
 @inline  # type: ignore[untyped-decorator]
