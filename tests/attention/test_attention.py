@@ -212,8 +212,8 @@ def test_what_reads_memory_by_its_address_is_waited_for(monkeypatch):
         done.append(last)
 
     with pytest.raises(KeyboardInterrupt):
-        jit.in_threads(kernel, (), np.ones(2), 0)
-    assert done == [2]
+        jit.in_threads(kernel, (), np.ones(4), 0)
+    assert done == [4]
 
 
 def test_a_kernel_is_compiled_again_when_what_it_shares_changes():
