@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "kvgraph"
 # Modules and packages directly under kvgraph/. Each may import what is in a line above its own, and itself.
 ORDER = (
     ("errors",),
-    ("places", "progress", "registry", "units"),
+    ("garbage", "places", "progress", "registry", "units"),
     ("graph",),
     ("edges",),
     ("plan",),
@@ -40,6 +40,7 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Libraries that only these may import; whatever else imports them would drag a model library into text-only work.
 PURE = {
     "errors",
+    "garbage",
     "memo",
     "places",
     "progress",
