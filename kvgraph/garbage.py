@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 USUAL = gc.get_threshold()
+START = 2_000_000  # objects, more than imports and loading make
 
 
 @contextmanager
@@ -19,9 +20,6 @@ def not_collected() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
-
-
-START = 2_000_000  # objects, more than imports and loading make
 
 
 def starting() -> None:

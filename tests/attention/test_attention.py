@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from kvgraph.attention.rope import Rotary
 from kvgraph.attention.rows import Row, RowKV, View, on_device
 from kvgraph.attention.step import Step
 from kvgraph.store.record import Record
-from parts import Problem, naive, problem, softmax_of
+from parts import Problem, check_threads, naive, problem, softmax_of
 from soak import draws
 
 
@@ -140,16 +139,7 @@ def test_what_the_compiled_kernel_is_not_for():
 
 def test_threads_share_long_parts_and_change_nothing(monkeypatch):
     case = few(1, torch.bfloat16, [(1, 5000), (1, 7), (1, 11000)])
-    alone = cpu.attend(case.q, case.parts, 0.125)
-    shared, original = [], ThreadPoolExecutor.submit
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *args: shared.append(args[-2:]) or original(*args))
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        together = cpu.attend(case.q, case.parts, 0.125)
-    finally:
-        torch.set_num_threads(before)
-    assert len(shared) == 2 and all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    check_threads(case, monkeypatch)
 
 
 def test_a_forked_process_has_threads_of_its_own():

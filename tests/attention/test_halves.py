@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import pytest
@@ -21,7 +20,7 @@ import families
 from kvgraph import ContextGraph, Engine, models
 from kvgraph.attention.backends import cpu
 from kvgraph.attention.backends.base import Part
-from parts import Problem, naive, problem
+from parts import Problem, check_threads, naive, problem
 from soak import draws
 
 WEIGHT = 2**-9  # half of the distance of two bfloat16 numbers, relative to the smaller
@@ -147,16 +146,7 @@ def test_what_it_is_not_for(monkeypatch):
 
 def test_threads_share_the_work_and_change_nothing(monkeypatch):
     case = problem(1, 3, 3, 64, 64, torch.bfloat16, None, [("open", 300, 500), ("causal", 400, 400), ("open", 30, 900)])
-    alone = cpu.attend(case.q, case.parts, 0.125)
-    shared, original = [], ThreadPoolExecutor.submit
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *args: shared.append(args[-2:]) or original(*args))
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        together = cpu.attend(case.q, case.parts, 0.125)
-    finally:
-        torch.set_num_threads(before)
-    assert len(shared) == 2 and all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    check_threads(case, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["CPU_NAME", "CPU_FEATURES"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
+from kvgraph.attention.backends import cpu
 from kvgraph.attention.backends.base import Part
 
 
@@ -52,3 +55,17 @@ def problem(
         parts.append(Part(slice(at, at + n), keys, values, mask, kind == "causal"))
         at += n
     return Problem(torch.randn(at, groups * repeat, dim).transpose(0, 1), parts, softcap)
+
+
+def check_threads(case: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three threads share the work of the CPU's backend, and its results are those of one, bit by bit."""
+    alone = cpu.attend(case.q, case.parts, 0.125)
+    shared, original = [], ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *args: shared.append(args[-2:]) or original(*args))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        together = cpu.attend(case.q, case.parts, 0.125)
+    finally:
+        torch.set_num_threads(before)
+    assert len(shared) == 2 and all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

@@ -20,9 +20,8 @@ from kvgraph.attention.backends.jit import ZERO, exponential, in_threads, inline
 from kvgraph.store.record import PackedSide
 
 TILE = 64  # keys at a time; as float32 they fit in the processor's first cache
-SHARED = (
-    1 << 17
-)  # scores, or numbers to merge, from which on threads share the work: waking one takes as long as half of them
+# Scores, or numbers to merge, from which on threads share the work: waking one takes as long as half of them.
+SHARED = 1 << 17
 KEYS, START, COLUMNS, WIDTH = range(6, 10)  # columns of the kernel's table, after addresses and strides; see `_row`
 
 
