@@ -4,8 +4,8 @@
 
 Each item is asked by every method. Recorded are the answer's negative log-likelihood (nats per token), whether the generated
 answer contains a right one (substring EM), the tokens of the item's encoded documents, and, once these are encoded, the tokens
-that a question computes and the time to its first token. All methods share one engine, which keeps the KV of some items. The
-adapter wasn't trained on any of the questions: of the multi-hop training samples, only the twelfth that its data held out is used. An
+that a question computes and, for every fourth item, the time to its first token. All methods share one engine, which keeps the
+KV of some items. The adapter wasn't trained on any of the questions: of the multi-hop training samples, only the twelfth that its data held out is used. An
 interrupted run resumes (--rows).
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,7 @@ WAYS = {  # the name of a row: (method, edges)
 STATES = ("base", "tuned")
 ANSWER_TOKENS = 24
 KV = 1 << 30  # bytes, of some items: those of NQ have the same documents three times
+TIMED = 4  # of so many items one is also asked for its first token alone, to time it
 
 
 class Asked(NamedTuple):
@@ -125,10 +127,10 @@ def _named(item: Item) -> tuple[Edge, ...]:
     )
 
 
-def measured(engine: Engine, one: Asked, ways: Sequence[str]) -> dict[str, dict[str, Any]]:
+def measured(engine: Engine, one: Asked, ways: Sequence[str], timed: bool) -> dict[str, dict[str, Any]]:
     """One item by each of these methods that can lay it out, its documents encoded first.
 
-    The first tokens are timed one by one; then all methods' answers are generated in one batch, which is faster.
+    timed: time the first tokens, one by one. All methods' answers are generated in one batch, which is faster.
     """
     told, plans = {}, {}
     for way in ways:
@@ -144,19 +146,21 @@ def measured(engine: Engine, one: Asked, ways: Sequence[str]) -> dict[str, dict[
         except (GraphError, PlanError):  # more documents than link tokens, or positions than the model has
             continue
         plans[way] = plan
-        usage = engine.generate(graph, method, max_tokens=1).usage
         told[way] = {
             "nats": -float(engine.scores(graph, one.item.references[0], method).mean()),
-            "prompt": usage.prompt_tokens,
             "encoded": encoded.computed_tokens + sum(encoded.reused_tokens.values()),
-            "computed": usage.computed_tokens,
-            "ttft": usage.ttft,
+            "ttft": engine.generate(graph, method, max_tokens=1).usage.ttft if timed else None,
         }
     params = SamplingParams(max_tokens=ANSWER_TOKENS, stop=(*one.task.stop, "\n"))
     requests = {way: engine.submit(plan, params) for way, plan in plans.items()}
     for way, request in requests.items():
-        answer = engine.wait(request).text
-        told[way] |= {"right": substring_em(answer, one.item.references), "answer": answer}
+        result = engine.wait(request)
+        told[way] |= {
+            "prompt": result.usage.prompt_tokens,
+            "computed": result.usage.computed_tokens,
+            "right": substring_em(result.text, one.item.references),
+            "answer": result.text,
+        }
     return told
 
 
@@ -167,11 +171,11 @@ def run(
     done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     known = {(row["set"], row["id"], row["state"], row["way"]) for row in done}
     longest = max(map(len, found.values()))
-    turns = [(name, items[i]) for i in range(longest) for name, items in found.items() if i < len(items)]
+    turns = [(i, name, items[i]) for i in range(longest) for name, items in found.items() if i < len(items)]
     with rows.open("a") as file, Progress("asking", len(turns) * len(engines)) as bar:
-        for (name, one), (state, engine) in product(turns, engines.items()):
+        for (i, name, one), (state, engine) in product(turns, engines.items()):
             ways = [way for way in asked_by if (name, one.item.id, state, way) not in known]
-            for way, told in measured(engine, one, ways).items():
+            for way, told in measured(engine, one, ways, timed=i % TIMED == 0).items():
                 key = {"set": name, "id": one.item.id, "cluster": one.item.cluster, "state": state, "way": way}
                 done.append(key | told)
                 file.write(json.dumps(done[-1]) + "\n")
@@ -223,7 +227,7 @@ def _line(
         "tokens": round(mean(row["prompt"] for row in rows)),
         "encoded": round(mean(row["encoded"] for row in rows)),
         "computed": round(mean(row["computed"] for row in rows)),
-        "first token s": median(row["ttft"] for row in rows),
+        "first token s": median([row["ttft"] for row in rows if row["ttft"] is not None] or [math.nan]),
     }
 
 
