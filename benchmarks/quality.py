@@ -17,6 +17,7 @@ import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -36,6 +37,7 @@ from kvgraph.eval.metrics import substring_em
 from kvgraph.eval.stats import mean_interval, p_text, paired
 from kvgraph.graph import Edge
 from kvgraph.models import adapters
+from kvgraph.plan import Place, Plan
 from kvgraph.progress import Progress
 from runs.smollm2_data import asked, is_held_out, names, over_stories
 
@@ -130,9 +132,11 @@ def _named(item: Item) -> tuple[Edge, ...]:
 def measured(engine: Engine, one: Asked, ways: Sequence[str], timed: bool) -> dict[str, dict[str, Any]]:
     """One item by each of these methods that can lay it out, its documents encoded first.
 
-    timed: time the first tokens, one by one. All methods' answers are generated in one batch, which is faster.
+    timed: time the first tokens, one by one. All methods' answers are generated in one batch, and scored and generated answers
+    share the question, which is faster.
     """
-    told, plans = {}, {}
+    told, requests = {}, {}
+    params = SamplingParams(max_tokens=ANSWER_TOKENS, stop=(*one.task.stop, "\n"))
     for way in ways:
         spec, named = WAYS[way]
         edges = edges_of(named, one)
@@ -145,23 +149,34 @@ def measured(engine: Engine, one: Asked, ways: Sequence[str], timed: bool) -> di
             encoded = engine.encode(graph, method, progress=False)
         except (GraphError, PlanError):  # more documents than link tokens, or positions than the model has
             continue
-        plans[way] = plan
+        ids = engine.tokenize(one.item.references[0])
+        scored = engine.wait(engine.submit(_continued(plan, ids[:-1]), SamplingParams(max_tokens=1), answer=ids))
+        requests[way] = engine.submit(_continued(plan, []), params)
         told[way] = {
-            "nats": -float(engine.scores(graph, one.item.references[0], method).mean()),
+            "nats": -float(scored.scores.mean()),
+            "prompt": sum((place.hi or 0) - place.lo for place in plan.prompt.sees) + len(plan.prompt),
             "encoded": encoded.computed_tokens + sum(encoded.reused_tokens.values()),
+            "computed": sum(len(span) for span in plan.spans if not span.cached),
             "ttft": engine.generate(graph, method, max_tokens=1).usage.ttft if timed else None,
         }
-    params = SamplingParams(max_tokens=ANSWER_TOKENS, stop=(*one.task.stop, "\n"))
-    requests = {way: engine.submit(plan, params) for way, plan in plans.items()}
     for way, request in requests.items():
-        result = engine.wait(request)
-        told[way] |= {
-            "prompt": result.usage.prompt_tokens,
-            "computed": result.usage.computed_tokens,
-            "right": substring_em(result.text, one.item.references),
-            "answer": result.text,
-        }
+        answer = engine.wait(request).text
+        told[way] |= {"right": substring_em(answer, one.item.references), "answer": answer}
     return told
+
+
+def _continued(plan: Plan, more: Sequence[int]) -> Plan:
+    """The plan with more tokens after its prompt. All of its tokens but the prompt's last are computed once for all such plans."""
+    question = plan.prompt
+    last = question.positions[-1]
+    before = replace(question, tokens=question.tokens[:-1], positions=question.positions[:-1], cached=True)
+    rest = replace(
+        question,
+        tokens=(*question.tokens[-1:], *more),
+        positions=range(last, last + 1 + len(more)),
+        sees=(*question.sees, Place(len(plan.spans) - 1, before.start)),
+    )
+    return Plan((*(replace(span, cached=True) for span in plan.spans[:-1]), before, rest), plan.method)
 
 
 def run(

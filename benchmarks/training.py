@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import SMALL, arguments, ids, interleaved, median, report
 from kvgraph import ContextGraph, methods, models
+from kvgraph.attention.backends import cpu
 from kvgraph.train import forward
 from kvgraph.train.example import Example
 from kvgraph.train.forward import logits, loss
@@ -82,13 +83,13 @@ def main() -> None:
 def step(model: models.Trainable, sequences: list[Packed], side: str) -> float:
     """Forward and backward over the sequences of one optimizer step, as this side does it; returns their loss."""
     rows = 1 << 30 if side == ALL_ROWS else forward.ROWS
-    ours = side != THEIRS and forward.multiplies_bf16()
+    kernel = None if side == THEIRS else cpu.halves()
     model.hf.zero_grad()
     answers = sum(packed.counts[0] for packed in sequences)
     total = 0.0
     with (
         patch.object(forward, "ROWS", rows),
-        patch.object(forward, "multiplies_bf16", lambda: ours),
+        patch.object(cpu, "halves", lambda: kernel),
         torch.autocast(model.hf.device.type, torch.bfloat16, enabled=side in (HALF, THEIRS)),
     ):
         for packed in sequences:

@@ -2,16 +2,16 @@
 
 Attention is PyTorch's: SDPA with explicit masks, or FlexAttention with a block mask, which skips blocks that nothing sees.
 SDPA takes an example at once on a GPU. On the CPU it takes a few of its rows at a time with the columns that they see, which
-is faster (benchmarks/training.py), most of all where documents don't see each other. For 16-bit training on a CPU that
-multiplies bfloat16, it is written out, which is faster again: PyTorch's kernel takes as long in 16 bits as in 32. With sinks it
-is written out everywhere, as is softcapping without FlexAttention. Attention dropout isn't applied.
+is faster (benchmarks/training.py), most of all where documents don't see each other. PyTorch's kernel for CPUs takes as long in
+16 bits as in 32, so 16-bit training has a kernel of its own (kvgraph.train.halves) on a CPU that multiplies bfloat16. With sinks
+attention is written out, as is softcapping without FlexAttention. Attention dropout isn't applied.
 Shapes: H query heads, G key/value heads, D, Dv head sizes, V vocabulary; T, N as in kvgraph.train.pack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import importlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
+from kvgraph.attention.backends import cpu
 from kvgraph.models import Attend, Trainable
-from kvgraph.models.gguf import multiplies_bf16
 from kvgraph.train.pack import Packed
 
 # Not cuDNN's: it makes a plan for every new shape, and nearly every example has its own shape.
@@ -65,11 +65,16 @@ def loss(
 def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
     """Every layer's attention. Masks are made once for all layers with the same window."""
     device = packed.tokens.device
-    halves = device.type == "cpu" and multiplies_bf16()
+    halves = device.type == "cpu" and cpu.halves() is not None
 
     @cache
     def strips(window: int | None, dtype: torch.dtype) -> list[list[Strip]]:
         return [_strips(packed.visible(window, here), dtype) for here in packed.slices]
+
+    @cache
+    def visibility(window: int | None, repeat: int) -> Any:
+        visible = [packed.visible(window, here) for here in packed.slices]
+        return _halves().Visibility(visible, repeat)
 
     @cache
     def blocks(window: int | None) -> BlockMask:
@@ -81,6 +86,9 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
     ) -> Tensor:
         window = model.layers[layer].window
         dtype = v.dtype
+        even = not (q.shape[-1] % 2 or v.shape[-1] % 2)
+        if halves and even and not flex and dtype == torch.bfloat16 and softcap is None and sinks is None:
+            return _halves().Attention.apply(q, k, v, visibility(window, len(q) // len(k)), scale)
         # Autocast leaves some in float32, which FlexAttention may refuse. PyTorch's kernel for CPUs is faster in float32.
         wide = dtype if v.is_cuda else torch.promote_types(dtype, torch.float32)
         q, k, v = (t.to(wide) for t in (q, k, v))
@@ -89,13 +97,17 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
         # Split, not sliced: the gradient of a slice is a tensor of the whole size.
         split = [t.split(packed.lengths, 1) for t in (q, k, v)]
         examples = zip(*split, strips(window, q.dtype), strict=True)
-        if halves and dtype == torch.bfloat16 and softcap is None and sinks is None:
-            return torch.cat([_Half.apply(*example, scale) for example in examples], 1)
         with sdpa_kernel(KERNELS):
             seen = [_strip(q, k, v, strip, scale, softcap, sinks) for q, k, v, own in examples for strip in own]
         return torch.cat(seen, 1).to(dtype)
 
     return attend
+
+
+@cache
+def _halves() -> Any:
+    """The module of that name, which needs Numba."""
+    return importlib.import_module("kvgraph.train.halves")
 
 
 def _strips(visible: Tensor, dtype: torch.dtype) -> list[Strip]:
@@ -140,69 +152,6 @@ def _masked(
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(-1, rows, 1)], -1)
     return (torch.softmax(scores, -1)[..., :columns] @ v).to(dtype)
-
-
-class _Half(torch.autograd.Function):
-    """An example's attention on a CPU: q [H, T, D], k [G, T, D], v [G, T, Dv] float32 -> [H, T, Dv] bfloat16.
-
-    Products take operands of 16 bits and add in float32, as GPU kernels do. As there, the backward pass computes the weights
-    again, so that they take no memory in between.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, strips: list[Strip], scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.strips, ctx.scale = strips, scale
-        out = q.new_empty(*q.shape[:2], v.shape[-1], dtype=torch.bfloat16)
-        values = v.bfloat16()
-        with _sixteen_bits():
-            for strip in strips:
-                seen = _weights(q, k, strip, scale).bfloat16() @ _seen(values, strip)
-                out[:, strip.rows] = seen.view(len(q), -1, v.shape[-1])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        grad, keys = grads[0].float(), k.bfloat16()
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        with _sixteen_bits():
-            for strip in ctx.strips:
-                weights, above = _weights(q, k, strip, ctx.scale), _folded(grad, strip, len(k))
-                dv.index_add_(1, strip.columns, (weights.bfloat16().mT @ above.bfloat16()).float())
-                products = above @ _seen(v, strip).mT
-                scores = torch._softmax_backward_data(products, weights, -1, torch.float32).mul_(ctx.scale).bfloat16()
-                dq[:, strip.rows] = (scores @ _seen(keys, strip)).view(len(q), -1, k.shape[-1]).float()
-                dk.index_add_(1, strip.columns, (scores.mT @ _folded(q, strip, len(k)).bfloat16()).float())
-        return dq, dk, dv, None, None
-
-
-@contextmanager
-def _sixteen_bits() -> Iterator[None]:
-    """A block in which products of float32 tensors round their operands to 16 bits, but neither sums nor results."""
-    backend: Any = torch.backends.mkldnn
-    matmul = getattr(backend, "matmul", None)  # not before torch 2.9: there these products are exact, and slower
-    before = matmul and matmul.fp32_precision
-    with torch.autocast("cpu", enabled=False):
-        try:
-            if matmul:
-                matmul.fp32_precision = "bf16"
-            yield
-        finally:
-            if matmul:
-                matmul.fp32_precision = before
-
-
-def _weights(q: Tensor, k: Tensor, strip: Strip, scale: float) -> Tensor:
-    """Softmax of a strip's scores: [G, H / G * rows, columns] float32."""
-    scores = _folded(q, strip, len(k)) @ _seen(k, strip).mT
-    masked = scores.view(len(q), -1, scores.shape[-1]).mul_(scale).add_(strip.mask)
-    return torch.softmax(masked, -1).view_as(scores)
-
-
-def _folded(t: Tensor, strip: Strip, groups: int) -> Tensor:
-    """A strip's rows of t [H, T, D], those of heads that share keys together: [G, H / G * rows, D]."""
-    return t[:, strip.rows].reshape(groups, -1, t.shape[-1])
 
 
 def _seen(t: Tensor, strip: Strip) -> Tensor:

@@ -7,7 +7,6 @@ to float32; a weight is off by 2^-9 of itself at most, and so is the output, in 
 from __future__ import annotations
 
 import random
-import warnings
 
 import numba
 import pytest
@@ -20,7 +19,7 @@ import families
 from kvgraph import ContextGraph, Engine, models
 from kvgraph.attention.backends import cpu
 from kvgraph.attention.backends.base import Part
-from parts import Problem, check_threads, naive, problem
+from parts import Problem, check_threads, naive, need_the_instruction, problem
 from soak import draws
 
 WEIGHT = 2**-9  # half of the distance of two bfloat16 numbers, relative to the smaller
@@ -28,10 +27,7 @@ WEIGHT = 2**-9  # half of the distance of two bfloat16 numbers, relative to the 
 
 @pytest.fixture(autouse=True)
 def needs_the_instruction():
-    if cpu.halves() is None:
-        reason = "this processor doesn't multiply bfloat16, so its kernel of attention is NOT checked"
-        warnings.warn(reason, stacklevel=2)
-        pytest.skip(reason)
+    need_the_instruction()
 
 
 def check(case: Problem, scale: float = 0.25) -> None:

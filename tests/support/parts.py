@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -32,6 +34,14 @@ def naive(q: Tensor, part: Part, scale: float, softcap: float | None) -> tuple[T
     return softmax_of(scores, visible.tril() if part.causal else visible, values, softcap)
 
 
+def need_the_instruction() -> None:
+    """Skip a test loudly where the kernels for bfloat16 can't run."""
+    if cpu.halves() is None:
+        reason = "this processor doesn't multiply bfloat16, so its kernels of attention are NOT checked"
+        warnings.warn(reason, stacklevel=2)
+        pytest.skip(reason)
+
+
 class Problem(NamedTuple):
     q: Tensor
     parts: list[Part]
@@ -59,13 +69,19 @@ def problem(
 
 def check_threads(case: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three threads share the work of the CPU's backend, and its results are those of one, bit by bit."""
-    alone = cpu.attend(case.q, case.parts, 0.125)
+    check_shared(lambda: cpu.attend(case.q, case.parts, 0.125), monkeypatch)
+
+
+def check_shared(compute: Callable[[], Sequence[Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three threads share a computation, and its results are those of one, bit by bit."""
+    alone = compute()
     shared, original = [], ThreadPoolExecutor.submit
     monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *args: shared.append(args[-2:]) or original(*args))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        together = cpu.attend(case.q, case.parts, 0.125)
+        together = compute()
     finally:
         torch.set_num_threads(before)
-    assert len(shared) == 2 and all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert len(shared) % 2 == 0 and shared
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

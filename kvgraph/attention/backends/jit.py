@@ -23,13 +23,14 @@ from numba.extending import intrinsic
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 Kernel = Callable[..., None]
 inline = numba.njit(nogil=True, fastmath=FAST, inline="always")
-SHARED_CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+FILES = ("jit.py", "products.py")  # their code becomes part of kernels in other files
+SHARED_CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in FILES)).hexdigest()[:8]
 
 
 def jit(function: Callable[..., None]) -> Kernel:
     """The function, compiled at its first call, and kept in a file if there is a folder that Numba may write to.
 
-    Numba compiles it again when its own file changes. Its name has a hash of this one, so that it does when this one changes too.
+    Numba compiles it again when its own file changes. Its name has a hash of the shared ones, so that it does when they change too.
     """
     function.__qualname__ += f"_{SHARED_CODE}"
     try:
