@@ -97,7 +97,7 @@ class Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         above = grads[0].contiguous()
         inner = (above.float() * out).sum(-1)  # of a row: the mean of its weights' gradients, by the weights
-        found = [torch.zeros(t.shape) for t in (q, k, v)]
+        found = [torch.empty(q.shape), torch.zeros(k.shape), torch.zeros(v.shape)]
         inputs = [t.view(torch.uint16).numpy() for t in (q, k, v, above.to(torch.bfloat16))]
         arguments = (*inputs, inner.numpy(), lse.numpy(), ctx.seen.table, ctx.seen.strip, np.float32(ctx.scale))
         in_threads(_gradients, (*arguments, *(t.numpy() for t in found)), np.repeat(ctx.seen.work, len(k)), SHARED)
@@ -106,7 +106,7 @@ class Attention(torch.autograd.Function):
 
 @jit
 def _gradients(q, k, v, above, inner, lse, table, strip, scale, dq, dk, dv, begin, end):  # type: ignore[no-untyped-def]
-    """Units begin..end, each an example and a group: adds to their rows of dq, dk and dv [., T, .] float32.
+    """Units begin..end, each an example and a group: sets their rows of dq, and adds to those of dk and dv, all float32.
 
     q, k, v, above: the bits of bfloat16. With weights P, and O' the gradient of the output (`above`): P' = O' V^T;
     S' = scale * P * (P' - inner); dq = S' K, dk = S'^T Q, dv = P^T O'. For the last two, a strip's P and S' are kept as
