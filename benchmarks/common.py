@@ -63,13 +63,18 @@ def hf_model(device: str = "cpu") -> Any:
 
 
 def engine_on(hf: Any, **options: Any) -> Engine:
-    """An engine on the same weights, not a copy, in a module of its own: the other side's module stays unchanged."""
+    """An engine on the same weights, not a copy; see `model_on`."""
+    return Engine(model_on(hf), **options)
+
+
+def model_on(hf: Any) -> models.Model:
+    """The same weights, not a copy, in a module of its own: the other side's module stays unchanged."""
     config = copy.deepcopy(hf.config)
     with torch.device("meta"):
         twin = LlamaForCausalLM(config)
     twin.load_state_dict(hf.state_dict(), assign=True)
     twin.model.rotary_emb = type(hf.model.rotary_emb)(config).to(hf.device)
-    return Engine(models.wrap(twin.eval()), **options)
+    return models.wrap(twin.eval())
 
 
 def ids(n: int, seed: int, vocab: int = 32000) -> list[int]:

@@ -12,6 +12,7 @@ measured in this run, or the operations divided by the matrix rate measured in t
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -33,11 +34,12 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import gpu_training
-from benchmarks.common import LARGE, engine_on, ids, interleaved, median
+from benchmarks.common import LARGE, ids, interleaved, median, model_on
 from kvgraph import ContextGraph, Engine, methods, models
 from kvgraph.edges import all_pairs, chain
 from kvgraph.engine import runner
 from kvgraph.engine.loader import THREADS
+from kvgraph.train.config import FLEX, SDPA
 
 DEVICE = "cuda"
 SMALL = dict(LARGE, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, vocab_size=4096,
@@ -62,21 +64,35 @@ class Bench:
             self._made[shape] = random_llama(LARGE if shape == "8B" else ONE_B, torch.bfloat16)
         return self._made[shape]
 
-    def engine(self, shape: str = "8B", **options: Any) -> Engine:
-        """A new engine on the same weights."""
-        return engine_on(self.hf(shape), kv_budget=40 << 30, **options)
+    def model(self, shape: str = "8B") -> models.Model:
+        """The same weights for engines. Wrapped once: that reads all weights, for the fingerprint."""
+        if (name := f"{shape} model") not in self._made:
+            self._made[name] = model_on(self.hf(shape))
+        return self._made[name]
 
-    def free(self) -> None:
+    def engine(self, **options: Any) -> Engine:
+        """A new engine on the 8B shape."""
+        free()
+        return Engine(self.model(), kv_budget=40 << 30, **options)
+
+    def forget(self) -> None:
         """Give back the models' memory; they are made anew when needed."""
         for shape in ("8B", "1B"):
             self._made.pop(shape, None)
-        torch.cuda.empty_cache()
+            self._made.pop(f"{shape} model", None)
+        free()
 
     @property
     def limits(self) -> Figures:
         if "limits" not in self._made:
             self._made["limits"] = limits(self)
         return self._made["limits"]
+
+
+def free() -> None:
+    """Give back the device memory of what isn't used any more. Engines refer to themselves, so only a search for garbage frees them."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def random_llama(shape: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -109,6 +125,13 @@ def flops_per_token(hf: Any) -> int:
     return 2 * sum(p.numel() for p in hf.model.layers.parameters())
 
 
+def full_operations(hf: Any, tokens: int) -> int:
+    """Operations of a plain prefill: the layers' matrices, and attention, in which half of all pairs of tokens count."""
+    config = hf.config
+    pairs = tokens * tokens // 2 * config.num_attention_heads * config.head_dim
+    return flops_per_token(hf) * tokens + 4 * pairs * config.num_hidden_layers
+
+
 @contextmanager
 def without_graphs() -> Iterator[None]:
     """A block in which steps of any size run kernel by kernel, without CUDA graphs."""
@@ -120,7 +143,7 @@ def without_graphs() -> Iterator[None]:
 
 
 def profile(run: Callable[[], Any], rows: int = 14) -> list[str]:
-    """A profile of `run`: kernels by their total time, and the host's share."""
+    """A profile of `run`: kernels by their total time, and the host's calls by theirs, such as waiting or asking for memory."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -134,10 +157,12 @@ def profile(run: Callable[[], Any], rows: int = 14) -> list[str]:
     events = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events) / 1e3
+    host = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)[: rows // 2]
     lines = [
         f"wall {wall * 1e3:.2f} ms under the profiler, kernels {total:.2f} ms in {sum(e.count for e in events)} launches"
     ]
-    return lines + [f"{e.self_device_time_total / 1e3:8.3f} ms  {e.count:6d} x  {e.key[:90]}" for e in events[:rows]]
+    lines += [f"{e.self_device_time_total / 1e3:8.3f} ms  {e.count:6d} x  {e.key[:90]}" for e in events[:rows]]
+    return lines + [f"host {e.self_cpu_time_total / 1e3:8.3f} ms  {e.count:6d} x  {e.key[:85]}" for e in host]
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
@@ -212,13 +237,17 @@ def against_dense(dtype: torch.dtype) -> Figures:
 
 
 def kernels(bench: Bench) -> Figures:
-    """The kernels' own cases, compiled for this card."""
-    cases = ["-k", "dtype2 or fixed or fused"] if bench.quick else []
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", ".", *cases,
-         "tests/support/triton_cases.py", "tests/support/fused_cases.py"],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": "."},
-    )  # fmt: skip
+    """The kernels' own cases in the models' dtype, compiled for this card; most of the time is compilation."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join((".", "tests/support"))}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", ".",
+             "--noconftest", "-k", "dtype2 or fixed or fused", "tests/support/triton_cases.py", "tests/support/fused_cases.py"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, env=environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as stopped:
+        told = (stopped.stdout or b"").decode(errors="replace")
+        return {"stopped after s": stopped.timeout, "pytest": told.strip().splitlines()[-12:]}
     return {"pytest": done.stdout.strip().splitlines()[-12 if done.returncode else -1 :]}
 
 
@@ -271,6 +300,7 @@ def ttft(bench: Bench) -> Figures:
         hf(flat, use_cache=False, logits_to_keep=1).logits[0, -1].argmax().item()
 
     kvgraph = timed(warm, bench.repeats)
+    submitted = median(usages[1:])
     full = timed(prefill, 2)
     with without_graphs():
         eager = timed(warm, bench.repeats)
@@ -278,19 +308,25 @@ def ttft(bench: Bench) -> Figures:
     rate = bench.limits["device copy TB/s (read + written)"] * 1e12
     return {
         "kvgraph warm ms": kvgraph * 1e3,
-        "of which from submission ms": median(usages) * 1e3,
+        "of which from submission ms": submitted * 1e3,
         "kvgraph warm, without CUDA graphs ms": eager * 1e3,
         "Hugging Face full prefill ms": full * 1e3,
         "bytes limit ms": (bench.limits["weights GB"] * 1e9 + kv) / rate * 1e3,
-        "operations limit of the full prefill ms": flops_per_token(hf)
-        * flat.shape[1]
+        "operations limit of the full prefill ms": full_operations(hf, flat.shape[1])
         / bench.limits["matrix TFLOP/s"]
         / 1e12
         * 1e3,
         "documents' KV GB": kv / 1e9,
         "first encoding of the documents s": encode,
+        **captured(engine),
         "profile": profile(warm),
     }
+
+
+def captured(engine: Engine) -> Figures:
+    """Whether steps run as CUDA graphs, and how many graphs there are."""
+    steps: Any = engine.scheduler.runner
+    return {"steps run as CUDA graphs": steps._capturable, "CUDA graphs": len(steps._graphs)}
 
 
 def decode(bench: Bench) -> Figures:
@@ -321,12 +357,12 @@ def decode(bench: Bench) -> Figures:
         requests = [engine.submit(engine.plan(g, "block"), sampling(40)) for g in graphs]
         while any(len(r.token_ids) < 8 for r in requests):
             engine.step()
-        found[f"{rows} rows: ms of the host a step"] = host_seconds(engine, 20) * 1e3
         found[f"{rows} rows: profile of 4 steps"] = profile(lambda: [engine.step() for _ in range(4)])
+        found[f"{rows} rows: ms of the host a step"] = host_seconds(engine, 20) * 1e3  # last: it leaves KV out
         for request in requests:
             engine.cancel(request)
     found["16 rows / one row"] = found["16 rows: tokens/s"] / found["1 rows: tokens/s"]
-    return found
+    return found | captured(engine)
 
 
 def host_seconds(engine: Engine, steps: int) -> float:
@@ -386,7 +422,11 @@ def tiers(bench: Bench) -> Figures:
         found = from_host(bench, graph)
         with bench.engine(store=folder) as engine:
             engine.encode(graph, "block")
-        return found | from_disk(bench, graph, folder, found)
+        try:
+            return found | from_disk(bench, graph, folder, found)
+        except Exception as error:  # the figures from host memory are there all the same
+            traceback.print_exc()
+            return found | {"from disk: failed": f"{type(error).__name__}: {error}"[:400]}
 
 
 def lost(engine: Engine) -> None:
@@ -548,6 +588,8 @@ def cold(model: Any, graph: ContextGraph, method: Any) -> float:
     """Seconds to the first token of a plan with nothing stored; the better of two runs after a warm-up."""
     times = []
     for _ in range(3):
+        engine = None  # the one before
+        free()
         engine = Engine(model, kv_budget=20 << 30)
         plan = engine.plan(graph, method)
         torch.cuda.synchronize()
@@ -565,7 +607,7 @@ def flat(tokens: int) -> ContextGraph:
 
 def levels(bench: Bench) -> Figures:
     """Cold rounds of graph-kv over 200 chunks of 100 tokens, against one flat prefill of the same number of tokens (1B shape)."""
-    model, vocab, method = bench.engine("1B").model, LARGE["vocab_size"], methods.get("graph-kv", rounds=2)
+    model, vocab, method = bench.model("1B"), LARGE["vocab_size"], methods.get("graph-kv", rounds=2)
     edges = [(a, b) for b in range(200) for a in range(max(0, b - 2), b)]
     graph = ContextGraph([ids(100, i, vocab) for i in range(200)], ids(9, 5, vocab), edges=edges)
     tokens = sum(map(len, method.plan(graph).spans))
@@ -575,7 +617,7 @@ def levels(bench: Bench) -> Figures:
 
 def messages(bench: Bench) -> Figures:
     """Cold chats of many short messages, against one message with the same number of tokens (1B shape)."""
-    model, vocab, found = bench.engine("1B").model, LARGE["vocab_size"], {}
+    model, vocab, found = bench.model("1B"), LARGE["vocab_size"], {}
     for count, length in ((41, 22), (301, 10)) if bench.quick else ((41, 22), (1001, 10)):
         chat = ContextGraph([], query=ids(9, 5, vocab), prefix=[ids(length, i, vocab) for i in range(count)])
         many, one = cold(model, chat, "full"), cold(model, flat(count * length + 9), "full")
@@ -613,9 +655,15 @@ def compiled(bench: Bench) -> Figures:
 
 
 def training(bench: Bench) -> Figures:
-    """Training steps of an adapter of a 135M model."""
-    bench.free()
-    return gpu_training.figures(DEVICE, 6 if bench.quick else 10, profile)
+    """Training steps of an adapter of a 135M model, with SDPA."""
+    bench.forget()
+    return gpu_training.figures(SDPA, DEVICE, 6 if bench.quick else 10, profile)
+
+
+def training_flex(bench: Bench) -> Figures:
+    """The same with FlexAttention, which takes more than a minute to compile."""
+    bench.forget()
+    return gpu_training.figures(FLEX, DEVICE, 6 if bench.quick else 10, profile)
 
 
 def candidates(bench: Bench) -> Figures:
@@ -642,6 +690,7 @@ PARTS: dict[str, Callable[[Bench], Figures]] = {
     "compiled": compiled,
     "kernels": kernels,
     "training": training,
+    "training_flex": training_flex,
     "candidates": candidates,
 }
 
@@ -670,12 +719,12 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             found[name] = {"failed": f"{type(error).__name__}: {error}"[:400]}
-        torch.cuda.empty_cache()
         found[name]["part's seconds"] = time.perf_counter() - started
         print(f"== {name}", json.dumps(found[name], indent=1), flush=True)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(found, indent=1) + "\n")
+        free()  # it fails if the part broke the device's context, and then so would every other part
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training steps of an adapter on a GPU, by both kinds of attention: a part of `benchmarks.gpu`.
+"""Training steps of an adapter on a GPU, by either kind of attention: parts of `benchmarks.gpu`.
 
 The model has the shape of SmolLM2-135M with random weights, an adapter of rank 16 on every matrix, and activations in bf16. A step
 has 16 examples of 3 to 12 documents and their questions, as in the training of the adapter that ships; no two steps are alike.
@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import ids
 from kvgraph import ContextGraph, methods, models
-from kvgraph.train.config import ATTENTIONS, FLEX
+from kvgraph.train.config import FLEX
 from kvgraph.train.example import Example
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.pack import Packed, pack
@@ -30,21 +30,13 @@ EXAMPLES, LENGTH = 16, 16384  # of a step; tokens of a sequence
 Profile = Callable[[Callable[[], Any]], list[str]]
 
 
-def figures(device: str, steps: int, profile: Profile, shape: dict[str, Any] = SMOLLM2) -> dict[str, Any]:
-    """Seconds of each step, and tokens/s without the first two steps, by each kind of attention."""
-    found: dict[str, Any] = {}
-    sequences = [_sequences(seed, shape["vocab_size"]) for seed in range(steps)]
-    for attention in ATTENTIONS:
-        try:
-            found |= _measured(attention, device, sequences, profile, shape)
-        except Exception as error:  # the other kind is measured all the same
-            found[f"{attention}: failed"] = f"{type(error).__name__}: {error}"[:300]
-    return found
-
-
-def _measured(
-    attention: str, device: str, steps: list[list[Packed]], profile: Profile, shape: dict[str, Any]
+def figures(
+    attention: str, device: str, count: int, profile: Profile, shape: dict[str, Any] = SMOLLM2
 ) -> dict[str, Any]:
+    """Seconds of each of `count` steps, and tokens/s without the first two."""
+    steps = [_sequences(seed, shape["vocab_size"]) for seed in range(count)]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     trainable, module = _adapted(device, shape)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
 
@@ -68,10 +60,11 @@ def _measured(
     tokens = [sum(map(len, sequences)) for sequences in steps]
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
     return {
-        f"{attention}: seconds of each step": [round(s, 3) for s in seconds],
-        f"{attention}: tokens/s": sum(tokens[2:]) / sum(seconds[2:]),
-        f"{attention}: peak GB": peak,
-        f"{attention}: profile": profile(lambda: step(steps[-1])),
+        "attention": attention,
+        "seconds of each step": [round(s, 3) for s in seconds],
+        "tokens/s": sum(tokens[2:]) / sum(seconds[2:]),
+        "peak GB": peak,
+        "profile": profile(lambda: step(steps[-1])),
     }
 
 

@@ -86,7 +86,9 @@ class Sizes(NamedTuple):
 
 def fixed_sizes(tokens: int, most: int) -> Sizes:
     """Capacities of the tables of a captured step of `tokens` tokens; slots are those of the largest step, `most`."""
-    return Sizes(tokens, tokens, 1024, max(2048, 64 * tokens), 2048, 4096, 4096, tokens, 128 * most, 128 * most)
+    return Sizes(
+        tokens, tokens, 1024, max(2048, 64 * tokens), max(2048, 64 * tokens), 4096, 4096, tokens, 128 * most, 128 * most
+    )
 
 
 @dataclass

@@ -59,6 +59,7 @@ log = logging.getLogger("kvgraph.engine")
 
 BEFORE = 8  # tokens of a prompt that its continuation is decoded with
 WRITES = 64  # records that may wait to be written; beyond this, encoding waits for the disk
+WAITING = 1 << 30  # bytes of them; memory's budget doesn't count what it gave up and isn't written yet
 BATCH = 64 << 20  # bytes of records that are handed to the store together
 PATIENCE = 0.01  # seconds that a step waits for the store when nothing else can run; then others may have the lock
 PINS = ("cuda",)  # devices that copy from pinned host memory
@@ -161,7 +162,7 @@ class Engine:
         self._warned: set[str] = set()
         kept = self.store is not None or self.host is not None
         self._writer = ThreadPoolExecutor(1, "kvgraph-writer") if kept else None
-        self._writes: list[Future[None]] = []
+        self._writes: list[tuple[Future[None], int]] = []  # when done, a record is written; its bytes
         self._pending: deque[tuple[str, Record | list[str]]] = (
             deque()
         )  # (salt, record to keep or keys to remove), in order
@@ -508,7 +509,7 @@ class Engine:
     @property
     def writing(self) -> int:
         """Records that wait to be written to the store or to host memory, and the one being written."""
-        return sum(not write.done() for write in list(self._writes))
+        return sum(not write.done() for write, _ in list(self._writes))
 
     def tier(self, key: str, salt: str | None = None) -> str | None:
         """Where a tenant's span's KV is now: "memory", "host", the store's first tier that has it, or None. Changes nothing."""
@@ -532,13 +533,13 @@ class Engine:
                     self.scheduler.memory.pool.delete(key)
             if self._writer is not None:
                 self._pending.append((self.salt if salt is None else salt, keys))
-                self._writes.append(self._writer.submit(self._work_off))
+                self._writes.append((self._writer.submit(self._work_off), 0))
 
     def flush(self) -> None:
         """Wait until every encoded record has been offered to the store, and every forgotten one removed."""
         with self._lock:
             writes = list(self._writes)
-        for write in writes:
+        for write, _ in writes:
             write.result()
 
     def close(self) -> None:
@@ -640,11 +641,11 @@ class Engine:
         """Hand a record to the writer thread. If its queue is full, encoding waits for the disk."""
         if self._writer is None:
             return
-        self._writes = [w for w in self._writes if not w.done()]
-        while len(self._writes) >= WRITES:
-            self._writes.pop(0).result()
+        self._writes = [(write, size) for write, size in self._writes if not write.done()]
+        while len(self._writes) >= WRITES or sum(size for _, size in self._writes) > WAITING:
+            self._writes.pop(0)[0].result()
         self._pending.append((salt, record))
-        self._writes.append(self._writer.submit(self._work_off))
+        self._writes.append((self._writer.submit(self._work_off), record.nbytes))
 
     def _work_off(self) -> None:
         """Do what is pending next: keep the records in a row of one tenant, or remove some. Another call may have done it."""

@@ -52,6 +52,7 @@ class CudaRunner(Runner):
 
         super().__init__(model)
         self._fused = Fused(model.hf)
+        self._device = model.device if model.device.type == "cuda" else -1  # Triton's interpreter runs on a CPU
         self.rotaries = tuple(replace(r, inv_freq=r.inv_freq.to(model.device)) for r in model.rotaries)
         self._graphs: dict[tuple[int, Any], Any] = {}
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
@@ -62,6 +63,10 @@ class CudaRunner(Runner):
 
     def run(self, rows: Sequence[Row], want: Sequence[int]) -> Tensor:
         """See `Runner.run`."""
+        with torch.cuda.device(self._device):
+            return self._run(rows, want)
+
+    def _run(self, rows: Sequence[Row], want: Sequence[int]) -> Tensor:
         from kvgraph.attention.cuda import CudaStep
 
         if self._decoding is not None and len(rows) <= GRAPH_TOKENS and self._decoding[0].continues(rows, want):

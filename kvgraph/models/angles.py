@@ -23,7 +23,10 @@ class _Angles:
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         inv_freq, scaling = self.tables[layer_type]
-        angle = position_ids.to(torch.float64)[..., None] * inv_freq.to(position_ids.device)
+        if inv_freq.device != position_ids.device:  # the model was moved since, as for training
+            inv_freq = inv_freq.to(position_ids.device)
+            self.tables[layer_type] = inv_freq, scaling
+        angle = position_ids.to(torch.float64)[..., None] * inv_freq
         spread = _LAYOUTS[self.layout]
         return spread(angle.cos() * scaling).to(x.dtype), spread(angle.sin() * scaling).to(x.dtype)
 

@@ -55,13 +55,8 @@ class Packed:
         return len(self.documents) - documents, documents
 
     def to(self, device: torch.device | str) -> Packed:
-        """The same on a device. Copies to a GPU don't wait for its pending work."""
-        gpu = torch.device(device).type == "cuda"
-
-        def moved(tensor: Tensor) -> Tensor:
-            return (tensor.pin_memory() if gpu and not tensor.is_cuda else tensor).to(device, non_blocking=gpu)
-
-        tensors: dict[str, Any] = {k: moved(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        """The same on a device."""
+        tensors: dict[str, Any] = {k: moved(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
     def arrays(self) -> dict[str, Any]:
@@ -118,6 +113,12 @@ class Packed:
             sees=sees,
             lengths=self.lengths + (more,) * (more > 0),
         )
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device. A copy to a GPU doesn't wait for its pending work."""
+    gpu = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if gpu and not tensor.is_cuda else tensor).to(device, non_blocking=gpu)
 
 
 def pack(

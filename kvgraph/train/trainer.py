@@ -30,7 +30,7 @@ from kvgraph.train.batches import Batch, Cursor, ValidationSet
 from kvgraph.train.config import FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
-from kvgraph.train.pack import Packed
+from kvgraph.train.pack import Packed, moved
 
 LOG_EVERY = 10  # steps between reading losses, which on a GPU waits for the device
 MAY_CHANGE = {
@@ -227,7 +227,7 @@ class Trainer:
         lesson = step.lessons[number]
         with torch.no_grad(), self.student.teaching():
             taught = self._logits(self._placed(lesson.taught))
-        held = lesson.held.to(packed.tokens.device)
+        held = moved(lesson.held, packed.tokens.device)
         return distill.loss(self._logits(packed), taught, held, hold=config.hold, totals=step.totals)
 
     def _rate(self, step: int) -> float:

@@ -314,6 +314,28 @@ def test_a_store_that_cannot_write_costs_only_recomputes(llama, tmp_path, monkey
     assert engine.store_errors == 4  # three documents and the prefix
 
 
+@pytest.mark.parametrize("most", [3, 1000])
+def test_few_bytes_wait_for_a_slow_store(llama, tmp_path, monkeypatch, most):
+    """Memory's budget doesn't count what was evicted and isn't written yet."""
+    store, waiting, asked = DiskStore(tmp_path), [], threading.Event()
+    put, size = store.put_all, 50 * llama.kv_bytes_per_token
+
+    def slow(records):
+        asked.wait(0.05 if most == 3 else 60)
+        waiting.append(sum(work.nbytes for _, work in engine._pending) + sum(record.nbytes for record in records))
+        return put(records)
+
+    monkeypatch.setattr(store, "put_all", slow)
+    monkeypatch.setattr("kvgraph.engine.engine.WAITING", most * size)
+    engine = Engine(llama, store=store, kv_budget=1 << 26)
+    for seed in range(12):
+        document = np.random.default_rng(seed).integers(0, VOCAB, 50).tolist()
+        engine.generate(ContextGraph([document], query=[1]), "block", max_tokens=1)
+    asked.set()
+    engine.close()
+    assert max(waiting) <= 5 * size if most == 3 else max(waiting) > 6 * size
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
 def test_scratch_memory_does_not_grow_with_the_square_of_the_context(family):
