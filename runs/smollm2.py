@@ -3,8 +3,9 @@
     python runs/smollm2.py --model MODEL --data DATA --out OUT --minutes 5
 
 DATA is what runs/smollm2_data.py makes. Three runs: `answers` learns from gold answers by all methods at once; `distill` goes on
-from it without labels, and is what ships; `unlabelled` is the distillation of the model as it comes. OUT gets their adapters,
-logs and tables. What fails is said, and the rest goes on.
+from it without labels, and is what ships; `unlabelled` is the distillation of the model as it comes. A fourth if it is asked for:
+`sentences` goes on from `unlabelled`, with the data that runs/smollm2_sentences.py adds. OUT gets their adapters, logs and tables.
+What fails is said, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from kvgraph.train.recipes.smollm2 import KVLINK
 from kvgraph.train.records import Records
 
 STARTED = time.monotonic()
-RUNS = {"answers": 0.6, "distill": 0.15, "unlabelled": 0.25}  # shares of the time to train
+RUNS = {"answers": 0.6, "distill": 0.15, "unlabelled": 0.25, "sentences": 0.25}  # shares of the time to train
+USUAL = ("answers", "distill", "unlabelled")
 OVERHEAD = 14.0  # seconds that a run takes besides its steps
 COMMON: tuple[gap.Way, ...] = (("block", "none"), (KVLINK, "none"), ("pcw", "none"))
 OWN: tuple[gap.Way, ...] = (*COMMON, ("graph-kv", "links"), ("graph-kv", "random"), ("graph-kv", "none"))
@@ -72,7 +74,7 @@ def main() -> None:
         shutil.copy(out / f"{name}.run" / "log.jsonl", adapters[name])
         (adapters[name] / "config.json").write_text(config.to_json())
         _say(f"{name}: {done.step} steps; {_course(adapters[name] / 'log.jsonl')}")
-    for name in ("distill", "unlabelled"):
+    for name in ("distill", "unlabelled", "sentences"):
         if name in adapters:
             _attempted(f"table of {name}", lambda name=name: _table(base, adapters, name, options))
             _freed()
@@ -82,7 +84,8 @@ def main() -> None:
 def _start(name: str, adapters: dict[str, Path], options: argparse.Namespace) -> Path | str:
     """The adapter that a run goes on from."""
     started = options.start or ""
-    return {"answers": started, "distill": adapters.get("answers", started)}.get(name, "")
+    goes_on = {"answers": "", "distill": "answers", "sentences": "unlabelled"}
+    return adapters.get(goes_on[name], started) if name in goes_on else ""
 
 
 def _left(options: argparse.Namespace) -> float:
@@ -108,7 +111,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, required=True, help="for everything")
     parser.add_argument("--tables", type=float, default=40.0, help="seconds of these to keep for the tables")
     parser.add_argument(
-        "--runs", nargs="+", choices=tuple(RUNS), default=list(RUNS), help="in this order [default: all]"
+        "--runs", nargs="+", choices=tuple(RUNS), default=USUAL, help=f"in this order [default: {' '.join(USUAL)}]"
     )
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; 0 for torch's choice")
@@ -118,7 +121,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="steps of each run, to try it out")
     parser.add_argument("--steps", type=int, default=0, help="of each run, instead of a time limit")
     parser.add_argument("--lr", type=float, help="peak learning rate [default: the recipe's]")
-    parser.add_argument("--start", type=Path, help="an adapter to go on from, for answers and distill")
+    parser.add_argument("--start", type=Path, help="an adapter to go on from, for all but unlabelled")
     parser.add_argument("--examples", type=int, default=36, help="of each held-out set in a table")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

@@ -11,7 +11,7 @@ from kvgraph.train.config import Config, TrainError
 from kvgraph.train.recipes.block_attention import block_attention
 from kvgraph.train.recipes.graph_kv import graph_kv
 from kvgraph.train.recipes.kvlink import kvlink
-from kvgraph.train.recipes.smollm2 import smollm2_answers, smollm2_distill, smollm2_unlabelled
+from kvgraph.train.recipes.smollm2 import smollm2_answers, smollm2_distill, smollm2_sentences, smollm2_unlabelled
 from kvgraph.train.recipes.world import world_1hop, world_2hop, world_base, world_mixed
 
 
@@ -36,6 +36,7 @@ RECIPES: Registry[Callable[[], Config]] = Registry(
         "graph-kv": graph_kv,
         "smollm2-answers": smollm2_answers,
         "smollm2-distill": smollm2_distill,
+        "smollm2-sentences": smollm2_sentences,
         "smollm2-unlabelled": smollm2_unlabelled,
         "world-1hop": world_1hop,
         "world-2hop": world_2hop,

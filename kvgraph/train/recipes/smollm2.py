@@ -46,6 +46,15 @@ def smollm2_unlabelled() -> Config:
     return replace(smollm2_distill(), name="smollm2-unlabelled", lr=1e-3)
 
 
+def smollm2_sentences() -> Config:
+    """Learn from the model's own sentences (runs/smollm2_sentences.py). Give it the adapter of the distillation alone."""
+    components = (
+        Component("sentences", "sentences", METHODS, 50, recite=1),
+        Component("sentences-graph", "sentences", ("graph-kv",), 26, edges=("all", "top-k:3", "none"), recite=1),
+    )
+    return replace(smollm2_answers(), name="smollm2-sentences", stages=(Stage(components, steps=4000),), lr=5e-4)
+
+
 def _components(recite: int) -> tuple[Component, ...]:
     """Passages, stories whose sections read the ones before them, and multi-hop questions. Stories and hops are sometimes
     given random edges or none, to measure whether the true edges help.
