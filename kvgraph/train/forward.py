@@ -88,7 +88,7 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
         dtype = v.dtype
         even = not (q.shape[-1] % 2 or v.shape[-1] % 2)
         if halves and even and not flex and dtype == torch.bfloat16 and softcap is None and sinks is None:
-            return _halves().Attention.apply(q, k, v, visibility(window, len(q) // len(k)), scale)
+            return _halves().PackedAttention.apply(q, k, v, visibility(window, len(q) // len(k)), scale)
         # Autocast leaves some in float32, which FlexAttention may refuse. PyTorch's kernel for CPUs is faster in float32.
         wide = dtype if v.is_cuda else torch.promote_types(dtype, torch.float32)
         q, k, v = (t.to(wide) for t in (q, k, v))

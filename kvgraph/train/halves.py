@@ -76,7 +76,7 @@ def _tiles(visible: Tensor, strip: int) -> Tensor:
     return whole.view(-1, strip, whole.shape[1] // WIDTH, WIDTH).any(3).any(1)
 
 
-class Attention(torch.autograd.Function):
+class PackedAttention(torch.autograd.Function):
     """A sequence's attention: q [H, T, D], k [G, T, D], v [G, T, Dv] of any dtype -> [H, T, Dv] bfloat16.
 
     D and Dv are even. `seen` says what a row sees.

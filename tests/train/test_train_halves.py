@@ -49,9 +49,9 @@ class Case:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from kvgraph.train.halves import Attention, Visibility
+        from kvgraph.train.halves import PackedAttention, Visibility
 
-        return Attention.apply(q, k, v, Visibility(self.visible, self.repeat), self.scale)
+        return PackedAttention.apply(q, k, v, Visibility(self.visible, self.repeat), self.scale)
 
 
 def check(case: Case) -> None:
