@@ -125,9 +125,9 @@ def started(model, monkeypatch):
 
 def test_garbage_is_not_searched_for_among_what_was_loaded(started):
     """A search through a million objects stops every answer for 0.3 seconds."""
-    before = gc.get_freeze_count()
+    gc.unfreeze()  # what other tests' servers froze
     engine = started()
-    assert gc.get_freeze_count() > before + 10_000
+    assert gc.get_freeze_count() > 10_000
     assert not any(held is engine.model for held in gc.get_objects())
 
 
