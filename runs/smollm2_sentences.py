@@ -39,9 +39,7 @@ DOCUMENTS = (7, 12)
 QUESTIONS = 24  # of an example, at most
 NEIGHBOURS = 40  # of a passage, from which its example's documents are taken
 ROUNDS = 3  # how often each passage comes first
-MOSTLY = (
-    0.8  # share of examples whose documents are similar, and share of those in which passages with questions come first
-)
+MOSTLY = 0.8  # share of examples over similar documents, and of those in which passages with questions come first
 PLAIN = 0.15  # share of examples that are asked as in a chat, without the evaluation's instruction
 
 

@@ -72,8 +72,8 @@ def check_threads(case: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     check_shared(lambda: cpu.attend(case.q, case.parts, 0.125), monkeypatch)
 
 
-def check_shared(compute: Callable[[], Sequence[Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three threads share a computation, and its results are those of one, bit by bit."""
+def check_shared(compute: Callable[[], Sequence[Tensor]], monkeypatch: pytest.MonkeyPatch, calls: int = 1) -> None:
+    """Three threads share each of a computation's calls of a kernel, and its results are those of one, bit by bit."""
     alone = compute()
     shared, original = [], ThreadPoolExecutor.submit
     monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *args: shared.append(args[-2:]) or original(*args))
@@ -83,5 +83,4 @@ def check_shared(compute: Callable[[], Sequence[Tensor]], monkeypatch: pytest.Mo
         together = compute()
     finally:
         torch.set_num_threads(before)
-    assert len(shared) % 2 == 0 and shared
-    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert len(shared) == 2 * calls and all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

@@ -58,10 +58,8 @@ def check(case: Case) -> None:
     exact, ours = case.found(case.plain, torch.float64), case.found(case.ours, torch.float32)
     for expected, mine in zip(exact, ours, strict=True):
         error = (mine - expected).norm()
-        assert mine.shape == expected.shape
-        assert (
-            error <= 3e-2 * expected.norm() + 1e-3 * mine.numel() ** 0.5
-        )  # a row that sees only itself has no gradient
+        noise = 1e-3 * mine.numel() ** 0.5  # where a row sees only itself, the exact gradient is 0
+        assert mine.shape == expected.shape and error <= 3e-2 * expected.norm() + noise
 
 
 cases = st.builds(
@@ -121,4 +119,4 @@ def test_what_a_row_does_not_see_changes_nothing():
 @pytest.mark.parametrize("lengths", [[400, 130, 300], [700]])
 def test_threads_change_nothing(lengths, monkeypatch):
     case = Case(0, 3, 3, 64, 64, lengths, 1.0)
-    check_shared(lambda: case.found(case.ours, torch.float32), monkeypatch)
+    check_shared(lambda: case.found(case.ours, torch.float32), monkeypatch, calls=2)
