@@ -10,7 +10,6 @@ Shapes: H query heads, G key/value heads, D, Dv head sizes, V vocabulary; T, N a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -73,8 +72,9 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
 
     @cache
     def visibility(window: int | None, repeat: int) -> Any:
-        visible = [packed.visible(window, here) for here in packed.slices]
-        return _halves().Visibility(visible, repeat)
+        from kvgraph.train.halves import Visibility
+
+        return Visibility([packed.visible(window, here) for here in packed.slices], repeat)
 
     @cache
     def blocks(window: int | None) -> BlockMask:
@@ -88,7 +88,9 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
         dtype = v.dtype
         even = not (q.shape[-1] % 2 or v.shape[-1] % 2)
         if halves and even and not flex and dtype == torch.bfloat16 and softcap is None and sinks is None:
-            return _halves().PackedAttention.apply(q, k, v, visibility(window, len(q) // len(k)), scale)
+            from kvgraph.train.halves import PackedAttention  # it needs Numba
+
+            return PackedAttention.apply(q, k, v, visibility(window, len(q) // len(k)), scale)
         # Autocast leaves some in float32, which FlexAttention may refuse. PyTorch's kernel for CPUs is faster in float32.
         wide = dtype if v.is_cuda else torch.promote_types(dtype, torch.float32)
         q, k, v = (t.to(wide) for t in (q, k, v))
@@ -102,12 +104,6 @@ def _attention(model: Trainable, packed: Packed, flex: bool) -> Attend:
         return torch.cat(seen, 1).to(dtype)
 
     return attend
-
-
-@cache
-def _halves() -> Any:
-    """The module of that name, which needs Numba."""
-    return importlib.import_module("kvgraph.train.halves")
 
 
 def _strips(visible: Tensor, dtype: torch.dtype) -> list[Strip]:

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from kvgraph.attention.backends import halves
 from kvgraph.attention.backends.base import Part
 from kvgraph.attention.backends.halves import UNIT
-from kvgraph.attention.backends.jit import exponential, in_threads, jit, pointer
+from kvgraph.attention.backends.jit import exponential, in_threads, inline, jit, pointer
 from kvgraph.attention.backends.products import (
     ROWS,
     WIDTH,
@@ -102,6 +102,19 @@ class PackedAttention(torch.autograd.Function):
         arguments = (*inputs, inner.numpy(), lse.numpy(), ctx.seen.table, ctx.seen.strip, np.float32(ctx.scale))
         in_threads(_gradients, (*arguments, *(t.numpy() for t in found)), np.repeat(ctx.seen.work, len(k)), SHARED)
         return *(t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True)), None, None
+
+
+@inline  # type: ignore[untyped-decorator]
+def _add_turned(factor, pairs, n, turned, target, here, dim):  # type: ignore[no-untyped-def]
+    """Add the product of `factor` [dim or more, 2n] and `pairs` [n, WIDTH], turned, to the first `here` rows of target [., dim]."""
+    step = 2 * factor.shape[1]
+    for r0 in range(0, factor.shape[0], ROWS):
+        set_product(
+            factor.ctypes.data + r0 * step, step, pairs.ctypes.data, turned.ctypes.data + 4 * r0 * WIDTH, 4 * WIDTH, n
+        )  # fmt: skip
+    for j in range(here):
+        for d in range(dim):
+            target[j, d] += turned[d, j]
 
 
 @jit
@@ -190,22 +203,8 @@ def _gradients(q, k, v, above, inner, lse, table, strip, scale, dq, dk, dv, begi
                             scores.ctypes.data, 2 * WIDTH, key_rows.ctypes.data + b * 2 * WIDTH * WIDTH,
                             sums.ctypes.data + r0 * sum_bytes + 4 * b * WIDTH, sum_bytes, (here + 1) // 2,
                         )  # fmt: skip
-                for r0 in range(0, tall, ROWS):
-                    set_product(
-                        query_turned.ctypes.data + 2 * r0 * most, 2 * most, score_pairs.ctypes.data,
-                        turned.ctypes.data + 4 * r0 * WIDTH, 4 * WIDTH, whole // 2,
-                    )  # fmt: skip
-                for j in range(here):
-                    for d in range(dim):
-                        dk[group, offset + at + j, d] += turned[d, j]
-                for r0 in range(0, value_tall, ROWS):
-                    set_product(
-                        wanted_turned.ctypes.data + 2 * r0 * most, 2 * most, weight_pairs.ctypes.data,
-                        turned.ctypes.data + 4 * r0 * WIDTH, 4 * WIDTH, whole // 2,
-                    )  # fmt: skip
-                for j in range(here):
-                    for d in range(value_dim):
-                        dv[group, offset + at + j, d] += turned[d, j]
+                _add_turned(query_turned, score_pairs, whole // 2, turned, dk[group, offset + at :], here, dim)
+                _add_turned(wanted_turned, weight_pairs, whole // 2, turned, dv[group, offset + at :], here, value_dim)
             for r in range(rows):
                 h, c = group * repeat + r % repeat, offset + first + r // repeat
                 for d in range(dim):
