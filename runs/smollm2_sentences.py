@@ -51,6 +51,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="to answer questions")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    held_out = options.out / "passages" / "validation.jsonl"
+    if not held_out.exists():
+        parser.error(f"there is no {held_out}; run `python runs/smollm2_data.py {options.data} {options.out}` first")
     torch.set_num_threads(options.threads)
     pool = [p for p in passages(options.data / "qa_train") if not is_held_out(p.key)]
     pool = [p for p in pool if len(p.document["text"].split()) <= LONGEST]
@@ -60,7 +63,7 @@ def main() -> None:
     for told in map(json.loads, file.read_text().splitlines()):
         if told["kept"]:
             kept[told["passage"]].append({"question": told["question"], "answer": told["answer"]})
-    validation = map(json.loads, (options.out / "passages" / "validation.jsonl").read_text().splitlines())
+    validation = map(json.loads, held_out.read_text().splitlines())
     splits = {
         "train": list(records(pool, kept)),
         "validation": [{k: v for k, v in r.items() if k != "id"} for r in validation],
