@@ -2,9 +2,10 @@
 
     python runs/smollm2_sentences.py SHARED_DATA DATA --minutes 15
 
-The model reads the right passage alone, by `full`, and answers in its own words. An answer that holds the right one is kept. The
-records ask these questions over seven to twelve similar passages, so that what is learned is to find the passage and to answer as
-before, by every method. SHARED_DATA and DATA are those of runs/smollm2_data.py, which comes first. DATA gets a folder `sentences`, and
+The model reads the right passage alone, by `full`, and answers in its own words. An answer that holds the right one is kept. Where it
+doesn't, the model is asked again and told the right one, as in STaR (arXiv 2203.14465, section 3.2); a sentence that holds it is kept as
+if it had come without. The records ask these questions over seven to twelve similar passages, so that what is learned is to find the
+passage and to answer as before, by every method. SHARED_DATA and DATA are those of runs/smollm2_data.py, which comes first. DATA gets a folder `sentences`, and
 `sentences.answers.jsonl`, the answers; an interrupted run goes on from these.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from kvgraph import ContextGraph, Engine, SamplingParams, demo, models
+from kvgraph import Engine, SamplingParams, demo, models
 from kvgraph.data import prompt
 from kvgraph.data.chat import Document
 from kvgraph.data.task import Item
@@ -33,6 +34,8 @@ from runs.smollm2_data import SEARCHED, Passage, Record, fitting, is_held_out, n
 
 BATCH = 32  # questions that are answered together
 TOKENS = 40  # of an answer; longer ones aren't kept
+TOLD = '{} Answer in one sentence with the words "{}".'  # the question and the right answer
+MORE = 3  # words that a sentence has besides the answer it was told: the answer alone would teach to write no sentences
 LONGEST = 220  # words of a passage
 WORDS = (750, 1050)  # of the documents of an example
 DOCUMENTS = (7, 12)
@@ -73,31 +76,55 @@ def main() -> None:
 
 def answer(pool: Sequence[Passage], file: Path, minutes: float) -> None:
     """Add answers to questions that the file doesn't have yet. All questions of a passage come after each other."""
-    rng = random.Random(1)
-    pairs = [(i, q) for i in rng.sample(range(len(pool)), len(pool)) for q in pool[i].questions]
-    asked = [(i, searched(q) if rng.random() < SEARCHED else q) for i, q in pairs if q["answer"] not in ("yes", "no")]
+    asked = questions(pool)
     done = len(file.read_text().splitlines()) if file.exists() else 0
     engine = Engine(models.load(adapters.base_of(demo.adapter())), kv_budget=1 << 30)
-    task, params, end = get("nq"), SamplingParams(max_tokens=TOKENS, stop=("\n",)), time.monotonic() + 60 * minutes
-
-    def graph(passage: Passage, question: Record) -> ContextGraph:
-        document = Document(passage.document["text"], passage.document["title"])
-        item = Item("", question["question"], (question["answer"],), (document,))
-        return prompt.build(task, item, engine.model.tokenizer).graph()
-
+    end = time.monotonic() + 60 * minutes
     with file.open("a") as out, Progress("answering", len(asked)) as bar:
         bar.advance(done)
         for at in range(done, len(asked), BATCH):
             batch = asked[at : at + BATCH]
             if time.monotonic() > end:
                 return
-            results = engine.generate([graph(pool[i], q) for i, q in batch], "full", params)
-            for (i, q), result in zip(batch, results, strict=True):
-                text = result.text.strip()
-                right = bool(text) and len(result.token_ids) < TOKENS and substring_em(text, (q["answer"],)) == 1
-                out.write(json.dumps({"passage": i, "question": q["question"], "answer": text, "kept": right}) + "\n")
+            answers = answered(engine, [(pool[i], q["question"], q["answer"]) for i, q in batch])
+            missed = [n for n, found in enumerate(answers) if not found["kept"]]
+            told = answered(
+                engine,
+                [
+                    (pool[i], TOLD.format(q["question"], q["answer"]), q["answer"])
+                    for i, q in (batch[n] for n in missed)
+                ],
+            )
+            for n, found in zip(missed, told, strict=True):
+                answer = batch[n][1]["answer"]
+                longer = len(found["answer"].split()) >= len(answer.split()) + MORE
+                answers[n] = found | {"kept": found["kept"] and longer, "told": True}
+            for (i, q), found in zip(batch, answers, strict=True):
+                out.write(json.dumps({"passage": i, "question": q["question"]} | found) + "\n")
             out.flush()
             bar.advance(len(batch))
+
+
+def questions(pool: Sequence[Passage]) -> list[tuple[int, Record]]:
+    """(a passage's number, a question about it as it is asked) of all passages, in random order."""
+    rng = random.Random(1)
+    pairs = [(i, q) for i in rng.sample(range(len(pool)), len(pool)) for q in pool[i].questions]
+    return [(i, searched(q) if rng.random() < SEARCHED else q) for i, q in pairs if q["answer"] not in ("yes", "no")]
+
+
+def answered(engine: Engine, asked: Sequence[tuple[Passage, str, str]]) -> list[Record]:
+    """What the model answers to (passage, question, right answer) over the passage alone, and whether it holds the right one."""
+    task, params = get("nq"), SamplingParams(max_tokens=TOKENS, stop=("\n",))
+    graphs = []
+    for passage, question, right in asked:
+        document = Document(passage.document["text"], passage.document["title"])
+        graphs.append(prompt.build(task, Item("", question, (right,), (document,)), engine.model.tokenizer).graph())
+    found = []
+    for (_, _, right), result in zip(asked, engine.generate(graphs, "full", params), strict=True):
+        text = result.text.strip()
+        kept = bool(text) and len(result.token_ids) < TOKENS and substring_em(text, (right,)) == 1
+        found.append({"answer": text, "kept": kept})
+    return found
 
 
 def records(pool: Sequence[Passage], kept: dict[int, list[Record]]) -> Iterator[Record]:
