@@ -50,7 +50,7 @@ def check(
             help="Your documents: measure on those that `kvgraph tune` holds out, with and without --adapter.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --data: use only the first items.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first items, or held-out documents.")] = None,
     store: StorePlaces = None,
     codec: CodecName = "raw",
     as_json: Json = False,
@@ -105,7 +105,7 @@ def check(
     )
     cases = gate(engine.model, composed(engine.model))
     quality = None
-    if chosen is not None:
+    if chosen is not None and data is not None:
         packed = Engine(engine.model, store=store, kv_budget=kv_budget, codec=packing) if codec != "raw" else None
         quality = measured(engine.scores, chosen, items, coded=None if packed is None else (codec, packed.scores))
         for used in filter(None, (engine, packed)):

@@ -173,9 +173,8 @@ def build(
         f"{counted(done.forgotten, 'record')} forgotten, "
         f"{done.computed / max(done.seconds, 1e-9):,.0f} tokens/s"
     )
-    typer.echo(
-        f'{name} is ready; ask it: kvgraph ask --index {name} --store {store} "..."; serve it: kvgraph serve --store {store}'
-    )
+    served = f"kvgraph serve --model {loading['model']} --store {store}"
+    typer.echo(f'{name} is ready; ask it: kvgraph ask --index {name} --store {store} "..."; serve it: {served}')
 
 
 def _default_model() -> str:
@@ -328,8 +327,12 @@ def _spread(values: list[int]) -> list[str]:
 def rm(
     name: IndexName,
     store: StoreFolder,
-    model: Model = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="[default: the model that the index was made with]")
+    ] = None,
     adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
 ) -> None:
     """Forget an index: its graph, its chunks that no other graph has, and their records.
@@ -345,10 +348,11 @@ def rm(
     from kvgraph.engine.engine import Engine
 
     started = time.perf_counter()
-    with Engine.load(model or found["model"], adapter=adapter, check=False, store=store) as engine:
+    loading: dict[str, Any] = {"adapter": adapter, "dtype": dtype, "quantize": quantize, "allow_untested": True}
+    with Engine.load(model or found["model"], **loading, check=False, store=store) as engine:
         if engine.model.fingerprint != found["fingerprint"]:
             raise KVGraphError(
-                f"{name} was made with the model {found['model']}; give it with --model, and its --adapter"
+                f"{name} was made with the model {found['model']}; give it with --model, and its --adapter, --dtype and --quantize"
             )
         there = indexing.CorpusIndex(store, engine, name)
         try:

@@ -508,9 +508,12 @@ def _served(url: str) -> dict[str, dict[str, float]]:
         raise StoreError(f"{address} can't be read: {error}") from None
     tiers: dict[str, dict[str, float]] = {}
     for line in text.splitlines():
-        match = re.fullmatch(r'kvgraph_store_(\w+)_total\{tier="([\w-]+)"\} (\S+)', line)
+        match = re.fullmatch(
+            r'kvgraph_store_(\w+)_total\{(?:replica="[^"]*",)?tier="([\w-]+)"(?:,replica="[^"]*")?\} (\S+)', line
+        )
         if match is not None:
-            tiers.setdefault(match[2], {})[match[1]] = float(match[3])
+            counts = tiers.setdefault(match[2], {})
+            counts[match[1]] = counts.get(match[1], 0.0) + float(match[3])  # of all replicas
     if not tiers:
         raise StoreError(f"{address} says nothing about a store; the server has none, or isn't kvgraph's")
     return tiers

@@ -273,6 +273,16 @@ def test_check_prints_the_gate_and_the_price_of_a_method(run, model, tmp_path):
     assert "difference +0.0000 nats per token, perplexity ×1.000: under full these answers are as likely" in out
 
 
+def test_check_measures_your_own_documents_with_nothing_prepared(run, model, tmp_path):
+    words = [
+        f"The {name} keeper of light {n} keeps oil for {n + 3} nights." for n, name in enumerate(["old", "new"] * 20)
+    ]
+    for number in range(12):
+        (tmp_path / f"page-{number}.txt").write_text(" ".join(words[number:] + words[:number]))
+    code, out, err = run("check", model, "--method", "block", "--documents", tmp_path, "--limit", 1)
+    assert code == 0 and "composes exactly" in out and "recitations, block" in out, out + err
+
+
 def test_a_model_that_fails_the_gate_is_refused(run, model, documents, monkeypatch, tmp_path):
     from kvgraph.checks import gate as check
 

@@ -148,6 +148,11 @@ def test_two_indexes_share_chunks_and_each_keeps_its_own(run, model, corpus, tmp
     code, out, err = run("index", "rm", "one", "--store", store, "--yes")
     assert code == 0 and not keys(store), err
     assert "has no index; make one" in run("index", "ls", "--store", store)[1]
+    index(run, corpus, "--name", "half", "--store", store, *words, "--dtype", "bfloat16")
+    code, _, err = run("index", "rm", "half", "--store", store, "--yes")
+    assert code == 1 and "--dtype" in err
+    code, _, err = run("index", "rm", "half", "--store", store, "--yes", "--dtype", "bfloat16")
+    assert code == 0 and not keys(store), err
 
 
 def test_a_dry_run_writes_nothing_and_its_tokens_come_true(run, model, corpus, tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import urllib.request
 
 import pytest
 
 from kvgraph import demo
+from kvgraph.cli import store as store_command
 from kvgraph.store.base import tenant_id
 from kvgraph.store.open import open_catalog
 
@@ -215,6 +218,14 @@ def test_an_import_into_another_models_store_is_refused(run, kept, tmp_path):
 def test_mistakes_are_one_line(code, said, words, run, kept):
     got, _, err = run("store", *[word.format(kept=kept) for word in words])
     assert got == code and said in err and err.count("\n") == 1 and "hunter2" not in err, err
+
+
+def test_counts_of_a_server_are_those_of_all_its_replicas(monkeypatch):
+    lines = (
+        'kvgraph_store_hits_total{replica="0",tier="disk"} 3.0\nkvgraph_store_hits_total{tier="disk",replica="1"} 4.0\n'
+    )
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(lines.encode()))
+    assert store_command._served("http://server") == {"disk": {"hits": 7.0}}
 
 
 def test_tenants_are_chosen_by_name(run, kept):
