@@ -253,33 +253,39 @@ class CorpusIndex:
 
     def _encode(self, graph: StoredGraph, corpus: PlannedCorpus, done: EncodedCorpus, progress: bool | None) -> None:
         engine, started = self.engine, time.perf_counter()
-        finished = 0
+        places: list[int] = []  # of the requests
+        ended: set[int] = set()  # places whose versions are encoded
+        first = 0  # the first place that hasn't ended
         with Progress("encoding", graph.segments, enabled=progress) as bar:
 
             def missing() -> Iterator[Request]:
                 """Requests for the chunks of which a version isn't stored."""
-                nonlocal finished
                 for place in range(graph.segments):
                     keys = corpus.versions.of_segment.get(place, [])
                     if engine.store is not None and all(map(engine.store.contains, keys)):
-                        finished += 1
+                        ended.add(place)
                         done.reused += sum(corpus.versions.tokens[key] for key in keys)
                         bar.advance(1)
                         continue
                     done.chunks += 1
+                    places.append(place)
                     yield encoding(engine, self.library, graph, place)
 
             with closing(engine.run(missing(), in_flight=16)) as outcomes:
-                for number, (_, result) in enumerate(outcomes, 1):
+                for number, (i, result) in enumerate(outcomes, 1):
                     if isinstance(result, KVGraphError):
                         raise result
-                    finished += 1
+                    ended.add(places[i])
                     done.computed += result.usage.computed_tokens
                     bar.advance(1, tokens=done.computed)
                     if engine.store_error is not None:
                         raise engine.store_error
                     if number % NOTED == 0:
-                        self.library.progress(graph, "running", min(finished, graph.segments - 1))
+                        engine.flush()
+                        while first in ended:
+                            first += 1
+                        # A server that goes on takes all places before this one for stored.
+                        self.library.progress(graph, "running", min(first, graph.segments - 1))
             engine.flush()
             if engine.store_error is not None:
                 raise engine.store_error

@@ -67,10 +67,10 @@ class Memory:
     def admit(self, request: Request) -> None:
         """Hold everything a request may need. The request must fit."""
         self._extras[request] = self._extra_of(request)
-        self.row_bytes += self._own_bytes(request)
-        self.make_room(0)
         for key, span in self._spans(request).items():
             self._hold(request, key, self._record_bytes(span))
+        self.row_bytes += self._own_bytes(request)
+        self.make_room(0)  # of what nobody holds: what this request reads stays
 
     def encoded(self, request: Request) -> None:
         """Everything that a request reads is in the pool. Idempotent."""

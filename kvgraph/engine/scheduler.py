@@ -130,7 +130,9 @@ class Scheduler:
         work = self._choose()
         if not work:
             self.pooling.begin()
-            assert self.loading or not self.running, "admitted requests, but nothing can run"  # better than forever
+            if self.running and not self.loading:  # it can't be; if it is, one request ends and not the engine
+                self._fail(self.running[0], AssertionError("an admitted request, but nothing of it can run"))
+                return True
             return not self.loading
         new = [e for e, _ in work if isinstance(e, Encoding) and e.sequence.kv is None]
         ended = {e.key for e in new}

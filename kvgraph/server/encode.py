@@ -122,7 +122,9 @@ class GraphEncoder:
 
     async def _note(self, graph: StoredGraph, state: State, done: int) -> None:
         """Write down how many segments are encoded, once their records are written."""
-        await self._workers.run(self._runner.engine.flush)
+        await asyncio.to_thread(
+            self._runner.engine.flush
+        )  # requests are planned on the workers, and a store may be slow
         await self._workers.run(self._library.progress, graph, state, done)
 
     async def _requests(self, graph: StoredGraph) -> AsyncIterator[Request]:

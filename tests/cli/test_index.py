@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
@@ -131,6 +132,26 @@ def test_an_interrupted_index_is_continued(run, model, corpus, tmp_path, monkeyp
     fresh = tmp_path / "fresh"
     index(run, corpus, "--store", fresh, *words)
     assert keys(store) == keys(fresh)
+
+
+def test_what_is_noted_as_encoded_is_stored(run, model, corpus, tmp_path, monkeypatch):
+    """A server that goes on with a graph takes all places before the noted one for stored. Here the first is done last."""
+    store, noted, progress, ran = tmp_path / "kv", [], Library.progress, Engine.run
+
+    def watched(self, graph, state, done, error=None):
+        noted.append((state, done, len(keys(store))))
+        return progress(self, graph, state, done, error)
+
+    def backwards(self, requests, **more):
+        return iter(list(ran(self, requests, **more))[::-1])
+
+    monkeypatch.setattr(indexing, "NOTED", 1)
+    monkeypatch.setattr(Library, "progress", watched)
+    monkeypatch.setattr(indexing, "closing", nullcontext)
+    monkeypatch.setattr(Engine, "run", backwards)
+    index(run, corpus, "--name", "cape", "--store", store, "--model", model, *LINKS)
+    running = [(done, stored) for state, done, stored in noted if state == "running"]
+    assert [done for done, _ in running] == [0, 0, 0, 3] and all(stored == 5 for _, stored in running)
 
 
 def test_two_indexes_share_chunks_and_each_keeps_its_own(run, model, corpus, tmp_path):

@@ -559,6 +559,28 @@ def test_a_request_with_missing_documents_is_not_starved_by_prefills(llama):
     assert cold.finished
 
 
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_what_requests_read_is_not_evicted_for_them(llama, codec):
+    """A full pool whose least recently used records are those that are asked for. int8 is read as it is packed, so a
+    record takes more room while it is encoded than there would be for two.
+    """
+    length, short, block = 256, 8, methods.get("block")
+    engine = Engine(llama, codec=codec, kv_budget=int((1.3 * length + 60) * llama.kv_bytes_per_token))
+    count = 1 if codec == "raw" else 2
+    plans = [block.plan(ContextGraph([[n] * length], [1, 2, 3, 4])) for n in range(count)]
+    for plan in plans:
+        engine.wait(engine.submit(plan, SamplingParams(max_tokens=1), encode_only=True))
+    memory = engine.scheduler.memory
+    number = 0
+    while memory.budget - memory.pool.bytes > (short + 1) * llama.kv_bytes_per_token:
+        number += 1
+        engine.encode(ContextGraph([[5 + number % 9, number // 9 % VOCAB] * (short // 2)], [1]), block)
+    assert all(key in memory.pool for plan in plans for key in engine.keys(plan) if key is not None)
+    requests = [engine.submit(plan, SamplingParams(max_tokens=57, ignore_eos=True)) for plan in plans]
+    results = [engine.wait(request) for request in requests]  # the second's may be evicted for the first
+    assert results[0].usage.document_tokens_computed == 0 and all(len(r.token_ids) == 57 for r in results)
+
+
 def test_more_decoding_rows_than_a_step_holds(llama):
     engine = Engine(llama, kv_budget=1 << 26, max_step_tokens=3)
     requests = [engine.submit(block(i), GREEDY, first_logits=True) for i in range(8)]

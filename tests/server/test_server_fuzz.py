@@ -226,6 +226,22 @@ def test_wrong_completions_are_refused_clearly(client, body):
     check(sent(client, raw(json.dumps({"model": "tiny"} | body)), "/v1/completions"), 400)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"metadata": {"a": "\ud800"}},
+        {"tools": [{"type": "function", "name": "f", "parameters": {"\ud800": 1}}], "tool_choice": "none"},
+        {"metadata": {"a": json.loads("[" * 900 + "]" * 900)}},
+    ],
+    ids=["metadata", "tools", "depth"],
+)
+def test_what_a_response_could_not_show_again_is_refused(client, field, stream):
+    check(
+        sent(client, raw(json.dumps({"model": "tiny", "input": "hi", "stream": stream} | field)), "/v1/responses"), 400
+    )
+
+
 @pytest.mark.parametrize(
     "path",
     [

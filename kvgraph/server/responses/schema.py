@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticSerializationError, to_json
 
 from kvgraph.server.schema import (
     IGNORED,
@@ -43,6 +43,7 @@ NAMED = {  # fields of chats, by what they are called here
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
 }
+SHOWN = ("metadata", "text", "tools")  # objects that the response shows again
 PASSING = tuple(name for name in IGNORED if name not in ("metadata", "store"))
 
 
@@ -251,6 +252,12 @@ class ResponseRequest(Sampling):
         for name, here in NAMED.items():
             if data.get(name) is not None:
                 raise unsupported(name, f" here; it is called {here}")
+        for name in SHOWN:
+            try:
+                to_json(data.get(name))
+            except PydanticSerializationError:
+                said = "{param} can't be sent back: it has half of a surrogate pair, or is nested too deeply"
+                raise PydanticCustomError("value_error", said, {"param": name}) from None
         return taken(data, UNSUPPORTED, PASSING)
 
     @property
