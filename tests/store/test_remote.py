@@ -11,7 +11,7 @@ from kvgraph.errors import StoreError
 from kvgraph.store import DiskStore, MemoryStore, TieredStore, format, open_store
 from kvgraph.store.codecs.registry import packed, parse
 from kvgraph.store.remote import redis as redis_module
-from kvgraph.store.remote.base import Address
+from kvgraph.store.remote.base import Address, RemoteFull, Space
 from kvgraph.store.remote.breaker import Absent, Breaker
 from kvgraph.store.remote.registry import SCHEMES
 from kvgraph.store.remote.store import RemoteStore
@@ -300,6 +300,20 @@ def test_a_record_with_an_evicted_part_is_a_miss_and_goes(redis_server, monkeypa
 
 
 @needs_redis
+def test_records_of_a_full_redis_can_be_removed(redis_server):
+    (place,) = places(redis_server, 1)
+    client = redis_server.client()
+    place.put(key_of(1), [b"x" * 100])
+    client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(RemoteFull):
+            place.put(key_of(2), [b"x" * 100])
+        assert place.delete(key_of(1)) and client.dbsize() == 0
+    finally:
+        client.config_set("maxmemory", 0)
+
+
+@needs_redis
 def test_a_writer_that_dies_leaves_nothing_for_long(redis_server, monkeypatch):
     client = redis_server.client()
     client.flushall()
@@ -315,6 +329,64 @@ def test_a_writer_that_dies_leaves_nothing_for_long(redis_server, monkeypatch):
         store._remote.put(key_of(1), [b"x" * 100])
     assert [0 < client.pttl(key) <= redis_module.EXPIRES for key in client.scan_iter()] == [True]
     assert store.get(key_of(1)) is None
+
+
+def places(server, count):
+    """So many servers' connections to one empty Redis."""
+    server.client().flushall()
+    address, space = Address.of(server.url), Space.of("m")
+    return [redis_module.Redis(address, space) for _ in range(count)]
+
+
+@needs_redis
+def test_two_servers_that_put_one_record_at_once_leave_one_copy(redis_server, monkeypatch):
+    first, second = places(redis_server, 2)
+    pipeline = first._client.pipeline
+
+    def overtaken(transaction):
+        if transaction:  # its parts are there
+            second.put(key_of(1), [b"x" * 100])
+        return pipeline(transaction=transaction)
+
+    monkeypatch.setattr(first._client, "pipeline", overtaken)
+    first.put(key_of(1), [b"x" * 100])
+    client = redis_server.client()
+    assert client.dbsize() == 2 and second.get(key_of(1)) == b"x" * 100
+    assert second.delete(key_of(1)) and client.dbsize() == 0
+
+
+@needs_redis
+@pytest.mark.parametrize("call", ["get", "delete"])
+def test_who_finds_a_record_replaced_leaves_the_new_one(redis_server, monkeypatch, call):
+    first, second = places(redis_server, 2)
+    first.put(key_of(1), [b"old" * 100])
+    get = first._client.get
+
+    def overtaken(head):
+        found = get(head)
+        second.put(key_of(1), [b"new" * 100])
+        return found
+
+    monkeypatch.setattr(first._client, "get", overtaken)
+    assert not getattr(first, call)(key_of(1))
+    assert second.get(key_of(1)) == b"new" * 100 and redis_server.client().dbsize() == 2
+
+
+@needs_redis
+def test_whatever_servers_do_at_once_no_part_outlives_its_record(redis_server):
+    def work(place):
+        for _ in range(50):
+            place.put(key_of(1), [b"x" * 100])
+            place.get(key_of(1))
+            place.put(key_of(1), [b"x" * 100])
+            place.delete(key_of(1))
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in places(redis_server, 4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert redis_server.client().dbsize() == 0
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------

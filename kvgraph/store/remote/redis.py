@@ -32,6 +32,9 @@ AT_ONCE = 4  # parts in a pipeline
 PIECE = 1 << 20  # bytes of one answer: the client copies an answer while it holds Python's lock, which stops the model
 ASKED = 1000  # keys that are listed, or asked for their sizes, at once
 EXPIRES = 600_000  # milliseconds until a part without a record goes
+REMOVE = (
+    "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('UNLINK', KEYS[1]) or 0"  # if it is still the same
+)
 
 
 def open_redis(url: str, fingerprint: str, tenant: str) -> RemoteStore:
@@ -73,7 +76,7 @@ class Redis:
         found = self._record(name)
         if found is None:
             return None
-        size, parts = found
+        head, size, parts = found
         try:
             whole = Whole(size)
         except MemoryError:  # whoever wrote the size
@@ -90,15 +93,14 @@ class Redis:
                 break
         if whole.filled == size:
             return whole.data()
-        self._client.unlink(self._head(name), *parts)
+        self._unlink(name, head, parts)
         return None
 
     def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
-        """Parts first, then, in one transaction, the record and an end to their expiry."""
+        """Parts first, then, in one transaction, the record and an end to their expiry. What it replaces goes last."""
         self._asked(self._put, name, parts)
 
     def _put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
-        before = self._record(name)
         identity, size = os.urandom(8).hex(), sum(len(part) for part in parts)
         names = self._parts(name, identity, size)
         pieces = cut(parts, PART)
@@ -108,12 +110,13 @@ class Redis:
                 pipeline.set(part, next(pieces), px=EXPIRES)
             pipeline.execute()
         with self._client.pipeline(transaction=True) as pipeline:
+            pipeline.get(self._head(name))  # another server may have put the same record since this one began
             pipeline.set(self._head(name), f"{size} {identity}")
             for part in names:
                 pipeline.persist(part)
-            pipeline.execute()
+            before = self._parsed(name, pipeline.execute()[0])
         if before is not None:
-            self._client.unlink(*before[1])
+            self._client.unlink(*before[2])
 
     def contains(self, name: str) -> bool:
         """Whether there is a record; its parts aren't looked at."""
@@ -125,7 +128,14 @@ class Redis:
 
     def _delete(self, name: str) -> bool:
         found = self._record(name)
-        return found is not None and self._client.unlink(self._head(name), *found[1]) > 0
+        return found is not None and self._unlink(name, found[0], found[2])
+
+    def _unlink(self, name: str, head: bytes, parts: list[str]) -> bool:
+        """Remove a record as it was read: the head of one that has replaced it stays, or its parts would never go."""
+        pipeline = self._client.pipeline(transaction=False)  # a full Redis takes no transactions
+        pipeline.unlink(*parts)
+        pipeline.eval(REMOVE, 1, self._head(name), head)
+        return any(pipeline.execute())
 
     def names(self) -> Iterator[Listed]:
         """By scanning the server's keys. A record's value isn't read, because Redis would count that as a use."""
@@ -198,13 +208,17 @@ class Redis:
         except (self._redis.RedisError, OSError) as error:
             raise RemoteError(_why(error)) from error
 
-    def _record(self, name: str) -> tuple[int, list[str]] | None:
-        """(bytes, names of the parts) of a record."""
-        found = self._client.get(self._head(name))
-        size, _, identity = (found if isinstance(found, bytes) else b"").decode("ascii", "replace").partition(" ")
+    def _record(self, name: str) -> tuple[bytes, int, list[str]] | None:
+        return self._parsed(name, self._client.get(self._head(name)))
+
+    def _parsed(self, name: str, head: object) -> tuple[bytes, int, list[str]] | None:
+        """(its head, bytes, names of the parts) of a record, from what is kept as its head."""
+        if not isinstance(head, bytes):
+            return None
+        size, _, identity = head.decode("ascii", "replace").partition(" ")
         if not (size.isdigit() and len(size) < 15 and 0 < int(size) <= LARGEST and identity):
             return None
-        return int(size), self._parts(name, identity, int(size))
+        return head, int(size), self._parts(name, identity, int(size))
 
     def _head(self, name: str) -> str:
         return f"{self._prefix}:r:{name}"
