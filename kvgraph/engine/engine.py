@@ -685,11 +685,14 @@ class Engine:
 
     def _erase(self, keys: Iterable[str], salt: str) -> None:
         stores = [store for store in (self.host, self._store_of(salt)) if store is not None]
-        try:
-            for store, key in product(stores, keys):
+        errors = []
+        for store, key in product(stores, keys):
+            try:
                 store.delete(key)
-        except StoreError as error:
-            log.warning("the store can't remove records: %s", error)
+            except StoreError as error:  # the others can still go
+                errors.append(error)
+        if errors:
+            log.warning("the store can't remove records (%d): %s", len(errors), errors[0])
 
     def _warn_untuned(self, method: Method) -> None:
         if method.needs_tuning and method.name not in self.model.tuned_for and method.name not in self._warned:

@@ -127,10 +127,17 @@ class TieredStore:
         return any(tier.contains(key) for tier in self._tiers)
 
     def delete(self, key: str) -> bool:
-        """Remove it from every tier; True if one had it. Idempotent."""
+        """Remove it from every tier; True if one had it. Idempotent. Raises as `put` does."""
         self._copier.wait(key)  # or it would come back
-        found = [tier.delete(key) for tier in self._tiers]
-        return any(found)
+        found, failed = False, None
+        for tier in self._tiers:
+            try:
+                found |= tier.delete(key)
+            except StoreError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+        return found
 
     def counts(self) -> dict[str, int]:
         """The sums of all tiers: a record found in the second tier is a miss of the first."""

@@ -24,6 +24,7 @@ from kvgraph import (
     KVGraphError,
     PlanError,
     SamplingParams,
+    StoreError,
     methods,
     models,
 )
@@ -34,6 +35,7 @@ from kvgraph.engine.scheduler import PAIRS
 from kvgraph.engine.scratch import scratch_bytes
 from kvgraph.plan import Plan, contiguous
 from kvgraph.store.disk import DiskStore
+from kvgraph.store.memory import MemoryStore
 from remotes import RedisServer, has_redis
 from soak import draws
 from store_worker import got
@@ -303,8 +305,6 @@ class TestRequests:
 
 
 def test_a_store_that_cannot_write_costs_only_recomputes(llama, tmp_path, monkeypatch):
-    from kvgraph import StoreError
-
     store = DiskStore(tmp_path)
     monkeypatch.setattr(store, "put_all", lambda records: {record.key: StoreError("disk full") for record in records})
     engine = Engine(llama, store=store, kv_budget=1 << 26)
@@ -312,6 +312,27 @@ def test_a_store_that_cannot_write_costs_only_recomputes(llama, tmp_path, monkey
     assert engine.generate(graph, "block", GREEDY).token_ids == dense_greedy(llama, engine.plan(graph, "block"), 6)
     engine.flush()
     assert engine.store_errors == 4  # three documents and the prefix
+
+
+def test_a_record_that_cannot_be_removed_keeps_no_other(llama, monkeypatch, caplog):
+    store = MemoryStore(1 << 26)
+    engine, graph = Engine(llama, store=store, kv_budget=1 << 26), random_graph(70)
+    engine.generate(graph, "block", GREEDY)
+    keys = [key for key in engine.keys(engine.plan(graph, "block")) if key is not None]
+    engine.flush()
+    assert len(keys) == len(store) == 4
+    delete = store.delete
+
+    def failing(key):
+        if key in keys[:2]:
+            raise StoreError(f"no answer for {key}")
+        return delete(key)
+
+    monkeypatch.setattr(store, "delete", failing)
+    engine.forget(keys)
+    engine.flush()
+    assert [store.contains(key) for key in keys] == [True, True, False, False]
+    assert caplog.messages == [f"the store can't remove records (2): no answer for {keys[0]}"]
 
 
 @pytest.mark.parametrize("most", [3, 1000])

@@ -403,6 +403,21 @@ def test_a_slow_disk_delays_no_remote_read(slow_above):
     assert got(tiers, key_of(99)) and not tiers.flush() and disk.contains(key_of(99))
 
 
+def test_what_one_tier_cannot_remove_goes_from_the_others(monkeypatch):
+    tiers = [MemoryStore(10**6) for _ in range(4)]
+    store = TieredStore(tiers)
+    store.put(small(1))
+
+    def fail(reason):
+        raise StoreError(reason)
+
+    monkeypatch.setattr(tiers[1], "delete", lambda key: fail("the second"))
+    monkeypatch.setattr(tiers[2], "delete", lambda key: fail("the third"))
+    with pytest.raises(StoreError, match="the second"):
+        store.delete(key_of(1))
+    assert [tier.contains(key_of(1)) for tier in tiers] == [False, True, True, False]
+
+
 def test_what_is_deleted_while_it_is_copied_does_not_come_back(slow_above):
     tiers, disk = slow_above
     assert tiers.get(key_of(1))
