@@ -15,6 +15,7 @@ from kvgraph.store.base import Found, Store
 from kvgraph.store.record import Record
 
 MOST = 64  # records that may wait to be copied; what is read beyond that is copied another time
+WAITING = 1 << 30  # bytes of them, which no tier's capacity counts; a larger record is copied if no other waits
 
 
 class _Copier:
@@ -23,21 +24,23 @@ class _Copier:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the two below
         self._thread: ThreadPoolExecutor | None = None
-        self._copies: dict[str, Future[None]] = {}  # by key, of records being copied or waiting for it
+        self._copies: dict[str, tuple[Future[None], int]] = {}  # by key: of a record that isn't copied yet; its bytes
 
     def start(self, record: Record, tiers: Sequence[Store]) -> None:
-        """Copy a record later, unless too many wait."""
+        """Copy a record later, unless too many wait, or too many bytes."""
         with self._lock:
-            if record.key in self._copies or len(self._copies) >= MOST:
+            waiting = sum(size for _, size in self._copies.values())
+            full = len(self._copies) >= MOST or (waiting and waiting + record.nbytes > WAITING)
+            if full or record.key in self._copies:
                 return
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, "kvgraph-copier")
-            self._copies[record.key] = self._thread.submit(self._copy, record, tiers)
+            self._copies[record.key] = self._thread.submit(self._copy, record, tiers), record.nbytes
 
     def wait(self, key: str | None = None) -> None:
         """Until a record, or every one, has been copied."""
         with self._lock:
-            copies = [copy for name, copy in self._copies.items() if key in (None, name)]
+            copies = [copy for name, (copy, _) in self._copies.items() if key in (None, name)]
         wait(copies)
 
     def close(self) -> None:

@@ -403,6 +403,19 @@ def test_a_slow_disk_delays_no_remote_read(slow_above):
     assert got(tiers, key_of(99)) and not tiers.flush() and disk.contains(key_of(99))
 
 
+@pytest.mark.parametrize(("most", "copied"), [(300, 2), (100, 1)])
+def test_few_bytes_wait_for_a_slow_disk(slow_above, monkeypatch, most, copied):
+    """A record takes 128 bytes. One that is larger than all that may wait is still copied."""
+    monkeypatch.setattr(tiered, "WAITING", most)
+    tiers, disk = slow_above
+    for n in range(10):
+        assert same(got(tiers, key_of(n)), small(n))
+    disk.gate.set()
+    tiers.flush()
+    assert [n for n in range(10) if disk.contains(key_of(n))] == list(range(copied))
+    assert got(tiers, key_of(9)) and not tiers.flush() and disk.contains(key_of(9)), "what was copied waits no more"
+
+
 def test_what_one_tier_cannot_remove_goes_from_the_others(monkeypatch):
     tiers = [MemoryStore(10**6) for _ in range(4)]
     store = TieredStore(tiers)
