@@ -21,7 +21,7 @@ class VerifyReport:
     untrusted: (key, reason) of records that aren't signed with this process's secret, left alone.
     unreadable: (path, reason) of files that couldn't be opened.
     foreign: paths below records/ that aren't the store's, left alone.
-    temporary: number of leftovers of dead writers.
+    temporary: number of leftovers of dead writers, and of parts without a record.
     rows_added, rows_removed: rows of the index that were missing, or had no file.
     repaired: whether bad records and leftovers were taken away, and the index was repaired.
     """

@@ -217,6 +217,27 @@ def test_verify_reports_and_repair_takes_away(place, tmp_path):
     assert catalog.verify(repair=False).clean and keys(catalog) == kept.keys() - {bad.key}
 
 
+@pytest.mark.skipif(not has_redis(), reason="no redis-server here: apt-get install redis-server")
+def test_parts_without_a_record_are_leftovers(redis_server):
+    client = redis_server.client()
+    client.flushall()
+    for n, tenant in ((1, ""), (2, ""), (3, "anna")):
+        open_store(redis_server.url, A, tenant=tenant).put(make(key_of(n)))
+    (mine,) = client.scan_iter(match=f"*:p:{key_of(1)}:*")
+    kept = {mine, f"kvgraph:{A}:all:r:{key_of(1)}".encode(), f"kvgraph:{A}:all:p:foreign".encode()}
+    writing = f"kvgraph:{A}:all:p:{key_of(4)}:0123:0".encode()
+    client.set(writing, b"x", px=600_000)
+    client.set(f"kvgraph:{A}:all:p:foreign", b"x")
+    client.set(f"kvgraph:{A}:all:p:{key_of(1)}:0123:0", b"x")  # of a record that was replaced
+    client.delete(*client.scan_iter(match=f"*:r:{key_of(2)}"), *client.scan_iter(match=f"*:r:{key_of(3)}"))
+    before, catalog = set(client.scan_iter()), open_catalog(redis_server.url)
+    assert catalog.verify(repair=False).temporary == 3 and set(client.scan_iter()) == before
+    report = catalog.verify()
+    assert report.temporary == 3 and report.good == 1 and report.clean
+    assert set(client.scan_iter()) == kept | {writing}
+    assert catalog.verify().temporary == 0
+
+
 # -- what arrives elsewhere --------------------------------------------------------------------------------------------
 
 

@@ -297,6 +297,9 @@ class MemoryPlace:
         self._call()
         return self.kept[listed.name][:size] if listed.name in self.kept else None
 
+    def leftovers(self, remove):
+        return 0
+
     def spaces(self):
         self._call()
         yield from self.others

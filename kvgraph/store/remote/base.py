@@ -85,6 +85,10 @@ class Remote(Protocol):
         """The first bytes of something listed, at most `size`, or None. This is no use of it."""
         ...
 
+    def leftovers(self, remove: bool) -> int:
+        """How many pieces in the namespace belong to nothing that is kept and won't go by themselves. remove: they go."""
+        ...
+
     def spaces(self) -> Iterator[Space]:
         """The namespaces in the whole place."""
         ...

@@ -83,7 +83,7 @@ class RemoteCatalog:
                 self._within(entry).delete(PIN + entry.key)
 
     def verify(self, repair: bool = True, seen: Callable[[], object] = int) -> VerifyReport:
-        """Read and check everything. repair: remove what is bad, pinned or not."""
+        """Read and check everything. repair: remove what is bad, pinned or not, and what is of no record."""
         report, secret = VerifyReport(repaired=repair), signing.secret()
         for entry in self.entries(details=False):
             try:
@@ -104,6 +104,9 @@ class RemoteCatalog:
             except StoreError as error:
                 report.unreadable.append((entry.key, str(error)))
             seen()
+        with self._asking("look for leftovers"):
+            for space in list(self._remote.spaces()):
+                report.temporary += self._remote.within(space).leftovers(remove=repair)
         return report
 
     def close(self) -> None:

@@ -162,9 +162,23 @@ class Redis:
         found = self._asked(self._client.getrange, listed.at, 0, size - 1)
         return found if isinstance(found, bytes) and found else None
 
+    def leftovers(self, remove: bool) -> int:
+        """Parts that don't expire and aren't their record's: it was evicted, or a server was killed while it removed it."""
+        keys, count = list(self._scanned(f"{self._prefix}:p:*:*:*")), 0
+        for at in range(0, len(keys), ASKED):
+            some = keys[at : at + ASKED]
+            lasting = [key for key, left in zip(some, self._all("pttl", some), strict=True) if left == -1]
+            # Asked only now: what doesn't expire had a record then, so without one it was replaced or removed.
+            heads = self._all("get", [self._head(key.split(":")[4]) for key in lasting])
+            lost = [key for key, head in zip(lasting, heads, strict=True) if not _is_of(key, head)]
+            count += len(lost)
+            if remove and lost:
+                self._asked(self._client.unlink, *lost)
+        return count
+
     def spaces(self) -> Iterator[Space]:
         """By scanning the server's keys."""
-        found = {Space.read(*key.split(":")[1:3]) for key in self._scanned("kvgraph:*:*:r:*")}
+        found = {Space.read(*key.split(":")[1:3]) for key in self._scanned("kvgraph:*:*:[rp]:*")}
         yield from sorted(space for space in found if space is not None)
 
     def within(self, space: Space) -> Redis:
@@ -230,6 +244,11 @@ class Redis:
 def _prefix(space: Space) -> str:
     """Of all keys that are read, written or deleted."""
     return ":".join(("kvgraph", *space))
+
+
+def _is_of(part: str, head: object) -> bool:
+    """Whether a part has the id that is in a record's head."""
+    return isinstance(head, bytes) and head.decode("ascii", "replace").partition(" ")[2] == part.split(":")[5]
 
 
 def cut(parts: Sequence[bytes | memoryview], size: int) -> Iterator[bytes]:
