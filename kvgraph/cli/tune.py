@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 def tune(
     model: ModelName,
     documents: Annotated[Path, typer.Argument(metavar="DOCUMENTS", help="JSON Lines, text file or folder.")],
-    out: Annotated[Path, typer.Option(metavar="ADAPTER", help="A new folder for the adapter; its run is beside it.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="ADAPTER", help="A new folder for the adapter, or an earlier one's; its run is beside it."
+        ),
+    ],
     method: Annotated[
         list[str] | None, typer.Option(help="Method to tune for; repeat it to mix methods [default: block].")
     ] = None,
@@ -58,6 +63,7 @@ def tune(
     found = corpus.load(documents, None if template is None else common.unescaped(template))
     from kvgraph.train import tune as tuning
 
+    tuning.check_out(out, model, documents)
     passages = tuning.passages_of(found)
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) if dry_run else tuning.run_of(out) / "data"

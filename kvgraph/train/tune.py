@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from kvgraph import methods, models
-from kvgraph.data import corpus
+from kvgraph.data import corpus, io
 from kvgraph.data import prompt as prompts
 from kvgraph.data.chat import Document
 from kvgraph.data.task import Item
 from kvgraph.engine.engine import Engine
+from kvgraph.models import adapters
 from kvgraph.progress import Progress
 from kvgraph.train import checkpoint, distill, gap, model
 from kvgraph.train.config import DISTILL, LORA, Component, Config, Stage, TrainError
@@ -47,6 +48,8 @@ DEPENDS = 0.3  # nats per token by which the passage must make an answer likelie
 NAME = "tune"
 WRITE = "Write one short question that the passage above answers. Give the question alone."
 TOKENS = 40  # of a question or an answer that the model writes
+CARD = "README.md"
+MEASURED = "On held-out documents, before and after:"  # in the card of an adapter that `tune` made
 
 Told = dict[str, Any]
 
@@ -287,28 +290,66 @@ def estimate(config: Config, passages: Sequence[Excerpt]) -> Estimate:
 def tune(config: Config, out: Path, say: Callable[[str], None] = lambda text: None) -> list[gap.GapRow]:
     """Run it, write the adapter to `out`, and measure it on the held-out documents. An interrupted run resumes.
 
-    Raises TrainError as `kvgraph.train.trainer.train` does, and if the run was stopped before its end.
+    Raises TrainError as `kvgraph.train.trainer.train` and `check_out` do, and if the run was stopped before its end.
     """
-    run = run_of(out)
-    done = train(config, run)
+    check_out(out, config.model)
+    done = train(config, run_of(out))
     if done.signal is not None:
         raise TrainError(f"stopped after step {done.step:,}; the same command resumes from there")
     say("measuring it on held-out documents")
     made = done.checkpoint / checkpoint.ADAPTER
     lines = measured(config.model, made, Path(config.data) / NAME, _ways(config), config.length, recite=RECITE)
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(made, out)
-    card = out / "README.md"
-    card.write_text(
-        f"{card.read_text(encoding='utf-8')}\nOn held-out documents, before and after:\n\n```\n{gap.text(lines)}\n```\n",
-        encoding="utf-8",
-    )
+    check_out(out, config.model)  # training took long enough for something else to be put there
+    _put(made, out.resolve(), f"\n{MEASURED}\n\n```\n{gap.text(lines)}\n```\n")
     return lines
 
 
 def run_of(out: Path) -> Path:
     """The folder of an adapter's run."""
+    out = out.resolve()
     return out.with_name(f"{out.name}.run")
+
+
+def check_out(out: Path, model: str, documents: Path | None = None) -> None:
+    """Raise TrainError unless `out` may become the adapter: a new or empty folder, or one with only an adapter of `tune`.
+
+    It may not be the model, nor lie among the documents: the next run would read the adapter as one of them.
+    """
+    place = out.resolve()
+    if documents is not None and documents.resolve() in (place, *place.parents):
+        raise TrainError(f"{out} is the documents' folder or lies in it; give a folder outside {documents}")
+    if place == Path(model).resolve():
+        raise TrainError(f"{out} is the model to tune; give another folder")
+    if place.exists() and not _replaceable(place):
+        raise TrainError(f"{out} holds something other than an adapter that `kvgraph tune` made; give a new folder")
+
+
+def _replaceable(place: Path) -> bool:
+    """Whether something is an empty folder, or one with nothing but an adapter that `tune` made."""
+    if not place.is_dir():
+        return False
+    names = {path.name for path in place.iterdir()}
+    if not names <= {adapters.CONFIG, adapters.WEIGHTS, CARD}:
+        return False
+    return not names or (CARD in names and MEASURED in (place / CARD).read_text(encoding="utf-8", errors="replace"))
+
+
+def _put(made: Path, out: Path, measured: str) -> None:
+    """Write an adapter, with what was measured in its card, in place of what `out` holds, which stays until this is whole."""
+    new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    with io.errors_named(out, TrainError):
+        try:
+            shutil.copytree(made, new)
+            with (new / CARD).open("a", encoding="utf-8") as card:
+                card.write(measured)
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                out.rename(old)
+            new.rename(out)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _ways(config: Config) -> list[gap.Way]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from kvgraph.train import gap, tune
 from kvgraph.train.config import TrainError
 from kvgraph.train.forward import logits
 from kvgraph.train.records import Records
+from kvgraph.train.trainer import TrainResult
 from train_runs import write_model
 
 pytestmark = [
@@ -26,6 +30,8 @@ pytestmark = [
         ".*torch.distributed is disabled",
     )
 ]
+
+MEASURED = "On held-out documents, before and after:"  # in the card of every adapter that `tune` made
 
 
 def text(seed: int, words: int) -> str:
@@ -109,6 +115,78 @@ def test_given_questions_find_their_passages(tmp_path):
 def test_methods_that_can_not_be_tuned_are_refused(spec, says):
     with pytest.raises(TrainError, match=says):
         tune.configuration("m", [spec], ["all"], Path("d"), steps=1)
+
+
+def adapter(folder: Path, weights: bytes, card: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+@pytest.mark.parametrize("out", ["docs", "docs/adapter", "..", ".", "file", "merged", "others", "model"])
+def test_a_folder_with_something_else_is_refused_before_anything_is_done(out, tmp_path, monkeypatch, capfd):
+    """Whatever `out` names is replaced in the end, so it must be an adapter that `tune` made, or nothing."""
+    (tmp_path / "home").mkdir()
+    docs = folder(tmp_path / "home" / "docs", 2, 3000)
+    adapter(tmp_path / "home" / "merged", b"new", MEASURED).joinpath("model.safetensors").write_bytes(b"whole")
+    adapter(tmp_path / "home" / "others", b"other", "Trained by somebody else.")
+    adapter(tmp_path / "home" / "model", b"base", MEASURED)
+    (tmp_path / "home" / "file").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path / "home")
+    assert run("tune", "model", docs, "--out", out) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith(f"kvgraph: {out} ") and "give a" in said
+
+
+class Cut(BaseException):
+    """What a kill is to a test."""
+
+
+def test_an_earlier_adapter_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    def whole(weights: bytes) -> list[Path]:
+        return [path for path in tmp_path.glob("*/*.safetensors") if path.read_bytes() == weights]
+
+    made = adapter(tmp_path / "out.run" / "step-000001" / "adapter", b"new", "card")
+    monkeypatch.setattr(tune, "train", lambda *_: TrainResult(1, made.parent, None))
+    monkeypatch.setattr(tune, "measured", lambda *_, **__: [])
+    config = tune.configuration("llama", ["block"], ["all"], tmp_path / "out.run" / "data", steps=1)
+    out = adapter(tmp_path / "out", b"old", f"card\n{MEASURED}\n")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainError, match="somewhere: No space left on device; fix that"),
+    ):
+        patch.setattr(shutil, "copytree", full)
+        tune.tune(config, out)
+    assert (out / "adapter_model.safetensors").read_bytes() == b"old"
+    rename = Path.rename
+    for last in (0, 1):  # renames before the kill
+        left = [None] * last
+
+        def cut(path: Path, to: Path, left: list[None] = left) -> Path:
+            if not left:
+                raise Cut
+            left.pop()
+            return rename(path, to)
+
+        with monkeypatch.context() as patch, pytest.raises(Cut):
+            patch.setattr(Path, "rename", cut)
+            tune.tune(config, out)
+        assert len(whole(b"old")) == 1
+    tune.tune(config, out)
+    assert whole(b"new") == [out / "adapter_model.safetensors"] and not whole(b"old")
+    assert MEASURED in (out / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(TrainError, match="holds something other"):
+        tune.tune(config, out)
 
 
 def run(*words: object) -> int:
