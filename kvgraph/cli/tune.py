@@ -65,6 +65,7 @@ def tune(
 
     tuning.check_out(out, model, documents)
     passages = tuning.passages_of(found)
+    given = tuning.given(questions, passages) if questions else []
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) if dry_run else tuning.run_of(out) / "data"
         config = tuning.configuration(
@@ -79,9 +80,10 @@ def tune(
             evaluate_every=max(1, steps // 4),
             save_every=max(1, steps // 4),
         )
-        if not (data / tuning.NAME / "prepared.json").is_file():
-            asked = [] if dry_run else _asked(model, passages, questions, write, seed)
-            tuning.prepare(passages, data, 2 * steps, asked, seed)
+        made_from = tuning.hash_of(passages, given, write, steps, seed)
+        if not tuning.is_prepared(data, made_from):
+            asked = [] if dry_run else _asked(model, passages, given, write, seed)
+            tuning.prepare(passages, data, 2 * steps, asked, seed, made_from)
         _show_estimate(tuning.estimate(config, passages), config.stages[0].steps)
         if dry_run:
             return
@@ -90,16 +92,18 @@ def tune(
     typer.echo(f"the adapter is in {out}; use it with --adapter {out}")
 
 
-def _asked(model: str, passages: list[Excerpt], questions: Path | None, write: int, seed: int) -> list[dict[str, Any]]:
+def _asked(
+    model: str, passages: list[Excerpt], given: list[tuple[Excerpt, str]], write: int, seed: int
+) -> list[dict[str, Any]]:
     """The given questions and some that the model writes, about what is trained on and what is held out."""
-    if not (questions or write):
+    if not (given or write):
         return []
     from kvgraph.engine.engine import Engine
     from kvgraph.train import tune as tuning
 
     trained = tuning.split(passages)
     with Engine.load(model) as engine:
-        asked = tuning.answered(engine, tuning.given(questions, passages)) if questions else []
+        asked = tuning.answered(engine, given) if given else []
         for side, count in zip(trained, (write, write // 4), strict=True):
             asked += tuning.written(engine, side, count, seed)
     typer.echo(f"{len(asked)} questions whose answers depend on the documents", err=True)

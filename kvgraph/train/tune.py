@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from kvgraph.train import checkpoint, distill, gap, model
 from kvgraph.train.config import DISTILL, LORA, Component, Config, Stage, TrainError
 from kvgraph.train.forward import logits
 from kvgraph.train.pack import Packed
-from kvgraph.train.records import TRAIN, VALIDATION, Records, task_of
+from kvgraph.train.records import PREPARED, TRAIN, VALIDATION, Records, prepared, task_of
 from kvgraph.train.trainer import train
 
 TASK = "nq"  # the task whose prompt questions get; half of the records have no prompt
@@ -147,17 +147,43 @@ def records_of(passages: Sequence[Excerpt], count: int, asked: Sequence[Told], r
 
 
 def prepare(
-    passages: Sequence[Excerpt], folder: Path, records: int, asked: Sequence[Told] = (), seed: int = 0
+    passages: Sequence[Excerpt],
+    folder: Path,
+    records: int,
+    asked: Sequence[Told] = (),
+    seed: int = 0,
+    made_from: str = "",
 ) -> tuple[int, int]:
-    """Write records of both splits as a prepared folder; returns the numbers of passages for training and held out."""
+    """Write records of both splits as a prepared folder; returns the numbers of passages for training and held out.
+
+    made_from: a hash of everything they are made from, for `is_prepared`.
+    """
     rng = random.Random(seed)
     sides = split(passages)
     (folder / NAME).mkdir(parents=True, exist_ok=True)
     for name, side, count in ((TRAIN, sides[0], records), (VALIDATION, sides[1], SCORED)):
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records_of(side, count, asked, rng))
         (folder / NAME / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / NAME / "prepared.json").write_text(json.dumps({"source": NAME, "finished": True}) + "\n")
+    io.write_json(folder / NAME / PREPARED, {"source": NAME, "finished": True, "made_from": made_from})
     return len(sides[0]), len(sides[1])
+
+
+def hash_of(passages: Sequence[Excerpt], asked: Sequence[tuple[Excerpt, str]], *settings: int) -> str:
+    """A hash of passages, given questions and settings, which is another one if any of them is."""
+    facts = [[astuple(p) for p in passages], [[astuple(p), question] for p, question in asked], settings]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def is_prepared(folder: Path, made_from: str) -> bool:
+    """Whether `prepare` has written a folder. Raises TrainError if that was from something else; older folders don't say."""
+    if not (folder / NAME / PREPARED).is_file():
+        return False
+    if prepared(folder / NAME).get("made_from", made_from) != made_from:
+        raise TrainError(
+            f"{folder.parent} has data of other documents, questions, steps or seed; give another --out, or delete that "
+            "folder to start anew"
+        )
+    return True
 
 
 # -- questions -------------------------------------------------------------------------------------------------------

@@ -222,3 +222,22 @@ def test_from_documents_to_an_adapter(llama, tmp_path, capfd):
         rows = list(gap.score(merged, {"m": torch.no_grad}, records, range(len(records)), [("block", "none")], 4096))
     nats = [row.nats for row in rows if (row.kind, row.method) == ("recitations", "block")]
     assert sum(nats) / len(nats) == pytest.approx(line.after, abs=2e-3)
+
+
+def test_a_run_does_not_go_on_with_other_documents_or_questions(llama, tmp_path, capfd):
+    docs, out, questions = folder(tmp_path / "docs"), tmp_path / "adapter", tmp_path / "questions.txt"
+    questions.write_text("Where is the harbour?\n")
+    words = ("tune", llama, docs, "--out", out, "--steps", 1, "--write", 2, "--rank", 4)
+    assert run(*words) == 0
+    capfd.readouterr()
+    says = f"kvgraph: {out}.run has data of other documents, questions, steps or seed; give another --out, or delete"
+    for more in (("--seed", 1), ("--write", 3), ("--steps", 2), ("--questions", questions)):
+        assert run(*words, *more) == 1
+        (said,) = capfd.readouterr().err.splitlines()
+        assert said.startswith(says)
+    assert run(*words) == 0  # the run is over, and the adapter is made of it again
+    (docs / "file-0.txt").write_text(text(99, 300))
+    capfd.readouterr()
+    assert run(*words) == 1 and capfd.readouterr().err.startswith(says)
+    (tmp_path / "adapter.run/data/tune/prepared.json").write_text('{"source": "tune", "finished": true}')
+    assert run(*words) == 0  # data of older versions don't say what they are of
