@@ -5,7 +5,7 @@ step-000500/adapter/       if the run trains one: the adapter by itself, in PEFT
 step-000500/state/         weights and optimizer in float32, in torch.distributed.checkpoint's format
 step-000500/progress.json  steps taken, examples drawn and left out
 step-000500/config.json    the run's configuration
-step-000500/origin.json    what the run started from: a hash of the model's weights, and the length of its data
+step-000500/origin.json    what the run started from: hashes of the model's weights and of its data, and the data's length
 """
 
 from __future__ import annotations
@@ -93,9 +93,11 @@ def load_state(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> 
         ) from None
 
 
-def save_origin(folder: Path, base: str, data: Mapping[str, int]) -> None:
-    """Write what a run started from: a hash of the model's weights, and the number of examples of each component."""
-    io.write_json(folder / ORIGIN, {"base": base, "data": dict(data)})
+def save_origin(folder: Path, base: str, data: Mapping[str, int], hashes: Mapping[str, str]) -> None:
+    """Write what a run started from: a hash of the model's weights, and the number of examples of each component, with a
+    hash of them where they are in a file.
+    """
+    io.write_json(folder / ORIGIN, {"base": base, "data": dict(data), "hashes": dict(hashes)})
 
 
 def has_base(folder: Path) -> bool:
@@ -111,13 +113,20 @@ def check_base(folder: Path, base: str) -> None:
         )
 
 
-def check_data(folder: Path, data: Mapping[str, int]) -> None:
-    """Raise TrainError if a component has more or fewer examples than at the start of a checkpoint's run."""
-    for name, count in _origin(folder).get("data", {}).items():
+def check_data(folder: Path, data: Mapping[str, int], hashes: Mapping[str, str]) -> None:
+    """Raise TrainError if a component has more, fewer or other examples than at the start of a checkpoint's run."""
+    origin = _origin(folder)
+    for name, count in origin.get("data", {}).items():
         if name in data and data[name] != count:
             raise TrainError(
                 f"{name} had {count:,} examples when the run began, and has {data[name]:,} now, so its order and the "
                 "learning rate would be others; put the data back as they were, or start a new run"
+            )
+    for name, before in origin.get("hashes", {}).items():  # older checkpoints have none
+        if hashes.get(name, before) != before:
+            raise TrainError(
+                f"{name} has other examples than when the run began, as many as then; put the data back as they were, or "
+                "start a new run"
             )
 
 

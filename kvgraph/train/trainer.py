@@ -25,12 +25,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from kvgraph.data import io
+from kvgraph.models.fingerprint import file_hash
 from kvgraph.train import batches, checkpoint, distill, model, optim, parallel
-from kvgraph.train.batches import Batch, Cursor, ValidationSet
+from kvgraph.train.batches import Batch, Cursor, Planned, ValidationSet
 from kvgraph.train.config import FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
 from kvgraph.train.log import Log
 from kvgraph.train.pack import Packed, moved
+from kvgraph.train.records import Records
 
 LOG_EVERY = 10  # steps between reading losses, which on a GPU waits for the device
 MAY_CHANGE = {
@@ -123,8 +125,9 @@ class Trainer:
             self.progress = checkpoint.load_state(before, self.module, self.optimizers)
         self.planned = batches.plan(config, self.student.stages, self.student.tokenizer, self.student.trainable.limit)
         self.data = {c.name: len(s) for p in self.planned for c, s in zip(p.stage.components, p.sources, strict=True)}
+        self.hashes = _hashes(self.planned)
         if before is not None:
-            checkpoint.check_data(before, self.data)
+            checkpoint.check_data(before, self.data, self.hashes)
         self.total = sum(planned.steps for planned in self.planned)
         self.last = min(self.total, config.limit or self.total)
         self.validation_sets: list[list[ValidationSet]] = []
@@ -337,7 +340,7 @@ class Trainer:
                 if self.config.trained != WHOLE:
                     model.save_adapter(self.student, weights, folder / checkpoint.ADAPTER)
                 io.write(folder / checkpoint.CONFIG, self.config.to_json())
-                checkpoint.save_origin(folder, self.student.base, self.data)
+                checkpoint.save_origin(folder, self.student.base, self.data, self.hashes)
         self.saved = checkpoint.found(self.out)[-1]
 
     def _weights(self) -> dict[str, Tensor]:
@@ -354,6 +357,12 @@ class Trainer:
                             "in a new run"
                         )
         return found
+
+
+def _hashes(planned: list[Planned]) -> dict[str, str]:
+    """A hash of the file of each component that has one. That of a large file is remembered until the file changes."""
+    named = [(c.name, s) for p in planned for c, s in zip(p.stage.components, p.sources, strict=True)]
+    return {name: file_hash(source.path) for name, source in named if isinstance(source, Records)}
 
 
 def _without(parameter: Tensor, part: Any) -> Tensor:

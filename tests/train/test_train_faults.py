@@ -204,6 +204,24 @@ def test_data_that_grew_under_a_run_are_refused(llama, tmp_path):
         train(whole, tmp_path / "run")
 
 
+def test_as_many_other_data_under_a_run_are_refused(llama, tmp_path):
+    prepared(tmp_path / "texts", [20] * 5, [10])
+    whole = on_data(llama, tmp_path, evaluation=0, keep=1)
+    train(replace(whole, limit=1), tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "older")
+    prepared(tmp_path / "texts", [20, 20, 24, 20, 20], [10])
+    with pytest.raises(TrainError, match="texts has other examples than when the run began, as many as then; put"):
+        train(whole, tmp_path / "run")
+    prepared(tmp_path / "texts", [20] * 5, [12])  # what only evaluations read may change
+    shutil.move(tmp_path / "texts", tmp_path / "moved" / "texts")
+    assert train(replace(whole, data=str(tmp_path / "moved")), tmp_path / "run").step == 3
+    (origin,) = (tmp_path / "older").glob("*/origin.json")
+    without = {name: value for name, value in json.loads(origin.read_text()).items() if name != "hashes"}
+    origin.write_text(json.dumps(without))
+    prepared(tmp_path / "texts", [20, 20, 24, 20, 20], [10])
+    assert train(whole, tmp_path / "older").step == 3  # as before there were hashes
+
+
 # -- 9: settings -----------------------------------------------------------------------------------------------------
 
 
