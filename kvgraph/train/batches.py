@@ -40,12 +40,13 @@ AHEAD = 4  # chunks laid out ahead by each worker
 class Cursor:
     """How far a run has come in its data: optimizer steps taken, and for each component the examples drawn and left out.
 
-    Nothing else is needed to resume with the same data.
+    Nothing else is needed to resume with the same data. seconds: that the run had taken when this was saved.
     """
 
     step: int = 0
     drawn: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

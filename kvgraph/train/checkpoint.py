@@ -3,7 +3,7 @@
 step-000500/model/         the model in Hugging Face's format, to be served
 step-000500/adapter/       if the run trains one: the adapter by itself, in PEFT's format
 step-000500/state/         weights and optimizer in float32, in torch.distributed.checkpoint's format
-step-000500/progress.json  steps taken, examples drawn and left out
+step-000500/progress.json  steps and seconds taken, examples drawn and left out
 step-000500/config.json    the run's configuration
 step-000500/origin.json    what the run started from: hashes of the model's weights and of its data, and the data's length
 """

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +133,9 @@ class Trainer:
         self.validation_sets: list[list[ValidationSet]] = []
         self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         self.saved = before
-        self.began = time.monotonic()
+        self.began = time.monotonic() - self.progress.seconds  # as if the run had never stopped
+        if before is not None and self._spent() >= 1:
+            self.last = self.progress.step  # there is no time for another
         if self.main:
             out.mkdir(parents=True, exist_ok=True)
             io.write(out / checkpoint.CONFIG, config.to_json())
@@ -238,11 +240,15 @@ class Trainer:
         return optim.share(self.config, max(step, min(math.ceil(self._spent() * self.total), self.total)), self.total)
 
     def _spent(self) -> float:
-        """The elapsed share of the time, the same in all processes."""
+        """The elapsed share of the time."""
         if not self.config.minutes:
             return 0.0
-        share = (time.monotonic() - self.began) / (60 * self.config.minutes)
-        return share if self.count == 1 else float(self._sum(torch.tensor(share))) / self.count
+        return self._seconds() / (60 * self.config.minutes)
+
+    def _seconds(self) -> float:
+        """The time that the run has taken, the same in all processes."""
+        taken = time.monotonic() - self.began
+        return taken if self.count == 1 else float(self._sum(torch.tensor(taken))) / self.count
 
     def _logits(self, packed: Packed) -> Tensor:
         with self.accelerator.autocast():
@@ -333,7 +339,8 @@ class Trainer:
         """Write a checkpoint."""
         self.log.to_disk()
         with checkpoint.writing(self.out, self.progress.step, self.config.keep, main=self.main) as folder:
-            checkpoint.save_state(folder, self.module, self.optimizers, self.progress, main=self.main)
+            progress = replace(self.progress, seconds=self._seconds())
+            checkpoint.save_state(folder, self.module, self.optimizers, progress, main=self.main)
             weights = self._weights()
             if self.main:
                 model.save(self.student, weights, folder / checkpoint.MODEL)

@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from commands import Command
 from kvgraph import ContextGraph, Engine, methods, models
 from kvgraph.data.world import tokenizer
 from kvgraph.errors import KVGraphError
-from kvgraph.train import batches, checkpoint, model, optim, recipes, start
+from kvgraph.train import batches, checkpoint, model, optim, recipes, start, trainer
 from kvgraph.train.config import Component, Config, Stage, TrainError
 from kvgraph.train.example import Example
 from kvgraph.train.export import export
@@ -94,6 +95,47 @@ def test_a_resumed_run_is_the_unbroken_one(kind, llama, tmp_path):
     assert steps(tmp_path / "b") == steps(tmp_path / "a")
     assert evaluations(tmp_path / "a") == [row for row in evaluations(tmp_path / "b") if row["step"] != 2]
     assert_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+class Clock:
+    """A clock for the trainer. It stands still but for ten minutes in each step, and begins anew in each process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now, take = 0.0, Trainer._step
+
+        def step(*args: Any) -> Any:
+            self.now += 600
+            return take(*args)
+
+        monkeypatch.setattr(Trainer, "_step", step)
+        monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=self.read, perf_counter=time.perf_counter))
+
+    def read(self) -> float:
+        return self.now
+
+
+def test_the_time_of_a_run_goes_on_where_it_was(llama, tmp_path, monkeypatch):
+    """Ten minutes a step leave six of eight steps in an hour, with the rates of a clock, however often the run stops."""
+    whole, clock = config(llama, minutes=60, evaluation=0, save_every=1), Clock(monkeypatch)
+    assert train(whole, tmp_path / "unbroken").step == 6
+    for limit in (2, 5):
+        clock.now = 12345.0 * limit
+        assert train(replace(whole, limit=limit), tmp_path / "run").step == limit
+    shutil.copytree(tmp_path / "run", tmp_path / "older")
+    clock.now = 0.0
+    assert train(whole, tmp_path / "run").step == 6
+    assert steps(tmp_path / "run") == steps(tmp_path / "unbroken")
+    assert len({row["lr"] for row in steps(tmp_path / "run")}) == 6
+
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    over = train(whole, tmp_path / "run")
+    assert (over.step, over.checkpoint.name, over.signal) == (6, "step-000006", None)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+    assert train(replace(whole, minutes=80), tmp_path / "run").step == 8  # two more steps are paid for
+
+    progress = tmp_path / "older" / "step-000005" / "progress.json"  # as before there were seconds
+    progress.write_text(json.dumps({k: v for k, v in json.loads(progress.read_text()).items() if k != "seconds"}))
+    assert train(whole, tmp_path / "older").step == 8
 
 
 def test_what_is_trained_learns(unbroken):
