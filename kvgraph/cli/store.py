@@ -16,6 +16,7 @@ import typer
 from kvgraph.cli import common
 from kvgraph.cli.common import Json, StorePlaces
 from kvgraph.errors import StoreError
+from kvgraph.places import StorePlace
 from kvgraph.progress import Progress
 
 if TYPE_CHECKING:
@@ -418,6 +419,8 @@ def migrate(
     from kvgraph.store.open import open_catalog
 
     common.without_passwords([to])
+    if to and _place(to) in map(_place, _places(store)):  # --move would remove what it has just found there
+        raise typer.BadParameter(f"--to {to} is the store itself; leave --to out to keep its records with --codec")
     chosen, packing = _filter(model, tenant), None if codec is None else parse(codec)
     source = _one(store)
     target = open_catalog(to, make=True) if to else source
@@ -446,6 +449,11 @@ def _places(store: list[str] | None) -> list[str]:
     if not store:
         raise typer.BadParameter(f"which store? give --store PLACE, or set {common.VARIABLE}")
     return store
+
+
+def _place(text: str) -> str:
+    """A place, the same however its folder is written."""
+    return text if StorePlace(text).is_url else str(Path(text).resolve())
 
 
 def _opened(store: list[str] | None) -> Iterator[Catalog]:

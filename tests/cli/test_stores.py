@@ -220,6 +220,15 @@ def test_mistakes_are_one_line(code, said, words, run, kept):
     assert got == code and said in err and err.count("\n") == 1 and "hunter2" not in err, err
 
 
+def test_records_are_not_moved_to_where_they_are(run, kept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(kept)
+    for same in (kept, "link", kept / ".." / kept.name):
+        code, _, err = run("store", "migrate", "--store", kept, "--to", same, "--move")
+        assert code == 2 and f"--to {same} is the store itself" in err and err.count("\n") == 1
+    assert len(rows(run("store", "ls", "--store", kept, "--json")[1])) == 3
+
+
 def test_counts_of_a_server_are_those_of_all_its_replicas(monkeypatch):
     lines = (
         'kvgraph_store_hits_total{replica="0",tier="disk"} 3.0\nkvgraph_store_hits_total{tier="disk",replica="1"} 4.0\n'
