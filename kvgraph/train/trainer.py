@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from kvgraph.data import io
 from kvgraph.models.fingerprint import file_hash
-from kvgraph.train import batches, checkpoint, distill, model, optim, parallel
+from kvgraph.train import batches, checkpoint, distill, log, model, optim, parallel
 from kvgraph.train.batches import Batch, Cursor, Planned, ValidationSet
 from kvgraph.train.config import FLEX, MUON, WHOLE, Config, TrainError
 from kvgraph.train.forward import logits, loss
@@ -380,9 +380,11 @@ def _without(parameter: Tensor, part: Any) -> Tensor:
 
 
 def _may_go_on(config: Config, out: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, if there is one. Raises TrainError if it belongs to another run."""
+    """The checkpoint to resume from, if there is one. Raises TrainError if the folder is of another run, or of something else."""
     found = checkpoint.found(out)
     if not found:
+        if not _is_free(out):
+            raise TrainError(f"{out} holds a {checkpoint.CONFIG} or {log.FILE} of something else; give another folder")
         return None
     if not resume:
         raise TrainError(f"{out} holds a run already, {found[-1].name}; give another folder")
@@ -397,6 +399,17 @@ def _may_go_on(config: Config, out: Path, resume: bool) -> Path | None:
             what = f"{field.name} {old} there, {new} here" if field.name != "stages" else "its stages differ"
             raise TrainError(f"{out} holds another run ({what}); give another folder, or --resume {out} to continue it")
     return found[-1]
+
+
+def _is_free(out: Path) -> bool:
+    """Whether a folder without checkpoints has no file that a run's own would replace, such as a model's configuration."""
+    try:
+        Config.read(out / checkpoint.CONFIG)  # of a run that was stopped before its first checkpoint
+    except FileNotFoundError:
+        return not (out / log.FILE).exists()
+    except (TrainError, ValueError):
+        return False
+    return True
 
 
 class _Signals:

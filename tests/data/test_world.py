@@ -640,3 +640,15 @@ def test_the_world_needs_no_torch():
     program = "import sys, kvgraph.data.world.world; print({'torch', 'tokenizers', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "set()\n"
+
+
+def test_the_tokenizer_of_a_model_is_not_replaced(tmp_path, capsys):
+    """Other commands read the folder that `--tokenizer` names."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["data", "world", "--tokenizer", str(tmp_path / "new")])
+    assert (tmp_path / "new" / "tokenizer_config.json").is_file()
+    (tmp_path / "tokenizer.json").write_text("a model's")
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "world", "--tokenizer", str(tmp_path)])
+    assert f"{tmp_path} has a tokenizer; give a folder without one" in capsys.readouterr().err
+    assert (tmp_path / "tokenizer.json").read_text() == "a model's"

@@ -160,6 +160,16 @@ def test_two_trainers_do_not_share_a_folder(llama, tmp_path):
         train(config(llama), tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl"])
+def test_files_of_something_else_are_not_replaced(name, llama, tmp_path):
+    """A model's config.json is: a run in its folder would make it useless."""
+    content = (Path(llama) / "config.json").read_bytes()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TrainError, match="holds a config.json or log.jsonl of something else; give another folder"):
+        train(config(llama), tmp_path)
+    assert (tmp_path / name).read_bytes() == content
+
+
 def test_texts_are_cut_to_the_models_positions(tmp_path):
     small = write_model(tmp_path / "small", max_position_embeddings=64)
     prepared(tmp_path / "texts", [400] * 4, [400])
