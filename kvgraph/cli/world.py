@@ -40,9 +40,8 @@ def world(
     """
     from kvgraph.data.world.world import World, records
 
-    if (
-        tokenizer is not None and (tokenizer / "tokenizer.json").exists()
-    ):  # other commands read the folder of this option
+    if tokenizer is not None and (tokenizer / "tokenizer.json").exists():
+        # Other commands read the folder of this option, so it may be a model's.
         raise typer.BadParameter(f"--tokenizer: {tokenizer} has a tokenizer; give a folder without one")
     made = World.parse(kind, settings)
     if seed is not None:
