@@ -33,7 +33,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from kvgraph import methods, models
+from kvgraph import models
 from kvgraph.cluster.encoding import LOCAL, connect
 from kvgraph.cluster.router import SpanRequestRouter
 from kvgraph.cluster.routes import ROUTES
@@ -185,12 +185,8 @@ class Planner(Engine):
         made.handle, made.orders, made.ended = handle, WeakKeyDictionary(), ended
         return made
 
-    def plan(self, graph: ContextGraph, method: str | Method | None = None, *, probe: bool = True) -> Plan:
-        """See `Engine.plan`; a probe runs on a replica."""
-        method = methods.resolve(method, self.model.tuned_for)
-        if not (method.needs_probe and probe):
-            return super().plan(graph, method, probe=probe)
-        graph = graph if graph.is_tokenized else graph.tokenized(self.tokenize)
+    def _probed(self, graph: ContextGraph, method: Method) -> Plan:
+        """See `Engine._probed`; the probe runs on a replica."""
         found: Plan = self.handle.probe.remote(graph, method).result(timeout_s=CALL)
         return found
 

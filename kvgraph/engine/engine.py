@@ -224,6 +224,8 @@ class Engine:
         method: as text ("epic:k=8") or an instance; None is the model's default (see kvgraph.methods.resolve).
         probe: if the method depends on the model (cacheblend), run the model's first layer to get what it needs. With
             False it recomputes nothing, which is right for encoding documents.
+
+        Raises GraphError or PlanError. Before a probe it also raises what `prepare` would raise for the plan without it.
         """
         if not isinstance(graph, ContextGraph):
             raise GraphError(f"give a ContextGraph (or a list of them), not {type(graph).__name__}")
@@ -231,11 +233,17 @@ class Engine:
         if not graph.is_tokenized:
             graph = graph.tokenized(self.tokenize)
         self._warn_untuned(method)
-        if method.needs_probe:
-            if probe:
-                return probed(self.model, graph, method, self.scheduler.max_step_tokens)
-            method = method.selecting([])
-        return method.plan(graph)
+        if not method.needs_probe:
+            return method.plan(graph)
+        plain = method.selecting([]).plan(graph)
+        if not probe:
+            return plain
+        self.prepare(plain, SamplingParams(max_tokens=1))  # a selection only adds to what a plan needs
+        return self._probed(graph, method)
+
+    def _probed(self, graph: ContextGraph, method: Method) -> Plan:
+        """The plan of a method that must run the model to make it. The graph was checked."""
+        return probed(self.model, graph, method, self.scheduler.max_step_tokens)
 
     @overload
     def generate(
@@ -390,6 +398,7 @@ class Engine:
         and GrammarError.
         """
         params = params or SamplingParams()
+        self.scheduler.check(plan)  # before the hashes, which take long for a plan that is too long
         keys = self.keys(plan, salt)
         pool_keys = [k if k is not None else f"{UNCACHED}{next(self._uncached)}" for k in keys[:-1]]
         live = plan.prompt
@@ -423,7 +432,7 @@ class Engine:
             link=link,
             salt=self.salt if salt is None else salt,
         )
-        self.scheduler.check(request)
+        self.scheduler.memory.check(request)
         return request
 
     def keys(self, plan: Plan, salt: str | None = None) -> list[str | None]:

@@ -42,9 +42,9 @@ def cost(plan: Plan) -> tuple[int, float]:
 def probed(model: Model, graph: ContextGraph, method: Method, step_tokens: int) -> ProbedPlan:
     """The plan of a tokenized graph by a method that needs deviations. At most `step_tokens` tokens run at once.
 
-    Raises GraphError or PlanError, before anything runs, for a graph that the method can't plan or the model can't read.
+    The first layer's time grows with the square of the prompt's length, so `Engine.plan` checks before that a plan
+    without a selection could run.
     """
-    method.selecting([]).plan(graph)
     started = time.perf_counter()
     found, tokens = deviations(model, graph, step_tokens)
     plan = method.selecting(found).plan(graph)

@@ -88,18 +88,20 @@ class Scheduler:
 
     # -- submitting ---------------------------------------------------------------------------------------------------
 
-    def check(self, request: Request) -> None:
-        """Raise PlanError or CapacityError if a request can never run. Needs no lock: it reads no changing state."""
-        plan, limit = request.plan, self.model.limit
-        if plan.highest_position >= limit:
-            raise PlanError(f"the plan reaches position {plan.highest_position}, but the model's limit is {limit}")
+    def check_position(self, highest: int) -> None:
+        """Raise PlanError for a plan that reaches a position which the model doesn't have."""
+        if highest >= self.model.limit:
+            raise PlanError(f"the plan reaches position {highest}, but the model's limit is {self.model.limit}")
+
+    def check(self, plan: Plan) -> None:
+        """Raise PlanError if a plan can never run. Needs no lock: it reads no changing state."""
+        self.check_position(plan.highest_position)
         for span in plan.spans:
             if not 0 <= min(span.tokens) <= max(span.tokens) < self.model.vocab_size:
                 last = self.model.vocab_size - 1
                 raise PlanError(f"{span.name or 'a span'} holds a token id outside the vocabulary (0..{last})")
         if self.selection is not None:
             _check_selected(plan, self.selection)
-        self.memory.check(request)
 
     def submit(self, request: Request) -> None:
         """Queue a request that passed `check`."""

@@ -534,6 +534,8 @@ def _fitting(
 
     def laid(kept: int) -> PreparedPrompt:
         fitted = whole if kept == total else _with_edges(graph, context, kept, whole)
+        if context.method.needs_probe:  # a prompt that leaves no room for its answer isn't worth one
+            _check_room(server, body, server.engine.plan(fitted, context.method, probe=False))
         plan = server.engine.plan(fitted, context.method)
         _check_room(server, body, plan)
         proceed = isinstance(body, CompletionRequest)  # its text follows the prompt's without a break

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 
 import families
 import strategies
-from kvgraph import ContextGraph, Engine, GraphError, PlanError, SamplingParams, models
+from kvgraph import CapacityError, ContextGraph, Engine, GraphError, PlanError, SamplingParams, models
+from kvgraph.engine import probe
 from kvgraph.engine.probe import deviations
 from kvgraph.methods import Block, CacheBlend, Epic, Full
 from kvgraph.plan import Plan
@@ -263,6 +264,22 @@ def test_what_cannot_be_planned_is_refused_before_the_model_runs(llama):
     with pytest.raises(PlanError, match=r"token id outside the vocabulary \(0\.\.127\)"):
         engine.plan(ContextGraph([A, [128]], QUERY), "cacheblend")
     assert len(engine.plan(ContextGraph([[]], QUERY), "cacheblend").spans) == 1
+
+
+def test_what_can_never_run_is_not_probed(llama, monkeypatch):
+    """A probe of a long prompt takes long; it isn't begun for one beyond the model's positions or the KV budget."""
+    probed = []
+    monkeypatch.setattr(probe, "deviations", lambda model, graph, _: (probed.append(graph), ([], 0))[1])
+    small, large = Engine(llama, kv_budget=30 * llama.kv_bytes_per_token), engine_on(llama)
+    long = random_graph(1, lengths=(llama.limit // 2, llama.limit // 2))
+    with pytest.raises(PlanError, match=rf"reaches position {llama.limit + 8}, but the model's limit is {llama.limit}"):
+        large.plan(long, "cacheblend")
+    with pytest.raises(CapacityError, match="bytes of KV at once, but the engine's budget is"):
+        small.plan(random_graph(2), "cacheblend")
+    assert not probed
+    fits = random_graph(2)
+    large.plan(fits, "cacheblend")
+    assert probed == [fits]
 
 
 def test_the_probe_leaves_the_model_as_it_was(llama):

@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from kvgraph import demo
+from kvgraph.engine import probe
 from kvgraph.methods import METHODS
 from serving import serve
 
@@ -138,6 +139,14 @@ def test_documents_that_dont_fit_are_told(model):
     with serve(model, overflow="drop") as url:
         shown = plan(url, chat(documents))
         assert shown["segments"] == ["d0"] and shown["dropped"] == ["d1", "d2"]
+
+
+def test_a_prompt_without_room_for_its_answer_is_not_probed(url, monkeypatch):
+    probed = []
+    monkeypatch.setattr(probe, "deviations", lambda *problem: (probed.append(problem), ([], 0))[1])
+    answer = post(url, "plan", {**chat(method="cacheblend"), "max_tokens": 1 << 20})
+    assert answer.status_code == 400 and "ask for fewer tokens" in answer.json()["error"]["message"]
+    assert not probed
 
 
 @pytest.mark.parametrize(
