@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
-from kvgraph.errors import GraphError
+from kvgraph.errors import GraphError, PlanError
 from kvgraph.graph import ContextGraph
 from kvgraph.methods.base import (
     Method,
@@ -26,6 +26,12 @@ from kvgraph.plan import Place, Plan, Span, contiguous, pruned
 LAYOUTS = ("aligned", "tight", "packed", "sequential")
 MOST_ROUNDS = 1000  # on a cycle, every round makes new versions without end
 COMPARED_ROUNDS = range(4)  # in ablations
+
+# Bounds of a plan's versions of segments and of what these see, or GROWTH times a larger graph's segments and edges. They
+# hold before anything is made: a body of a few kilobytes could otherwise ask for gigabytes of spans.
+MOST_SPANS, MOST_PLACES, GROWTH = 1 << 17, 1 << 20, 8
+
+Slice = tuple[int, int]  # of a segment's tokens: the first, and the one after the last
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class GraphKV(Method):
       after the one before, and the query after the last. This is a control: the attention mask of "aligned" without its
       positions. Without edges it is `block`.
 
-    Raises GraphError for fields that don't go together, and from `plan` when a segment is longer than the band.
+    Raises GraphError for fields that don't go together, and from `plan` when a segment is longer than the band. `plan`
+    raises PlanError where many rounds, or many dropped tokens, make a plan far larger than its graph.
     Source: Graph-KV (arXiv 2506.07334), its structure-aware attention and positional encoding allocation. "aligned" is
     the paper's Full with all-pairs edges, its Top-m with top-k edges, and its multi-hop variants with layered edges and
     rounds = depth. "tight" is `gapemp_graph(_batch)` of the released code, "packed" is its `gapemp` and `gapemp_appr`.
@@ -164,6 +171,7 @@ class GraphKV(Method):
         self, graph: ContextGraph, segments: dict[int, SegmentTokens], sources: dict[int, list[int]]
     ) -> tuple[list[Span], list[Place], int]:
         """Every layout except "packed": (spans, what the query sees, where it starts)."""
+        rounds = self._readers(graph, sources)
         spans = prefix_spans(graph)
         prefix, origin, band = where_computed(spans), end(spans), self._band(graph)
         offsets = dict.fromkeys(segments, 0)  # where a segment stands in its round's band
@@ -178,11 +186,7 @@ class GraphKV(Method):
         read = {i for i in graph.read if i in segments}
         visible = {newest[i] for i in read} if self.keep == "all" else set()
 
-        changed = set(segments)
-        for r in range(1, self.rounds + 1):
-            readers = [i for i in segments if changed.intersection(sources[i])]
-            if not readers:
-                break
+        for r, readers in enumerate(rounds, 1):
             before = dict(newest)
             for i in readers:
                 seen = [before[s] for s in sources[i]]
@@ -192,7 +196,6 @@ class GraphKV(Method):
                 made[newest[i]] = i, r
                 places = [Place(v, spans[v].start) for v in seen]
                 spans.append(segments[i].span(start, places, round=r))
-            changed = set(readers)
 
         visible.update(newest[i] for i in read)
         for v in reversed(range(len(spans))):  # versions see earlier ones only, so one pass reaches the fixpoint
@@ -204,10 +207,30 @@ class GraphKV(Method):
             start = origin + max((made[v][1] + 1 for v in visible), default=0) * band
         return spans, prefix + [Place(v, spans[v].start) for v in sorted(visible)], start
 
+    def _readers(self, graph: ContextGraph, sources: dict[int, list[int]]) -> list[list[int]]:
+        """The segments that are encoded again, by round. Raises PlanError if they are far too many."""
+        rounds: list[list[int]] = []
+        changed, spans, places = set(sources), len(sources), 0
+        for _ in range(self.rounds):
+            readers = [i for i in sources if changed.intersection(sources[i])]
+            if not readers:
+                break
+            spans, places = spans + len(readers), places + sum(len(sources[i]) for i in readers)
+            _check_size(graph, spans, places, "use fewer rounds or edges")
+            rounds.append(readers)
+            changed = set(readers)
+        return rounds
+
     def _packed(
         self, graph: ContextGraph, segments: dict[int, SegmentTokens], sources: dict[int, list[int]]
     ) -> tuple[list[Span], list[Place], int]:
         """Layout "packed": (spans, what the query sees, where it starts)."""
+        shown = [i for i in graph.read if i in segments]
+        runs = {i: sum(1 for _ in self._kept(segment.tokens)) for i, segment in segments.items()}
+        seen = [s for found in sources.values() for s in found] + shown + shown
+        _check_size(graph, 0, sum(runs[i] for i in seen), "use fewer edges, or a drop_token that is rarer in the text")
+        kept = {i: tuple(self._kept(segment.tokens)) for i, segment in segments.items()}
+
         spans = prefix_spans(graph)
         prefix, origin = where_computed(spans), end(spans)
         first: dict[int, int] = {}
@@ -216,26 +239,17 @@ class GraphKV(Method):
             spans.append(segment.span(0))
         again: dict[int, int] = {}
         for i, segment in segments.items() if any(sources.values()) else ():
-            places, start = self._end_to_end(spans, [first[s] for s in sources[i]], 0)
+            places, start = _end_to_end([(first[s], kept[s]) for s in sources[i]], 0)
             again[i] = len(spans)
             spans.append(segment.span(start, places, round=1))
-        shown = [i for i in graph.read if i in segments]
-        versions = [first[i] for i in shown] + [again[i] for i in shown if i in again]
-        places, start = self._end_to_end(spans, versions, origin)
+        versions = [(made[i], kept[i]) for made in (first, again) for i in shown if i in made]
+        places, start = _end_to_end(versions, origin)
         return spans, prefix + places, start
 
-    def _end_to_end(self, spans: Sequence[Span], versions: Sequence[int], at: int) -> tuple[list[Place], int]:
-        """Places of the versions' kept tokens, laid from position `at` without gaps, and the position after them."""
-        places = []
-        for v in versions:
-            tokens = spans[v].tokens
-            dropped = [i for i, token in enumerate(tokens) if token == self.drop_token]
-            for before, hi in pairwise([-1, *dropped, len(tokens)]):
-                lo = before + 1
-                if lo < hi:
-                    places.append(Place(v, at - lo, lo, hi))
-                    at += hi - lo
-        return places, at
+    def _kept(self, tokens: Sequence[int]) -> Iterator[Slice]:
+        """The runs of tokens that readers see."""
+        dropped = [i for i, token in enumerate(tokens) if token == self.drop_token]
+        return ((before + 1, hi) for before, hi in pairwise([-1, *dropped, len(tokens)]) if before + 1 < hi)
 
     def _band(self, graph: ContextGraph) -> int:
         """Positions that a round takes up, in layouts where this is constant."""
@@ -251,3 +265,22 @@ class GraphKV(Method):
                 f"shorten it or give a longer band"
             )
         return self.band
+
+
+def _check_size(graph: ContextGraph, spans: int, places: int, remedy: str) -> None:
+    """Raise PlanError, which ends with the remedy, for a plan with far more spans or places than its graph needs."""
+    most_spans = max(MOST_SPANS, GROWTH * len(graph.segments))
+    most_places = max(MOST_PLACES, GROWTH * (len(graph.segments) + len(graph.edges)))
+    if spans > most_spans or places > most_places:
+        what = f"{most_spans:,} spans" if spans > most_spans else f"{most_places:,} places"
+        raise PlanError(f"graph-kv would plan more than {what} for this graph; {remedy}")
+
+
+def _end_to_end(versions: Iterable[tuple[int, Iterable[Slice]]], at: int) -> tuple[list[Place], int]:
+    """Places of slices of versions, laid from position `at` without gaps, and the position after them."""
+    places = []
+    for version, slices in versions:
+        for lo, hi in slices:
+            places.append(Place(version, at - lo, lo, hi))
+            at += hi - lo
+    return places, at

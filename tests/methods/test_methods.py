@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 
 import strategies
 from kvgraph.edges import all_pairs, chain, ego, layered, top_k
-from kvgraph.errors import GraphError
+from kvgraph.errors import GraphError, PlanError
 from kvgraph.explain import explain
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import (
@@ -26,6 +26,7 @@ from kvgraph.methods import (
     Method,
     PromptCache,
     get,
+    graph_kv,
 )
 from kvgraph.plan import Group, Place, Plan, Span, contiguous
 from soak import draws
@@ -577,3 +578,41 @@ def test_fields_without_bounds_have_one():
         get("kvlink", links=99999999999, link_start=1)
     with pytest.raises(GraphError, match="rounds must be at most 1000, not 1000000000"):
         get("graph-kv", rounds=10**9)
+
+
+def test_rounds_are_counted_before_anything_is_made(monkeypatch):
+    """A request of a few kilobytes can ask for millions of places, or for half a million spans of one place each."""
+    cycle = [(i, (i + 1) % 500) for i in range(500)]
+    dense, long = graph([[7]] * 64, all_pairs(64, self_edges=True)), graph([[7]] * 500, cycle)
+    monkeypatch.setattr(graph_kv, "prefix_spans", None)  # which a plan begins with
+    for layout in ("aligned", "tight", "sequential"):
+        with pytest.raises(PlanError, match="more than 1,048,576 places for this graph; use fewer rounds or edges"):
+            GraphKV(rounds=1000, layout=layout).plan(dense)
+        with pytest.raises(PlanError, match="more than 131,072 spans for this graph; use fewer rounds or edges"):
+            GraphKV(rounds=1000, layout=layout).plan(long)
+
+
+def test_dropped_tokens_are_counted_before_anything_is_made(monkeypatch):
+    method = GraphKV(layout="packed", keep="all", drop_token=9)
+    cut = [[9, 10] * 5000]
+    readers, alone = graph(cut * 20, all_pairs(20, self_edges=True)), graph([[9, 10] * 600_000])
+    padded = graph([[10] + [9] * 9999] * 20, all_pairs(20, self_edges=True))
+    assert len(method.plan(padded).prompt.sees) == 1 + 2 * 20  # dropped tokens that cut nothing don't count
+    monkeypatch.setattr(graph_kv, "prefix_spans", None)
+    for wide in (readers, alone):
+        with pytest.raises(
+            PlanError, match="more than 1,048,576 places for this graph; use fewer edges, or a drop_token"
+        ):
+            method.plan(wide)
+
+
+def test_a_large_graph_may_have_a_large_plan(monkeypatch):
+    """A corpus has more segments and edges than the bounds of small graphs allow, and several rounds of them."""
+    monkeypatch.setattr(graph_kv, "MOST_SPANS", 1)
+    monkeypatch.setattr(graph_kv, "MOST_PLACES", 1)
+    for edges in (all_pairs(3), all_pairs(3, self_edges=True), chain(3)):
+        assert GraphKV(rounds=3).plan(graph(edges=edges)).prompt
+        assert get("graph-kv-rag").plan(graph(edges=edges)).prompt
+    assert get("graph-kv-rag").plan(graph()).prompt
+    with pytest.raises(PlanError, match="more than 24 spans"):
+        GraphKV(rounds=8).plan(graph(edges=all_pairs(3)))

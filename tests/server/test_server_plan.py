@@ -159,6 +159,7 @@ def test_a_prompt_without_room_for_its_answer_is_not_probed(url, monkeypatch):
         (chat(method="nonsense"), "no method 'nonsense'"),
         (chat(method="full", edges="chain"), "full ignores edges"),
         (chat(method="graph-kv", edges=[[0, 7]]), "there is no segment 7"),
+        (chat([{"text": "x"}] * 64, method="graph-kv", edges="all+self", rounds=1000), "use fewer rounds or edges"),
     ],
 )
 def test_what_cant_be_planned_is_refused_in_one_line(url, body, told):
