@@ -122,10 +122,13 @@ class Plan:
     def __post_init__(self) -> None:
         checked: list[Span] = []
         before: tuple[Place, ...] = ()  # the places of the last cached span as they were given
+        fine: set[int] = set()  # ids of tokens that were checked: versions of a segment share them
         for i, span in enumerate(self.spans):
             same = len(before) if span.sees[: len(before)] == before else 0
             places = checked[-1].sees if same else ()
-            checked.append(_checked(i, span, self.spans, places))
+            checked.append(_checked(i, span, self.spans, places, id(span.tokens) in fine))
+            if checked[-1].tokens is span.tokens:
+                fine.add(id(span.tokens))
             before = span.sees if span.cached and not span.groups and isinstance(span.sees, tuple) else ()
         object.__setattr__(self, "spans", tuple(checked))
         if not self.spans:
@@ -171,18 +174,17 @@ def pruned(spans: Sequence[Span], method: str = "") -> Plan:
     return Plan(tuple(kept), method)
 
 
-def _checked(index: int, span: Span, earlier: Sequence[Span], known: tuple[Place, ...]) -> Span:
+def _checked(index: int, span: Span, earlier: Sequence[Span], known: tuple[Place, ...], fine: bool) -> Span:
     """The span with its places normalised (hi filled in); raises PlanError naming the span and the rule it breaks.
 
     known: the first of its places, normalised. Each span of a long chain sees what the one before it sees, so each place
-    is checked once, and is the same object for all its readers.
+    is checked once, and is the same object for all its readers. fine: its tokens were checked in another span.
     """
     who = f"span {index}" + (f" ({span.name})" if span.name else "")
     if not span.tokens:
         raise PlanError(f"{who} is empty; leave empty spans out of the plan")
-    span = replace(
-        span, tokens=_integers(span.tokens, f"{who}: tokens"), positions=_integers(span.positions, f"{who}: positions")
-    )
+    tokens = span.tokens if fine else _integers(span.tokens, f"{who}: tokens")
+    span = replace(span, tokens=tokens, positions=_integers(span.positions, f"{who}: positions"))
     if len(span.positions) != len(span.tokens):
         raise PlanError(f"{who} has {len(span.tokens)} tokens but {len(span.positions)} positions")
     if isinstance(span.positions, range):
@@ -240,7 +242,8 @@ def _integers(values: Sequence[int], what: str) -> Any:
             values = tuple(operator.index(v) for v in values)
         except TypeError:
             raise PlanError(f"{what} must be integers") from None
-    if values and not -1 << 60 < min(values) <= max(values) < 1 << 60:
+    ends = (values[0], values[-1]) if isinstance(values, range) and values else values
+    if values and not -1 << 60 < min(ends) <= max(ends) < 1 << 60:
         raise PlanError(f"{what} are out of range: they must be below 2**60")
     return values
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import strategies
+from kvgraph import plan as plan_module
 from kvgraph.errors import PlanError
 from kvgraph.plan import Group, Laid, Place, Plan, Span, contiguous, lay_out, pruned
 from soak import draws
@@ -240,6 +241,24 @@ def test_a_chains_places_are_checked_once():
         Plan((prompt(0), contiguous([1], 1, [Place(0, 0)]), contiguous([1], 2, [Place(0, 0), Place(1, 1)]), prompt(9)))
     with pytest.raises(PlanError, match="which has 2"):
         Plan((*spans, contiguous([3], 20, (*places[:-1], Place(9, 18, 0, 3))), prompt(30)))
+
+
+def test_tokens_that_spans_share_are_checked_once(monkeypatch):
+    """A segment of a hundred thousand tokens may have a thousand versions."""
+    checked, tokens = [], (1, 2, 3)
+    integers = plan_module._integers
+    monkeypatch.setattr(
+        plan_module, "_integers", lambda values, what: (checked.append(values), integers(values, what))[1]
+    )
+    Plan((*(contiguous(tokens, 3 * i) for i in range(5)), contiguous(tokens, 20, cached=False)))
+    assert sum(values is tokens for values in checked) == 1
+    assert sum(isinstance(values, range) for values in checked) == 6
+    wrong = (1, -(1 << 60))
+    with pytest.raises(PlanError, match="span 0: tokens are out of range"):
+        Plan((Span(wrong, range(2)), Span(wrong, range(2), cached=False)))
+    for positions in (range(1 << 60, (1 << 60) + 2), range((1 << 60) - 1, (1 << 60) + 1)):
+        with pytest.raises(PlanError, match="span 0: positions are out of range"):
+            Plan((Span((1, 2), positions, cached=False),))
 
 
 def test_dense_by_hand():
