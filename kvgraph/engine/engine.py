@@ -233,6 +233,9 @@ class Engine:
         if not graph.is_tokenized:
             graph = graph.tokenized(self.tokenize)
         self._warn_untuned(method)
+        if not method.shares_positions:
+            pieces = [*graph.prefix, *(graph.segments[i] for i in graph.read), graph.query]
+            self.scheduler.check_position(sum(map(len, pieces)) - 1)
         if not method.needs_probe:
             return method.plan(graph)
         plain = method.selecting([]).plan(graph)

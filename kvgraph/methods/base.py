@@ -63,6 +63,11 @@ class Method(ABC):
         """Whether an attention mask can express its plans. If so, a model can be trained through them."""
         return True
 
+    @property
+    def shares_positions(self) -> bool:
+        """Whether tokens may share positions. If not, the engine refuses a prompt that is too long before it is planned."""
+        return True
+
     # -- plans that depend on the model -------------------------------------------------------------------------------
 
     @property

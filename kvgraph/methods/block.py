@@ -21,6 +21,11 @@ class Block(Method):
 
     name: ClassVar[str] = "block"
 
+    @property
+    def shares_positions(self) -> bool:
+        """False: all positions are sequential."""
+        return False
+
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
         check(graph, self.name)

@@ -52,6 +52,11 @@ class CacheBlend(Method):
         object.__setattr__(self, "selected", selected)
 
     @property
+    def shares_positions(self) -> bool:
+        """False: all positions are sequential."""
+        return False
+
+    @property
     def needs_probe(self) -> bool:
         """Whether the plan depends on deviations that haven't been measured yet."""
         return self.selected is None and 0 < self.ratio < 1

@@ -32,6 +32,11 @@ class Epic(Method):
     def __post_init__(self) -> None:
         require_int(self.name, "k", self.k)
 
+    @property
+    def shares_positions(self) -> bool:
+        """False: all positions are sequential."""
+        return False
+
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
         check(graph, self.name)

@@ -26,6 +26,11 @@ class Full(Method):
         """False: every causal model was trained on this."""
         return False
 
+    @property
+    def shares_positions(self) -> bool:
+        """False: all positions are sequential."""
+        return False
+
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, or edges."""
         check(graph, self.name)

@@ -62,6 +62,11 @@ class KVLink(Method):
             )
 
     @property
+    def shares_positions(self) -> bool:
+        """False: all positions are sequential."""
+        return False
+
+    @property
     def link_tokens(self) -> tuple[int, ...]:
         """The ids of every link token of every slot."""
         first = self.link_start or 0

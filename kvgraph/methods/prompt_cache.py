@@ -45,6 +45,11 @@ class PromptCache(Method):
         if self.slot is not None:
             require_int(self.name, "slot", self.slot, least=1)
 
+    @property
+    def shares_positions(self) -> bool:
+        """False: all positions are sequential, with gaps."""
+        return False
+
     def plan(self, graph: ContextGraph) -> Plan:
         """The plan of a tokenized graph; raises GraphError for text, an empty query, edges, or too long a document."""
         check(graph, self.name)

@@ -257,6 +257,25 @@ class TestRequests:
             len(result.token_ids) == 3 and result.finish_reason == "length"
         )  # positions limit-2, limit-1, and the last needs none
 
+    @pytest.mark.parametrize("name", methods.METHODS)
+    def test_a_prompt_that_is_too_long_is_not_planned(self, llama, monkeypatch, name):
+        """Unless its method shares positions: then it may have more tokens than the model has positions."""
+        limit, engine, method = llama.limit, Engine(llama, kv_budget=1 << 28), methods.get(name)
+        half = [1] * (limit // 2 - 1)
+        longest, longer = (ContextGraph([half, half], query, [3]) for query in ([2], [2, 2]))
+        engine.prepare(engine.plan(longest, method, probe=False))
+        if method.shares_positions:
+            engine.prepare(engine.plan(longer, method))
+            return
+        monkeypatch.setattr(type(method), "plan", None)
+        with pytest.raises(PlanError, match=f"the plan reaches position {limit}, but the model's limit is {limit}"):
+            engine.plan(longer, method, probe=False)
+
+    def test_a_plan_that_is_too_long_is_not_hashed(self, llama, monkeypatch):
+        monkeypatch.setattr(Plan, "keys", None)
+        with pytest.raises(PlanError, match="the model's limit is"):
+            Engine(llama, kv_budget=1 << 26).prepare(Plan((contiguous([1], llama.limit, cached=False),)))
+
     def test_bad_input_is_one_clear_error(self, llama):
         engine = Engine(llama, kv_budget=1 << 26)
         with pytest.raises(PlanError, match="outside the vocabulary"):

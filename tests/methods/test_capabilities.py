@@ -56,6 +56,8 @@ def test_plans_do_what_is_declared(problem):
     assert set(method.link_tokens) <= set(method.own_tokens)
     assert method.trains_by_mask == (not any(span.groups for span in plan.spans))
     assert not method.needs_probe
+    tokens = sum(map(len, (*graph.prefix, *(graph.segments[i] for i in graph.read), graph.query)))
+    assert method.shares_positions or tokens <= plan.highest_position + 1
 
 
 @settings(max_examples=draws(200), deadline=None)
@@ -90,6 +92,10 @@ def test_who_needs_tuning_or_a_probe():
     assert [name for name in METHODS if not methods.get(name).needs_tuning] == ["full"]
     assert [name for name in METHODS if methods.get(name).needs_probe] == ["cacheblend"]
     assert not CacheBlend(ratio=1).needs_probe
+
+
+def test_who_shares_positions():
+    assert [name for name in METHODS if methods.get(name).shares_positions] == ["graph-kv", "pcw", "ape"]
 
 
 @pytest.mark.parametrize("name", NAMES)
