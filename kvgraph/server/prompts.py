@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -354,15 +354,15 @@ def _documents(server: Server, caller: Caller, body: Generation) -> _Context:
             found.append(Document(given.text, given.title or "", given.id or ""))
             names.append(given.id or f"doc {i}")
     if edges is not None:
-        check_edges(server, named_edges(edges, names) if isinstance(edges, str) else edges)
+        check_edges(server, len(named_edges(edges, names) if isinstance(edges, str) else edges))
     return _Context(found, names, edges, method_of(server, body.kvgraph))
 
 
-def check_edges(server: Server, edges: Sized) -> None:
+def check_edges(server: Server, edges: int) -> None:
     """Raise APIError 400 for more edges than a request may have: every reader of many sources is encoded anew."""
-    if len(edges) > server.settings.max_edges:
+    if edges > server.settings.max_edges:
         most = server.settings.max_edges
-        raise APIError(400, f"{len(edges)} edges, but at most {most} are taken", param="kvgraph.edges")
+        raise APIError(400, f"{edges} edges, but at most {most} are taken", param="kvgraph.edges")
 
 
 def _stored_graph(server: Server, caller: Caller, body: Generation) -> _Context:

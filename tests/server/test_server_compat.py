@@ -12,6 +12,7 @@ import pytest
 
 import oracle
 from kvgraph import Engine
+from kvgraph.server.routes import compat
 from serving import application, serve, serving
 from soak import some
 
@@ -178,6 +179,24 @@ def test_hostile_forms_get_a_clear_refusal(url, name):
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["message"] and error["param"] == field
+
+
+def test_edges_are_counted_before_they_are_made(engine, monkeypatch):
+    forms = {"generate_gapemp": {}, "generate_gapemp_appr": {"top_k": 9}}
+    with serve(engine, max_edges=81) as url:
+
+        def asked(endpoint: str, contexts: int) -> httpx.Response:
+            form = {"blocks": ["", "", *["a"] * contexts, "b"], "max_new_tokens": 1} | forms[endpoint]
+            return ask(url, endpoint, form)
+
+        for endpoint in forms:
+            assert asked(endpoint, 9).status_code == 200
+        for name in ("all_pairs", "top_k"):
+            monkeypatch.setattr(compat, name, None)
+        for endpoint, edges in {"generate_gapemp": 100, "generate_gapemp_appr": 90}.items():
+            refused = asked(endpoint, 10)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["message"] == f"{edges} edges, but at most 81 are taken"
 
 
 def test_top_k_must_be_given_and_blocks_counted_from_none(url):

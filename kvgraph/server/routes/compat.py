@@ -104,13 +104,14 @@ async def generate_block(body: LocalBlocksRequest, call: TheCall) -> Generated:
 @router.post("/generate_gapemp")
 async def generate_gapemp(body: BlocksRequest, call: TheCall) -> Generated:
     """Graph-KV: contexts are encoded alone, then again while each reads all of them (preset graph-kv-rag)."""
-    return await _answer(body, call, _gapemp)
+    return await _answer(body, call, _gapemp, edges=len(body.contexts) ** 2)
 
 
 @router.post("/generate_gapemp_appr")
 async def generate_gapemp_appr(body: TopKRequest, call: TheCall) -> Generated:
     """Graph-KV's Top-k: as gapemp, but each reads the last top_k contexts (preset graph-kv-rag-top-k)."""
-    return await _answer(body, call, _gapemp_appr)
+    count = len(body.contexts)
+    return await _answer(body, call, _gapemp_appr, edges=count * min(body.top_k or count, count))
 
 
 def _vanilla(body: BlocksRequest, eos: int | None) -> Problem:
@@ -133,24 +134,24 @@ def _gapemp_appr(body: TopKRequest, eos: int | None) -> Problem:
     return get("graph-kv-rag-top-k", drop_token=eos), ContextGraph(body.contexts, body.query, body.prefix, edges)
 
 
-async def _answer(body: Body, call: Call, lay: Lay[Body]) -> Generated:
+async def _answer(body: Body, call: Call, lay: Lay[Body], edges: int = 0) -> Generated:
+    """edges: how many `lay` makes."""
     call.generates("text_completion")
     async with call.admitted():
-        request = await call.prepared(_prepared, call.server, call.caller, body, lay)
+        request = await call.prepared(_prepared, call.server, call.caller, body, lay, edges)
         return Generated(generated=await call.collected(_text(call.updates([request]))))
 
 
-def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body]) -> Request:
-    """The engine's request. Raises APIError for too many contexts, GraphError, PlanError or CapacityError."""
+def _prepared(server: Server, caller: Caller, body: Body, lay: Lay[Body], edges: int) -> Request:
+    """The engine's request. Raises APIError for too many contexts or edges, GraphError, PlanError or CapacityError."""
     if len(body.contexts) > server.settings.max_documents:
         raise APIError(
             400,
             f"{len(body.contexts)} contexts, but at most {server.settings.max_documents} are taken",
             param="blocks",
         )
-    eos = server.tokenizer.eos_token_id
-    method, graph = lay(body, eos)
-    check_edges(server, graph.edges)
+    check_edges(server, edges)  # before they are made
+    method, graph = lay(body, server.tokenizer.eos_token_id)
     params = SamplingParams(max_tokens=body.max_new_tokens)
     return server.engine.prepare(server.engine.plan(graph, method), params, salt=caller.salt)
 
