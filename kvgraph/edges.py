@@ -140,6 +140,11 @@ def named_edges(spec: str, names: Sequence[str]) -> tuple[Edge, ...]:
     return tuple((ref(source), ref(reader)) for source, reader in pairs)
 
 
+def names_segments(spec: str) -> bool:
+    """Whether a line of text means certain segments (pairs, or the center of a star), however many there are."""
+    return ">" in spec or spec.strip().startswith("star:")
+
+
 def _layers(sizes: Sequence[int], count: int) -> list[range]:
     """Segments 0..count-1 in layers of these sizes, the rest in one more. Layers without segments are left out."""
     if 0 in sizes:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgraph import methods
 from kvgraph.data.chat import DOCUMENT, ChatError, Document, Messages, Prompt, chat, opening
-from kvgraph.edges import named_edges
+from kvgraph.edges import named_edges, names_segments
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.guide import Grammar, GrammarError
 from kvgraph.engine.request import Request
@@ -577,7 +577,7 @@ def _with_edges(graph: ContextGraph, context: _Context, kept: int, whole: Contex
     if context.chosen is not None:
         return ContextGraph(graph.segments, graph.query, list(graph.prefix), edges, graph.names, context.chosen[:kept])
     pairs: Any = ()
-    if isinstance(edges, str):
+    if isinstance(edges, str) and (whole is None or not names_segments(edges)):
         pairs = named_edges(edges, names)
     elif whole is not None:
         pairs = [(s, r) for s, r in whole.edges if s < kept and r < kept]

@@ -494,10 +494,12 @@ def test_documents_that_do_not_fit_are_refused_or_dropped(tmp_path):
     kept = ContextGraph([f"{text}\n\n" for text in texts[:3]], QUESTION + after, before, named_edges("all+self", NAMES))
     want = Engine.load(model, check=False).generate(kept, "graph-kv-rag", max_tokens=N).text
     with serve(model, overflow="drop") as url, client_of(url) as client:
-        for edges in (pairs, "all+self"):
+        for edges in (pairs, ",".join(f"{s}>{r}" for s, r in pairs), "all+self"):
             answer = ask(client, extra_body=body | {"kvgraph": options | {"edges": edges}})
             assert answer.usage.kvgraph["dropped"] == ["d3", "d4"]
             assert answer.choices[0].message.content == want
+        answer = ask(client, extra_body=body | {"kvgraph": options | {"edges": "star:4"}})
+        assert answer.usage.kvgraph["dropped"] == ["d4"]  # the star's center, so that no edge is left
         with pytest.raises(openai.BadRequestError, match="limit is 512"):
             ask(client, "too long " * 100, extra_body=body)
 
