@@ -127,16 +127,18 @@ class KVGraphLM(TemplateLM):
             options = normalize_gen_kwargs(wanted, self.max_gen_toks)
             most, sample = options.pop("max_gen_toks"), options.pop("do_sample")
             until = handle_stop_sequences(options.pop("until", None), eos=self.tokenizer.decode(self.eot_token_id))
-            known = {
-                f: options.pop(f)
-                for f in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-                if f in options
-            }
+            drawn = {f: options.pop(f) for f in ("temperature", "top_k", "top_p", "min_p") if f in options}
+            penalty = options.pop("repetition_penalty", 1.0)
             if options:
                 raise KVGraphError(
                     f"generation argument {min(options)!r} isn't supported; leave it out of the task's gen_kwargs"
                 )
-            params = SamplingParams(max_tokens=most, stop=tuple(filter(None, until)), **(known if sample else {}))
+            params = SamplingParams(
+                max_tokens=most,
+                stop=tuple(filter(None, until)),
+                repetition_penalty=penalty,
+                **(drawn if sample else {}),  # without sampling, `hf` ignores them too
+            )
             encoded = self._encoded(context)
             ids = encoded["input_ids"]
             graph = self._graph(ids, self._cuts(context, encoded), keep=self.max_length - most)

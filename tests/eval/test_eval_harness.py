@@ -45,6 +45,14 @@ num_fewshot: 2
 generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 12}}
 metric_list: [{{metric: exact_match}}]
 """,
+    "letters_penalised": """
+output_type: generate_until
+doc_to_text: "Question: {{{{q}}}}\\nAnswer:"
+doc_to_target: "{{{{choices[answer]}}}}"
+num_fewshot: 2
+generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 12, do_sample: false, repetition_penalty: 1.5}}
+metric_list: [{{metric: exact_match}}]
+""",
     "letters_rolling": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -93,7 +101,9 @@ def plain(folder):
 
 def test_full_gives_the_scores_of_the_harness_itself(folder, plain):
     results, said = scores(folder, "kvgraph", method="full")
-    assert said["letters_generate"] == plain[1]["letters_generate"]
+    for name in ("letters_generate", "letters_penalised"):
+        assert said[name] == plain[1][name]
+    assert said["letters_penalised"] != said["letters_generate"]
     for name in ("letters_choice", "letters_rolling"):
         ours, theirs = ([one for sample in x[name] for reply in sample for one in reply] for x in (said, plain[1]))
         assert len(ours) == len(theirs) >= len(ROWS)
