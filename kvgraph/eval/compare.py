@@ -96,7 +96,7 @@ def compare(a: Path, b: Path) -> Comparison:
     settings = tuple(
         change
         for change in runs.changes(left.summary, right.summary)
-        if change[0].split(".")[0] not in OUTCOME and change[0] not in UNIMPORTANT
+        if change[0].split(".")[0] not in OUTCOME and change[0] not in UNIMPORTANT and not runs.unknown(*change)
     )
     flips = tuple(
         Flip(result["id"], result, other, left.headline)

@@ -37,7 +37,7 @@ from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import KVGraphError
 from kvgraph.eval import stats
 from kvgraph.eval.metrics import EXTRACT, METRICS, SETS
-from kvgraph.eval.runs import FORMAT, RESULTS, SUMMARY, RunError, changes
+from kvgraph.eval.runs import FORMAT, RESULTS, SUMMARY, RunError, changes, unknown
 from kvgraph.graph import ContextGraph
 from kvgraph.methods import Method
 from kvgraph.plan import Plan
@@ -288,7 +288,7 @@ def _begin(folder: Path, config: dict[str, Any]) -> None:
         io.write_json(path, config)
         return
     for field, before, now in changes(_loaded(path), config):
-        if field not in MAY_CHANGE:
+        if field not in MAY_CHANGE and not unknown(field, before, now):
             before, now = (json.dumps(value, ensure_ascii=False)[:80] for value in (before, now))
             raise RunError(
                 f"{folder} holds a run with {field} = {before}, not {now}; give another folder, or delete it"
@@ -321,6 +321,7 @@ def _config(
     digest = _digest(items)
     data = data or Data(tuple(items), sha256=digest)
     model = engine.model
+    template = getattr(model.tokenizer, "chat_template", None)
     config = {
         "format": FORMAT,
         "task": task.name,
@@ -341,7 +342,8 @@ def _config(
             "instruction": task.instruction,
             "question": task.question,
             "document": task.document,
-            "chat_template": bool(getattr(model.tokenizer, "chat_template", None)),
+            "chat_template": bool(template),
+            "chat_template_sha256": hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None,
         },
         "decode": asdict(params),
         "extract": task.extract,

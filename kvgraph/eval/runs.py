@@ -18,6 +18,7 @@ SUMMARY, RESULTS = "summary.json", "results.jsonl"
 NEEDED = ("task", "headline", "method", "model", "scores", "by", "tokens", "timing", "environment")
 # Settings that must be equal for a difference between two runs to be a difference between their methods.
 MUST_MATCH = ("prompt", "decode", "extract", "data.sha256", "model.fingerprint", "model.dtype")
+TEMPLATE = "prompt.chat_template_sha256"  # which runs of older versions don't have
 
 
 class RunError(KVGraphError, ValueError):
@@ -133,12 +134,17 @@ def mismatches(a: Run, b: Run) -> list[str]:
     found = [
         f"{path}: {shown(before)} against {shown(after)}"
         for path, before, after in changes(a.summary, b.summary)
-        if any(path == name or path.startswith(f"{name}.") for name in MUST_MATCH)
+        if any(path == name or path.startswith(f"{name}.") for name in MUST_MATCH) and not unknown(path, before, after)
     ]
     if set(a.by_id) != set(b.by_id):
         shared = len(set(a.by_id) & set(b.by_id))
         found.append(f"items: {shared:,} in common of {len(a.by_id):,} and {len(b.by_id):,}")
     return found
+
+
+def unknown(path: str, before: Any, after: Any) -> bool:
+    """Whether a field differs only because a run of an older version doesn't say it."""
+    return path == TEMPLATE and None in (before, after)
 
 
 def changes(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -381,6 +381,19 @@ def test_a_comparison_across_prompts_says_so(tmp_path, run):
     assert code == 0 and 'warning: more than the method differs: extract: "" against "first_line"' in err
 
 
+def test_a_comparison_across_chat_templates_says_so_where_both_are_known(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "old")]
+    for folder, template in zip(runs[1:], ({"chat_template_sha256": "00" * 32}, {}), strict=True):
+        summary = json.loads((folder / "summary.json").read_text())
+        del summary["prompt"]["chat_template_sha256"]
+        summary["prompt"] |= template
+        (folder / "summary.json").write_text(json.dumps(summary))
+    a, b, old = runs
+    (warning,) = compare(a, b).warnings
+    assert "prompt.chat_template_sha256" in warning
+    assert compare(a, old).warnings == compare(old, b).warnings == compare(a, old).settings == ()
+
+
 def test_a_real_comparison(real, run):
     code, out, err = run("report", "--compare", real / "full", real / "graph-kv")
     assert code == 0, err

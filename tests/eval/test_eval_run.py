@@ -311,6 +311,24 @@ def test_the_model_may_have_moved_but_not_changed(reference, folder, tmp_path):
         evaluate(engine, TASK, METHOD, items(), run)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_chat_template_is_another_run(reference, folder, tmp_path, finished):
+    run = copied(reference, tmp_path, summary=finished)
+    changed = models.load(str(folder))
+    changed.tokenizer.chat_template = changed.tokenizer.chat_template.replace("{{ m.role }}: ", "<{{ m.role }}> ")
+    with Engine(changed) as engine, pytest.raises(RunError, match=r"with prompt\.chat_template_sha256 = "):
+        evaluate(engine, TASK, METHOD, items(), run)
+
+
+def test_a_run_that_does_not_say_its_chat_template_resumes(reference, engine, tmp_path):
+    run = copied(reference, tmp_path, summary=False)
+    config = json.loads((run / "config.json").read_text())
+    del config["prompt"]["chat_template_sha256"]
+    (run / "config.json").write_text(json.dumps(config))
+    evaluate(engine, TASK, METHOD, items(), run)
+    assert lasting(run) == lasting(reference)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

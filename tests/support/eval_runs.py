@@ -100,6 +100,7 @@ def _summary(lines: list[dict[str, Any]], task: str, method: str, ablation: str 
             "question": "{question}\nAnswer:",
             "document": "{title}\n{text}\n\n",
             "chat_template": True,
+            "chat_template_sha256": "ef" * 32,
         },
         "decode": {"temperature": 0.0, "max_tokens": 100, "stop": []},
         "extract": "",
