@@ -80,7 +80,7 @@ def evaluate(
 
     An item that can't be run (longer than the model's limit, larger than the KV budget, refused by the method) gets a
     line with an "error", scores 0, and is counted in the summary; the run continues. After an interruption or a kill,
-    the same call resumes. Raises RunError if `out` holds another run or can't be written, and GraphError for an unknown
+    the same call resumes. It runs items with an error again, also those of a finished run. Raises RunError if `out` holds another run or can't be written, and GraphError for an unknown
     method or unknown edges.
     """
     params = SamplingParams(max_tokens=task.max_tokens if max_tokens is None else max_tokens, stop=task.stop)
@@ -95,6 +95,8 @@ def evaluate(
         with closing(_Results(folder / RESULTS, items)) as results:
             if results.complete and (folder / SUMMARY).is_file():
                 return _loaded(folder / SUMMARY)
+            (folder / SUMMARY).unlink(missing_ok=True)  # before lines that it counts are dropped
+            results.drop_errors()
             session = _Session(datetime.now(UTC), time.perf_counter(), len(results.lines))
             todo = [item for item in items if item.id not in results.lines]
             label, headline = f"{task.name} {spec}", task.metrics[0]
@@ -258,8 +260,16 @@ class _Results:
 
     @property
     def complete(self) -> bool:
-        """Whether every item has its line."""
-        return len(self.lines) == len(self.items)
+        """Whether every item has its answer."""
+        return len(self.lines) == len(self.items) and not any("error" in line for line in self.lines.values())
+
+    def drop_errors(self) -> None:
+        """Forget items that failed: what made them fail, such as too little memory, may have changed."""
+        answered = {id_: line for id_, line in self.lines.items() if "error" not in line}
+        if len(answered) < len(self.lines):
+            io.write(self.path, b"".join(map(io.line, answered.values())))
+            self.file.close()
+            self.file, self.lines = open(self.path, "ab", buffering=0), answered
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a finished item's line. After an error (a full disk) the file is as before."""

@@ -269,6 +269,38 @@ def test_a_finished_run_is_only_read(reference, engine, tmp_path):
     assert after == before
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_items_that_failed_run_again_and_no_others(model, tmp_path, finished):
+    asked = items(4)
+    asked[1] = replace(asked[1], documents=(Document("x" * 700),))  # more than the small budget has room for
+    asked[2] = replace(asked[2], documents=(Document("x" * model.limit),))  # too long for any
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    with Engine(model, kv_budget=600 * model.kv_bytes_per_token) as engine:
+        assert evaluate(engine, TASK, "block", asked, run)["errors"] == 2
+        before = lasting(run)
+        evaluate(engine, TASK, "block", asked, run)
+        assert lasting(run) == before
+    answered = [line for line in lines(run) if "error" not in line]
+    if not finished:
+        (run / "summary.json").unlink()
+    with Engine(model) as engine:
+        summary = evaluate(engine, TASK, "block", asked, run)
+        evaluate(engine, TASK, "block", asked, fresh)
+    assert summary["errors"] == 1 and summary["timing"]["items"] == 2
+    assert lasting(run) == lasting(fresh)
+    assert [line for line in lines(run) if line in answered] == answered, "an answer was asked for again"
+
+
+def test_a_run_whose_failed_items_are_running_again_is_not_finished(model, tmp_path, monkeypatch):
+    asked = [replace(items(1)[0], documents=(Document("x" * model.limit),))]
+    with Engine(model) as engine:
+        evaluate(engine, TASK, "block", asked, tmp_path)
+        monkeypatch.setattr(engine, "run", lambda *given, **more: pytest.fail("stopped here"))
+        with pytest.raises(pytest.fail.Exception):
+            evaluate(engine, TASK, "block", asked, tmp_path)
+    assert not (tmp_path / "summary.json").exists() and lines(tmp_path) == []
+
+
 def test_lines_in_the_order_of_finishing_are_put_in_that_of_the_items(reference, engine, tmp_path):
     run = copied(reference, tmp_path, summary=False)
     whole = (run / "results.jsonl").read_bytes().splitlines(keepends=True)
