@@ -27,12 +27,13 @@ from kvgraph.errors import KVGraphError
 if TYPE_CHECKING:
     from kvgraph.models import Model
 
-KEPT = 64  # compiled grammars
+KEPT = 64  # grammars: compiled, or why they can't be
 SPACES = "( |\n[ ]{0,32})?"  # between the parts of JSON: models write it on one line or indented, and never without end
 JSON = {"whitespace_pattern": SPACES, "whitespace_flexible": True, "lenient": False}
 LONG = re.compile(r"\d{16}")  # a number that may have more digits than a float of 64 bits
 LIMITS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}  # and where what they allow lies
 LONGEST = 1 << 17  # characters of a grammar
+SEARCHED = 4 * LONGEST  # characters that are compiled to find which part of a refused grammar is wrong
 STACK = 1 << 28  # bytes: the compiler follows `$ref` in `$ref` by recursion, and would end the process
 NAMED = (
     "properties",
@@ -89,6 +90,19 @@ class Grammar:
         return cls("lark", "start: " + " | ".join(json.dumps(text) for text in texts))
 
 
+class Search:
+    """How much may still be compiled to name the part of a refused grammar that is wrong: a few times the longest one."""
+
+    def __init__(self) -> None:
+        self._left = SEARCHED
+
+    def affords(self, grammar: Grammar) -> bool:
+        """Whether a part may be compiled, which is counted. Even the shortest costs as much as some text."""
+        fine = self._left > 0
+        self._left -= len(grammar.text) + 256
+        return fine
+
+
 class Guide:
     """One answer's way through its grammar."""
 
@@ -113,15 +127,20 @@ class Guides:
 
     def guide(self, grammar: Grammar) -> Guide:
         """The guide of a new answer. Raises GrammarError for a grammar that can't be compiled, or not for this model."""
+        _ = self._tokenizer  # what is wrong with that is no fault of the grammar
+        if len(grammar.text) > LONGEST:
+            raise GrammarError(f"a grammar may have {LONGEST} characters, and this one has {len(grammar.text)}")
         with self._lock:
-            matcher = self._compiled.pop(grammar, None)
-        if matcher is None:
-            matcher = self._compile(grammar)
+            found = self._compiled.pop(grammar, None)
+        if found is None:
+            found = self._compile(grammar)
         with self._lock:
-            self._compiled[grammar] = matcher
+            self._compiled[grammar] = found
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-            return Guide(matcher.deep_copy())
+            if isinstance(found, GrammarError):
+                raise GrammarError(str(found), found.path)
+            return Guide(found.deep_copy())
 
     def begin(self, guides: Sequence[Guide]) -> Future[Tensor]:
         """Which tokens may come next [len(guides), V] bool, on the CPU; found beside whatever else is done.
@@ -173,21 +192,19 @@ class Guides:
             raise GrammarError(f"answers of this model can't be guided; its tokens are no bytes: {reason}") from None
 
     def _compile(self, grammar: Grammar) -> Any:
-        """A matcher at the beginning of a grammar. Raises GrammarError."""
-        _ = self._tokenizer  # what is wrong with that is no fault of the grammar
-        if len(grammar.text) > LONGEST:
-            raise GrammarError(f"a grammar may have {LONGEST} characters, and this one has {len(grammar.text)}")
+        """A matcher at the beginning of a grammar, or the GrammarError that says why there is none."""
         try:
             return on_large_stack(partial(self._matcher, grammar))
         except GrammarError as error:
-            try:
-                schema = json.loads(grammar.text) if grammar.kind == "json_schema" else None
-            except ValueError:
-                schema = None
-            if not isinstance(schema, dict):
-                raise
-            path, error = on_large_stack(partial(self._innermost, schema, error))
-            raise GrammarError(str(error), path) from None
+            reason = str(error)
+        path: Path = ()
+        try:
+            schema = json.loads(grammar.text) if grammar.kind == "json_schema" else None
+        except ValueError:
+            schema = None
+        if isinstance(schema, dict):
+            path, reason = on_large_stack(partial(self._innermost, schema, reason))
+        return GrammarError(reason, path)
 
     def _matcher(self, grammar: Grammar) -> Any:
         make = self._library.LLMatcher
@@ -203,19 +220,26 @@ class Guides:
             raise GrammarError(_line(matcher.get_error()))
         return matcher
 
-    def _innermost(self, schema: Any, error: GrammarError) -> tuple[Path, GrammarError]:
-        """The path of the innermost part of a schema that can't be compiled by itself, and why."""
+    def _innermost(self, schema: Any, reason: str) -> tuple[Path, str]:
+        """The path of the innermost part of a schema that can't be compiled by itself, and why.
+
+        Every part takes the schema's definitions along, so the search ends at an outer part when it becomes long.
+        """
         top = {name: schema[name] for name in ("$defs", "definitions", "$schema") if name in schema}
         path: Path = ()
+        search = Search()
         while True:
             for step, part in _parts(schema):
                 try:
-                    self._matcher(Grammar.json_schema({**top, **part}))
-                except GrammarError as found:
-                    path, schema, error = (*path, *step), part, found
+                    grammar = Grammar.json_schema({**top, **part})
+                    if not search.affords(grammar):
+                        return path, reason
+                    self._matcher(grammar)
+                except GrammarError as error:
+                    path, schema, reason = (*path, *step), part, str(error)
                     break
             else:
-                return path, error
+                return path, reason
 
 
 def on_large_stack(work: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ from kvgraph import methods
 from kvgraph.data.chat import DOCUMENT, ChatError, Document, Messages, Prompt, chat, opening
 from kvgraph.edges import named_edges, names_segments
 from kvgraph.engine.engine import Engine
-from kvgraph.engine.guide import Grammar, GrammarError
+from kvgraph.engine.guide import Grammar, GrammarError, Search
 from kvgraph.engine.request import Request
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.errors import CapacityError, GraphError, PlanError
@@ -235,15 +235,16 @@ def _kept_to(server: Server, body: Generation, talk: _Talk) -> tuple[Grammar | N
 
 
 def _unusable(server: Server, asked: ToolUse, made: Callable[[ToolUse], Grammar], error: GrammarError) -> APIError:
-    """The error of the first function whose calls can't be kept to its schema."""
-    guides = server.engine.scheduler.guides
+    """The error of the first function whose calls can't be kept to its schema, unless that takes long to find."""
+    search = Search()
     for i, function in enumerate(asked.functions):
         if function.name not in asked.allowed:
             continue
         param = f"tools.{i}.function.parameters"
         try:
-            guides.guide(Grammar.json_schema(function.schema()))
-            guides.guide(made(asked.only(function.name)))
+            for part in (Grammar.json_schema(function.schema()), made(asked.only(function.name))):
+                if search.affords(part):
+                    server.engine.scheduler.guides.guide(part)
         except GrammarError as found:
             inside = "/".join(map(str, found.path))
             where = f"at {inside!r} of its schema: " if inside else ""

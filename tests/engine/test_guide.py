@@ -407,6 +407,24 @@ def test_what_cant_be_compiled_says_where(engine, schema, path, says):
 
 
 @pytest.mark.parametrize(
+    ("defs", "part", "count"),
+    [({"a": {"const": "x" * 40_000}}, {"$ref": "#/$defs/a"}, 100), ({}, {}, 4000)],
+    ids=["large definitions", "many parts"],
+)
+def test_naming_what_cant_be_compiled_ends_after_some_parts_and_is_done_once(engine, monkeypatch, defs, part, count):
+    guides, made = guide.Guides(engine.model), []
+    compiled = guides._matcher
+    monkeypatch.setattr(guides, "_matcher", lambda grammar: made.append(len(grammar.text)) or compiled(grammar))
+    parts = {f"p{i}": part for i in range(count)} | {"bad": {"type": "strin"}}
+    for _ in range(2):
+        with pytest.raises(GrammarError, match="strin") as caught:
+            guides.guide(Grammar.json_schema({"$defs": defs, "properties": {"all": {"properties": parts}}}))
+        assert caught.value.path == ("properties", "all")
+        assert 10 < len(made) < count * 0.6 and sum(made) < guide.SEARCHED + 2 * guide.LONGEST
+        monkeypatch.setattr(guides, "_matcher", lambda grammar: pytest.fail("it was refused before"))
+
+
+@pytest.mark.parametrize(
     "grammar", [Grammar("regex", "a(b"), Grammar("lark", "start: foo"), Grammar("json_schema", "true")]
 )
 def test_no_grammar_ends_the_process_or_runs(engine, grammar):

@@ -13,6 +13,7 @@ import pytest
 
 import families
 from kvgraph import Engine, models
+from kvgraph.engine.guide import LONGEST, SEARCHED
 from kvgraph.engine.request import Request
 from kvgraph.server.prompts import lay_out
 from kvgraph.server.schema import ChatRequest
@@ -379,6 +380,17 @@ def f(**more: Any) -> dict[str, Any]:
 def test_what_cant_be_says_where(served, fields, param, says):
     told = ask(served(HERMES), 400, **fields)
     assert told["param"] == param and says in told["message"], told
+
+
+def test_naming_a_function_that_cant_be_kept_to_ends_after_some(served, monkeypatch):
+    guides, made = served(HERMES).server.engine.scheduler.guides, []
+    compiled = guides._matcher
+    monkeypatch.setattr(guides, "_matcher", lambda grammar: made.append(len(grammar.text)) or compiled(grammar))
+    parameters = {"properties": {"a": {"const": "x" * 60_000}}}
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": parameters}} for i in range(12)]
+    told = ask(served(HERMES), 400, tools=tools, tool_choice="required")
+    assert told["param"] == "tools" and "a grammar may have 131072 characters" in told["message"]
+    assert 0 < sum(made) < SEARCHED + LONGEST
 
 
 # -- messages back ------------------------------------------------------------------------------------------------------
