@@ -47,6 +47,19 @@ def check(file: Path) -> None:
         raise ModelError(f"{file} ends within its header; download it again")
 
 
+def refuse_shard(file: Path) -> None:
+    """Raise ModelError for one of several files that a model was split into: it lacks the tensors of the others."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("split.count")
+    count = 1 if field is None else int(field.parts[field.data[0]][0])
+    if count > 1:
+        raise ModelError(
+            f"it is one of {count} parts of a model; join them with llama.cpp's "
+            "`llama-gguf-split --merge FIRST-PART JOINED.gguf` and give the joined file"
+        )
+
+
 @contextmanager
 def explained(file: Path) -> Iterator[None]:
     """Replace errors of readers that go beyond the end of a file."""
@@ -119,12 +132,18 @@ def load_weights(
 ) -> PreTrainedModel:
     """The model with dequantised weights, as if it had been saved like that.
 
-    dtype: "auto" is the file's where its matrices aren't quantised, else `dequantised`.
+    dtype: "auto" is the file's where its matrices aren't quantised, else `dequantised`. Raises ModelError if a tensor is
+    missing, which transformers would fill with random numbers.
     """
     wanted = _plain_dtype(file) or dequantised if dtype == "auto" else dtype
     # transformers may keep weights packed, which nothing here can compose or train.
     packing = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
-    hf: Any = AutoModelForCausalLM.from_pretrained(**source(file), config=config, dtype=wanted, **packing)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **source(file), config=config, dtype=wanted, output_loading_info=True, **packing
+    )
+    hf, info = loaded
+    if info["missing_keys"]:
+        raise ModelError(f"it lacks weights, for example {min(info['missing_keys'])}; download it again")
     for owner, name in ((hf.config, "quantization_config"), (hf, "hf_quantizer"), (hf, "quantization_method")):
         if name in vars(owner):  # it isn't quantised any more, and can be saved
             delattr(owner, name)

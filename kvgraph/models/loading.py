@@ -102,7 +102,9 @@ def _from_gguf(file: Path, wanted: Any, dequantised: torch.dtype, allow_untested
     _refuse_pointers([file], str(file.parent))
     gguf.check(file)
     with one_line(f"can't read the config of {file}"), gguf.explained(file):
-        config = AutoConfig.from_pretrained(**gguf.source(file))
+        described = gguf.source(file)
+        gguf.refuse_shard(file)
+        config = AutoConfig.from_pretrained(**described)
     refuse(config, allow_untested)
     with one_line(f"can't load {file}"), _shapes_explained():
         return gguf.load_weights(file, config, wanted, dequantised), file.parent, [file]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ import gguf_files
 from kvgraph import ContextGraph, Engine, ModelError, models
 from kvgraph.models import converted
 from kvgraph.models import gguf as reading
+from kvgraph.models.fingerprint import file_hash
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed"),
@@ -153,6 +155,46 @@ def test_a_processor_without_bf16_uses_float32_and_records_of_its_own(copies, tm
     ]
     assert [tokens for *_, tokens in again] == [tokens for *_, tokens in first]
     assert len(list(copies.iterdir())) == 2
+
+
+@pytest.mark.parametrize("lacks", ["blk.1.", "blk.0.attn_k", "output_norm", "token_embd"])
+def test_a_gguf_file_without_some_tensors_is_refused(lacks, tmp_path):
+    """transformers would fill them with random numbers, other ones each time, under one fingerprint."""
+    gguf_files.write(build(), tmp_path / "m.gguf", lacks=lacks)
+    with pytest.raises(
+        ModelError, match=r"can't load .*m\.gguf: it lacks weights, for example \S+\.weight; download"
+    ) as no:
+        models.load(tmp_path / "m.gguf")
+    assert "\n" not in str(no.value)
+
+
+def test_a_part_of_a_split_gguf_file_is_refused_with_what_to_do(tmp_path):
+    name = "m-00001-of-00002.gguf"
+    gguf_files.write(build(), tmp_path / name, lacks="blk.1.", parts=2)
+    with pytest.raises(ModelError, match=rf"{name}: it is one of 2 parts .*`llama-gguf-split --merge") as refused:
+        models.load(tmp_path / name)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tied_output_head_is_no_missing_tensor(tmp_path):
+    hf = build(tie_word_embeddings=True)
+    gguf_files.write(hf, tmp_path / "m.gguf")
+    found = models.load(tmp_path / "m.gguf").hf
+    assert found.lm_head.weight is found.get_input_embeddings().weight
+
+
+def test_a_copy_from_before_tensors_were_checked_is_not_used(copies, tmp_path):
+    """Older versions of the same name filled missing tensors with random numbers and kept them."""
+    file, dequantised = tmp_path / "m.gguf", reading.dequantised_dtype(torch.device("cpu"))
+    gguf_files.write(build(), tmp_path / "whole.gguf")
+    gguf_files.write(build(), file, lacks="blk.1.")
+    facts = [file_hash(file), None, "auto", str(dequantised), *map(converted._version, converted.MADE_BY)]
+    old = converted.Copy(copies / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32])
+    whole = models.load(tmp_path / "whole.gguf")
+    old.write(whole.hf, whole.tokenizer)
+    assert old.read() is not None
+    with pytest.raises(ModelError, match="it lacks weights"):
+        models.load(file)
 
 
 @pytest.fixture

@@ -32,8 +32,13 @@ def write(
     path: Path,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str = "",
+    lacks: str = "",
+    parts: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Write a model with a tokenizer of bytes; returns its matrices as they are in the file, dequantised, by their names."""
+    """Write a model with a tokenizer of bytes; returns its matrices as they are in the file, dequantised, by their names.
+
+    lacks: leave out tensors whose names in the file begin so. parts: how many files it says that it was split into.
+    """
     config, kept = hf.config, {}
     name = architecture or config.model_type
     writer = gguf.GGUFWriter(path, name)
@@ -60,6 +65,8 @@ def write(
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(TEMPLATE)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     for key, weight in hf.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -70,6 +77,8 @@ def write(
         else:
             _, _, layer, part = stem.split(".", 3)
             to = f"blk.{layer}.{PARTS[part]}"
+        if lacks and to.startswith(lacks):
+            continue
         quantised = array.ndim == 2 and kind != gguf.GGMLQuantizationType.F32
         laid = array
         if name == "llama" and to.endswith(("attn_q", "attn_k")):  # llama.cpp turns neighbours, not halves
