@@ -83,17 +83,42 @@ def merged(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
         raise ModelError(f"{folder} holds an adapter of the kind {kind}; there are {', '.join(KINDS)}")
     if find_spec("peft") is None:
         raise ModelError(f"to load the adapter {folder}, install peft: pip install 'kvgraph[adapters]'")
-    from peft import PeftModel
-
     try:
-        module: Any = PeftModel.from_pretrained(hf, str(folder))
-        made: PreTrainedModel = module.merge_and_unload()
+        made: PreTrainedModel = _filled(hf, folder).merge_and_unload()
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the adapter {folder} doesn't fit the model: {line}") from None
     if "peft_config" in vars(made):
         del made.peft_config
     return made
+
+
+def _filled(hf: PreTrainedModel, folder: Path) -> Any:
+    """The model in peft's module with the adapter's weights. Raises ModelError unless it has a place for each weight and a
+    weight for each place: peft leaves other weights out, and places empty or random.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    module: Any = PeftModel(hf, config)
+    # As PeftModel.from_pretrained does it, which keeps the result to itself.
+    renamed = getattr(hf, "_checkpoint_conversion_mapping", {})
+    try:
+        result = module.load_adapter(str(folder), "default", key_mapping=renamed)
+    except KeyError as error:  # a row of trainable tokens, or a module that was trained whole
+        raise ModelError(f"{WEIGHTS} lacks {error.args[0]}") from None
+    if result.missing_keys:
+        raise ModelError(f"{WEIGHTS} lacks {_counted(result.missing_keys)}")
+    # peft can write embeddings twice, of which it reads one.
+    written = get_peft_model_state_dict(module, save_embedding_layers=True) if result.unexpected_keys else {}
+    if unknown := [name for name in result.unexpected_keys if name not in written]:
+        raise ModelError(f"the model has no place for {_counted(unknown)}")
+    return module
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names)} weights, for example {min(names)}" if len(names) > 1 else names[0]
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from kvgraph.models.fingerprint import file_hash, kv_config, whole
 LARGEST = 1 << 30  # bytes of weights; a larger model isn't written a second time unasked
 COPIES = 4  # that are kept; the one that wasn't used for longest goes
 MADE_BY = ("kvgraph", "transformers", "gguf", "peft")
-CHECKED = 1  # raised when a check is added: copies made before it may hold what it refuses, such as random weights
+CHECKED = 2  # raised when a check is added: copies made before it may hold what it refuses, such as random weights
 ABANDONED = 3600.0  # seconds after which an incomplete copy isn't being written any more
 WEIGHTS, FACTS = "model.safetensors", "copy.json"
 

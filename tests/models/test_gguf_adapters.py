@@ -12,12 +12,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import families
 import gguf_files
 from kvgraph import ContextGraph, Engine, ModelError, models
 from kvgraph.models import converted
 from kvgraph.models import gguf as reading
+from kvgraph.models.adapters import WEIGHTS
 from kvgraph.models.fingerprint import file_hash
 
 pytestmark = [
@@ -369,6 +371,87 @@ def test_adapters_that_do_not_fit_are_refused(base, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(told | {"peft_type": "IA3"}))
     with pytest.raises(ModelError, match="of the kind IA3; there are LORA, TRAINABLE_TOKENS"):
         models.load(base, adapter=folder)
+
+
+def rewritten(folder: Path, change) -> Path:
+    """An adapter with another dictionary of tensors in place of its own."""
+    file = folder / WEIGHTS
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def test_an_adapter_of_fewer_layers_is_not_merged_into_some_of_them(base, tmp_path):
+    folder = adapter(base, tmp_path / "a", target_modules=["q_proj", "down_proj"])
+    models.save(build(num_hidden_layers=families.LAYERS + 2), tmp_path / "deep")
+    line = rf"doesn't fit the model: .* lacks 8 weights, for example .*layers\.{families.LAYERS}\."
+    with pytest.raises(ModelError, match=line):
+        models.load(tmp_path / "deep", adapter=folder)
+
+
+WRAPPED = "base_model.model.model.language_model."
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "line"),
+    [
+        (
+            None,
+            lambda t: {k.replace("base_model.model.model.", WRAPPED): v for k, v in t.items()},
+            r"lacks \d+ weights",
+        ),
+        ([3], lambda t: {k: v for k, v in t.items() if "1.mlp.up_proj.lora_A" not in k}, r"lacks \S+lora_A\S+weight"),
+        (
+            [3],
+            lambda t: {k: v for k, v in t.items() if "trainable_tokens" not in k},
+            r"lacks \S+trainable_tokens_delta",
+        ),
+        (
+            [3],
+            lambda t: t | {"base_model.model.model.layers.7.x.lora_A.weight": torch.ones(4, 4)},
+            "no place for .*7.x",
+        ),
+    ],
+    ids=["prefix", "one", "rows", "more"],
+)
+def test_an_adapter_that_does_not_cover_what_it_names_is_refused(rows, change, line, base, tmp_path):
+    folder = rewritten(adapter(base, tmp_path / "a", trainable_token_indices=rows), change)
+    with pytest.raises(ModelError, match=f"the adapter .* doesn't fit the model: .*{line}") as refused:
+        models.load(base, adapter=folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj", "another_models_proj"]},
+        {"target_modules": r".*\.1\.mlp\.up_proj"},
+        {"rank_pattern": {"v_proj": 2}, "use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["norm"]},
+    ],
+    ids=lambda changes: next(reversed(changes)),
+)
+def test_an_adapter_of_what_it_names_is_merged(changes, base, tmp_path):
+    folder = adapter(base, tmp_path / "a", **changes)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(models.load(base).hf, str(folder)).eval()(TOKENS).logits
+    found = logits(models.load(base, adapter=folder))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - logits(models.load(base))).abs().max() > 0.01 or "modules_to_save" in changes  # a copy of its norm
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+@pytest.mark.parametrize("changes", [{"trainable_token_indices": [3]}, {"modules_to_save": ["embed_tokens"]}])
+def test_an_adapter_with_its_embeddings_written_twice_is_merged(changes, base, tmp_path):
+    """As peft does when a vocabulary has grown."""
+    folder = adapter(base, tmp_path / "a", **changes)
+    wanted = logits(models.load(base, adapter=folder))
+    module = PeftModel.from_pretrained(models.load(base).hf, str(folder))
+    module.save_pretrained(tmp_path / "twice", save_embedding_layers=True)
+    assert len(load_file(tmp_path / "twice" / WEIGHTS)) > len(load_file(folder / WEIGHTS))
+    assert torch.equal(logits(models.load(base, adapter=tmp_path / "twice")), wanted)
 
 
 def test_an_adapter_of_link_rows_alone_is_merged_too(base, tmp_path):
