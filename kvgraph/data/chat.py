@@ -8,10 +8,11 @@ again. Pure Python: of a tokenizer, only `chat_template`, `apply_chat_template`,
 from __future__ import annotations
 
 import os
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from kvgraph.errors import GraphError
@@ -225,16 +226,17 @@ class _Renderer:
         conversation differently from a turn within one.
         """
         ends: list[int] = []
+        text = _Whole(self.tokenizer, whole)
         closing = ""  # what the template was seen to end a conversation with
         for i in _ends(len(messages)):
             try:
                 part = self(messages[:i], answer=False).removesuffix(closing)
             except ChatError:  # some templates refuse a system message alone
                 continue
-            end = self._shared(part, whole)
+            end = text.shared(part)
             closing = closing or part[end:]
             if i == len(messages):
-                end = min(end, self._shared(part, self._later(messages)))
+                end = min(end, _Whole(self.tokenizer, self._later(messages)).shared(part))
             if (ends[-1] if ends else 0) < end < len(whole):
                 ends.append(end)
         return ends
@@ -246,21 +248,6 @@ class _Renderer:
             return self([*messages, {"role": role, "content": MARK.format("later")}], answer=False)
         except ChatError:
             return self(messages, answer=False)
-
-    def _shared(self, part: str, whole: str) -> int:
-        """The length of the common beginning of two texts, up to a token start of both if they differ in a token."""
-        if whole.startswith(part):
-            return len(part)
-        same = len(os.path.commonprefix([part, whole]))
-        return max((at for at in self._starts(part) & self._starts(whole) if at <= same), default=0)
-
-    def _starts(self, text: str) -> set[int]:
-        """Where the tokens of a text begin; empty for a tokenizer without offsets."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            return set()
-        text = text.encode("utf-8", "replace").decode()  # tokenizers can't read half a surrogate pair
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return {start for start, _ in encoded["offset_mapping"]}
 
     def native(self, messages: Messages, documents: Sequence[Document]) -> Prompt | None:
         """The prompt as a template with a place for documents renders it; None if this template has none."""
@@ -287,6 +274,82 @@ class _Renderer:
         return Prompt(
             _pieces(before, [*self.cuts(before, messages), len(before)]), segments, whole.removeprefix(footer)
         )
+
+
+class _Whole:
+    """A text that others are compared with. It is tokenized once, and only if one of them isn't its beginning.
+
+    Of the others, only a window is tokenized. It begins and ends at added tokens such as <|im_start|>, which tokenizers cut
+    out of a text before anything else: what is between two of them is tokenized on its own.
+    """
+
+    def __init__(self, tokenizer: Any, text: str):
+        self.tokenizer, self.text = tokenizer, text
+
+    def shared(self, part: str) -> int:
+        """The length of the common beginning of two texts, up to a token start of both if they differ in a token."""
+        if self.text.startswith(part):
+            return len(part)
+        if not getattr(self.tokenizer, "is_fast", False):
+            return 0  # it has no offsets
+        same = _common(part, self.text)
+        starts, marks = self._found
+        added = _added(self.tokenizer, len(self.tokenizer))
+        # A mark is surely one in both texts if no added token that begins there, or before, reaches where they differ.
+        begin = next((at for at in reversed(marks) if at + added.longest <= same), 0)
+        later = (m for m in added.pattern.finditer(part, begin) if m.start() >= same and m.group() in added.marks)
+        end = next((m.end() for m in later), len(part))
+        window = (begin + at for at, _, _ in _tokens(self.tokenizer, part[begin:end]))
+        return max((at for at in window if at <= same and at in starts), default=0)
+
+    @cached_property
+    def _found(self) -> tuple[set[int], list[int]]:
+        """Where the tokens of the text begin, and where those that are marks do."""
+        marks = _added(self.tokenizer, len(self.tokenizer)).marks
+        tokens = _tokens(self.tokenizer, self.text)
+        return {at for at, _, _ in tokens}, [at for at, end, i in tokens if marks.get(self.text[at:end]) == i]
+
+
+@dataclass(frozen=True)
+class _Added:
+    """The added tokens that are found in a text before it is normalised.
+
+    pattern: finds them as the tokenizer does, the longest of those that begin first. marks: the ids of those that are
+    found whatever is around them. longest: characters of the longest one.
+    """
+
+    pattern: re.Pattern[str]
+    marks: Mapping[str, int]
+    longest: int
+
+
+@lru_cache(maxsize=8)
+def _added(tokenizer: Any, size: int) -> _Added:
+    found = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.content and not token.normalized}
+    texts = sorted((token.content for token in found.values()), key=len, reverse=True)
+    marks = {token.content: i for i, token in found.items() if not token.single_word}
+    if tokenizer.split_special_tokens:  # it may read any of them as text
+        marks = {}
+    return _Added(re.compile("|".join(map(re.escape, texts)) or r"(?!)"), marks, max(map(len, texts), default=0))
+
+
+def _tokens(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
+    """Begin, end and id of each token of a text."""
+    text = text.encode("utf-8", "replace").decode()  # tokenizers can't read half a surrogate pair
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [(begin, end, i) for (begin, end), i in zip(encoded["offset_mapping"], encoded["input_ids"], strict=True)]
+
+
+def _common(one: str, other: str) -> int:
+    """The length of the common beginning of two texts. `os.path.commonprefix` compares single characters."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _ends(count: int) -> Iterator[int]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import random
+from collections.abc import Sequence
+
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kvgraph.data import chat as chatting
 from kvgraph.data.chat import ChatError, Document, chat, opening, plain
 
 CHATML = (
@@ -166,6 +171,121 @@ def test_a_template_that_forgets_thoughts_cuts_before_them():
     t = tokenizer(FORGETS)
     prompt = chat(t, [USER, ANSWER, AGAIN])
     assert "think" not in joined(prompt) and prompt.prefix[0] == "<user>Who dug the harbour?"
+
+
+QWEN3 = (  # only answers after the last user message have thoughts, if only empty ones
+    "{% set ns = namespace(last=-1) %}{% for m in messages if m.role == 'user' %}{% set ns.last = messages.index(m) %}"
+    "{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKS = ["<|im_start|>", "<|im_end|>", "<think>"]
+
+
+class Counting(PreTrainedTokenizerFast):
+    """Counts the characters it is given."""
+
+    characters = 0
+
+    def __call__(self, text, **more):
+        Counting.characters += len(text)
+        return super().__call__(text, **more)
+
+
+def counting(added: Sequence[AddedToken | str], kind: str = "bytes") -> Counting:
+    """A tokenizer with merges over spaces, words and the parts of marks, and with added tokens."""
+    raw = Tokenizer(models.BPE(unk_token="x"))
+    if kind == "llama":  # merges over anything between two added tokens
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Lowercase()])
+    else:
+        first = [pre_tokenizers.Metaspace(prepend_scheme="first")] if kind == "metaspace" else []
+        raw.pre_tokenizer = pre_tokenizers.Sequence([*first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), *" \n"]
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet)
+    text = "the harbour thinks <|im_start|>assistant\n\n<think>\n  it's <|im_end|>\n12 345É"
+    raw.train_from_iterator([text] * 4, trainer)
+    made = Counting(tokenizer_object=raw)
+    made.add_tokens([AddedToken(a, normalized=False) if isinstance(a, str) else a for a in added])
+    return made
+
+
+def slowly(whole, part: str) -> int:
+    """The end of what two texts share, from all tokens of both."""
+    if whole.text.startswith(part):
+        return len(part)
+    same = len(os.path.commonprefix([part, whole.text]))
+    starts = [
+        {a for a, _ in whole.tokenizer(t, return_offsets_mapping=True).offset_mapping} for t in (part, whole.text)
+    ]
+    return max((at for at in starts[0] & starts[1] if at <= same), default=0)
+
+
+ADDED = {
+    "none": [],
+    "marks": MARKS,
+    "overlapping": [*MARKS, "<|", "<|im_start|>assistant", "|><", "<think>\n\n", "|>assistant\n\n<thi"],
+    "strips": [
+        AddedToken(MARKS[0], lstrip=True, normalized=False),
+        AddedToken(MARKS[1], rstrip=True, normalized=False),
+        "<think>",
+        " <|",
+        "\n\n<thi",
+    ],
+    "words": [AddedToken("think", single_word=True, normalized=False), AddedToken("r<|", normalized=True), *MARKS],
+}
+BITS = [
+    *MARKS,
+    "<|",
+    "im_start|>",
+    "<thi",
+    "nk>",
+    "think",
+    " ",
+    "  ",
+    "\n\n",
+    "assistant\n",
+    "the harbour",
+    "É",
+    "'s",
+    "x",
+]
+PAIRS = [(" <think>", " thinkx"), (" harbou<think>", " harbour<|im_start|>")]  # "think" and "r<|" aren't found in these
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "llama"])
+@pytest.mark.parametrize("added", ADDED.values(), ids=ADDED)
+def test_a_window_finds_the_cuts_that_the_whole_text_has(added, kind, monkeypatch):
+    t, dice = counting(added, kind), random.Random(0)
+
+    def text(most: int) -> str:
+        return "".join(dice.choices(BITS, k=dice.randrange(most)))
+
+    pairs = [(begin + text(9), begin + text(9)) for begin in (text(30) for _ in range(300))]
+    for one, part in PAIRS + pairs:
+        whole = chatting._Whole(t, one)
+        assert whole.shared(part) == slowly(whole, part), (whole.text, part)
+    for template in (*TEMPLATES.values(), QWEN3):
+        t.chat_template = template
+        roles = ["system", *["user", "assistant"] * 3, "user"]
+        talk = [{"role": role, "content": f"{i}{text(9)}x"} for i, role in enumerate(roles)]
+        found = chat(t, talk)
+        with monkeypatch.context() as patched:
+            patched.setattr(chatting._Whole, "shared", slowly)
+            assert chat(t, talk) == found
+
+
+@pytest.mark.parametrize("template", [QWEN3, CHATML, PHI], ids=["qwen3", "chatml", "phi"])
+@pytest.mark.parametrize("loop", [False, True], ids=["talk", "tools"])
+def test_a_long_talk_is_tokenized_a_few_times_not_once_a_message(template, loop):
+    """Also where all that a model did on its own lost its thoughts: then every part differs from the whole at its begin."""
+    t = counting([*MARKS, "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"])
+    t.chat_template = template
+    roles = ["user", *["assistant"] * 40, "user"] if loop else [*["user", "assistant"] * 20, "user"]
+    talk = [{"role": role, "content": f"{i} the harbour" * 20} for i, role in enumerate(roles)]
+    Counting.characters = 0
+    prompt = chat(t, talk)
+    assert len(prompt.prefix) >= (2 if loop and template == QWEN3 else 40)
+    assert Counting.characters < 4 * len(joined(prompt))
 
 
 @pytest.mark.parametrize("template", [ROLES, RANKED], ids=["roles", "ranked"])
