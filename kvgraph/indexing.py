@@ -1,7 +1,8 @@
 """A corpus as a stored graph: read, cut, joined by edges, and every version encoded into the store.
 
 The graph is one of the library's, so a server that is started on the store serves it. Beside the library, the folder
-`indexes` holds for each graph NAME a file NAME.json, which says where chunks come from, and a folder NAME for retrieval.
+`indexes` holds for each graph NAME a file NAME.json, which says where chunks come from, and a folder NAME@MODEL for
+retrieval.
 
 Every step can be repeated. What is no longer wanted is forgotten first, then the library changes in one transaction, then
 what is missing is encoded. A process that was killed leaves at worst records that are computed once more.
@@ -24,7 +25,7 @@ from kvgraph.data.graphs import Combined
 from kvgraph.data.library import LIBRARY, Library, NotStoredError, StoredGraph, StoredSegment
 from kvgraph.data.pages.base import PageError, Say
 from kvgraph.data.retrieval import Embedder, SearchIndex
-from kvgraph.data.retrieval.stored import INDEXES, index_folder
+from kvgraph.data.retrieval.stored import INDEXES, forget_index, index_folder
 from kvgraph.data.table import ChunkTable
 from kvgraph.errors import KVGraphError
 from kvgraph.graph import ContextGraph
@@ -214,7 +215,8 @@ class CorpusIndex:
                 tokens=sum(versions.values()),
             )
             io.write_json(describing(self.folder, self.name), self._description(corpus, source), indent=None)
-            SearchIndex.build(index_folder(self.folder, TENANT, self.name), corpus.segments, embedder)
+            home = index_folder(self.folder, TENANT, self.name, self.library.model)
+            SearchIndex.build(home, corpus.segments, embedder)
             if elsewhere is None:
                 self._encode(graph, corpus, done, progress)
             else:
@@ -303,7 +305,8 @@ class CorpusIndex:
                 self.engine.forget(stale)
                 self.engine.flush()
                 self.library.remove_graph(graph, unused_segments=True)
-            forget_files(self.folder, self.name)
+            describing(self.folder, self.name).unlink(missing_ok=True)
+            forget_index(self.folder, self.library, TENANT, self.name)
             return len(stale)
 
 
@@ -391,11 +394,3 @@ def described(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise IndexingError(f"{path} isn't of format {FORMAT}; index its source again")
     return found
-
-
-def forget_files(folder: Path, name: str) -> None:
-    """Remove an index's files, but not the library's."""
-    import shutil
-
-    describing(folder, name).unlink(missing_ok=True)
-    shutil.rmtree(folder / INDEXES / name, ignore_errors=True)

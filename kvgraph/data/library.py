@@ -108,7 +108,7 @@ class Library:
     """
 
     def __init__(self, place: Path | StorePlace | None, model: str):
-        self._model = model
+        self.model = model
         self._lock = threading.RLock()
         self._db: Database
         if isinstance(place, StorePlace):
@@ -141,7 +141,7 @@ class Library:
         """
         with self._changing():
             kept = [self._add(tenant, segment) for segment in segments]
-            (count,) = self._one("SELECT count(*) FROM segments WHERE model = ? AND tenant = ?", self._model, tenant)
+            (count,) = self._one("SELECT count(*) FROM segments WHERE model = ? AND tenant = ?", self.model, tenant)
             if count > most:
                 raise LibraryError(f"there would be {count} segments, but at most {most} are kept; delete some first")
             return kept
@@ -155,7 +155,7 @@ class Library:
         created = time.time()
         self._db.execute(
             "INSERT INTO segments (model, tenant, id, title, text, tokens, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (self._model, tenant, segment.id, segment.title, segment.text, _packed(segment.tokens), created),
+            (self.model, tenant, segment.id, segment.title, segment.text, _packed(segment.tokens), created),
         )
         return StoredSegment(segment.id, segment.tokens, segment.title, segment.text, created)
 
@@ -170,7 +170,7 @@ class Library:
     def _find(self, tenant: str, id: str) -> StoredSegment | None:
         row = self._one(
             "SELECT id, tokens, title, text, created FROM segments WHERE model = ? AND tenant = ? AND id = ?",
-            *(self._model, tenant, id),
+            *(self.model, tenant, id),
         )
         return None if row is None else StoredSegment(row[0], _unpacked(row[1]), *row[2:])
 
@@ -185,7 +185,7 @@ class Library:
             rows = self._db.execute(
                 "SELECT id, tokens, title, text, created FROM segments WHERE model = ? AND tenant = ? AND id > ? "
                 "ORDER BY id LIMIT ?",
-                (self._model, tenant, after, limit),
+                (self.model, tenant, after, limit),
             ).fetchall()
         return [StoredSegment(row[0], _unpacked(row[1]), *row[2:]) for row in rows]
 
@@ -196,13 +196,11 @@ class Library:
             used = self._one(
                 "SELECT graphs.id FROM members JOIN graphs ON graphs.row = graph JOIN segments ON segments.row = segment "
                 "WHERE segments.model = ? AND segments.tenant = ? AND segments.id = ? LIMIT 1",
-                *(self._model, tenant, id),
+                *(self.model, tenant, id),
             )
             if used is not None:
                 raise TakenError(f"graph {used[0]!r} uses segment {id!r}; DELETE the graph first")
-            self._db.execute(
-                "DELETE FROM segments WHERE model = ? AND tenant = ? AND id = ?", (self._model, tenant, id)
-            )
+            self._db.execute("DELETE FROM segments WHERE model = ? AND tenant = ? AND id = ?", (self.model, tenant, id))
             return segment
 
     # -- graphs -------------------------------------------------------------------------------------------------------
@@ -235,7 +233,7 @@ class Library:
             self._db.execute(
                 "UPDATE graphs SET state = 'pending', error = NULL WHERE model = ? AND tenant = ? AND id = ? "
                 "AND state = 'failed'",
-                (self._model, tenant, id),
+                (self.model, tenant, id),
             )
             return self.graph(tenant, id)
 
@@ -273,7 +271,7 @@ class Library:
     def _there(self, tenant: str, id: str) -> tuple[int, str] | None:
         """(row, digest) of a graph."""
         return self._one(
-            "SELECT row, digest FROM graphs WHERE model = ? AND tenant = ? AND id = ?", self._model, tenant, id
+            "SELECT row, digest FROM graphs WHERE model = ? AND tenant = ? AND id = ?", self.model, tenant, id
         )
 
     def _insert(
@@ -288,7 +286,7 @@ class Library:
         tokens: int,
     ) -> None:
         fields = _written(method)
-        columns = (self._model, tenant, id, digest, fields, len(rows), len(edges), spans, tokens, time.time())
+        columns = (self.model, tenant, id, digest, fields, len(rows), len(edges), spans, tokens, time.time())
         graph = self._db.execute(
             "INSERT INTO graphs (model, tenant, id, digest, method, segments, edges, spans, tokens, created) "
             f"VALUES ({', '.join('?' * len(columns))}) RETURNING row",
@@ -312,7 +310,7 @@ class Library:
 
     def _row_of(self, tenant: str, segment: str) -> int:
         row = self._one(
-            "SELECT row FROM segments WHERE model = ? AND tenant = ? AND id = ?", self._model, tenant, segment
+            "SELECT row FROM segments WHERE model = ? AND tenant = ? AND id = ?", self.model, tenant, segment
         )
         if row is None:
             raise NotStoredError(f"there is no segment {segment!r}; store it with PUT /v1/segments", param="segments")
@@ -329,6 +327,14 @@ class Library:
         """Up to `limit` graphs with ids above `after`, in the order of their ids."""
         return self._graphs("tenant = ? AND id > ? ORDER BY id LIMIT ?", tenant, after, limit)
 
+    def has_elsewhere(self, tenant: str, id: str) -> bool:
+        """Whether another model has a graph of this id."""
+        with self._reading():
+            found = self._one(
+                "SELECT 1 FROM graphs WHERE tenant = ? AND id = ? AND model <> ? LIMIT 1", tenant, id, self.model
+            )
+        return found is not None
+
     def unfinished(self) -> list[StoredGraph]:
         """All tenants' graphs that are neither ready nor failed, oldest first."""
         return self._graphs("state IN ('pending', 'running') ORDER BY created")
@@ -336,7 +342,7 @@ class Library:
     def _graphs(self, where: str, *values: Any) -> list[StoredGraph]:
         names = "row, tenant, id, method, segments, edges, spans, tokens, created, state, done, error"
         with self._reading():
-            rows = self._db.execute(f"SELECT {names} FROM graphs WHERE model = ? AND {where}", (self._model, *values))
+            rows = self._db.execute(f"SELECT {names} FROM graphs WHERE model = ? AND {where}", (self.model, *values))
             return [
                 StoredGraph(row, tenant, id, _read(method), *rest)  # type: ignore[arg-type]
                 for row, tenant, id, method, *rest in rows
@@ -407,7 +413,7 @@ class Library:
                 "JOIN edges ON edges.graph = at.graph AND edges.reader = at.place JOIN members AS from_ ON "
                 "from_.graph = at.graph AND from_.place = edges.source JOIN segments AS source ON source.row = from_.segment "
                 "WHERE reader.model = ? AND reader.tenant = ? AND reader.id = ? ORDER BY edges.source",
-                (graph.row, self._model, graph.tenant, id),
+                (graph.row, self.model, graph.tenant, id),
             )
             return [source for (source,) in rows]
 
@@ -432,7 +438,7 @@ class Library:
         row = self._one(
             "SELECT place FROM members JOIN segments ON segments.row = segment WHERE graph = ? AND model = ? "
             "AND tenant = ? AND id = ?",
-            *(graph.row, self._model, graph.tenant, ref),
+            *(graph.row, self.model, graph.tenant, ref),
         )
         if row is None:
             raise NotStoredError(f"graph {graph.id!r} has no segment {ref!r}", param="kvgraph.segments")

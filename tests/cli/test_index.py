@@ -15,9 +15,12 @@ import pytest
 import transformers
 
 import serving
+from embedders import Words
 from kvgraph import demo, indexing
 from kvgraph.data import graphs
 from kvgraph.data.library import LIBRARY, Library
+from kvgraph.data.retrieval import SearchIndex
+from kvgraph.data.retrieval.stored import index_folder
 from kvgraph.engine.engine import Engine
 from kvgraph.errors import KVGraphError
 from kvgraph.methods import GraphKV
@@ -257,6 +260,21 @@ def test_the_whole_graphs_keys_are_those_that_a_server_asks_for(model, corpus, t
         library.close()
         assert needed == set(planned.versions.tokens) == keys(tmp_path / "kv")
         assert graph.method.band == 64 and graph.spans == len(needed)
+
+
+def test_two_models_index_a_corpus_by_one_name(model, corpus, tmp_path):
+    """Each finds chunks in its own search index, until it forgets it."""
+    layout, homes = indexing.Layout(graphs.parse("links"), 128, GraphKV()), []
+    for dtype, embedder in (("float32", Words()), ("bfloat16", None)):
+        with Engine.load(model, check=False, dtype=dtype, store=tmp_path / "kv") as engine:
+            there = indexing.CorpusIndex(tmp_path / "kv", engine, "cape")
+            there.write(indexing.PlannedCorpus(engine, corpus, layout, print), str(corpus), embedder=embedder)
+            homes.append(index_folder(tmp_path / "kv", "", "cape", engine.model.fingerprint))
+            if embedder is None:
+                assert [SearchIndex.open(home).embedder for home in homes] == ["words", None]
+                there.remove()
+            there.close()
+    assert [home.exists() for home in homes] == [True, False]
 
 
 def test_listing_does_not_wait_for_torch():

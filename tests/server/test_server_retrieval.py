@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import httpx
@@ -13,11 +13,12 @@ import pytest
 import serving
 from embedders import Words
 from kvgraph import demo
-from kvgraph.data.library import Library
+from kvgraph.data.library import Library, StoredSegment
 from kvgraph.data.retrieval import RetrievalError, SearchIndex
 from kvgraph.data.retrieval import stored as stored_indexes
 from kvgraph.data.retrieval.stored import GraphIndexes, index_folder
 from kvgraph.engine.engine import Engine
+from kvgraph.methods import GraphKV
 from kvgraph.server import state
 from serving import events
 from serving import until as wait_until
@@ -89,7 +90,7 @@ def test_a_graph_is_searched(http, place):
     assert search(http, "zebra") == []
     short = min(len(f"{title}\n{text}\n\n") for title, text in TEXTS.values())
     assert [hit["id"] for hit in search(http, "bread ships", tokens=short)] == ["bread"]
-    assert (index_folder(place, "", "sea") / "index.json").is_file()  # kept for the next start
+    assert (index_folder(place, "", "sea", fingerprint(http)) / "index.json").is_file()  # kept for the next start
 
 
 def test_an_edge_leads_to_what_no_word_finds(http):
@@ -216,13 +217,13 @@ def test_an_index_with_embeddings_is_used(model, tmp_path, monkeypatch):
         store(http)
         assert search(http, "volcanoes of stone")[0]["id"] == "basalt" and asked == []
         (app_library,) = (Library(place / "library.sqlite", fingerprint(http)),)
-        graph = app_library.graph("", "sea")
-        SearchIndex.build(index_folder(place, "", "sea"), app_library.texts(graph), Words())
+        graph, home = app_library.graph("", "sea"), index_folder(place, "", "sea", fingerprint(http))
+        SearchIndex.build(home, app_library.texts(graph), Words())
         app_library.close()
         found = search(http, "nothing of these", top=4)  # words that no text has; vectors find all
         assert len(found) == 4 and asked == ["words"]
         assert http.delete("/v1/graphs/sea").status_code == 200
-        assert not index_folder(place, "", "sea").exists()
+        assert not home.exists()
 
 
 def fingerprint(http: httpx.Client) -> str:
@@ -242,7 +243,7 @@ def test_tenants_search_their_own_graphs(model, tmp_path):
         with httpx.Client(base_url=url, timeout=60, headers={"Authorization": "Bearer key-of-alice"}) as http:
             store(http)
             assert search(http, "bread")[0]["id"] == "bread"
-            assert index_folder(tmp_path / "s", "alice", "sea").is_dir()
+            assert index_folder(tmp_path / "s", "alice", "sea", fingerprint(http)).is_dir()
             http.headers["Authorization"] = "Bearer key-of-bob"
             assert http.post("/v1/graphs/sea/search", json={"query": "bread"}).status_code == 404
 
@@ -252,19 +253,42 @@ def test_tenants_search_their_own_graphs(model, tmp_path):
 
 @pytest.fixture
 def library(tmp_path) -> Iterator[Library]:
-    from kvgraph.data.library import StoredSegment
-    from kvgraph.methods import GraphKV
-
-    made = Library(tmp_path / "library.sqlite", "model")
-    made.add("", [StoredSegment(id, (1, 2, 3), title, text) for id, (title, text) in TEXTS.items()], 9)
-    pairs = [(list(TEXTS).index(source), list(TEXTS).index(reader)) for source, reader in EDGES]
-    made.add_graph("", "sea", GraphKV(), list(TEXTS), pairs, spans=1, tokens=1)
+    made = library_of(tmp_path, "model", TEXTS)
     yield made
     made.close()
 
 
+def library_of(folder: Path, model: str, ids: Iterable[str]) -> Library:
+    """A model's library with a graph "sea" of some of the texts."""
+    made, ids = Library(folder / "library.sqlite", model), list(ids)
+    made.add("", [StoredSegment(id, (1, 2, 3), *TEXTS[id]) for id in ids], 9)
+    pairs = [(ids.index(source), ids.index(reader)) for source, reader in EDGES if {source, reader} <= {*ids}]
+    made.add_graph("", "sea", GraphKV(), ids, pairs, spans=1, tokens=1)
+    return made
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_two_models_index_graphs_of_one_name(library, tmp_path, shared):
+    """What one does, the other doesn't notice, also with an index made when models shared the folder."""
+    graph, own = library.graph("", "sea"), index_folder(tmp_path, "", "sea", "" if shared else "model")
+    SearchIndex.build(own, library.texts(graph), Words())
+    indexes = GraphIndexes(library, tmp_path, lambda name: Words())
+    assert indexes.of(graph).embedder == "words"
+    theirs = library_of(tmp_path, "another", ["bread"])
+    their_graph, their_indexes = theirs.graph("", "sea"), GraphIndexes(theirs, tmp_path, lambda name: Words())
+    assert [hit.id for hit in their_indexes.search(their_graph, "bread ships", 4)] == ["bread"]
+    theirs.remove_graph(their_graph)
+    their_indexes.forget(their_graph)
+    theirs.close()
+    assert not index_folder(tmp_path, "", "sea", "another").exists()
+    assert indexes.of(graph).embedder == "words"
+    library.remove_graph(graph)
+    indexes.forget(graph)
+    assert not own.exists()
+
+
 def test_an_index_of_other_segments_is_left_alone(library, tmp_path, caplog):
-    graph, home = library.graph("", "sea"), index_folder(tmp_path, "", "sea")
+    graph, home = library.graph("", "sea"), index_folder(tmp_path, "", "sea", "model")
     SearchIndex.build(home, library.texts(graph)[:2])
     indexes = GraphIndexes(library, tmp_path, Words)
     assert [hit.id for hit in indexes.search(graph, "bread", 2)] == ["bread"]
@@ -274,7 +298,7 @@ def test_an_index_of_other_segments_is_left_alone(library, tmp_path, caplog):
 
 def test_a_model_that_is_gone_leaves_the_words(library, tmp_path, caplog):
     graph = library.graph("", "sea")
-    SearchIndex.build(index_folder(tmp_path, "", "sea"), library.texts(graph), Words())
+    SearchIndex.build(index_folder(tmp_path, "", "sea", "model"), library.texts(graph), Words())
 
     def gone(name: str):
         raise RetrievalError(f"can't load the retriever {name}")
@@ -285,14 +309,12 @@ def test_a_model_that_is_gone_leaves_the_words(library, tmp_path, caplog):
 
 
 def test_a_new_index_is_seen_and_few_stay_open(library, tmp_path, monkeypatch):
-    from kvgraph.methods import GraphKV
-
     monkeypatch.setattr(stored_indexes, "OPEN", 2)
     graph = library.graph("", "sea")
     indexes = GraphIndexes(library, tmp_path, lambda name: Words())
     first = indexes.of(graph)
     assert indexes.of(graph) is first
-    SearchIndex.build(index_folder(tmp_path, "", "sea"), library.texts(graph), Words())
+    SearchIndex.build(index_folder(tmp_path, "", "sea", "model"), library.texts(graph), Words())
     assert indexes.of(graph) is not first and indexes.of(graph).embedder == "words"
     for name in "abc":
         library.add_graph("", name, GraphKV(), ["bread"], [], spans=1, tokens=1)

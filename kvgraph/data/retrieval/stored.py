@@ -1,7 +1,7 @@
 """The search indexes of stored graphs, beside the library that holds the graphs.
 
-`kvgraph index` makes a graph's index in `indexes/GRAPH` of the library's folder. A graph that has none, because it was
-stored by requests, gets one of its words when it is first searched.
+`kvgraph index` makes a graph's index in `indexes/GRAPH@MODEL` of the library's folder, because two models may have graphs
+of one name. A graph that has none, because it was stored by requests, gets one of its words when it is first searched.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ OPEN = 16  # indexes kept open
 _Stamp = tuple[int, int] | None  # of a file; None: there is none
 
 
-def index_folder(library_folder: Path, tenant: str, graph: str) -> Path:
-    """Where the index of a graph is. No id of a graph begins with "@"."""
-    inside = library_folder / INDEXES
-    return inside / graph if not tenant else inside / f"@{tenant}" / graph
+def index_folder(library_folder: Path, tenant: str, graph: str, model: str = "") -> Path:
+    """Where the index of a model's graph is; without a model, where it was when models shared it. No id contains "@"."""
+    inside = library_folder / INDEXES / (f"@{tenant}" if tenant else "")
+    return inside / (f"{graph}@{model[:16]}" if model else graph)
+
+
+def forget_index(library_folder: Path, library: Library, tenant: str, graph: str) -> None:
+    """Remove the index of a graph that is gone, and a shared one of its name unless another model may need it."""
+    shutil.rmtree(index_folder(library_folder, tenant, graph, library.model), ignore_errors=True)
+    if not library.has_elsewhere(tenant, graph):
+        shutil.rmtree(index_folder(library_folder, tenant, graph), ignore_errors=True)
 
 
 class GraphIndexes:
@@ -74,8 +81,10 @@ class GraphIndexes:
         with self._lock:
             self._open.pop(graph.row, None)
             self._building.pop(graph.row, None)
-        for folder in filter(None, (self._home(graph), self._temporary and self._temporary / str(graph.row))):
-            shutil.rmtree(folder, ignore_errors=True)
+        if self._folder is not None:
+            forget_index(self._folder, self._library, graph.tenant, graph.id)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary / str(graph.row), ignore_errors=True)
 
     def close(self) -> None:
         """Remove what is temporary. Idempotent."""
@@ -85,24 +94,16 @@ class GraphIndexes:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary = None
 
-    def _home(self, graph: StoredGraph) -> Path | None:
-        return None if self._folder is None else index_folder(self._folder, graph.tenant, graph.id)
-
     def _found(self, graph: StoredGraph) -> tuple[Path, SearchIndex]:
-        """The index in the graph's own folder if it is of these segments, else a new one of their words."""
-        home = self._home(graph)
-        if home is not None and (home / INDEX).is_file():
+        """The index in the graph's own folder, or the shared one, if it is of these segments; else a new one of their words."""
+        if self._folder is not None:
+            home = index_folder(self._folder, graph.tenant, graph.id, self._library.model)
+            for place in (home, index_folder(self._folder, graph.tenant, graph.id)):
+                if (place / INDEX).is_file() and (index := self._opened(place, graph)) is not None:
+                    return place, index
             try:
-                index = SearchIndex.open(home, self._embedder)
-                if list(index.ids) == self._library.members(graph):
-                    return home, index
-                log.warning("the index %s is of other segments than graph %r; words alone are searched", home, graph.id)
-            except RetrievalError as error:
-                log.warning("%s; words alone are searched", error)
-            home = None  # another model's graph of this name may own it
-        if home is not None:
-            try:
-                return home, SearchIndex.build(home, self._library.texts(graph))
+                if not (home / INDEX).is_file():  # one of other segments may be what `kvgraph index` is making
+                    return home, SearchIndex.build(home, self._library.texts(graph))
             except RetrievalError as error:
                 log.warning("can't keep an index: %s", error)
         with self._lock:
@@ -110,6 +111,18 @@ class GraphIndexes:
                 self._temporary = Path(tempfile.mkdtemp(prefix="kvgraph-indexes-"))
             folder = self._temporary / str(graph.row)
         return folder, SearchIndex.build(folder, self._library.texts(graph))
+
+    def _opened(self, place: Path, graph: StoredGraph) -> SearchIndex | None:
+        """The index in a folder, None if it is damaged or of other segments than the graph."""
+        try:
+            index = SearchIndex.open(place, self._embedder)
+        except RetrievalError as error:
+            log.warning("%s; words alone are searched", error)
+            return None
+        if list(index.ids) == self._library.members(graph):
+            return index
+        log.warning("the index %s is of other segments than graph %r; words alone are searched", place, graph.id)
+        return None
 
     def _embedder(self, name: str) -> Embedder | None:
         with self._lock:
