@@ -214,6 +214,15 @@ def test_only_new_passages_are_embedded(tmp_path):
     assert len(list((tmp_path / "x").glob("*/"))) == 1  # what was replaced is gone
 
 
+@pytest.mark.parametrize("name", ["photos", "0123456789abcdef" * 2])
+def test_folders_that_it_did_not_make_stay(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.jpg").write_text("x")
+    for count in (3, 4):
+        SearchIndex.build(tmp_path, corpus(*texts(count)))
+    assert (tmp_path / name / "a.jpg").read_text() == "x" and len(list(tmp_path.glob("*/"))) == 2
+
+
 def test_a_build_that_is_stopped_leaves_the_old_index_and_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "EMBEDDED", 8)
     SearchIndex.build(tmp_path / "x", SEA, Words())

@@ -8,6 +8,7 @@ one, finished or not, has embedded.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ class SearchIndex:
         embedder: Embedder | None = None,
         progress: Callable[[str], None] = lambda text: None,
     ) -> SearchIndex:
-        """Make the index of these passages, in their order, in place of what the folder held; returns it.
+        """Make the index of these passages, in their order, in place of the one that the folder held; returns it.
 
         embedder: without one, words alone are searched. progress: told what takes long. Raises RetrievalError: no passages,
         two of one id, a folder that can't be written, or another process that builds there.
@@ -92,7 +93,7 @@ class SearchIndex:
                 note |= {"embedder": embedder and embedder.name, "width": embedder and embedder.width}
                 io.write_json(folder / INDEX, note)
             for old in folder.iterdir():
-                if old.is_dir() and old.name != name:
+                if old.name != name and _is_build(old):
                     shutil.rmtree(old, ignore_errors=True)  # what was opened from it stays mapped
         index = cls(folder)
         index._model = embedder
@@ -199,6 +200,11 @@ def _check(passages: Sequence[Retrievable]) -> None:
 def _size(passage: Retrievable) -> int:
     tokens = getattr(passage, "tokens", None)
     return len(words.words(read_as(passage.title, passage.text)) if tokens is None else tokens)
+
+
+def _is_build(folder: Path) -> bool:
+    """Whether a folder has the name and files of a build, finished or not; any other is the user's."""
+    return re.fullmatch("[0-9a-f]{32}", folder.name) is not None and (folder / DIGESTS).is_file()
 
 
 def _note(folder: Path) -> dict[str, Any]:
