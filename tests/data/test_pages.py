@@ -209,6 +209,20 @@ def test_pages_of_one_id_are_told_apart(tmp_path):
     assert "there is another page 'x'; this one is called 'x-2'" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("ids", "called"),
+    [
+        ("a a a b b", "a a-2 a-3 b b-2"),
+        ("a a a-2 a", "a a-2 a-2-2 a-3"),
+        ("a-2 a a a", "a-2 a a-3 a-4"),
+        ("a a a-2 a-2-2", "a a-2 a-2-2 a-2-2-2"),
+    ],
+)
+def test_no_page_gets_the_id_of_another(tmp_path, ids, called):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"id": "{id}", "text": "x"}}\n' for id in ids.split()))
+    assert [page.id for page in pages.read(tmp_path, lambda text: None)] == called.split()
+
+
 def test_a_source_that_is_not_there(tmp_path):
     with pytest.raises(PageError, match="there is no file or folder"):
         list(pages.read(tmp_path / "none", print))

@@ -63,16 +63,19 @@ def read(source: str | Path, say: Say) -> Iterator[SourcePage]:
     if lists:
         say(f"{len(lists):,} lists that Sphinx makes, such as {min(lists).name}, are left out")
     beside |= lists
-    seen: dict[str, int] = {}
+    seen: dict[str, int] = {}  # the numbers given to ids
     for file in (file for file in files if file not in beside):
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
         for page in _file(file, name, say):
             if not page.elements:
                 say(f"{page.where} is left out: it has no text")
                 continue
-            seen[page.id] = seen.get(page.id, 0) + 1
-            if seen[page.id] > 1:
+            new = page.id
+            while new in seen:
+                seen[page.id] += 1
                 new = f"{page.id}-{seen[page.id]}"
+            seen[new] = 1
+            if new != page.id:
                 say(f"{page.where}: there is another page {page.id!r}; this one is called {new!r}")
                 page = SourcePage(new, page.title, page.elements, page.where, page.url, page.sources)
             yield page
