@@ -215,11 +215,15 @@ class Library:
         *,
         spans: int,
         tokens: int,
+        most: int | None = None,
+        most_edges: int | None = None,
     ) -> StoredGraph:
         """Keep a graph of stored segments, in state "pending". One that is there with the same content stays as it is,
         but one that failed is pending again. Without an id it is named after its content.
 
-        Raises TakenError when the id belongs to another graph, NotStoredError for unknown segments.
+        most, most_edges: how many graphs a tenant may have, and edges in all of them; a segment's place in a graph counts
+        as an edge. Raises TakenError when the id belongs to another graph, NotStoredError for unknown segments, and
+        LibraryError beyond `most` or `most_edges`.
         """
         with self._changing():
             rows = [self._row_of(tenant, segment) for segment in segments]
@@ -227,6 +231,7 @@ class Library:
             id = id or f"graph-{digest[:24]}"
             there = self._there(tenant, id)
             if there is None:
+                self._check_room(tenant, len(rows) + len(edges), most, most_edges)
                 self._insert(tenant, id, digest, method, rows, edges, spans, tokens)
             elif there[1] != digest:
                 raise TakenError(f"graph {id!r} exists with other content; DELETE it first")
@@ -267,6 +272,19 @@ class Library:
                 self._insert(tenant, id, digest, method, rows, edges, spans, tokens)
                 self._drop_unused(before)
             return self.graph(tenant, id)
+
+    def _check_room(self, tenant: str, size: int, most: int | None, most_edges: int | None) -> None:
+        """Raise LibraryError if one more graph, with `size` edges and places of segments, is too much for a tenant."""
+        graphs, edges = self._one(
+            "SELECT 1 + count(*), ? + coalesce(sum(segments + edges), 0) FROM graphs WHERE model = ? AND tenant = ?",
+            *(size, self.model, tenant),
+        )
+        if most is not None and graphs > most:
+            raise LibraryError(f"there would be {graphs} graphs, but at most {most} are kept; delete some first")
+        if most_edges is not None and edges > most_edges:
+            raise LibraryError(
+                f"all graphs would have {edges} edges and segments, but at most {most_edges} are kept; delete some first"
+            )
 
     def _there(self, tenant: str, id: str) -> tuple[int, str] | None:
         """(row, digest) of a graph."""

@@ -119,7 +119,9 @@ class Settings(BaseSettings):
     max_documents: PositiveInt = 1000
     max_edges: PositiveInt = 4096  # of a request, also when a name stands for them
     max_segments: PositiveInt = 100_000  # stored by a tenant
+    max_graphs: PositiveInt = 10_000  # stored by a tenant
     max_graph_edges: PositiveInt = 200_000  # of a stored graph
+    max_tenant_edges: PositiveInt = 10_000_000  # of all graphs of a tenant, each place of a segment counted as one
     max_request_bytes: Size = 8 << 20
     max_body_bytes: Size = 256 << 20  # bodies of all requests being read or answered; beyond it 429
     body_timeout: Seconds = 60.0  # how long a client may take to send a request's body

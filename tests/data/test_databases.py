@@ -61,6 +61,9 @@ def story(library: Library) -> list[object]:
         said(lambda: library.add_graph("t", "g", method, IDS[::-1], EDGES, spans=3, tokens=4)),
         said(lambda: library.add_graph("t", None, method, IDS[:3], EDGES[:2], spans=1, tokens=1)),
         said(lambda: library.add_graph("t", "h", method, ["none"], [], spans=1, tokens=1)),
+        said(lambda: library.add_graph("t", "h", method, IDS, EDGES, spans=1, tokens=1, most=2)),
+        said(lambda: library.add_graph("t", "h", method, IDS, EDGES, spans=1, tokens=1, most_edges=20)),
+        said(lambda: [library.has_elsewhere("t", "g"), library.has_elsewhere("t", "none")]),
         said(lambda: library.remove("t", "a")),
         said(lambda: [graph.id for graph in library.unfinished()]),
     ]

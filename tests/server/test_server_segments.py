@@ -463,3 +463,26 @@ def test_tenants_keep_so_many_segments(model):
         assert "at most 2 are kept" in error(http.put("/v1/segments", json={"id": "c", "text": "z"}), 400)
     with pytest.raises(SettingsError, match="max_segments"), client(model, max_segments=0):
         pass
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"max_graphs": 2}, "there would be 3 graphs, but at most 2 are kept"),
+        ({"max_tenant_edges": 8}, "would have 9 edges and segments, but at most 8 are kept"),
+    ],
+)
+def test_tenants_keep_so_many_graphs(model, limit, message):
+    with client(model, api_keys=KEYS, **limit) as http:
+        http.headers.update(ALICE)
+        put(http, {"a": "x", "b": "y"})
+        graph = {"segments": ["a", "b"], "edges": [["a", "b"]]}
+        for name in ("one", "two", "two"):  # the same again is none more
+            post_graph(http, id=name, **graph)
+        refused = http.post("/v1/graphs", json={"id": "three", **graph})
+        assert message in error(refused, 400)
+        assert [kept["id"] for kept in http.get("/v1/graphs").json()["data"]] == ["one", "two"]
+        put(http, {"a": "x", "b": "y"}, **BOB)
+        assert http.post("/v1/graphs", json={"id": "three", **graph}, headers=BOB).status_code == 202
+        assert http.delete("/v1/graphs/one").status_code == 200
+        post_graph(http, id="three", **graph)

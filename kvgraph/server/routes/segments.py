@@ -376,7 +376,17 @@ def _kept(server: Server, caller: Caller, body: GraphIn) -> StoredGraph:
         )
     spans = {key: len(span) for key, span in zip(plan.keys(""), plan.spans, strict=True) if key is not None}
     library.add(tenant, brought, server.settings.max_segments)
-    return library.add_graph(tenant, body.id, method, names, graph.edges, spans=len(spans), tokens=sum(spans.values()))
+    return library.add_graph(
+        tenant,
+        body.id,
+        method,
+        names,
+        graph.edges,
+        spans=len(spans),
+        tokens=sum(spans.values()),
+        most=server.settings.max_graphs,
+        most_edges=server.settings.max_tenant_edges,
+    )
 
 
 def _for_corpus(method: Method, longest: int) -> Method:
