@@ -392,7 +392,8 @@ class Library:
         """What a query over the chosen segments (by id, or by number in the graph; None: all) needs of the graph.
 
         That is the chosen segments in this order, then what their versions were computed from: sources up to the
-        method's `reach` edges away. Their keys are those of the whole graph. Raises NotStoredError for a segment that isn't in the graph.
+        method's `reach` edges away. Their keys are those of the whole graph. Raises NotStoredError for a segment that isn't
+        in the graph, or if the graph has been replaced or removed.
         """
         with self._reading():
             places = range(graph.segments) if chosen is None else [self._place(graph, ref) for ref in chosen]
@@ -464,11 +465,13 @@ class Library:
 
     def _members(self, graph: StoredGraph, places: Iterable[int]) -> Iterator[StoredSegment]:
         for place in places:
-            id, tokens = self._one(
+            row = self._one(
                 "SELECT id, tokens FROM members JOIN segments ON segments.row = segment WHERE graph = ? AND place = ?",
                 *(graph.row, place),
             )
-            yield StoredSegment(id, _unpacked(tokens))
+            if row is None:
+                raise NotStoredError(f"graph {graph.id!r} was replaced or removed meanwhile; try again")
+            yield StoredSegment(row[0], _unpacked(row[1]))
 
     # -- the database -------------------------------------------------------------------------------------------------------
 

@@ -322,6 +322,18 @@ def test_a_new_index_is_seen_and_few_stay_open(library, tmp_path, monkeypatch):
     assert len(indexes._open) == 2
 
 
+def test_a_graph_that_goes_while_it_is_searched_harms_nothing(library, tmp_path, monkeypatch):
+    graph, indexes = library.graph("", "sea"), GraphIndexes(library, tmp_path, lambda name: Words())
+    opened, stamp = indexes.of(graph), stored_indexes._stamp(index_folder(tmp_path, "", "sea", "model"))
+
+    def forgetting(folder: Path):
+        indexes.forget(graph)  # as by another thread
+        return stamp
+
+    monkeypatch.setattr(stored_indexes, "_stamp", forgetting)
+    assert indexes.of(graph) is opened and not indexes._open
+
+
 def test_what_reads_what(library):
     graph = library.graph("", "sea")
     assert library.members(graph) == list(TEXTS)

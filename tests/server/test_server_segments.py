@@ -13,7 +13,7 @@ import pytest
 
 import serving
 from kvgraph import demo
-from kvgraph.data.library import Library, StoredSegment
+from kvgraph.data.library import Library, NotStoredError, StoredSegment
 from kvgraph.engine.engine import Engine
 from kvgraph.engine.sampling import SamplingParams
 from kvgraph.graph import ContextGraph
@@ -440,6 +440,14 @@ def test_a_library_belongs_to_one_model(tmp_path):
     library_with_chain(2, tmp_path)[0].close()
     other = Library(tmp_path / "library.sqlite", "another model")
     assert other.segments("t", "", 10) == other.graphs("t", "", 10) == other.unfinished() == []
+
+
+@pytest.mark.parametrize("chosen", [None, ["s0"], [0]])
+def test_a_graph_that_was_replaced_is_not_stored(tmp_path, chosen):
+    library, graph = library_with_chain(3, tmp_path)
+    library.replace_graph("t", "g", graph.method, [StoredSegment("new", (7,))], [], spans=1, tokens=1)
+    with pytest.raises(NotStoredError):
+        library.part(graph, chosen)
 
 
 def test_a_damaged_library_is_said_so(tmp_path):

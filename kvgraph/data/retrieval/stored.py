@@ -66,14 +66,14 @@ class GraphIndexes:
         with turn:
             with self._lock:
                 folder, stamp, index = self._open.get(graph.row, (None, None, None))
+                if index is not None:
+                    self._open.move_to_end(graph.row)
             if index is None or folder is None or stamp != _stamp(folder):
                 folder, index = self._found(graph)
                 with self._lock:
                     self._open[graph.row] = folder, _stamp(folder), index
                     while len(self._open) > OPEN:
                         self._open.popitem(last=False)
-            with self._lock:
-                self._open.move_to_end(graph.row)
             return index
 
     def forget(self, graph: StoredGraph) -> None:
