@@ -46,7 +46,11 @@ def create_app(
     for module in (openai, responses, tokenize, segments, compat, health, metrics, inspect, playground):
         app.include_router(module.router)
     app.add_middleware(
-        BodyLimit, most=settings.max_request_bytes, together=settings.max_body_bytes, seconds=settings.body_timeout
+        BodyLimit,
+        tenants=server.tenants,
+        most=settings.max_request_bytes,
+        together=settings.max_body_bytes,
+        seconds=settings.body_timeout,
     )
     app.add_middleware(Observed, server=server)  # the last one added is the outermost
     if settings.cors_origins:

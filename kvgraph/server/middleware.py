@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from kvgraph.server.logs import Exchange
 
 if TYPE_CHECKING:
     from kvgraph.server.state import Server
+    from kvgraph.server.tenants import Tenants
 
 access = logging.getLogger("kvgraph.access")
 
@@ -96,23 +98,30 @@ def _tidied(scope: Scope) -> Scope:
 class BodyLimit:
     """Hands a request on when its body is complete, so that a slow client holds nothing but a connection.
 
-    A body that isn't JSON, or is compressed, is refused with 415.
+    A body that isn't JSON, or is compressed, is refused with 415. Without a valid key nothing is held: the request is
+    handed on without its body. Routes that need no key read none, and the others answer 401.
 
     most: bytes of one body, declared or not; beyond it 413. together: bytes of the bodies of all requests that are being
-    read or answered; beyond it 429. seconds: how long a client may take to send its body; then 408.
+    read or answered; beyond it 429. One of several tenants gets half of them at most, as in `Server.admit`. seconds: how
+    long a client may take to send its body; then 408.
     """
 
-    def __init__(self, app: ASGIApp, most: int, together: int, seconds: float):
-        self.app, self.most, self.together, self.seconds = app, most, together, seconds
-        self.held = 0
+    def __init__(self, app: ASGIApp, tenants: Tenants, most: int, together: int, seconds: float):
+        self.app, self.tenants, self.most, self.together, self.seconds = app, tenants, most, together, seconds
+        self.share = max(most, together // 2) if tenants.several else together
+        self.held: Counter[str] = Counter()  # bytes, by tenant
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        try:
+            tenant = self.tenants.caller(Headers(scope=scope).get("authorization")).tenant
+        except APIError:
+            return await self.app(scope, _replayed(b"", receive), await _ending(receive, send))
         body = bytearray()
         try:
-            if await self._read(scope, receive, body):
+            if await self._read(scope, receive, body, tenant):
                 await self.app(scope, _replayed(bytes(body), receive), send)
         except _Refused as refused:
             await _discard(receive)
@@ -120,9 +129,9 @@ class BodyLimit:
             answer.headers["Connection"] = "close"  # there may be more of the body
             await answer(scope, receive, send)
         finally:
-            self.held -= len(body)
+            self.held[tenant] -= len(body)
 
-    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray, tenant: str) -> bool:
         """Read the whole body; False if the client left meanwhile. Raises _Refused with 408, 413 or 429."""
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and (len(length) > 18 or int(length) > self.most):
@@ -135,10 +144,10 @@ class BodyLimit:
                         return False
                     part = message.get("body", b"")
                     body += part
-                    self.held += len(part)
+                    self.held[tenant] += len(part)
                     if len(body) > self.most:
                         raise self._too_large()
-                    if self.held > self.together:
+                    if self.held.total() > self.together or self.held[tenant] > self.share:
                         raise _Refused(
                             429, "too many large requests at once; try again", code="overloaded", retry_after=1
                         )
@@ -177,12 +186,27 @@ def _check_type(headers: Headers) -> None:
         raise _Refused(415, f"{told}; send application/json", code="unsupported_media_type")
 
 
-async def _discard(receive: Receive) -> None:
-    """Read on for a moment: many clients look at the answer only after they have sent everything."""
+async def _discard(receive: Receive) -> bool:
+    """Read on for a moment: many clients look at the answer only after they have sent everything. False if there is more."""
     with suppress(TimeoutError):
         async with asyncio.timeout(LINGER):
             while (await receive()).get("more_body", False):
                 pass
+            return True
+    return False
+
+
+async def _ending(receive: Receive, send: Send) -> Send:
+    """Drop a body; gives a `send` that also closes the connection if there is more of it."""
+    if await _discard(receive):
+        return send
+
+    async def ending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["Connection"] = "close"
+        await send(message)
+
+    return ending
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -104,6 +104,44 @@ def test_all_bodies_together_have_their_size(live):
     until(lambda: server.ask(prompt="x" * 200).status_code == 200)
 
 
+def test_a_body_without_a_key_is_not_held(live):
+    server = live(api_keys=KEYS, max_body_bytes=50_000, cors_origins=["https://a.example"])
+    with ExitStack() as open_:
+        unfinished = [open_.enter_context(server.connect()) for _ in range(3)]
+        for connection, path in zip(unfinished, ("/v1/completions", "/v1/graphs", "/none"), strict=True):
+            connection.sendall(head(30_000, path) + b" " * 20_000)
+        for _ in range(20):
+            assert server.ask(ANNA, prompt="x" * 20_000).status_code == 200
+        answers = [
+            b"".join(iter(lambda c=c: c.recv(4096), b"")) for c in unfinished
+        ]  # the server closes the connections
+    assert [answer.split()[1] for answer in answers] == [b"401", b"401", b"404"]
+    assert b"invalid_api_key" in answers[0] and b"connection: close" in answers[0].lower()
+    preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert httpx.options(f"{server.url}/v1/completions", headers=preflight).status_code == 200
+    for path in ("/", "/health", "/ready", "/metrics", "/openapi.json"):
+        assert httpx.get(f"{server.url}{path}").status_code == 200
+
+
+def test_a_body_that_came_whole_keeps_its_connection(live):
+    server = live(api_keys=KEYS)
+    with httpx.Client(base_url=server.url) as http:
+        refused = http.post("/v1/completions", content=b"no JSON at all")
+        assert error(refused, 401)["code"] == "invalid_api_key" and "Connection" not in refused.headers
+        assert http.post("/v1/completions", json=server.body(), headers=ANNA).status_code == 200
+
+
+def test_bodies_of_a_tenant_leave_room_for_others(live):
+    server = live(api_keys=KEYS, max_body_bytes=50_000, max_request_bytes=25_000)
+    key = f"\r\nAuthorization: {ANNA['Authorization']}\r\n\r\n".encode()
+    with ExitStack() as open_:
+        for _ in range(2):
+            connection = open_.enter_context(server.connect())
+            connection.sendall(head(20_000).removesuffix(b"\r\n\r\n") + key + b" " * 12_000)
+        until(lambda: code_of(server.ask(ANNA, prompt="x" * 10_000)) == "overloaded")
+        assert server.ask(BEN, prompt="x" * 10_000).status_code == 200
+
+
 def test_a_slow_body_holds_nothing_but_its_connection(live):
     server = live(body_timeout=0.5, max_pending=1)
     with server.connect() as connection:
