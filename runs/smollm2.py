@@ -75,7 +75,7 @@ def main() -> None:
         (adapters[name] / "config.json").write_text(config.to_json())
         _say(f"{name}: {done.step} steps; {_course(adapters[name] / 'log.jsonl')}")
     for name in ("distill", "unlabelled", "sentences"):
-        if name in adapters:
+        if name in adapters and options.tables:
             _attempted(f"table of {name}", lambda name=name: _table(base, adapters, name, options))
             _freed()
     _say("done")
@@ -109,7 +109,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True, help="for everything")
-    parser.add_argument("--tables", type=float, default=40.0, help="seconds of these to keep for the tables")
+    parser.add_argument(
+        "--tables", type=float, default=40.0, help="seconds of these to keep for the tables; 0 for none"
+    )
     parser.add_argument(
         "--runs", nargs="+", choices=tuple(RUNS), default=USUAL, help=f"in this order [default: {' '.join(USUAL)}]"
     )

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 METHODS = ("full", "block", "kvlink", "graph-kv")
 COLD, WARM, RESTART = RUNS = ("cold", "warm", "restart")
 READ = 5  # articles that a question is asked over
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 32
+WIDTH = 36  # characters of a line of an answer in the table
 
 
 class DemoAnswer(NamedTuple):
@@ -215,7 +217,7 @@ def _show(found: Answers) -> None:
             made.add_row(
                 f"{i + 1}" if name == METHODS[0] else "",
                 name,
-                _on_one_line(cold.text) or "nothing",
+                "\n".join(_lines(cold.text)) or "nothing",
                 "✓" if is_right(cold.text, right) else "✗",
                 *(f"{one.computed:,}" for one in (cold, warm, restart)),
                 f"{restart.reused:,}",
@@ -229,8 +231,8 @@ def _show(found: Answers) -> None:
     )
 
 
-def _on_one_line(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:28]
+def _lines(text: str) -> list[str]:
+    return wrap("".join(c if c.isprintable() else " " for c in text), WIDTH)
 
 
 def told(found: Answers, right: Sequence[str]) -> str:

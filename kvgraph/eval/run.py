@@ -80,8 +80,8 @@ def evaluate(
 
     An item that can't be run (longer than the model's limit, larger than the KV budget, refused by the method) gets a
     line with an "error", scores 0, and is counted in the summary; the run continues. After an interruption or a kill,
-    the same call resumes. It runs items with an error again, also those of a finished run. Raises RunError if `out` holds another run or can't be written, and GraphError for an unknown
-    method or unknown edges.
+    the same call resumes. It runs items with an error again, also those of a finished run. Raises RunError if `out`
+    holds another run or can't be written, and GraphError for an unknown method or unknown edges.
     """
     params = SamplingParams(max_tokens=task.max_tokens if max_tokens is None else max_tokens, stop=task.stop)
     spec = method if isinstance(method, str) else methods.format(method)
