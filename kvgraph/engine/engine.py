@@ -225,7 +225,8 @@ class Engine:
         probe: if the method depends on the model (cacheblend), run the model's first layer to get what it needs. With
             False it recomputes nothing, which is right for encoding documents.
 
-        Raises GraphError or PlanError. Before a probe it also raises what `prepare` would raise for the plan without it.
+        Raises GraphError or PlanError; with `probe` also for a prompt that is too long for the model, and before a probe
+        whatever `prepare` would raise for the plan without it.
         """
         if not isinstance(graph, ContextGraph):
             raise GraphError(f"give a ContextGraph (or a list of them), not {type(graph).__name__}")
@@ -233,7 +234,7 @@ class Engine:
         if not graph.is_tokenized:
             graph = graph.tokenized(self.tokenize)
         self._warn_untuned(method)
-        if not method.shares_positions:
+        if probe and not method.shares_positions:  # a too long prompt isn't planned; who encodes says which document is
             pieces = [*graph.prefix, *(graph.segments[i] for i in graph.read), graph.query]
             self.scheduler.check_position(sum(map(len, pieces)) - 1)
         if not method.needs_probe:
