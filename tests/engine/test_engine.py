@@ -269,7 +269,7 @@ class TestRequests:
             return
         monkeypatch.setattr(type(method), "plan", None)
         with pytest.raises(PlanError, match=f"the plan reaches position {limit}, but the model's limit is {limit}"):
-            engine.plan(longer, method, probe=False)
+            engine.plan(longer, method)
 
     def test_a_plan_that_is_too_long_is_not_hashed(self, llama, monkeypatch):
         monkeypatch.setattr(Plan, "keys", None)
