@@ -110,11 +110,10 @@ def test_a_body_without_a_key_is_not_held(live):
         unfinished = [open_.enter_context(server.connect()) for _ in range(3)]
         for connection, path in zip(unfinished, ("/v1/completions", "/v1/graphs", "/none"), strict=True):
             connection.sendall(head(30_000, path) + b" " * 20_000)
-        for _ in range(20):
-            assert server.ask(ANNA, prompt="x" * 20_000).status_code == 200
-        answers = [
-            b"".join(iter(lambda c=c: c.recv(4096), b"")) for c in unfinished
-        ]  # the server closes the connections
+        for _ in range(20):  # bodies for which those that stall would leave no room
+            assert server.ask(ANNA, metadata={"padding": "x" * 20_000}).status_code == 200
+        # The server closes the connections.
+        answers = [b"".join(iter(lambda c=c: c.recv(4096), b"")) for c in unfinished]
     assert [answer.split()[1] for answer in answers] == [b"401", b"401", b"404"]
     assert b"invalid_api_key" in answers[0] and b"connection: close" in answers[0].lower()
     preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
