@@ -257,7 +257,7 @@ class CorpusIndex:
         engine, started = self.engine, time.perf_counter()
         places: list[int] = []  # of the requests
         ended: set[int] = set()  # places whose versions are encoded
-        first = 0  # the first place that hasn't ended
+        first = 0  # the first place that isn't among them
         with Progress("encoding", graph.segments, enabled=progress) as bar:
 
             def missing() -> Iterator[Request]:
@@ -286,7 +286,7 @@ class CorpusIndex:
                         engine.flush()
                         while first in ended:
                             first += 1
-                        # A server that goes on takes all places before this one for stored.
+                        # A server that resumes the graph skips every place before this one.
                         self.library.progress(graph, "running", min(first, graph.segments - 1))
             engine.flush()
             if engine.store_error is not None:

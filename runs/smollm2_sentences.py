@@ -35,7 +35,9 @@ from runs.smollm2_data import SEARCHED, Passage, Record, fitting, is_held_out, n
 BATCH = 32  # questions that are answered together
 TOKENS = 40  # of an answer; longer ones aren't kept
 TOLD = '{} Answer in one sentence with the words "{}".'  # the question and the right answer
-MORE = 3  # words that a sentence has besides the answer it was told: the answer alone would teach to write no sentences
+MORE = (
+    3  # words that a told sentence needs besides the answer; a bare answer would teach the model to give bare answers
+)
 LONGEST = 220  # words of a passage
 WORDS = (750, 1050)  # of the documents of an example
 DOCUMENTS = (7, 12)
@@ -44,6 +46,8 @@ NEIGHBOURS = 40  # of a passage, from which its example's documents are taken
 ROUNDS = 3  # how often each passage comes first
 MOSTLY = 0.8  # share of examples over similar documents, and of those in which passages with questions come first
 PLAIN = 0.15  # share of examples that are asked as in a chat, without the evaluation's instruction
+
+Asked = tuple[Passage, str, str]  # a passage, a question, and its right answer
 
 
 def main() -> None:
@@ -76,7 +80,7 @@ def main() -> None:
 
 def answer(pool: Sequence[Passage], file: Path, minutes: float) -> None:
     """Add answers to questions that the file doesn't have yet. All questions of a passage come after each other."""
-    asked = questions(pool)
+    asked = every_question(pool)
     done = len(file.read_text().splitlines()) if file.exists() else 0
     engine = Engine(models.load(adapters.base_of(demo.adapter())), kv_budget=1 << 30)
     end = time.monotonic() + 60 * minutes
@@ -86,34 +90,33 @@ def answer(pool: Sequence[Passage], file: Path, minutes: float) -> None:
             batch = asked[at : at + BATCH]
             if time.monotonic() > end:
                 return
-            answers = answered(engine, [(pool[i], q["question"], q["answer"]) for i, q in batch])
-            missed = [n for n, found in enumerate(answers) if not found["kept"]]
-            told = answered(
-                engine,
-                [
-                    (pool[i], TOLD.format(q["question"], q["answer"]), q["answer"])
-                    for i, q in (batch[n] for n in missed)
-                ],
-            )
-            for n, found in zip(missed, told, strict=True):
-                answer = batch[n][1]["answer"]
-                longer = len(found["answer"].split()) >= len(answer.split()) + MORE
-                answers[n] = found | {"kept": found["kept"] and longer, "told": True}
+            answers = sentences(engine, [(pool[i], q["question"], q["answer"]) for i, q in batch])
             for (i, q), found in zip(batch, answers, strict=True):
                 out.write(json.dumps({"passage": i, "question": q["question"]} | found) + "\n")
             out.flush()
             bar.advance(len(batch))
 
 
-def questions(pool: Sequence[Passage]) -> list[tuple[int, Record]]:
+def every_question(pool: Sequence[Passage]) -> list[tuple[int, Record]]:
     """(a passage's number, a question about it as it is asked) of all passages, in random order."""
     rng = random.Random(1)
     pairs = [(i, q) for i in rng.sample(range(len(pool)), len(pool)) for q in pool[i].questions]
     return [(i, searched(q) if rng.random() < SEARCHED else q) for i, q in pairs if q["answer"] not in ("yes", "no")]
 
 
-def answered(engine: Engine, asked: Sequence[tuple[Passage, str, str]]) -> list[Record]:
-    """What the model answers to (passage, question, right answer) over the passage alone, and whether it holds the right one."""
+def sentences(engine: Engine, asked: Sequence[Asked]) -> list[Record]:
+    """What the model answers. If that lacks the right answer, it is what the model answers when it is told the right one."""
+    answers = answered(engine, asked)
+    missed = [n for n, found in enumerate(answers) if not found["kept"]]
+    again = [(passage, TOLD.format(question, right), right) for passage, question, right in (asked[n] for n in missed)]
+    for n, found in zip(missed, answered(engine, again), strict=True):
+        longer = len(found["answer"].split()) >= len(asked[n][2].split()) + MORE
+        answers[n] = found | {"kept": found["kept"] and longer, "told": True}
+    return answers
+
+
+def answered(engine: Engine, asked: Sequence[Asked]) -> list[Record]:
+    """What the model answers over each passage alone, and whether it holds the right answer."""
     task, params = get("nq"), SamplingParams(max_tokens=TOKENS, stop=("\n",))
     graphs = []
     for passage, question, right in asked:

@@ -202,4 +202,7 @@ def _show_ablations(spec: str, found: Table) -> None:
 
 
 def _failed(summary: dict[str, Any]) -> str:
-    return f"{summary['errors']:,} items couldn't be run and score 0; their errors are in results.jsonl, and the same command tries them again"
+    return (
+        f"{summary['errors']:,} items couldn't be run and score 0; their errors are in results.jsonl, and the same command "
+        "tries them again"
+    )

@@ -352,7 +352,8 @@ def rm(
     with Engine.load(model or found["model"], **loading, check=False, store=store) as engine:
         if engine.model.fingerprint != found["fingerprint"]:
             raise KVGraphError(
-                f"{name} was made with the model {found['model']}; give it with --model, and its --adapter, --dtype and --quantize"
+                f"{name} was made with the model {found['model']}; give it with --model, and its --adapter, --dtype and "
+                "--quantize"
             )
         there = indexing.CorpusIndex(store, engine, name)
         try:

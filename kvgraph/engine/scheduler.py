@@ -132,7 +132,7 @@ class Scheduler:
         work = self._choose()
         if not work:
             self.pooling.begin()
-            if self.running and not self.loading:  # it can't be; if it is, one request ends and not the engine
+            if self.running and not self.loading:  # a fault of ours: it ends one request, not the engine
                 self._fail(self.running[0], AssertionError("an admitted request, but nothing of it can run"))
                 return True
             return not self.loading

@@ -138,7 +138,9 @@ def test_an_interrupted_index_is_continued(run, model, corpus, tmp_path, monkeyp
 
 
 def test_what_is_noted_as_encoded_is_stored(run, model, corpus, tmp_path, monkeypatch):
-    """A server that goes on with a graph takes all places before the noted one for stored. Here the first is done last."""
+    """A server that resumes a graph skips every place before the noted one, so these must be stored. Here the first place
+    is encoded last.
+    """
     store, noted, progress, ran = tmp_path / "kv", [], Library.progress, Engine.run
 
     def watched(self, graph, state, done, error=None):
