@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -101,6 +102,7 @@ def _opened(name: str, store: Path) -> Answers:
 def _restarted(name: str, store: Path) -> dict[tuple[str, str], list[DemoAnswer]]:
     from kvgraph.engine.engine import load_model
 
+    warnings.simplefilter("ignore")  # the process that started this one has shown them
     loaded = load_model(name)
     return _answers(loaded, _specs(loaded), store, (RESTART,))
 
